@@ -1,0 +1,106 @@
+"""Garbage collection: what a crash or a deletion left behind, after a grace period.
+
+Collected are blobs that no committed version names, and version records that no head names.
+Objects are listed *before* heads are read, and a registration that reuses an old blob writes it
+again first, so whatever a registration in progress needs is younger than the grace period. Age is
+read again just before each delete; what is left is the time of that one request.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Final
+
+from flatshare_registry import layout
+from flatshare_registry.catalog import BLOB_REFRESH_S
+from flatshare_registry.errors import InvalidInput, NotFound
+from flatshare_registry.records import TenantHead, TenantState
+from flatshare_registry.stores.base import BlobMeta, BlobStore
+
+__all__ = ["DEFAULT_GRACE_S", "MIN_GRACE_S", "GarbageReport", "collect"]
+
+DEFAULT_GRACE_S: Final = 24 * 3600.0
+MIN_GRACE_S: Final = 2 * BLOB_REFRESH_S
+"""Shorter would race with a registration that relies on a blob written up to ``BLOB_REFRESH_S`` ago."""
+
+
+@dataclass(frozen=True, slots=True)
+class GarbageReport:
+    """What was found, and whether it was removed.
+
+    Attributes
+    ----------
+    removed
+        False in a dry run.
+    garbage
+        Unreferenced objects older than the grace period.
+    spared
+        How many unreferenced objects were too young.
+    live_blobs
+        How many blobs are in use.
+    """
+
+    removed: bool
+    garbage: tuple[BlobMeta, ...]
+    spared: int
+    live_blobs: int
+
+    @property
+    def size_bytes(self) -> int:
+        """Bytes that were, or would be, freed."""
+        return sum(meta.size_bytes for meta in self.garbage)
+
+
+def collect(
+    store: BlobStore,
+    *,
+    grace_s: float = DEFAULT_GRACE_S,
+    remove: bool = False,
+    clock: Callable[[], float] = time.time,
+) -> GarbageReport:
+    """Find, and with ``remove`` delete, what nobody names.
+
+    Raises
+    ------
+    InvalidInput
+        The grace period is shorter than :data:`MIN_GRACE_S`.
+    Corrupt
+        A head can't be read: nothing is deleted then, since it may name anything.
+    """
+    if grace_s < MIN_GRACE_S:
+        raise InvalidInput(f"the grace period is at least {MIN_GRACE_S:.0f} s")
+    now_s = clock()
+    blobs = [meta for meta in store.list(layout.BLOBS) if layout.digest_of(meta.key) is not None]
+    tenant_objects = list(store.list(layout.TENANTS))
+    live_digests: set[str] = set()
+    live_versions: set[tuple[str, int]] = set()
+    for meta in tenant_objects:
+        if layout.tenant_of_head(meta.key) is not None:
+            head = TenantHead.decode(store.get(meta.key).data, meta.key)
+            if head.state is TenantState.ACTIVE:
+                live_digests.update(head.versions.values())
+                live_versions.update((head.tenant, number) for number in head.versions)
+    unnamed = [meta for meta in blobs if layout.digest_of(meta.key) not in live_digests]
+    unnamed += [
+        meta
+        for meta in tenant_objects
+        if (version := layout.version_of(meta.key)) is not None and version not in live_versions
+    ]
+    garbage = tuple(meta for meta in unnamed if now_s - meta.modified_s > grace_s)
+    if remove:
+        garbage = tuple(meta for meta in garbage if _delete_unless_renewed(store, meta))
+    live_blobs = sum(layout.digest_of(meta.key) in live_digests for meta in blobs)
+    return GarbageReport(remove, garbage, len(unnamed) - len(garbage), live_blobs)
+
+
+def _delete_unless_renewed(store: BlobStore, meta: BlobMeta) -> bool:
+    """Delete an object unless it was written again since it was listed."""
+    try:
+        if store.head(meta.key).modified_s != meta.modified_s:
+            return False
+    except NotFound:
+        return False
+    store.delete(meta.key)
+    return True

@@ -1,0 +1,198 @@
+"""Tenant heads: read them, change them by compare-and-swap, keep the audit log in step.
+
+The entry of a change travels inside the head that the change makes (``last_entry``), so change
+and entry are one step. Its log object is written right after, and once more by whoever changes
+the head next, in case the writer died in between.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Final
+
+from flatshare_registry import layout
+from flatshare_registry.errors import AlreadyExists, Conflict, Corrupt, NotFound, Unavailable
+from flatshare_registry.ids import AliasName, TenantId
+from flatshare_registry.records import Action, AuditEntry, TenantHead, TenantState, new_ulid, utc
+from flatshare_registry.stores.base import BlobStore, Create, UpdateIf
+
+__all__ = ["MAX_SWAP_TRIES", "HeadStore"]
+
+MAX_SWAP_TRIES: Final = 50
+"""Tries of one compare-and-swap before giving up: each lost race means that somebody else's change
+landed, so this many in a row is a store that misbehaves, not contention."""
+
+
+class HeadStore:
+    """The heads of all tenants in one store.
+
+    Parameters
+    ----------
+    store
+        Where the objects are.
+    actor
+        Who is named in audit entries.
+    clock
+        POSIX seconds.
+    """
+
+    def __init__(self, store: BlobStore, actor: str, clock: Callable[[], float]) -> None:
+        self._store = store
+        self._actor = actor
+        self._clock = clock
+
+    def read(self, tenant: TenantId) -> TenantHead:
+        """An active tenant's head.
+
+        Raises
+        ------
+        NotFound
+            No such tenant.
+        """
+        head, _ = self._read_any(tenant)
+        if head.state is not TenantState.ACTIVE:
+            raise NotFound(f"there is no tenant {tenant}")
+        return head
+
+    def create(self, tenant: TenantId) -> TenantHead:
+        """The first head of a tenant.
+
+        Raises
+        ------
+        AlreadyExists
+            There is a head, of an active or a deleted tenant.
+        """
+        entry = self._entry(tenant, 1, Action.TENANT_CREATED)
+        head = TenantHead(tenant=tenant, created_at=entry.at, last_entry=entry)
+        self._store.put(layout.head_key(tenant), head.encode(), Create())
+        self._write_log(entry)
+        return head
+
+    def change(
+        self,
+        tenant: TenantId,
+        action: Action,
+        edit: Callable[[TenantHead], TenantHead],
+        *,
+        also_deleted: bool = False,
+        alias: AliasName | None = None,
+        from_version: int | None = None,
+        to_version: int | None = None,
+    ) -> TenantHead:
+        """Change a head; every change passes here.
+
+        Parameters
+        ----------
+        edit
+            Gets the current head and returns the wanted one, or raises. May run several times.
+            Returning an equal head changes nothing.
+        also_deleted
+            Whether ``edit`` also wants the heads of deleted tenants.
+        alias, from_version, to_version
+            For the audit entry; the versions of an alias are filled in from the two heads.
+
+        Raises
+        ------
+        NotFound
+            No such tenant.
+        Unavailable
+            The store failed, or the swap lost ``MAX_SWAP_TRIES`` times.
+        """
+        entry_id = new_ulid(self._clock())
+        for _ in range(MAX_SWAP_TRIES):
+            head, etag = self._read_any(tenant)
+            if head.last_entry.id == entry_id:
+                # An earlier try landed although its answer was lost (a put that boto3 retried).
+                self._write_log(head.last_entry)
+                return head
+            if head.state is not TenantState.ACTIVE and not also_deleted:
+                raise NotFound(f"there is no tenant {tenant}")
+            wanted = edit(head)
+            if wanted == head:
+                return head
+            self._write_log(head.last_entry)  # the last writer may have died before it could
+            entry = self._entry(
+                tenant,
+                head.revision + 1,
+                action,
+                entry_id=entry_id,
+                alias=alias,
+                from_version=from_version if alias is None else head.aliases.get(alias),
+                to_version=to_version if alias is None else wanted.aliases.get(alias),
+            )
+            changed = wanted.model_copy(update={"revision": entry.revision, "last_entry": entry})
+            try:
+                self._store.put(layout.head_key(tenant), changed.encode(), UpdateIf(etag))
+            except Conflict:
+                continue
+            self._write_log(entry)
+            return changed
+        raise Unavailable(f"tenant {tenant} could not be changed: {MAX_SWAP_TRIES} swaps in a row lost")
+
+    def audit(self, tenant: TenantId) -> list[AuditEntry]:
+        """All changes of a tenant, oldest first; also of one that was deleted.
+
+        Raises
+        ------
+        NotFound
+            There has never been such a tenant.
+        """
+        head, _ = self._read_any(tenant)
+        entries = {head.last_entry.revision: head.last_entry}
+        for meta in self._store.list(layout.log_prefix(tenant)):
+            entry = AuditEntry.decode(self._store.get(meta.key).data, meta.key)
+            entries[entry.revision] = entry
+        return [entries[revision] for revision in sorted(entries)]
+
+    def _read_any(self, tenant: TenantId) -> tuple[TenantHead, str]:
+        """Head and ETag, active or deleted."""
+        key = layout.head_key(tenant)
+        try:
+            blob = self._store.get(key)
+        except NotFound:
+            raise NotFound(f"there is no tenant {tenant}") from None
+        return decode_head(tenant, blob.data), blob.meta.etag
+
+    def _entry(
+        self,
+        tenant: TenantId,
+        revision: int,
+        action: Action,
+        *,
+        entry_id: str | None = None,
+        alias: AliasName | None = None,
+        from_version: int | None = None,
+        to_version: int | None = None,
+    ) -> AuditEntry:
+        now_s = self._clock()
+        return AuditEntry(
+            id=entry_id or new_ulid(now_s),
+            tenant=tenant,
+            revision=revision,
+            at=utc(now_s),
+            actor=self._actor,
+            action=action,
+            alias=alias,
+            from_version=from_version,
+            to_version=to_version,
+        )
+
+    def _write_log(self, entry: AuditEntry) -> None:
+        with contextlib.suppress(AlreadyExists):
+            self._store.put(layout.log_key(TenantId(entry.tenant), entry.id), entry.encode(), Create())
+
+
+def decode_head(tenant: TenantId, data: bytes) -> TenantHead:
+    """Parse a head and check that it is this tenant's.
+
+    Raises
+    ------
+    Corrupt
+        It does not parse, or is another tenant's.
+    """
+    key = layout.head_key(tenant)
+    head = TenantHead.decode(data, key)
+    if head.tenant != tenant:
+        raise Corrupt(f"{key} is the head of another tenant")
+    return head

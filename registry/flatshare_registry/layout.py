@@ -1,0 +1,81 @@
+"""Object layout: the only module that knows where things are in the store.
+
+::
+
+    tenants/<tenant>/head.json                  TenantHead, changed only by compare-and-swap
+    tenants/<tenant>/versions/<00000007>.json   VersionRecord, immutable, created if absent
+    tenants/<tenant>/log/<ulid>.json            AuditEntry, immutable, created if absent
+    blobs/sha256/<ab>/<digest>.safetensors      weights, named by content, shared by equal versions
+"""
+
+from __future__ import annotations
+
+import re
+from typing import Final
+
+from flatshare_registry.errors import Corrupt
+from flatshare_registry.ids import TenantId
+
+TENANTS: Final = "tenants/"
+BLOBS: Final = "blobs/sha256/"
+
+_HEAD: Final = re.compile(r"tenants/([^/]+)/head\.json")
+_VERSION: Final = re.compile(r"tenants/([^/]+)/versions/([0-9]{8})\.json")
+_BLOB: Final = re.compile(r"blobs/sha256/[0-9a-f]{2}/([0-9a-f]{64})\.safetensors")
+_DIGEST: Final = re.compile(r"[0-9a-f]{64}")
+
+
+def head_key(tenant: TenantId) -> str:
+    """Key of a tenant's head."""
+    return f"{TENANTS}{tenant}/head.json"
+
+
+def versions_prefix(tenant: TenantId) -> str:
+    """Prefix of a tenant's version records."""
+    return f"{TENANTS}{tenant}/versions/"
+
+
+def version_key(tenant: TenantId, version: int) -> str:
+    """Key of one version record."""
+    return f"{versions_prefix(tenant)}{version:08d}.json"
+
+
+def log_prefix(tenant: TenantId) -> str:
+    """Prefix of a tenant's audit log."""
+    return f"{TENANTS}{tenant}/log/"
+
+
+def log_key(tenant: TenantId, entry_id: str) -> str:
+    """Key of one audit entry."""
+    return f"{log_prefix(tenant)}{entry_id}.json"
+
+
+def blob_key(digest: str) -> str:
+    """Key of the weights with this sha256 (64 lower-case hex digits).
+
+    Raises
+    ------
+    Corrupt
+        When the digest is not one: a record was tampered with, and the text must not become a path.
+    """
+    if _DIGEST.fullmatch(digest) is None:
+        raise Corrupt("a version record names a digest that is not a sha256")
+    return f"{BLOBS}{digest[:2]}/{digest}.safetensors"
+
+
+def tenant_of_head(key: str) -> str | None:
+    """Tenant text of a head's key; None for any other key."""
+    match = _HEAD.fullmatch(key)
+    return match[1] if match else None
+
+
+def version_of(key: str) -> tuple[str, int] | None:
+    """Tenant text and number of a version record's key; None for any other key."""
+    match = _VERSION.fullmatch(key)
+    return (match[1], int(match[2])) if match else None
+
+
+def digest_of(key: str) -> str | None:
+    """Digest of a blob's key; None for any other key."""
+    match = _BLOB.fullmatch(key)
+    return match[1] if match else None

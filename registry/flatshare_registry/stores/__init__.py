@@ -1,0 +1,1 @@
+"""Blob stores: one narrow protocol, three backends, one conformance suite (in ``testing``)."""

@@ -1,0 +1,165 @@
+"""A store in a local folder: durable (fsync), atomic (rename), conditional across processes (file lock)."""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import tempfile
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Final
+
+from flatshare_registry.errors import AlreadyExists, Conflict, InvalidInput, NotFound, Unavailable
+from flatshare_registry.stores.base import (
+    BlobMeta,
+    ByteRange,
+    Create,
+    Overwrite,
+    PutMode,
+    StoredBlob,
+    UpdateIf,
+    check_key,
+    check_prefix,
+)
+
+__all__ = ["LocalStore"]
+
+_LOCK_NAME: Final = ".flatshare-lock"
+_TEMP_PREFIX: Final = ".flatshare-tmp-"
+
+
+class LocalStore:
+    """Objects as files below one folder.
+
+    A put writes and fsyncs a temporary file beside the target, then takes the folder's lock
+    only to check the condition and rename, so large uploads do not block each other. Works
+    on local file systems; not on NFS without working locks.
+
+    Parameters
+    ----------
+    root
+        The folder; made when missing.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self._root = root.absolute()
+        self.url = self._root.as_uri()
+        with _translated("the store folder"):
+            self._root.mkdir(parents=True, exist_ok=True)
+
+    def get(self, key: str, byte_range: ByteRange | None = None) -> StoredBlob:
+        """See :class:`BlobStore`."""
+        with _translated(key), self._path(key).open("rb") as file:
+            meta = _meta(key, os.fstat(file.fileno()))
+            if byte_range is None:
+                return StoredBlob(file.read(), meta)
+            if byte_range.end > meta.size_bytes:
+                raise InvalidInput(f"range ends at {byte_range.end}, {key} has {meta.size_bytes} bytes")
+            return StoredBlob(
+                os.pread(file.fileno(), byte_range.end - byte_range.start, byte_range.start), meta
+            )
+
+    def get_unless(self, key: str, etag: str) -> StoredBlob | None:
+        """See :class:`BlobStore`."""
+        return None if self.head(key).etag == etag else self.get(key)
+
+    def head(self, key: str) -> BlobMeta:
+        """See :class:`BlobStore`."""
+        with _translated(key):
+            return _meta(key, self._path(key).stat())
+
+    def put(self, key: str, data: bytes | memoryview, mode: PutMode) -> BlobMeta:
+        """See :class:`BlobStore`."""
+        path = self._path(key)
+        with _translated(key):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            handle, temporary = tempfile.mkstemp(prefix=_TEMP_PREFIX, dir=path.parent)
+            try:
+                with os.fdopen(handle, "wb") as file:
+                    file.write(data)
+                    file.flush()
+                    os.fsync(file.fileno())
+                with self._locked():
+                    self._check(key, path, mode)
+                    meta = _meta(key, os.stat(temporary))
+                    os.replace(temporary, path)
+                _fsync_folder(path.parent)
+                return meta
+            except BaseException:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(temporary)
+                raise
+
+    def list(self, prefix: str) -> Iterator[BlobMeta]:
+        """See :class:`BlobStore`."""
+        start = self._root / check_prefix(prefix)
+        found: list[BlobMeta] = []
+        with _translated(prefix or "the store folder"):
+            for folder, _, names in os.walk(start):
+                for name in names:
+                    if name == _LOCK_NAME or name.startswith(_TEMP_PREFIX):
+                        continue
+                    path = Path(folder) / name
+                    # A file that goes while we walk was deleted: leave it out.
+                    with contextlib.suppress(FileNotFoundError):
+                        found.append(_meta(path.relative_to(self._root).as_posix(), path.stat()))
+        yield from sorted(found, key=lambda meta: meta.key)
+
+    def delete(self, key: str) -> None:
+        """See :class:`BlobStore`."""
+        path = self._path(key)
+        with _translated(key), self._locked():
+            path.unlink(missing_ok=True)
+
+    def _path(self, key: str) -> Path:
+        return self._root / check_key(key)
+
+    def _check(self, key: str, path: Path, mode: PutMode) -> None:
+        """Refuse a put whose condition does not hold; the lock is held."""
+        match mode:
+            case Create():
+                if path.exists():
+                    raise AlreadyExists(f"{key} already exists")
+            case UpdateIf(etag):
+                if not path.exists() or _meta(key, path.stat()).etag != etag:
+                    raise Conflict(f"{key} changed meanwhile")
+            case Overwrite():
+                pass
+
+    @contextlib.contextmanager
+    def _locked(self) -> Iterator[None]:
+        # flock belongs to the open file, so a new descriptor each time also excludes our own threads;
+        # the kernel releases it when a process dies.
+        handle = os.open(self._root / _LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield
+        finally:
+            os.close(handle)
+
+
+def _meta(key: str, stat: os.stat_result) -> BlobMeta:
+    # Every put is a new inode with its own mtime, so this changes with every write.
+    etag = f'"{stat.st_ino:x}-{stat.st_mtime_ns:x}-{stat.st_size:x}"'
+    return BlobMeta(key, etag, stat.st_size, stat.st_mtime)
+
+
+def _fsync_folder(folder: Path) -> None:
+    """Make a rename durable."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextlib.contextmanager
+def _translated(what: str) -> Iterator[None]:
+    """Turn the operating system's errors into the registry's."""
+    try:
+        yield
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError) as error:
+        raise NotFound(f"{what} does not exist") from error
+    except OSError as error:
+        raise Unavailable(f"{what}: {error.strerror or error}") from error

@@ -1,0 +1,227 @@
+"""A store in an S3 bucket: plain boto3 against any endpoint that honours conditional writes.
+
+Conditional puts are S3's own (``If-None-Match: *``, ``If-Match``), never check-then-set.
+Amazon S3 has them since 2024; MinIO, Ceph and moto too.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from email.utils import parsedate_to_datetime
+from typing import TYPE_CHECKING, Any, Final, cast
+
+import boto3
+import botocore.exceptions
+from botocore.config import Config
+
+from flatshare_registry.errors import AlreadyExists, Conflict, InvalidInput, NotFound, Unavailable
+from flatshare_registry.stores.base import (
+    BlobMeta,
+    ByteRange,
+    Create,
+    PutMode,
+    StoredBlob,
+    UpdateIf,
+    check_key,
+    check_prefix,
+)
+
+if TYPE_CHECKING:
+    from mypy_boto3_s3 import S3Client
+
+__all__ = ["S3Options", "S3Store", "make_s3_client"]
+
+MAX_PUT_BYTES: Final = 5 * 1024**3
+"""S3's limit for one PutObject, in bytes."""
+
+_MISSING: Final = {"404", "NoSuchKey", "NotFound"}
+_LOST_RACE: Final = {"412", "PreconditionFailed", "409", "ConditionalRequestConflict"}
+_OPERATOR: Final = {
+    "NoSuchBucket": "the bucket does not exist; make it, or correct the store URL",
+    "AccessDenied": "access denied; check the credentials and the bucket policy",
+    "403": "access denied; check the credentials and the bucket policy",
+    "InvalidAccessKeyId": "the access key is not known; check the credentials",
+    "SignatureDoesNotMatch": "the secret key is wrong; check the credentials",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class S3Options:
+    """How to reach S3; what is None comes from the usual AWS variables, files or instance role.
+
+    Attributes
+    ----------
+    connect_timeout_s, read_timeout_s
+        Seconds for one attempt; boto3's own 60 s would hold a replica's load slot far too long.
+    max_attempts
+        Tries in all, with backoff (botocore's ``standard`` retry mode).
+    max_connections
+        Connections kept by one client: concurrent requests beyond it wait.
+    sse, sse_kms_key_id
+        Server-side encryption for writes: ``AES256`` or ``aws:kms``, and its key.
+    """
+
+    endpoint_url: str | None = None
+    region: str | None = None
+    connect_timeout_s: float = 2.0
+    read_timeout_s: float = 10.0
+    max_attempts: int = 3
+    max_connections: int = 32
+    sse: str | None = None
+    sse_kms_key_id: str | None = None
+
+
+def make_s3_client(options: S3Options) -> S3Client:
+    """A boto3 client with timeouts and bounded retries; safe to share between threads."""
+    return boto3.session.Session().client(
+        "s3",
+        endpoint_url=options.endpoint_url,
+        region_name=options.region,
+        config=Config(
+            connect_timeout=options.connect_timeout_s,
+            read_timeout=options.read_timeout_s,
+            retries={"mode": "standard", "total_max_attempts": options.max_attempts},
+            max_pool_connections=options.max_connections,
+        ),
+    )
+
+
+class S3Store:
+    """Objects below one prefix of a bucket.
+
+    Parameters
+    ----------
+    client
+        A boto3 S3 client (:func:`make_s3_client`).
+    bucket, prefix
+        Where; the prefix has no leading or trailing slash and may be empty.
+    options
+        Encryption of writes is read from here.
+    """
+
+    def __init__(self, client: S3Client, bucket: str, prefix: str, options: S3Options) -> None:
+        self.url = f"s3://{bucket}/{prefix}" if prefix else f"s3://{bucket}"
+        self._client = client
+        self._bucket = bucket
+        self._prefix = f"{prefix}/" if prefix else ""
+        self._encryption: dict[str, str] = {}
+        if options.sse is not None:
+            self._encryption["ServerSideEncryption"] = options.sse
+        if options.sse_kms_key_id is not None:
+            self._encryption["SSEKMSKeyId"] = options.sse_kms_key_id
+
+    def get(self, key: str, byte_range: ByteRange | None = None) -> StoredBlob:
+        """See :class:`BlobStore`."""
+        extra: dict[str, str] = {}
+        if byte_range is not None:
+            extra["Range"] = f"bytes={byte_range.start}-{byte_range.end - 1}"
+        blob = self._get(key, extra)
+        if byte_range is not None and byte_range.end > blob.meta.size_bytes:
+            raise InvalidInput(f"range ends at {byte_range.end}, {key} has {blob.meta.size_bytes} bytes")
+        return blob
+
+    def get_unless(self, key: str, etag: str) -> StoredBlob | None:
+        """See :class:`BlobStore`."""
+        try:
+            return self._get(key, {"IfNoneMatch": etag})
+        except _NotModified:
+            return None
+
+    def head(self, key: str) -> BlobMeta:
+        """See :class:`BlobStore`."""
+        with self._translated(key):
+            reply = self._client.head_object(Bucket=self._bucket, Key=self._key(key))
+            return BlobMeta(key, reply["ETag"], reply["ContentLength"], reply["LastModified"].timestamp())
+
+    def put(self, key: str, data: bytes | memoryview, mode: PutMode) -> BlobMeta:
+        """See :class:`BlobStore`."""
+        if len(data) > MAX_PUT_BYTES:
+            raise InvalidInput(f"{key} has {len(data)} bytes; S3 takes {MAX_PUT_BYTES} in one put")
+        condition: dict[str, str] = {}
+        if isinstance(mode, Create):
+            condition["IfNoneMatch"] = "*"
+        elif isinstance(mode, UpdateIf):
+            condition["IfMatch"] = mode.etag
+        with self._translated(key, mode):
+            reply = self._client.put_object(
+                Bucket=self._bucket,
+                Key=self._key(key),
+                Body=bytes(data),
+                # boto3's stubs type each keyword apart; these dicts hold only valid ones.
+                **cast("Any", condition),
+                **cast("Any", self._encryption),
+            )
+            modified_s = reply["ResponseMetadata"]["HTTPHeaders"].get("date", "")
+        return BlobMeta(key, reply["ETag"], len(data), _http_date_s(modified_s))
+
+    def list(self, prefix: str) -> Iterator[BlobMeta]:
+        """See :class:`BlobStore`."""
+        pages = self._client.get_paginator("list_objects_v2").paginate(
+            Bucket=self._bucket, Prefix=self._prefix + check_prefix(prefix)
+        )
+        with self._translated(prefix or "the bucket"):
+            for page in pages:
+                for item in page.get("Contents", []):
+                    yield BlobMeta(
+                        item["Key"].removeprefix(self._prefix),
+                        item["ETag"],
+                        item["Size"],
+                        item["LastModified"].timestamp(),
+                    )
+
+    def delete(self, key: str) -> None:
+        """See :class:`BlobStore`."""
+        with self._translated(key):
+            self._client.delete_object(Bucket=self._bucket, Key=self._key(key))
+
+    def _key(self, key: str) -> str:
+        return self._prefix + check_key(key)
+
+    def _get(self, key: str, extra: dict[str, str]) -> StoredBlob:
+        with self._translated(key):
+            reply = self._client.get_object(Bucket=self._bucket, Key=self._key(key), **cast("Any", extra))
+            data = reply["Body"].read()
+        whole = reply.get("ContentRange", "").rpartition("/")[2]
+        size = int(whole) if whole.isdigit() else len(data)
+        return StoredBlob(data, BlobMeta(key, reply["ETag"], size, reply["LastModified"].timestamp()))
+
+    @contextlib.contextmanager
+    def _translated(self, what: str, mode: PutMode | None = None) -> Iterator[None]:
+        """Turn botocore's errors into the registry's: the one exception map of this backend."""
+        try:
+            yield
+        except botocore.exceptions.ClientError as error:
+            code = str(error.response.get("Error", {}).get("Code", ""))
+            status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            if code in ("304", "NotModified") or status == 304:
+                raise _NotModified from error
+            if code in _MISSING:
+                if isinstance(mode, UpdateIf):
+                    raise Conflict(f"{what} went meanwhile") from error
+                raise NotFound(f"{what} does not exist") from error
+            if code in _LOST_RACE:
+                if isinstance(mode, Create) and code not in ("409", "ConditionalRequestConflict"):
+                    raise AlreadyExists(f"{what} already exists") from error
+                raise Conflict(f"{what} changed meanwhile") from error
+            if code in ("InvalidRange", "416"):
+                raise InvalidInput(f"the byte range does not lie within {what}") from error
+            reason = _OPERATOR.get(code, f"S3 answered {code or status}")
+            raise Unavailable(f"{self.url}: {reason}") from error
+        except (botocore.exceptions.BotoCoreError, OSError) as error:
+            # Covers refused connections, time-outs, cut bodies and missing credentials.
+            raise Unavailable(f"{self.url} can't be reached: {_first_line(error)}") from error
+
+
+class _NotModified(Exception):
+    """S3 answered 304; stays within this module."""
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
+
+
+def _http_date_s(text: str) -> float:
+    """POSIX seconds of an HTTP date; 0 when the endpoint sent none."""
+    return parsedate_to_datetime(text).timestamp() if text else 0.0

@@ -1,0 +1,27 @@
+"""Shared by all tests: a clean environment, and one S3 server a session."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+
+import pytest
+
+from flatshare_registry.testing.s3_server import CREDENTIALS, local_s3
+
+
+@pytest.fixture(autouse=True)
+def clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No test sees the caller's settings, and boto3 finds credentials that mean nothing."""
+    for name in list(os.environ):
+        if name.startswith("FLATSHARE_"):
+            monkeypatch.delenv(name)
+    for name, value in CREDENTIALS.items():
+        monkeypatch.setenv(name, value)
+
+
+@pytest.fixture(scope="session")
+def s3_url() -> Iterator[str]:
+    """Endpoint of an S3 server with a bucket ``models``; tests keep apart by prefix."""
+    with local_s3(bucket="models") as url:
+        yield url

@@ -1,0 +1,340 @@
+"""The registry's operations, and what a crash between any two steps leaves behind."""
+
+import multiprocessing
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from flatshare_registry import layout
+from flatshare_registry.catalog import Registry
+from flatshare_registry.errors import (
+    AlreadyExists,
+    Corrupt,
+    InvalidWeights,
+    NotFound,
+    RegistryError,
+    StillReferenced,
+    Unavailable,
+)
+from flatshare_registry.ids import PRODUCTION, AliasName, ModelRef, TenantId
+from flatshare_registry.records import Action
+from flatshare_registry.stores.base import Overwrite
+from flatshare_registry.stores.local import LocalStore
+from flatshare_registry.stores.memory import MemoryStore
+from flatshare_registry.testing.faults import CrashAtStep, FaultyStore, ManualClock
+from flatshare_registry.testing.files import TINY_SPECS as SPECS
+from flatshare_registry.testing.files import encode_safetensors
+from flatshare_registry.testing.files import tiny_weights as weights
+
+ACME, GLOBEX, CANARY = TenantId("acme"), TenantId("globex"), AliasName("canary")
+
+
+def make(store: object = None, clock: ManualClock | None = None) -> Registry:
+    return Registry(store or MemoryStore(), actor="tests", clock=clock or ManualClock())
+
+
+@pytest.fixture
+def registry() -> Registry:
+    registry = make()
+    registry.create_tenant(ACME)
+    return registry
+
+
+def register(registry: Registry, value: float, alias: AliasName | None = None) -> int:
+    return registry.register(ACME, weights(value), "tiny", SPECS, alias=alias).version.version
+
+
+def test_the_first_version_becomes_production(registry: Registry) -> None:
+    assert register(registry, 1) == 1
+    assert register(registry, 2) == 2
+    assert registry.resolve(ModelRef.parse("acme")).version == 1
+    assert registry.resolve(ModelRef.parse("acme@2")).name == "acme@2"
+
+
+def test_equal_weights_are_one_version_and_one_blob(registry: Registry) -> None:
+    first = registry.register(ACME, weights(1), "tiny", SPECS)
+    again = registry.register(ACME, weights(1), "tiny", SPECS, alias=CANARY)
+    assert (first.created, again.created) == (True, False)
+    assert first.version == again.version
+    assert registry.head(ACME).aliases == {"production": 1, "canary": 1}
+    registry.create_tenant(GLOBEX)
+    registry.register(GLOBEX, weights(1), "tiny", SPECS)
+    assert len(list(registry.store.list(layout.BLOBS))) == 1
+
+
+def test_bad_weights_touch_nothing(registry: Registry) -> None:
+    before = [meta.key for meta in registry.store.list("")]
+    with pytest.raises(InvalidWeights):
+        registry.register(ACME, b"junk", "tiny", SPECS)
+    with pytest.raises(InvalidWeights):
+        registry.register(ACME, encode_safetensors({"x": np.zeros(4)}), "tiny", SPECS)
+    assert [meta.key for meta in registry.store.list("")] == before
+
+
+def test_unknown_things_are_not_found(registry: Registry) -> None:
+    register(registry, 1)
+    for call in (
+        lambda: registry.head(GLOBEX),
+        lambda: registry.register(GLOBEX, weights(1), "tiny", SPECS),
+        lambda: registry.resolve(ModelRef.parse("acme@9")),
+        lambda: registry.resolve(ModelRef.parse("acme:canary")),
+        lambda: registry.set_alias(ACME, CANARY, 9),
+        lambda: registry.remove_alias(ACME, CANARY),
+        lambda: registry.delete_version(ACME, 9),
+        lambda: registry.delete_tenant(GLOBEX),
+        lambda: registry.audit(GLOBEX),
+        lambda: registry.rollback(ACME, CANARY),
+    ):
+        with pytest.raises(NotFound):
+            call()
+
+
+def test_create_twice_is_refused(registry: Registry) -> None:
+    with pytest.raises(AlreadyExists):
+        registry.create_tenant(ACME)
+
+
+def test_promote_and_roll_back(registry: Registry) -> None:
+    for value in (1, 2, 3):
+        register(registry, value)
+    registry.set_alias(ACME, PRODUCTION, 2)
+    registry.set_alias(ACME, CANARY, 3)
+    registry.set_alias(ACME, PRODUCTION, 3)
+    assert registry.rollback(ACME).aliases["production"] == 2
+    assert registry.rollback(ACME).aliases["production"] == 3  # a rollback is a move like any other
+    assert registry.head(ACME).aliases["canary"] == 3
+
+
+def test_rollback_without_history_or_to_a_deleted_version_is_refused(registry: Registry) -> None:
+    register(registry, 1)
+    with pytest.raises(NotFound, match="no version before"):
+        registry.rollback(ACME)
+    register(registry, 2, PRODUCTION)
+    registry.delete_version(ACME, 1)
+    with pytest.raises(NotFound, match="which is deleted"):
+        registry.rollback(ACME)
+    assert registry.head(ACME).aliases == {"production": 2}
+
+
+def test_a_version_that_an_alias_names_is_not_deleted(registry: Registry) -> None:
+    register(registry, 1)
+    with pytest.raises(StillReferenced, match="production"):
+        registry.delete_version(ACME, 1)
+    register(registry, 2, PRODUCTION)
+    registry.delete_version(ACME, 1)
+    assert [record.version for record in registry.list_versions(ACME)] == [2]
+    assert register(registry, 1) == 3  # numbers are never used twice
+
+
+def test_a_deleted_tenant_is_gone_and_its_numbers_stay_used(registry: Registry) -> None:
+    register(registry, 1)
+    registry.delete_tenant(ACME)
+    assert registry.list_tenants() == []
+    with pytest.raises(NotFound):
+        registry.resolve(ModelRef.parse("acme@1"))
+    with pytest.raises(NotFound):
+        registry.delete_tenant(ACME)
+    registry.create_tenant(ACME)
+    assert registry.list_versions(ACME) == []
+    assert register(registry, 5) == 2
+    assert [head.tenant for head in registry.list_tenants()] == ["acme"]
+
+
+def test_every_change_has_one_audit_entry(registry: Registry) -> None:
+    register(registry, 1)
+    register(registry, 2, CANARY)
+    registry.set_alias(ACME, PRODUCTION, 2)
+    registry.set_alias(ACME, PRODUCTION, 2)  # changes nothing, so no entry
+    registry.rollback(ACME)
+    registry.remove_alias(ACME, CANARY)
+    registry.delete_version(ACME, 2)
+    registry.delete_tenant(ACME)
+    entries = registry.audit(ACME)
+    assert [(e.action, e.alias, e.from_version, e.to_version) for e in entries] == [
+        (Action.TENANT_CREATED, None, None, None),
+        (Action.VERSION_REGISTERED, None, None, 1),
+        (Action.VERSION_REGISTERED, "canary", None, 2),
+        (Action.ALIAS_SET, "production", 1, 2),
+        (Action.ALIAS_ROLLED_BACK, "production", 2, 1),
+        (Action.ALIAS_REMOVED, "canary", 2, None),
+        (Action.VERSION_DELETED, None, 2, None),
+        (Action.TENANT_DELETED, None, None, None),
+    ]
+    assert [e.revision for e in entries] == list(range(1, 9))
+    assert {e.actor for e in entries} == {"tests"}
+
+
+def test_a_record_that_is_not_what_the_head_names_is_corrupt(registry: Registry) -> None:
+    register(registry, 1)
+    register(registry, 2)
+    key = layout.version_key(ACME, 1)
+    other = registry.store.get(layout.version_key(ACME, 2)).data
+    for damage in (other, b"{}", b"\xff"):
+        registry.store.put(key, damage, Overwrite())
+        with pytest.raises(Corrupt):
+            registry.version(ACME, 1)
+    registry.store.delete(key)
+    with pytest.raises(Corrupt):
+        registry.version(ACME, 1)
+
+
+def test_a_record_of_a_newer_release_is_refused(registry: Registry) -> None:
+    key = layout.head_key(ACME)
+    data = registry.store.get(key).data.replace(b'"schema_version":1', b'"schema_version":2', 1)
+    registry.store.put(key, data, Overwrite())
+    with pytest.raises(Corrupt, match="newer flatshare"):
+        registry.head(ACME)
+
+
+def readable_state(registry: Registry) -> dict[str, object]:
+    """All that a reader can see."""
+    state: dict[str, object] = {}
+    for head in registry.list_tenants():
+        tenant = TenantId(head.tenant)
+        state[tenant] = (
+            dict(head.aliases),
+            [(r.version, r.digest) for r in registry.list_versions(tenant)],
+        )
+        for record in registry.list_versions(tenant):
+            assert registry.store.get(layout.blob_key(record.digest)).meta.size_bytes == record.size_bytes
+    return state
+
+
+def prepared(store: MemoryStore) -> Registry:
+    registry = make(store)
+    registry.create_tenant(ACME)
+    for value in (1, 2):
+        register(registry, value)
+    registry.set_alias(ACME, PRODUCTION, 2)
+    return registry
+
+
+OPERATIONS: dict[str, Callable[[Registry], object]] = {
+    "create tenant": lambda r: r.create_tenant(GLOBEX),
+    "register": lambda r: r.register(ACME, weights(3), "tiny", SPECS),
+    "register with alias": lambda r: r.register(ACME, weights(3), "tiny", SPECS, alias=PRODUCTION),
+    "register equal weights": lambda r: r.register(ACME, weights(1), "tiny", SPECS, alias=CANARY),
+    "set alias": lambda r: r.set_alias(ACME, PRODUCTION, 1),
+    "rollback": lambda r: r.rollback(ACME),
+    "remove alias": lambda r: r.remove_alias(ACME, PRODUCTION),
+    "delete version": lambda r: r.delete_version(ACME, 1),
+    "delete tenant": lambda r: r.delete_tenant(ACME),
+}
+
+
+@pytest.mark.parametrize("lost_answer", [False, True], ids=["before", "after"])
+@pytest.mark.parametrize("name", OPERATIONS)
+def test_a_crash_at_any_step_leaves_old_or_new_state_and_a_retry_finishes(
+    name: str, lost_answer: bool
+) -> None:
+    operation = OPERATIONS[name]
+    reference = prepared(MemoryStore())
+    old = readable_state(reference)
+    operation(reference)
+    new = readable_state(reference)
+    actions = [e.action for e in reference.audit(ACME)]
+
+    for step in range(50):
+        store = MemoryStore()
+        prepared(store)
+        crash = CrashAtStep(step)
+        faulty = FaultyStore(store, after=crash) if lost_answer else FaultyStore(store, before=crash)
+        try:
+            operation(make(faulty))
+        except Unavailable:
+            pass
+        survivor = make(store)
+        state = readable_state(survivor)
+        assert state in (old, new), f"half-visible after a crash at step {step}"
+        if not crash.crashed:
+            assert state == new
+            break
+        try:
+            operation(survivor)
+        except (AlreadyExists, NotFound):
+            assert state == new  # only when the crash came after the change
+        if name != "rollback" or state == old:  # a second rollback is a new move
+            assert_same_but_numbers(readable_state(survivor), new)
+            assert [e.action for e in survivor.audit(ACME)] == actions, "one entry for every change"
+    else:
+        raise AssertionError("the operation never ran to its end")
+    assert step > 0, "no step was ever failed"
+
+
+def assert_same_but_numbers(found: dict[str, object], wanted: dict[str, object]) -> None:
+    """Equal, but a version's number may be higher: a crash can use one up."""
+
+    def by_digest(state: dict[str, object]) -> dict[str, object]:
+        result: dict[str, object] = {}
+        for tenant, (aliases, versions) in state.items():  # type: ignore[misc]  # tuples from readable_state
+            digests = dict(versions)
+            result[tenant] = (
+                {name: digests[number] for name, number in aliases.items()},
+                sorted(digests.values()),
+            )
+        return result
+
+    assert by_digest(found) == by_digest(wanted)
+
+
+def test_a_store_that_is_down_is_unavailable_never_not_found(registry: Registry) -> None:
+    def down(operation: str, key: str) -> None:
+        raise Unavailable("down")
+
+    broken = make(FaultyStore(registry.store, before=down))
+    for call in (
+        lambda: broken.head(ACME),
+        lambda: broken.list_tenants(),
+        lambda: broken.resolve(ModelRef.parse("acme")),
+        lambda: broken.create_tenant(GLOBEX),
+    ):
+        with pytest.raises(Unavailable):
+            call()
+
+
+def test_a_swap_that_always_loses_gives_up(registry: Registry) -> None:
+    rival = make(registry.store)
+
+    def interfere(operation: str, key: str) -> None:
+        if operation == "put" and key == layout.head_key(ACME):
+            rival.set_alias(ACME, AliasName("rival"), 1 + rival.head(ACME).aliases.get("rival", 2) % 2)
+
+    register(registry, 1)
+    register(registry, 2)
+    with pytest.raises(Unavailable, match="in a row lost"):
+        make(FaultyStore(registry.store, before=interfere)).set_alias(ACME, CANARY, 1)
+
+
+def _register_some(root: Path, values: list[int]) -> None:
+    registry = Registry(LocalStore(root), actor=f"writer-{values[0]}")
+    for value in values:
+        registry.register(ACME, weights(value), "tiny", SPECS)
+
+
+def test_two_processes_registering_at_once_both_succeed(tmp_path: Path) -> None:
+    Registry(LocalStore(tmp_path)).create_tenant(ACME)
+    spawn = multiprocessing.get_context("spawn")
+    jobs = [list(range(10)), list(range(5, 15))]  # half of them equal weights
+    workers = [spawn.Process(target=_register_some, args=(tmp_path, job)) for job in jobs]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join(60)
+    assert [worker.exitcode for worker in workers] == [0, 0]
+    registry = Registry(LocalStore(tmp_path))
+    records = registry.list_versions(ACME)
+    assert len({record.version for record in records}) == 15
+    assert len({record.digest for record in records}) == 15
+    entries = registry.audit(ACME)
+    assert [entry.revision for entry in entries] == list(range(1, 17))
+
+
+@pytest.mark.parametrize("error", RegistryError.__subclasses__())
+def test_errors_survive_pickling(error: type[RegistryError]) -> None:
+    import pickle
+
+    copy = pickle.loads(pickle.dumps(error("why")))
+    assert type(copy) is error
+    assert copy.message == str(copy) == "why"
