@@ -1,1 +1,1 @@
-"""flatshare."""
+"""flatshare: many customers, one pool of GPU replicas, on Ray Serve."""

@@ -137,6 +137,16 @@ class Registry:
         """
         return self._heads.read(tenant)
 
+    def head_unless(self, tenant: TenantId, etag: str | None) -> tuple[TenantHead, str] | None:
+        """A tenant's head with its ETag, or None when it still has this ETag: for views that poll.
+
+        Raises
+        ------
+        NotFound
+            No such tenant.
+        """
+        return self._heads.read_unless(tenant, etag)
+
     def delete_tenant(self, tenant: TenantId) -> None:
         """Delete a tenant: from the first step on nobody resolves it; then its version records go.
 

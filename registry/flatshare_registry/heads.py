@@ -55,6 +55,26 @@ class HeadStore:
             raise NotFound(f"there is no tenant {tenant}")
         return head
 
+    def read_unless(self, tenant: TenantId, etag: str | None) -> tuple[TenantHead, str] | None:
+        """An active tenant's head and its ETag; None when it still has this ETag (one cheap request).
+
+        Raises
+        ------
+        NotFound
+            No such tenant.
+        """
+        key = layout.head_key(tenant)
+        try:
+            blob = self._store.get(key) if etag is None else self._store.get_unless(key, etag)
+        except NotFound:
+            raise NotFound(f"there is no tenant {tenant}") from None
+        if blob is None:
+            return None
+        head = decode_head(tenant, blob.data)
+        if head.state is not TenantState.ACTIVE:
+            raise NotFound(f"there is no tenant {tenant}")
+        return head, blob.meta.etag
+
     def create(self, tenant: TenantId) -> TenantHead:
         """The first head of a tenant.
 

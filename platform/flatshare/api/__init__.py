@@ -1,0 +1,1 @@
+"""The data plane's shell: bodies in, replies out, errors to statuses.."""

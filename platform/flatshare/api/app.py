@@ -1,0 +1,183 @@
+"""The data plane: routes over an :class:`InferenceService`.
+
+The hot routes take the raw request and return a ready response: FastAPI documents them, but
+neither parses their bodies nor serialises their replies.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncGenerator, Callable
+from typing import Any, Final
+
+import numpy as np
+import orjson
+from fastapi import FastAPI, Request, Response
+from numpy.typing import NDArray
+from starlette.datastructures import UploadFile
+from starlette.formparsers import MultiPartException, MultiPartParser
+
+from flatshare.api.http import (
+    ERROR_REPLIES,
+    REQUEST_ID_HEADER,
+    install_error_handlers,
+    read_body,
+)
+from flatshare.api.identity import identify
+from flatshare.api.payload import decode_images, decode_json, decode_pixels
+from flatshare.api.schemas import MODEL_ID_HEADER, PredictReply, PredictRequest
+from flatshare.engine.service import InferenceService, Prediction
+from flatshare.errors import BadInput
+from flatshare.models.architecture import Architecture
+
+__all__ = ["create_app"]
+
+_ABOUT: Final = """Many customers, one pool of replicas. Name your model in the
+`serve_multiplexed_model_id` header: `acme` (what is in production), `acme:canary`, or `acme@7`."""
+
+_BINARY: Final = {"schema": {"type": "string", "format": "binary"}}
+
+
+def create_app(service: InferenceService, *, replica: str, max_body_bytes: int, max_rows: int) -> FastAPI:
+    """Build the data plane of one replica.
+
+    Parameters
+    ----------
+    replica
+        Named in the ``x-flatshare-replica`` reply header.
+    max_body_bytes, max_rows
+        Limits of one request; beyond them 413.
+    """
+    app = FastAPI(title="flatshare", description=_ABOUT, version="1")
+    install_error_handlers(app)
+
+    async def answer(request: Request, decode: Callable[[Architecture], NDArray[np.float32]]) -> Response:
+        prediction = await service.predict(model_id_of(request), identify(request.headers).authorize, decode)
+        return _reply(prediction, replica)
+
+    async def predict(request: Request) -> Response:
+        body = await read_body(request, max_body_bytes)
+        return await answer(request, lambda network: decode_json(body, network.input, max_rows))
+
+    documented: dict[str, Any] = {
+        "response_model": PredictReply,
+        "responses": {200: {"headers": _reply_headers()}, **ERROR_REPLIES},
+    }
+    body_of_predict = {
+        "requestBody": {
+            "required": True,
+            "content": {"application/json": {"schema": PredictRequest.model_json_schema()}},
+        },
+        "parameters": [_model_id_parameter()],
+    }
+    for path, name in (("/predict", "predict"), ("/", "predict_at_root")):
+        app.post(path, operation_id=name, openapi_extra=body_of_predict, **documented)(predict)
+
+    @app.post(
+        "/classify",
+        operation_id="classify",
+        openapi_extra={
+            "requestBody": {
+                "required": True,
+                "content": {
+                    "image/png": _BINARY,
+                    "image/jpeg": _BINARY,
+                    "application/octet-stream": _BINARY,
+                    "multipart/form-data": {
+                        "schema": {
+                            "type": "object",
+                            "properties": {"image": {"type": "array", "items": _BINARY["schema"]}},
+                        }
+                    },
+                },
+            },
+            "parameters": [_model_id_parameter()],
+        },
+        **documented,
+    )
+    async def classify(request: Request) -> Response:
+        """Classify images: one PNG or JPEG file, several as multipart/form-data, or raw uint8 pixels."""
+        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        body = await read_body(request, max_body_bytes)
+        if kind == "application/octet-stream":
+            return await answer(request, lambda network: decode_pixels(body, network, max_rows))
+        if kind == "multipart/form-data":
+            files = await _parts(request, body, max_rows)
+            return await answer(request, lambda network: decode_images(files, network, max_rows))
+        if kind in ("image/png", "image/jpeg"):
+            return await answer(request, lambda network: decode_images([body], network, max_rows))
+        raise BadInput(
+            "Content-Type must be image/png, image/jpeg, multipart/form-data "
+            "or application/octet-stream (raw pixels)"
+        )
+
+    return app
+
+
+def model_id_of(request: Request) -> str:
+    """The model ref in the header; ``-`` and ``_`` are the same there, as in Ray Serve.
+
+    Raises
+    ------
+    BadInput
+        There is none, or there are two.
+    """
+    found = request.headers.getlist(MODEL_ID_HEADER) or request.headers.getlist(
+        MODEL_ID_HEADER.replace("_", "-")
+    )
+    if len(found) != 1:
+        raise BadInput(f"name one model in the {MODEL_ID_HEADER} header: acme, acme:canary or acme@7")
+    return found[0]
+
+
+async def _parts(request: Request, body: bytes, max_files: int) -> list[bytes]:
+    """Files of a multipart body, in order; the body's length is already capped."""
+
+    async def stream() -> AsyncGenerator[bytes, None]:
+        yield body
+
+    try:
+        form = await MultiPartParser(request.headers, stream(), max_files=max_files, max_fields=16).parse()
+    except (MultiPartException, KeyError, ValueError) as error:
+        raise BadInput(f"the multipart body can't be read: {getattr(error, 'message', error)}") from None
+    try:
+        return [await part.read() for _, part in form.multi_items() if isinstance(part, UploadFile)]
+    finally:
+        await form.close()
+
+
+def _reply(prediction: Prediction, replica: str) -> Response:
+    version = prediction.version
+    return Response(
+        orjson.dumps({"predicted_label": prediction.labels.tolist()}),
+        headers={
+            "x-flatshare-tenant": version.tenant,
+            "x-flatshare-version": str(version.version),
+            "x-flatshare-digest": version.digest,
+            "x-flatshare-tier": prediction.tier.value,
+            "x-flatshare-replica": replica,
+        },
+        media_type="application/json",
+    )
+
+
+def _reply_headers() -> dict[str, Any]:
+    about = {
+        "x-flatshare-tenant": "Whose model answered.",
+        "x-flatshare-version": "Which of its versions.",
+        "x-flatshare-digest": "sha256 of the weights that answered.",
+        "x-flatshare-tier": "Where they were found: device, host or store.",
+        "x-flatshare-replica": "Which replica answered.",
+        REQUEST_ID_HEADER: "The request's id: yours if it is safe, else a new one.",
+    }
+    return {name: {"description": text, "schema": {"type": "string"}} for name, text in about.items()}
+
+
+def _model_id_parameter() -> dict[str, Any]:
+    return {
+        "name": MODEL_ID_HEADER,
+        "in": "header",
+        "required": True,
+        "description": "Model ref: tenant, tenant:alias or tenant@version.",
+        "schema": {"type": "string"},
+        "example": "acme",
+    }

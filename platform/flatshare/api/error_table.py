@@ -1,0 +1,78 @@
+"""The one table from error class to HTTP status and stable code, for both planes.
+
+Clients may rely on status and code; messages are for people. The most specific class wins. A test
+fails when an error class of either package is not covered.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from flatshare import errors
+from flatshare_registry import errors as registry_errors
+
+__all__ = ["TABLE", "HttpError", "describe_error"]
+
+
+@dataclass(frozen=True, slots=True)
+class HttpError:
+    """How an error leaves the house.
+
+    Attributes
+    ----------
+    retry_after_s
+        Value of Retry-After; None for none.
+    """
+
+    status: int
+    code: str
+    message: str = ""
+    retry_after_s: int | None = None
+
+
+TABLE: Final[Mapping[type[Exception], HttpError]] = {
+    registry_errors.InvalidRef: HttpError(400, "invalid_model_ref"),
+    registry_errors.InvalidWeights: HttpError(400, "invalid_weights"),
+    registry_errors.InvalidInput: HttpError(400, "invalid_input"),
+    registry_errors.NotFound: HttpError(404, "not_found"),
+    registry_errors.AlreadyExists: HttpError(409, "already_exists"),
+    registry_errors.StillReferenced: HttpError(409, "still_referenced"),
+    registry_errors.Conflict: HttpError(409, "conflict", retry_after_s=1),
+    registry_errors.Corrupt: HttpError(500, "model_corrupt"),
+    registry_errors.Unavailable: HttpError(503, "store_unavailable", retry_after_s=1),
+    errors.TooLarge: HttpError(413, "too_large"),
+    errors.BadInput: HttpError(400, "bad_input"),
+    errors.NoRoom: HttpError(503, "no_room", retry_after_s=1),
+    errors.Overloaded: HttpError(503, "overloaded", retry_after_s=1),
+    errors.DeadlineExceeded: HttpError(504, "deadline_exceeded", retry_after_s=1),
+    errors.ModelFailed: HttpError(500, "model_failed"),
+    errors.IsolationBroken: HttpError(500, "isolation_broken"),
+}
+
+INTERNAL: Final = HttpError(500, "internal", "something went wrong here; give your operator the request id")
+
+
+def describe_error(error: BaseException) -> HttpError:
+    """Status, code and message for any exception; what is not in the table says nothing of its inside.
+
+    An error that crossed a Ray process comes as a class that is also a ``RayTaskError``, whose
+    text is the remote traceback: its ``cause`` is the error itself.
+    """
+    cause = getattr(error, "cause", None)
+    if isinstance(cause, BaseException):
+        error = cause
+    for kind in type(error).__mro__:
+        known = TABLE.get(kind)
+        if known is not None:
+            message = _public_message(error, known)
+            return HttpError(known.status, known.code, message, known.retry_after_s)
+    return INTERNAL
+
+
+def _public_message(error: BaseException, known: HttpError) -> str:
+    """The error's own words to the caller whose fault it is; a store's address is not for callers."""
+    if known.code == "store_unavailable":
+        return "the registry's store does not answer; retry"
+    return str(error.args[0]) if error.args else known.code

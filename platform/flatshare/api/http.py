@@ -1,0 +1,113 @@
+"""What both planes share of HTTP: request ids, capped bodies, error replies."""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any, Final
+
+import orjson
+from fastapi import FastAPI, Request, Response
+from fastapi.exceptions import RequestValidationError
+from starlette.exceptions import HTTPException
+
+from flatshare.api.error_table import HttpError, describe_error
+from flatshare.api.schemas import ErrorReply
+from flatshare.errors import BadInput, ServeError, TooLarge
+from flatshare_registry.errors import RegistryError
+from flatshare_registry.records import new_ulid
+
+__all__ = ["ERROR_REPLIES", "error_response", "install_error_handlers", "read_body", "request_id_of"]
+
+logger = logging.getLogger("flatshare.api")
+
+REQUEST_ID_HEADER: Final = "x-request-id"
+_SAFE_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,64}", re.ASCII)
+
+ERROR_REPLIES: Final[dict[int | str, dict[str, Any]]] = {
+    status: {"model": ErrorReply, "description": description}
+    for status, description in {
+        400: "The request is wrong; do not retry it as it is.",
+        404: "No such tenant, alias or version.",
+        413: "Over a stated limit.",
+        500: "The model or the service failed; tell the operator.",
+        503: "No room, or the store is down; Retry-After says when to try again.",
+        504: "Not answered in time; retry.",
+    }.items()
+}
+
+
+def request_id_of(request: Request) -> str:
+    """The caller's request id if it is safe to log and echo, else a new one."""
+    given = request.headers.get(REQUEST_ID_HEADER, "")
+    return given if _SAFE_ID.fullmatch(given) else new_ulid()
+
+
+async def read_body(request: Request, limit_bytes: int) -> bytes:
+    """A request's body, never holding more than the limit.
+
+    Raises
+    ------
+    TooLarge
+        It claims, or turns out, to be longer.
+    BadInput
+        Its Content-Length is not a number.
+    """
+    claimed = request.headers.get("content-length")
+    if claimed is not None:
+        if not claimed.isascii() or not claimed.isdigit():
+            raise BadInput("Content-Length is not a number")
+        if int(claimed[:20]) > limit_bytes:
+            raise TooLarge(f"the body has {claimed[:20]} bytes; the limit is {limit_bytes}")
+    parts: list[bytes] = []
+    size = 0
+    async for part in request.stream():
+        size += len(part)
+        if size > limit_bytes:
+            raise TooLarge(f"the body is longer than the limit of {limit_bytes} bytes")
+        parts.append(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def error_response(error: HttpError, request_id: str) -> Response:
+    """The JSON reply for an error."""
+    # Serve itself puts the x-request-id header on every reply.
+    headers = {} if error.retry_after_s is None else {"retry-after": str(error.retry_after_s)}
+    body = {"error": {"code": error.code, "message": error.message, "request_id": request_id}}
+    return Response(orjson.dumps(body), error.status, headers, media_type="application/json")
+
+
+def install_error_handlers(app: FastAPI) -> None:
+    """Answer every exception, the framework's own too, in our one form; never with a traceback."""
+
+    async def known(request: Request, error: Exception) -> Response:
+        request_id = request_id_of(request)
+        described = describe_error(error)
+        if described.status >= 500 and described.status != 503:
+            logger.error("request %s failed: %s", request_id, described.code, exc_info=error)
+        return error_response(described, request_id)
+
+    async def framework(request: Request, error: Exception) -> Response:
+        assert isinstance(error, HTTPException)
+        code = {404: "no_such_route", 405: "method_not_allowed"}.get(error.status_code, "bad_input")
+        message = {
+            404: "there is no such route; GET /docs lists them",
+            405: "this route does not take that method; GET /docs lists them",
+        }.get(error.status_code, str(error.detail))
+        return error_response(HttpError(error.status_code, code, message), request_id_of(request))
+
+    async def validation(request: Request, error: Exception) -> Response:
+        assert isinstance(error, RequestValidationError)
+        problems = [
+            f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}"
+            for problem in error.errors()[:3]
+        ]
+        return error_response(HttpError(400, "bad_input", "; ".join(problems)), request_id_of(request))
+
+    app.add_exception_handler(HTTPException, framework)
+    app.add_exception_handler(RequestValidationError, validation)
+    app.add_exception_handler(Exception, known)
+    # Starlette re-raises what only the handler of Exception answers, which Serve then logs as a
+    # crash; classes of our own trees are answers, not crashes.
+    app.add_exception_handler(RegistryError, known)
+    app.add_exception_handler(ServeError, known)

@@ -1,0 +1,143 @@
+"""Bodies to rows: JSON as the notebook sends it, images, raw pixels.
+
+Every limit is checked before memory is spent.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from typing import Any, Final
+
+import numpy as np
+import orjson
+from numpy.typing import NDArray
+from PIL import Image, UnidentifiedImageError
+
+from flatshare.errors import BadInput, TooLarge
+from flatshare.models.architecture import Architecture, InputSpec
+
+__all__ = ["decode_array", "decode_images", "decode_json", "decode_pixels"]
+
+IMAGE_FORMATS: Final = ("PNG", "JPEG")
+
+
+def decode_json(body: bytes, spec: InputSpec, max_rows: int) -> NDArray[np.float32]:
+    """Rows of ``{"image": [...]}``, as a JSON object or as the JSON string of one (what the notebook sends).
+
+    Raises
+    ------
+    BadInput
+        Not JSON, no such key, not numbers, not finite, not of an accepted shape.
+    TooLarge
+        More than ``max_rows`` rows.
+    """
+    try:
+        document = orjson.loads(body)
+        if isinstance(document, str):
+            document = orjson.loads(document)
+    except orjson.JSONDecodeError as error:
+        raise BadInput(f"the body is not JSON: {error}") from None
+    if not isinstance(document, dict) or spec.name not in document:
+        raise BadInput(f'the body must be an object with the key "{spec.name}"')
+    return decode_array(document[spec.name], spec, max_rows)
+
+
+def decode_array(value: Any, spec: InputSpec, max_rows: int) -> NDArray[np.float32]:
+    """Rows of a nested list or an array of numbers: ``(N, C, H, W)``, or without C if that is 1, or one row.
+
+    Raises as :func:`decode_json`.
+    """
+    try:
+        array = np.asarray(value)
+    except (ValueError, TypeError, OverflowError, RecursionError):
+        raise BadInput(f'"{spec.name}" is not a rectangular array of numbers') from None
+    if array.dtype.kind not in "fiu":
+        raise BadInput(f'"{spec.name}" is not a rectangular array of numbers')
+    rows = as_rows(array, spec, max_rows)
+    with np.errstate(over="ignore"):
+        rows = np.ascontiguousarray(rows, dtype=np.float32)
+    if not np.isfinite(rows).all():
+        raise BadInput(f'"{spec.name}" holds a number that is not finite in 32 bits')
+    return rows
+
+
+def as_rows(array: NDArray[Any], spec: InputSpec, max_rows: int) -> NDArray[Any]:
+    """Give an array the shape ``(N, *spec.shape)``.
+
+    Raises
+    ------
+    BadInput, TooLarge
+        It has another shape, no row, or too many.
+    """
+    accepted = [spec.shape, spec.shape[1:]] if spec.shape[0] == 1 else [spec.shape]
+    for row in accepted:
+        if array.shape[-len(row) :] == row and array.ndim - len(row) in (0, 1):
+            rows = array.reshape(-1, *spec.shape)
+            break
+    else:
+        forms = " or ".join(str(("N", *row)).replace("'", "") for row in accepted)
+        raise BadInput(f'"{spec.name}" has shape {_shown(array.shape)}; it must be {forms}, or one row of it')
+    if not len(rows):
+        raise BadInput(f'"{spec.name}" holds no row')
+    if len(rows) > max_rows:
+        raise TooLarge(f'"{spec.name}" holds {len(rows)} rows; the limit is {max_rows} a request')
+    return rows
+
+
+def decode_images(files: Sequence[bytes], network: Architecture, max_rows: int) -> NDArray[np.float32]:
+    """Rows of PNG or JPEG files, through the architecture's own transform.
+
+    Raises
+    ------
+    BadInput
+        Not such a file, damaged, or not of the architecture's size (checked before it is decoded).
+    TooLarge
+        More than ``max_rows`` files.
+    """
+    if not files:
+        raise BadInput("there is no image in the request")
+    if len(files) > max_rows:
+        raise TooLarge(f"there are {len(files)} images in the request; the limit is {max_rows}")
+    return network.preprocess(np.stack([_decode_image(data, network.input) for data in files]))
+
+
+def _decode_image(data: bytes, spec: InputSpec) -> NDArray[np.uint8]:
+    channels, height, width = spec.shape
+    try:
+        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
+            # open() reads only the header: a bomb is refused by its size, not unpacked.
+            if image.size != (width, height):
+                raise BadInput(f"an image is {image.width} x {image.height}; it must be {width} x {height}")
+            return np.asarray(image.convert("L" if channels == 1 else "RGB"), dtype=np.uint8)
+    except BadInput:
+        raise
+    except UnidentifiedImageError:
+        raise BadInput(f"an image is not {' or '.join(IMAGE_FORMATS)}") from None
+    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
+        raise BadInput("an image is damaged") from None
+
+
+def decode_pixels(body: bytes, network: Architecture, max_rows: int) -> NDArray[np.float32]:
+    """Rows of raw uint8 pixels, one image after the other, through the architecture's own transform.
+
+    Raises
+    ------
+    BadInput, TooLarge
+        The length is no multiple of one image, or there are too many.
+    """
+    channels, height, width = network.input.shape
+    pixels = math.prod(network.input.shape)
+    if not body or len(body) % pixels:
+        raise BadInput(
+            f"{len(body)} bytes are not a whole number of {width} x {height} images of {pixels} bytes"
+        )
+    if len(body) // pixels > max_rows:
+        raise TooLarge(f"there are {len(body) // pixels} images in the request; the limit is {max_rows}")
+    shape = (-1, height, width) if channels == 1 else (-1, height, width, channels)
+    return network.preprocess(np.frombuffer(body, dtype=np.uint8).reshape(shape))
+
+
+def _shown(shape: tuple[int, ...]) -> str:
+    return str(shape) if len(shape) <= 8 else f"({shape[0]}, ... {len(shape)} dimensions)"

@@ -1,0 +1,1 @@
+"""Load against a running platform: what it costs, and whether the answers are right."""

@@ -1,0 +1,79 @@
+"""Words of the cache: tiers, keys, and what is known of a resident model."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from enum import StrEnum
+from typing import NamedTuple
+
+from flatshare_registry.records import VersionRecord
+
+__all__ = ["ModelKey", "Receipt", "ResidentInfo", "Tier"]
+
+
+class Tier(StrEnum):
+    """Where a request found its model."""
+
+    DEVICE = "device"
+    """It was resident."""
+    HOST = "host"
+    """It was loaded from files that the node's replicas share (not yet in use)."""
+    STORE = "store"
+    """It was fetched from the registry's store."""
+
+
+class ModelKey(NamedTuple):
+    """A version, as the cache names it. Never a digest alone: equal weights of two tenants are two models."""
+
+    tenant: str
+    version: int
+
+    @classmethod
+    def of(cls, record: VersionRecord) -> ModelKey:
+        """The key of a version."""
+        return cls(record.tenant, record.version)
+
+    def __str__(self) -> str:
+        return f"{self.tenant}@{self.version}"
+
+
+@dataclass(frozen=True, slots=True)
+class Receipt:
+    """What a slot held at one moment; equal before and after a forward pass, or the request fails.
+
+    Attributes
+    ----------
+    generation
+        Counts the loads of this replica, so a slot that was freed and filled again differs.
+    """
+
+    tenant: str
+    version: int
+    digest: str
+    generation: int
+
+
+@dataclass(frozen=True, slots=True)
+class ResidentInfo:
+    """One resident model, for people and the control plane.
+
+    Attributes
+    ----------
+    tier
+        Where it was loaded from.
+    leases
+        Requests that hold it now.
+    last_used_at, loaded_at
+        POSIX seconds.
+    """
+
+    tenant: str
+    version: int
+    digest: str
+    architecture: str
+    size_bytes: int
+    tier: Tier
+    hits: int
+    leases: int
+    last_used_at: float
+    loaded_at: float

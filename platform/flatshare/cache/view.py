@@ -1,0 +1,219 @@
+"""What a replica knows of the registry: heads with a short life, version records for ever.
+
+- Younger than the TTL: answered from memory, no await.
+- Older: answered from memory once more while one conditional GET a tenant runs behind
+  (stale-while-revalidate), unless it is so old that waiting is the honest thing.
+- The store is down: the last answer stands, however old (promise 11); a tenant that was never
+  seen is ``Unavailable``.
+- Unknown tenants are remembered for one TTL, so junk ids cost the store one GET a TTL each.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor
+from dataclasses import dataclass
+from typing import Final
+
+from cachetools import LRUCache, TTLCache
+
+from flatshare_registry.catalog import Registry, select
+from flatshare_registry.errors import NotFound, Unavailable
+from flatshare_registry.ids import ModelRef, TenantId
+from flatshare_registry.records import TenantHead, VersionRecord
+
+__all__ = ["RegistryView"]
+
+MAX_HEADS: Final = 20_000
+"""Most tenants that one replica remembers; about 2 kB each."""
+
+MAX_RECORDS: Final = 8_192
+"""Most version records that one replica remembers; 3 kB for 8 tensors, 40 kB for 122."""
+
+MAX_MISSING: Final = 10_000
+"""Most unknown tenants remembered at a time; beyond it the oldest are asked for again."""
+
+STALE_AFTER_TTLS: Final = 15
+"""A head older than this many TTLs is read before it is used: nobody asked for so long that a
+promotion may be long past."""
+
+
+@dataclass(slots=True)
+class _Known:
+    head: TenantHead
+    etag: str
+    checked_at: float
+
+
+class RegistryView:
+    """Resolves refs for one replica.
+
+    Parameters
+    ----------
+    registry
+        Asked in threads.
+    threads
+        Where the blocking calls run.
+    ttl_s
+        Seconds that an answer is believed.
+    on_change
+        Called after a tenant's head changed or went; must not raise.
+    """
+
+    def __init__(
+        self,
+        registry: Registry,
+        threads: Executor,
+        *,
+        ttl_s: float,
+        on_change: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._registry = registry
+        self._threads = threads
+        self._ttl_s = ttl_s
+        self._on_change = on_change
+        self._clock = clock
+        self._heads: LRUCache[TenantId, _Known] = LRUCache(MAX_HEADS)
+        self._records: LRUCache[tuple[TenantId, int, str], VersionRecord] = LRUCache(MAX_RECORDS)
+        self._missing: TTLCache[TenantId, None] = TTLCache(MAX_MISSING, ttl_s, clock)
+        self._reads: dict[TenantId, asyncio.Task[TenantHead]] = {}
+        self._epochs: LRUCache[TenantId, int] = LRUCache(MAX_HEADS)
+
+    def resolve_now(self, ref: ModelRef) -> VersionRecord | None:
+        """The version that a ref means, if that is known well enough without waiting. The hot path.
+
+        Raises
+        ------
+        NotFound
+            It is known that there is none.
+        """
+        known = self._heads.get(ref.tenant)
+        if known is None:
+            return None
+        age_s = self._clock() - known.checked_at
+        if age_s > self._ttl_s:
+            if age_s > self._ttl_s * STALE_AFTER_TTLS:
+                return None
+            self._read_behind(ref.tenant)
+        number = select(known.head, ref)
+        return self._records.get((ref.tenant, number, known.head.versions[number]))
+
+    async def resolve(self, ref: ModelRef, timeout_s: float) -> VersionRecord:
+        """The version that a ref means.
+
+        Raises
+        ------
+        NotFound
+            No such tenant, alias or version.
+        Unavailable
+            The store does not answer (in time) and the tenant, or the version, is not known.
+        Corrupt
+            What the store holds can't be read.
+        """
+        found = self.resolve_now(ref)
+        if found is not None:
+            return found
+        try:
+            async with asyncio.timeout(timeout_s):
+                head = await self._head(ref.tenant)
+                return await self._record(head, select(head, ref))
+        except TimeoutError:
+            raise Unavailable(f"the registry did not answer within {timeout_s:g} s") from None
+
+    def head_now(self, tenant: TenantId) -> TenantHead | None:
+        """A tenant's head as last read, if any."""
+        known = self._heads.get(tenant)
+        return known.head if known is not None else None
+
+    async def refresh(self, tenant: TenantId) -> TenantHead | None:
+        """Read a tenant's head now, whatever is remembered; None when there is no such tenant.
+
+        Raises
+        ------
+        Unavailable
+            The store does not answer; what was remembered stays.
+        """
+        self._missing.pop(tenant, None)
+        # A read that began before this call may return what was true before it: don't join that one.
+        self._epochs[tenant] = self._epochs.get(tenant, 0) + 1
+        self._reads.pop(tenant, None)
+        try:
+            return await asyncio.shield(self._read(tenant))
+        except NotFound:
+            return None
+
+    async def _head(self, tenant: TenantId) -> TenantHead:
+        if tenant in self._missing:
+            raise NotFound(f"there is no tenant {tenant}")
+        known = self._heads.get(tenant)
+        if known is not None and self._clock() - known.checked_at <= self._ttl_s * STALE_AFTER_TTLS:
+            return known.head
+        try:
+            # Shielded: a caller that goes away must not cancel a read that others wait for.
+            return await asyncio.shield(self._read(tenant))
+        except Unavailable:
+            if known is None:
+                raise
+            return known.head
+
+    def _read(self, tenant: TenantId) -> asyncio.Task[TenantHead]:
+        """The one read of a tenant's head that is under way."""
+        task = self._reads.get(tenant)
+        if task is None:
+            task = self._reads[tenant] = asyncio.create_task(self._read_head(tenant), name=f"head {tenant}")
+            task.add_done_callback(lambda done: self._read_ended(tenant, done))
+        return task
+
+    def _read_behind(self, tenant: TenantId) -> None:
+        """Begin a read that nobody waits for; on failure the old answer stands."""
+        self._read(tenant)
+
+    def _read_ended(self, tenant: TenantId, task: asyncio.Task[TenantHead]) -> None:
+        if self._reads.get(tenant) is task:
+            del self._reads[tenant]
+        if not task.cancelled():
+            task.exception()  # looked at, so that a failed read behind is not reported as forgotten
+
+    async def _read_head(self, tenant: TenantId) -> TenantHead:
+        known = self._heads.get(tenant)
+        epoch = self._epochs.get(tenant, 0)
+        try:
+            answer = await asyncio.get_running_loop().run_in_executor(
+                self._threads, self._registry.head_unless, tenant, known.etag if known is not None else None
+            )
+        except NotFound:
+            if self._epochs.get(tenant, 0) == epoch:
+                self._missing[tenant] = None
+                if self._heads.pop(tenant, None) is not None:
+                    self._on_change()
+            raise
+        except Unavailable:
+            if known is not None:
+                # Ask again in one TTL, not at every request.
+                known.checked_at = max(known.checked_at, self._clock() - self._ttl_s / 2)
+            raise
+        if answer is None:
+            assert known is not None, "only a conditional read can find no change"
+            known.checked_at = self._clock()
+            return known.head
+        head, etag = answer
+        current = self._heads.get(tenant)
+        if current is not None and current.head.revision > head.revision:
+            return current.head  # a later read came home first
+        self._heads[tenant] = _Known(head, etag, self._clock())
+        if known is None or known.head.revision != head.revision:
+            self._on_change()
+        return head
+
+    async def _record(self, head: TenantHead, number: int) -> VersionRecord:
+        tenant = TenantId(head.tenant)
+        key = (tenant, number, head.versions[number])
+        record = self._records.get(key)
+        if record is None:
+            record = self._records[key] = await asyncio.get_running_loop().run_in_executor(
+                self._threads, self._registry.record, head, number
+            )
+        return record

@@ -1,0 +1,131 @@
+"""What most commands need: settings, the registry, a running platform's address."""
+
+from __future__ import annotations
+
+import getpass
+import importlib.util
+from typing import Annotated, Any, Final
+
+import httpx
+import typer
+
+from flatshare.errors import BadInput, ServeError, SettingsError
+from flatshare.settings import load_settings
+from flatshare_registry.catalog import Registry
+from flatshare_registry.errors import InvalidInput, NotFound, Unavailable
+
+__all__ = [
+    "StoreOption",
+    "UrlOption",
+    "call",
+    "need_serve_extra",
+    "open_registry",
+    "platform_url",
+    "tell_replicas",
+]
+
+StoreOption = Annotated[
+    str | None,
+    typer.Option("--store", help="Store URL: s3://bucket/prefix or file:///path.", envvar="FLATSHARE_STORE"),
+]
+UrlOption = Annotated[
+    str | None,
+    typer.Option(
+        "--url", help="A running platform; by default the one that `up` started here.", envvar="FLATSHARE_URL"
+    ),
+]
+
+DEFAULT_URL: Final = "http://127.0.0.1:8000"
+CLIENT_TIMEOUT_S: Final = 60.0
+
+
+def open_registry(store: str | None) -> Registry:
+    """The registry in the store that an option or the environment names.
+
+    Raises
+    ------
+    SettingsError
+        None is named.
+    """
+    settings = load_settings(store=store)
+    if not settings.store:
+        raise SettingsError("no store: set FLATSHARE_STORE or --store to s3://bucket/prefix or file:///path")
+    return Registry(settings.open_store(), actor=_actor())
+
+
+def _actor() -> str:
+    try:
+        return f"cli:{getpass.getuser()}"
+    except (OSError, KeyError):  # no such user in a bare container
+        return "cli"
+
+
+def need_serve_extra() -> None:
+    """Say which extra to install, if serving is not installed.
+
+    Raises
+    ------
+    SettingsError
+        Ray or torch is missing.
+    """
+    missing = [name for name in ("ray", "torch", "fastapi") if importlib.util.find_spec(name) is None]
+    if missing:
+        raise SettingsError(
+            f"this command needs {', '.join(missing)}: install the serving extra, "
+            "pip install 'flatshare[serve]'"
+        )
+
+
+def platform_url(url: str | None) -> str:
+    """The platform to talk to: the option, else the one that runs here, else the default port."""
+    if url:
+        return url.rstrip("/")
+    if importlib.util.find_spec("psutil") is not None:
+        from flatshare.local.state import find_states
+
+        states = find_states()
+        if len(states) > 1:
+            urls = ", ".join(state.url for state in states)
+            raise SettingsError(f"several platforms run here ({urls}); choose one with --url")
+        if states:
+            return states[0].url
+    return DEFAULT_URL
+
+
+def call(method: str, url: str, **options: Any) -> httpx.Response:
+    """One request to a running platform; its errors come back as ours.
+
+    Raises
+    ------
+    Unavailable
+        Nobody answers there, or it says to try again.
+    NotFound, BadInput, ServeError
+        What it answered.
+    """
+    try:
+        reply = httpx.request(method, url, timeout=CLIENT_TIMEOUT_S, **options)
+    except httpx.TransportError as error:
+        raise Unavailable(f"nothing answers at {url}: {error}; is the platform up? (flatshare up)") from error
+    except httpx.InvalidURL as error:
+        raise InvalidInput(f"{url[:80]!a} is not a URL: {error}") from error
+    if reply.status_code < 400:
+        return reply
+    try:
+        problem = reply.json()["error"]
+        text = f"{problem['message']} (request {problem['request_id']})"
+    except (ValueError, KeyError, TypeError):
+        text = f"{url} answered {reply.status_code}"
+    if reply.status_code == 404:
+        raise NotFound(text)
+    if reply.status_code in (503, 504):
+        raise Unavailable(text)
+    raise (BadInput if reply.status_code < 500 else ServeError)(text)
+
+
+def tell_replicas(tenant: str, url: str | None) -> str:
+    """After a change in the store: have a running platform see it at once; says how it went."""
+    try:
+        refreshed = call("POST", f"{platform_url(url)}/admin/tenants/{tenant}/refresh").json()["refreshed"]
+    except (Unavailable, NotFound, ServeError, SettingsError):
+        return "no running platform was told; replicas see it within their view's TTL"
+    return f"{len(refreshed)} replicas see it now"

@@ -1,0 +1,36 @@
+"""The one table from error class to exit code. Messages go to stderr; there is never a traceback."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Final
+
+from flatshare import errors
+from flatshare_registry import errors as registry_errors
+
+__all__ = ["EXIT_CODES", "exit_code"]
+
+EXIT_CODES: Final[Mapping[type[Exception], int]] = {
+    registry_errors.InvalidInput: 2,
+    errors.BadInput: 2,
+    errors.SettingsError: 2,
+    registry_errors.NotFound: 3,
+    registry_errors.AlreadyExists: 4,
+    registry_errors.Conflict: 4,
+    registry_errors.StillReferenced: 4,
+    registry_errors.Unavailable: 5,
+    errors.Overloaded: 5,
+    errors.DeadlineExceeded: 5,
+    registry_errors.Corrupt: 6,
+    errors.ModelFailed: 6,
+    errors.LocalError: 7,
+    registry_errors.RegistryError: 1,
+    errors.ServeError: 1,
+}
+"""2 wrong use, 3 not found, 4 refused by what is there, 5 try again later, 6 damaged,
+7 something on this machine, 1 else."""
+
+
+def exit_code(error: BaseException) -> int:
+    """The most specific class wins."""
+    return next((EXIT_CODES[kind] for kind in type(error).__mro__ if kind in EXIT_CODES), 1)

@@ -1,0 +1,144 @@
+"""Verbs that talk to a running platform: predict, replicas, preload, unload."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+
+from flatshare.cli.context import UrlOption, call, platform_url
+from flatshare.cli.output import AsJson, out, print_json, print_table, size, when
+from flatshare_registry.errors import InvalidInput
+
+MODEL_ID_HEADER = "serve_multiplexed_model_id"
+
+RefArgument = Annotated[str, typer.Argument(metavar="MODEL", help="acme, acme:canary or acme@7.")]
+
+_IMAGE_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"}
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add these verbs to the command."""
+    for function in (predict, replicas, preload, unload):
+        app.command(rich_help_panel="Running platform")(function)
+
+
+def predict(
+    model: RefArgument,
+    files: Annotated[
+        list[Path], typer.Argument(help="PNG or JPEG images, or one JSON body.", metavar="FILE...")
+    ],
+    url: UrlOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """Send images, or a JSON body, to a tenant's model."""
+    headers = {MODEL_ID_HEADER: model}
+    try:
+        contents = [(file, file.read_bytes()) for file in files]
+    except OSError as error:
+        raise InvalidInput(f"{error.filename} can't be read: {error.strerror}") from error
+    base = platform_url(url)
+    if len(files) == 1 and files[0].suffix == ".json":
+        headers["content-type"] = "application/json"
+        reply = call("POST", f"{base}/predict", content=contents[0][1], headers=headers)
+    else:
+        kinds = {file: _IMAGE_TYPES.get(file.suffix.lower()) for file in files}
+        if None in kinds.values():
+            raise InvalidInput("give PNG or JPEG files, or one .json file")
+        parts = [("image", (file.name, data, kinds[file])) for file, data in contents]
+        reply = call("POST", f"{base}/classify", files=parts, headers=headers)
+    labels = reply.json()["predicted_label"]
+    source = {
+        name: reply.headers.get(f"x-flatshare-{name}")
+        for name in ("tenant", "version", "digest", "tier", "replica")
+    }
+    if as_json:
+        print_json({"predicted_label": labels, **source})
+        return
+    out.print(json.dumps({"predicted_label": labels}))
+    out.print(
+        f"answered by {source['tenant']}@{source['version']} ({str(source['digest'])[:12]}) "
+        f"from {source['tier']} on {source['replica']}"
+    )
+
+
+def replicas(
+    url: UrlOption = None,
+    models: Annotated[bool, typer.Option("--models/--no-models", help="Also list every model.")] = True,
+    as_json: AsJson = False,
+) -> None:
+    """List replicas, the models in each, and fleet totals."""
+    fleet = call("GET", f"{platform_url(url)}/admin/replicas").json()
+    if as_json:
+        print_json(fleet)
+        return
+    print_fleet(fleet, models=models)
+
+
+def print_fleet(fleet: dict[str, Any], *, models: bool) -> None:
+    """The fleet as tables."""
+    print_table(
+        "",
+        ["replica", "node", "device", "state", "slots#", "ongoing#", "queued#", "bytes#"],
+        [
+            (
+                one["replica"],
+                one["node"],
+                one["device"],
+                one["state"],
+                f"{one['slots_used']}/{one['slots']}",
+                one["ongoing"],
+                one["queued"],
+                size(sum(model["size_bytes"] for model in one["models"])),
+            )
+            for one in fleet["replicas"]
+        ]
+        + [
+            (one["replica"], one["node_ip"], "", one["state"], "", "", "", "")
+            for one in fleet["not_answering"]
+        ],
+    )
+    if models:
+        out.print()
+        print_table(
+            "",
+            ["replica", "model", "digest", "size#", "from", "hits#", "leases#", "last used"],
+            [
+                (
+                    one["replica"],
+                    f"{model['tenant']}@{model['version']}",
+                    model["digest"][:12],
+                    size(model["size_bytes"]),
+                    model["tier"],
+                    model["hits"],
+                    model["leases"],
+                    when(model["last_used_at"]),
+                )
+                for one in fleet["replicas"]
+                for model in one["models"]
+            ],
+        )
+    totals = fleet["totals"]
+    rates = ", ".join(f"{tier} {rate:.1%}" for tier, rate in totals["hit_rate"].items())
+    loads = f"{totals['loads']} loads"
+    if totals["load_ms_p50"] is not None:
+        loads += f" (p50 {totals['load_ms_p50']:.1f} ms, p99 {totals['load_ms_p99']:.1f} ms)"
+    out.print(
+        f"\n{totals['requests']} requests: {rates}; {loads}, {totals['load_failures']} failed; "
+        f"{totals['evictions']} evictions",
+        soft_wrap=True,
+    )
+
+
+def preload(model: RefArgument, url: UrlOption = None) -> None:
+    """Make a model resident on every replica before its first request."""
+    done = call("POST", f"{platform_url(url)}/admin/preload", json={"model": model}).json()["refreshed"]
+    out.print(f"{model} is resident on {len(done)} replicas")
+
+
+def unload(model: RefArgument, url: UrlOption = None) -> None:
+    """Free a model everywhere; it is loaded again at its next request."""
+    done = call("POST", f"{platform_url(url)}/admin/unload", json={"model": model}).json()["unloaded"]
+    out.print(f"{model} was freed on {done} replicas")

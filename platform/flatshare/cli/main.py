@@ -1,0 +1,47 @@
+"""``flatshare``: one command, verbs by task."""
+
+from __future__ import annotations
+
+import sys
+
+import typer
+
+from flatshare.cli import fleet, platform_verbs, registry_verbs, training_verbs
+from flatshare.cli.errors import exit_code
+from flatshare.cli.output import err
+from flatshare.errors import ServeError
+from flatshare_registry.errors import RegistryError
+
+app = typer.Typer(
+    name="flatshare",
+    help="Many customers, one pool of replicas: register models, serve them by header, "
+    "see what is loaded where.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    add_completion=True,
+    rich_markup_mode="rich",
+)
+
+platform_verbs.add_to(app)
+fleet.add_to(app)
+registry_verbs.add_to(app)
+training_verbs.add_to(app)
+
+
+def main() -> None:
+    """Entry point: errors of ours become one line and an exit code."""
+    try:
+        app()
+    except (RegistryError, ServeError) as error:
+        err.print(f"[red]error:[/red] {_escaped(error.message)}", soft_wrap=True)
+        sys.exit(exit_code(error))
+
+
+def _escaped(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,55 @@
+"""The control plane as a Serve application: one replica, no device."""
+
+from __future__ import annotations
+
+from typing import Any, Final, cast
+
+from fastapi import FastAPI
+from ray import serve
+
+from flatshare.control.app import create_control_app
+from flatshare.control.fleet import Fleet
+from flatshare.pool.deployment import POOL_APP, POOL_DEPLOYMENT, pool_handle
+from flatshare.pool.details import ReplicaState, read_details, replica_states
+from flatshare.settings import Settings
+from flatshare_registry.catalog import Registry
+
+__all__ = ["CONTROL_APP", "CONTROL_PREFIX", "control_application"]
+
+CONTROL_APP: Final = "flatshare-control"
+CONTROL_PREFIX: Final = "/admin"
+
+
+def _pool_states() -> list[ReplicaState]:
+    return replica_states(read_details(), POOL_APP, POOL_DEPLOYMENT)
+
+
+class ControlPlane:
+    """Composition root of the control plane."""
+
+    def __init__(self, settings: Settings) -> None:
+        self._settings = settings
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Called by Serve after the constructor."""
+        registry = Registry(self._settings.open_store(), actor="control-plane")
+        return create_control_app(registry, Fleet(pool_handle(), _pool_states))
+
+
+def control_application(settings: Settings, environment: dict[str, str]) -> serve.Application:
+    """The control plane as a Serve application; the pool must be deployed first."""
+    # serve.deployment is typed for use as a decorator only.
+    deployment = cast("Any", serve.deployment)(
+        serve.ingress()(ControlPlane),
+        name="ControlPlane",
+        num_replicas=1,
+        ray_actor_options={
+            "num_cpus": 0,
+            "runtime_env": {"env_vars": {**environment, "CUDA_VISIBLE_DEVICES": ""}},
+        },
+        max_ongoing_requests=32,
+        graceful_shutdown_wait_loop_s=0.5,
+        graceful_shutdown_timeout_s=5,
+    )
+    application: serve.Application = deployment.bind(settings)
+    return application

@@ -1,0 +1,105 @@
+"""The fleet: all replicas of the pool, seen together, and told things together."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+from flatshare.cache.stats import CacheStats
+from flatshare.pool.details import ReplicaState
+from flatshare.pool.snapshot import ReplicaSnapshot
+from flatshare_registry.errors import Unavailable
+
+__all__ = ["Fleet", "FleetView"]
+
+BROADCAST_TIMEOUT_S: Final = 10.0
+"""Seconds that all replicas have to answer a broadcast; one that does not is starting, stopping or stuck."""
+
+
+class Broadcasts(Protocol):
+    """What the fleet asks of a ``DeploymentHandle``."""
+
+    def broadcast(self, method_name: str, *args: Any, **kwargs: Any) -> Any:
+        """Call a method on every running replica."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class FleetView:
+    """The fleet at one moment.
+
+    Attributes
+    ----------
+    snapshots
+        Of replicas that answered.
+    states
+        Serve's word on every replica, also those that can't answer yet.
+    totals
+        Sums over ``snapshots``.
+    """
+
+    snapshots: list[ReplicaSnapshot]
+    states: dict[str, ReplicaState]
+    totals: CacheStats
+
+
+class Fleet:
+    """All replicas of the pool.
+
+    Parameters
+    ----------
+    handle
+        A handle on the pool.
+    read_states
+        Reads Serve's word on the replicas; blocking, called in a thread.
+    """
+
+    def __init__(self, handle: Broadcasts, read_states: Callable[[], list[ReplicaState]]) -> None:
+        self._handle = handle
+        self._read_states = read_states
+
+    async def view(self) -> FleetView:
+        """Ask everybody.
+
+        Raises
+        ------
+        Unavailable
+            The replicas did not answer in time.
+        """
+        states, snapshots = await asyncio.gather(
+            asyncio.to_thread(self._read_states), self._broadcast("snapshot")
+        )
+        snapshots.sort(key=lambda one: (one.node, one.replica))
+        return FleetView(
+            snapshots,
+            {one.replica: one for one in states},
+            CacheStats.total([one.stats for one in snapshots]),
+        )
+
+    async def refresh(self, tenant: str) -> list[str]:
+        """Have every replica read a tenant anew; names of those that did.
+
+        Never fails: a replica that was not reached sees the change within its view's TTL.
+        """
+        try:
+            return sorted(await self._broadcast("refresh", tenant))
+        except Unavailable:
+            return []
+
+    async def preload(self, model_ref: str) -> list[str]:
+        """Make a model resident on every replica; raises what the first to fail raised."""
+        return sorted(await self._broadcast("preload", model_ref))
+
+    async def unload(self, model_ref: str) -> int:
+        """Free a model everywhere; on how many replicas it was resident."""
+        return sum(await self._broadcast("unload", model_ref))
+
+    async def _broadcast(self, method: str, *arguments: str) -> list[Any]:
+        try:
+            async with asyncio.timeout(BROADCAST_TIMEOUT_S):
+                results: list[Any] = await self._handle.broadcast(method, *arguments).results_async()
+                return results
+        except TimeoutError:
+            raise Unavailable(f"not all replicas answered within {BROADCAST_TIMEOUT_S:g} s") from None

@@ -1,0 +1,224 @@
+"""Bodies of the control plane: what goes in, what comes out, as its OpenAPI shows them."""
+
+from __future__ import annotations
+
+from datetime import datetime
+
+from pydantic import BaseModel, Field
+
+from flatshare.cache.stats import CacheStats
+from flatshare.cache.tiers import ResidentInfo, Tier
+from flatshare.control.fleet import FleetView
+from flatshare.pool.snapshot import ReplicaSnapshot
+from flatshare_registry.records import AuditEntry, TenantHead, VersionRecord
+
+__all__ = [
+    "AliasChange",
+    "AliasChanged",
+    "AuditReply",
+    "FleetReply",
+    "ModelRequest",
+    "NewTenant",
+    "Refreshed",
+    "TenantReply",
+    "VersionReply",
+]
+
+
+class NewTenant(BaseModel):
+    """A tenant to create."""
+
+    id: str = Field(
+        description="1 to 63 of a-z, 0-9 and '-', not starting or ending with '-'.", examples=["acme"]
+    )
+
+
+class AliasChange(BaseModel):
+    """Where an alias should point."""
+
+    version: int = Field(description="One of the tenant's versions.", examples=[7])
+
+
+class ModelRequest(BaseModel):
+    """A model, by ref."""
+
+    model: str = Field(examples=["acme:canary"])
+
+
+class TenantReply(BaseModel):
+    """A tenant."""
+
+    id: str
+    production: int | None = Field(description="What a bare id means; null before the first version.")
+    aliases: dict[str, int]
+    versions: list[int]
+    created_at: datetime
+
+    @classmethod
+    def of(cls, head: TenantHead) -> TenantReply:
+        """From the stored head."""
+        return cls(
+            id=head.tenant,
+            production=head.aliases.get("production"),
+            aliases=head.aliases,
+            versions=sorted(head.versions),
+            created_at=head.created_at,
+        )
+
+
+class VersionReply(BaseModel):
+    """A version, without its list of tensors."""
+
+    tenant: str
+    version: int
+    architecture: str
+    digest: str = Field(description="sha256 of the safetensors file.")
+    size_bytes: int
+    tensors: int = Field(description="How many.")
+    created_at: datetime
+    created_by: str
+    metadata: dict[str, str]
+
+    @classmethod
+    def of(cls, record: VersionRecord) -> VersionReply:
+        """From the stored record."""
+        return cls(
+            tenant=record.tenant,
+            version=record.version,
+            architecture=record.architecture,
+            digest=record.digest,
+            size_bytes=record.size_bytes,
+            tensors=len(record.tensors),
+            created_at=record.created_at,
+            created_by=record.created_by,
+            metadata=record.metadata,
+        )
+
+
+class AuditReply(BaseModel):
+    """Who changed what, oldest first."""
+
+    entries: list[AuditEntry]
+
+
+class Refreshed(BaseModel):
+    """Which replicas read the tenant anew; the others do within their view's TTL."""
+
+    refreshed: list[str]
+
+
+class AliasChanged(Refreshed):
+    """The tenant after the change, and which replicas know it already."""
+
+    tenant: TenantReply
+
+
+class ModelReply(BaseModel):
+    """A model that a replica holds."""
+
+    tenant: str
+    version: int
+    digest: str
+    architecture: str
+    size_bytes: int
+    tier: Tier = Field(description="Where it was loaded from.")
+    hits: int
+    leases: int = Field(description="Requests that hold it now.")
+    last_used_at: float = Field(description="POSIX seconds.")
+    loaded_at: float = Field(description="POSIX seconds.")
+
+    @classmethod
+    def of(cls, info: ResidentInfo) -> ModelReply:
+        """From the replica's snapshot."""
+        return cls.model_validate(info, from_attributes=True)
+
+
+class ReplicaReply(BaseModel):
+    """One replica."""
+
+    replica: str
+    state: str = Field(description="Serve's word: STARTING, RUNNING, STOPPING ...")
+    node: str
+    node_id: str
+    pid: int
+    device: str
+    slots: int
+    slots_used: int
+    started_at: float
+    ongoing: int = Field(description="Requests worked on now.")
+    queued: int = Field(description="Requests waiting now.")
+    refused: int = Field(description="Requests refused since the start.")
+    advertised: list[str] = Field(description="Refs that Ray's routers are told are here.")
+    models: list[ModelReply] = Field(description="Most recently used first.")
+
+    @classmethod
+    def of(cls, snapshot: ReplicaSnapshot, state: str) -> ReplicaReply:
+        """From the replica's snapshot and Serve's word."""
+        models = [ModelReply.of(info) for info in snapshot.models]
+        plain = {
+            name: getattr(snapshot, name) for name in cls.model_fields if name not in ("models", "state")
+        }
+        return cls(state=state, models=models, **plain)
+
+
+class TotalsReply(BaseModel):
+    """Sums over the fleet, since each replica started."""
+
+    requests: int
+    hit_rate: dict[Tier, float] = Field(description="Share of requests, by where the model was found.")
+    hits: dict[Tier, int]
+    loads: int
+    load_failures: int
+    evictions: int
+    load_ms_p50: float | None = Field(description="Fetch, check and place; null before the first load.")
+    load_ms_p99: float | None
+
+    @classmethod
+    def of(cls, stats: CacheStats) -> TotalsReply:
+        """From summed counters."""
+        p50, p99 = (stats.load_times.quantile_s(share) for share in (0.5, 0.99))
+        return cls(
+            requests=stats.requests,
+            hit_rate={tier: stats.hits[tier] / max(stats.requests, 1) for tier in Tier},
+            hits=stats.hits,
+            loads=stats.loads,
+            load_failures=stats.load_failures,
+            evictions=stats.evictions,
+            load_ms_p50=None if p50 is None else p50 * 1000,
+            load_ms_p99=None if p99 is None else p99 * 1000,
+        )
+
+
+class PendingReplica(BaseModel):
+    """A replica that can't tell about itself yet, or any more."""
+
+    replica: str
+    state: str
+    node_ip: str
+
+
+class FleetReply(BaseModel):
+    """The fleet."""
+
+    replicas: list[ReplicaReply]
+    not_answering: list[PendingReplica]
+    totals: TotalsReply
+
+    @classmethod
+    def of(cls, view: FleetView) -> FleetReply:
+        """From what everybody said."""
+        answered = {one.replica for one in view.snapshots}
+        return cls(
+            replicas=[
+                ReplicaReply.of(
+                    one, view.states[one.replica].state if one.replica in view.states else "UNKNOWN"
+                )
+                for one in view.snapshots
+            ],
+            not_answering=[
+                PendingReplica(replica=one.replica, state=one.state, node_ip=one.node_ip)
+                for one in view.states.values()
+                if one.replica not in answered
+            ],
+            totals=TotalsReply.of(view.totals),
+        )

@@ -1,0 +1,190 @@
+"""HAProxy's configuration, rendered from targets: pure text in, text out.
+
+What matters, and why:
+
+- Server ids come from replica names, not from positions: HAProxy 2.8 places a server on the hash
+  ring by its id, so with positions one death would move most models to another replica.
+- ``hash-balance-factor`` bounds the load of a model's home at 1.5 times the average; what is over
+  it goes to the next replica on the ring.
+- A prediction is idempotent, so a replica that dies under a request costs a retry, not a failure;
+  HAProxy can only send a body again that fits its buffer whole (``tune.bufsize``).
+- Headers that only Serve may set are removed; the request id is the caller's only if it is safe.
+- The admin socket is a file that only this user can open; there is no stats port.
+"""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from flatshare.pool.details import Target
+
+__all__ = ["EdgeOptions", "render", "server_ids"]
+
+HEADER_BYTES: Final = 16 * 1024
+"""Room for a request's line and headers in the buffer, beside the body that can be sent again."""
+
+REWRITE_BYTES: Final = 4 * 1024
+"""Part of the buffer that HAProxy keeps free for headers that we add."""
+
+MAX_SERVER_ID: Final = 2**31 - 1
+
+ERROR_MESSAGES: Final = {
+    400: ("bad_request", "this is not an HTTP request that the edge understands"),
+    408: ("request_timeout", "the request did not arrive in time"),
+    413: ("too_large", "the body has %[req.body_size] bytes; the limit is {limit}"),
+    500: ("internal", "the edge failed; give your operator the request id"),
+    502: ("bad_gateway", "the replica went away while answering; retry"),
+    503: ("no_replica", "no replica can take the request now; retry"),
+    504: ("deadline_exceeded", "the replica did not answer in time; retry"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class EdgeOptions:
+    """What the configuration depends on besides targets.
+
+    Attributes
+    ----------
+    socket
+        Path of the admin socket, in a folder that only this user can enter.
+    fallback_port
+        Serve's own proxy on loopback: takes requests while no replica is up.
+    max_body_bytes
+        Beyond it 413.
+    retry_body_bytes
+        Longest body that is sent again when a replica dies.
+    request_timeout_s
+        A replica's own limit; the edge waits a little longer.
+    """
+
+    host: str
+    port: int
+    socket: Path
+    fallback_port: int
+    max_body_bytes: int
+    retry_body_bytes: int
+    request_timeout_s: float
+    balance_factor: int = 150
+    max_connections: int = 4096
+
+
+def server_ids(names: Iterable[str]) -> dict[str, int]:
+    """Stable HAProxy server ids: from the name alone, unless two names clash."""
+    ids: dict[str, int] = {}
+    taken: set[int] = set()
+    for name in sorted(names):
+        number = zlib.crc32(name.encode()) % MAX_SERVER_ID + 1
+        while number in taken:
+            number = number % MAX_SERVER_ID + 1
+        taken.add(number)
+        ids[name] = number
+    return ids
+
+
+def render(options: EdgeOptions, pool: Sequence[Target], control: Sequence[Target]) -> str:
+    """The whole configuration.
+
+    Parameters
+    ----------
+    pool, control
+        Where the two applications' replicas listen; may be empty.
+    """
+    buffer_bytes = options.retry_body_bytes + HEADER_BYTES + REWRITE_BYTES
+    server_timeout_s = options.request_timeout_s + 5
+    return f"""# Rendered by flatshare; changes are overwritten.
+global
+    maxconn {options.max_connections}
+    stats socket {options.socket} mode 600 level admin expose-fd listeners
+    hard-stop-after {server_timeout_s:.0f}s
+    tune.bufsize {buffer_bytes}
+    tune.maxrewrite {REWRITE_BYTES}
+
+defaults
+    mode http
+    timeout connect 2s
+    timeout client 60s
+    timeout server {server_timeout_s:.0f}s
+    timeout queue 5s
+    timeout http-request 15s
+    timeout http-keep-alive 60s
+    option http-buffer-request
+    option redispatch 1
+    retries 3
+    http-reuse always
+{_http_errors(options)}
+
+frontend edge
+    bind {_bind_address(options)}
+    http-request set-var(txn.id) req.hdr(x-request-id) if {{ req.hdr(x-request-id) -m reg ^[A-Za-z0-9._:-]{{1,64}}$ }}
+    http-request set-var(txn.id) uuid() unless {{ var(txn.id) -m found }}
+    http-request set-header x-request-id %[var(txn.id)]
+    http-request del-header x-request-timeout-seconds
+    http-request del-header x-request-disconnect-disabled
+    http-request del-header x-session-id
+    http-request del-header x-serve-router- -m beg
+    http-request del-header x-flatshare- -m beg
+    http-request set-header x-forwarded-for %[src]
+    http-request return status 413 content-type application/json lf-string {_error_body(413, options)} hdr x-request-id %[var(txn.id)] if {{ req.body_size gt {options.max_body_bytes} }}
+    # '-' and '_' are the same in this header, and acme:production is acme: one home for each model.
+    http-request set-header serve_multiplexed_model_id %[req.hdr(serve-multiplexed-model-id)] if {{ req.hdr(serve-multiplexed-model-id) -m found }} !{{ req.hdr(serve_multiplexed_model_id) -m found }}
+    http-request set-var(txn.home) req.hdr(serve_multiplexed_model_id),regsub(:production$,)
+    use_backend control if {{ path /admin }} or {{ path_beg /admin/ }}
+    default_backend pool
+
+backend pool
+    balance hash var(txn.home)
+    hash-type consistent wt6 avalanche
+    hash-balance-factor {options.balance_factor}
+    retry-on conn-failure empty-response junk-response 0rtt-rejected 502
+    option httpchk GET /-/healthz
+    http-check expect status 200
+    default-server check inter 1s fastinter 250ms fall 2 rise 1 observe layer4 error-limit 3 on-error mark-down
+{_servers(pool)}
+    server serve-proxy 127.0.0.1:{options.fallback_port} id {MAX_SERVER_ID} backup
+
+backend control
+    balance roundrobin
+    # Changes are not sent twice: only what never reached a replica is tried again.
+    retry-on conn-failure
+    option httpchk GET /-/healthz
+    http-check expect status 200
+    default-server check inter 2s fall 3 rise 1
+{_servers(control)}
+    server serve-proxy 127.0.0.1:{options.fallback_port} id {MAX_SERVER_ID} backup
+"""
+
+
+def _bind_address(options: EdgeOptions) -> str:
+    host = "127.0.0.1" if options.host == "localhost" else options.host
+    return f"[{host}]:{options.port}" if ":" in host else f"{host}:{options.port}"
+
+
+def _servers(found: Sequence[Target]) -> str:
+    ids = server_ids(target.name for target in found)
+    return "\n".join(
+        f"    server r{ids[target.name]} {target.ip}:{target.port} id {ids[target.name]}"
+        for target in sorted(found)
+    )
+
+
+def _http_errors(options: EdgeOptions) -> str:
+    lines = []
+    for status in ERROR_MESSAGES:
+        retry = " hdr retry-after 1" if status in (502, 503, 504) else ""
+        lines.append(
+            f"    http-error status {status} content-type application/json "
+            f"lf-string {_error_body(status, options)} hdr x-request-id %[var(txn.id)]{retry}"
+        )
+    return "\n".join(lines)
+
+
+def _error_body(status: int, options: EdgeOptions) -> str:
+    code, message = ERROR_MESSAGES[status]
+    text = message.format(limit=options.max_body_bytes)
+    body = {"error": {"code": code, "message": text, "request_id": "%[var(txn.id)]"}}
+    return f"'{json.dumps(body)}'"

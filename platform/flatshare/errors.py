@@ -1,0 +1,87 @@
+"""The platform's errors: one small tree, one class for each thing that a caller does differently.
+
+    ServeError                  anything below
+    ├── BadInput                the request can never work: body, shape, header; do not retry as it is
+    │   └── TooLarge            the body or the batch is over its stated limit
+    ├── Overloaded              no room now; retry after ``retry_after_s``
+    │   └── NoRoom              every slot is leased and none came free before the deadline
+    ├── DeadlineExceeded        it was accepted but not answered in time; retry
+    ├── ModelFailed             this version can't be served (corrupt, or does not load); tell an operator
+    ├── IsolationBroken         a receipt did not match: the request failed rather than mix two tenants
+    ├── SettingsError           contradictory settings; refused when the program starts
+    └── LocalError              something on this machine is in the way: a taken port, a dead process
+
+What the registry raises (``flatshare_registry.errors``) passes through unchanged. No HTTP in here:
+``api/error_table.py`` maps classes to statuses and ``cli/errors.py`` to exit codes. Every class
+pickles with ``args == (message,)``, because errors cross Ray processes.
+"""
+
+from __future__ import annotations
+
+__all__ = [
+    "BadInput",
+    "DeadlineExceeded",
+    "IsolationBroken",
+    "LocalError",
+    "ModelFailed",
+    "NoRoom",
+    "Overloaded",
+    "ServeError",
+    "SettingsError",
+    "TooLarge",
+]
+
+
+class ServeError(Exception):
+    """Root of the platform's errors."""
+
+    retry_after_s: int | None = None
+    """Seconds after which a retry makes sense; None when it does not."""
+
+    def __init__(self, message: str) -> None:
+        super().__init__(message)
+
+    @property
+    def message(self) -> str:
+        """What happened and what to do about it, for a person."""
+        return str(self.args[0])
+
+
+class BadInput(ServeError):
+    """The request itself is wrong."""
+
+
+class TooLarge(BadInput):
+    """The request is over a stated limit."""
+
+
+class Overloaded(ServeError):
+    """Refused at once, because too much is already waiting."""
+
+    retry_after_s = 1
+
+
+class NoRoom(Overloaded):
+    """Every slot was leased until the deadline."""
+
+
+class DeadlineExceeded(ServeError):
+    """Accepted, but the deadline passed first."""
+
+    retry_after_s = 1
+
+
+class ModelFailed(ServeError):
+    """The version is there but can't be served."""
+
+
+class IsolationBroken(ServeError):
+    """The model that ran is not the one that was leased."""
+
+
+class SettingsError(ServeError):
+    """Settings that contradict each other or the machine."""
+
+
+class LocalError(ServeError):
+    """Starting or stopping things on this machine failed."""

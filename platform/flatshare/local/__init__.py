@@ -1,0 +1,1 @@
+"""A whole platform on this machine: what ``flatshare up``, ``status`` and ``down`` do."""

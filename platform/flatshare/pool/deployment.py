@@ -1,0 +1,265 @@
+"""The pool: one Serve deployment. Each replica is a process with a device; this is its composition root."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import os
+import time
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final, cast
+
+import numpy as np
+import ray
+import torch
+from fastapi import FastAPI
+from numpy.typing import NDArray
+from ray import serve
+from ray.serve.config import RequestRouterConfig
+from ray.serve.handle import DeploymentHandle
+
+from flatshare.api.app import create_app
+from flatshare.api.identity import OPERATOR
+from flatshare.api.payload import decode_array
+from flatshare.cache.loading import DevicePlacer, StoreSource
+from flatshare.cache.model_cache import ModelCache
+from flatshare.cache.tiers import ModelKey
+from flatshare.cache.view import RegistryView
+from flatshare.engine.admission import Admission
+from flatshare.engine.inference import Inference
+from flatshare.engine.service import InferenceService
+from flatshare.errors import BadInput, SettingsError
+from flatshare.models.architecture import Architecture
+from flatshare.pool.multiplex import NEVER_EVICT, Advertiser
+from flatshare.pool.router import HomeReplicaRouter
+from flatshare.pool.snapshot import ReplicaSnapshot
+from flatshare.settings import Settings
+from flatshare_registry.catalog import Registry
+from flatshare_registry.ids import ModelRef, TenantId
+
+__all__ = ["POOL_APP", "POOL_DEPLOYMENT", "pool_application", "pool_handle"]
+
+logger = logging.getLogger("flatshare.pool")
+
+POOL_APP: Final = "flatshare"
+POOL_DEPLOYMENT: Final = "ClassifierPool"
+
+VIEW_THREADS: Final = 4
+"""Registry reads at a time in one replica: small objects, and most are answered from memory."""
+
+DRAIN_S: Final = 5.0
+"""Seconds that a stopping replica waits for leases to end."""
+
+
+def choose_device(wanted: str) -> torch.device:
+    """The device that a setting means on this machine.
+
+    Raises
+    ------
+    SettingsError
+        ``cuda`` was asked for and there is none.
+    """
+    if wanted == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if wanted == "cuda" and not torch.cuda.is_available():
+        raise SettingsError("device=cuda, but this replica sees no CUDA device; set gpus_per_replica above 0")
+    return torch.device(wanted)
+
+
+class ClassifierPool:
+    """One replica.
+
+    Parameters
+    ----------
+    settings
+        All settings, already validated.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        context = serve.get_replica_context()
+        self._settings = settings
+        self.replica = context.replica_id.unique_id
+        self._started_at = time.time()
+        device = choose_device(settings.device)
+        self._load_threads = ThreadPoolExecutor(settings.load_concurrency, thread_name_prefix="load")
+        self._view_threads = ThreadPoolExecutor(VIEW_THREADS, thread_name_prefix="registry")
+        store = settings.open_store()
+        self._advertiser = Advertiser(self, self.load_model, self._held_ids)
+        self._view = RegistryView(
+            Registry(store),
+            self._view_threads,
+            ttl_s=settings.view_ttl_s,
+            on_change=self._advertiser.changed,
+        )
+        self._cache = ModelCache(
+            slots=settings.slots,
+            source=StoreSource(store, self._load_threads),
+            placer=DevicePlacer(device, self._load_threads),
+            load_concurrency=settings.load_concurrency,
+            room_timeout_s=settings.request_timeout_s,
+            on_change=self._advertiser.changed,
+        )
+        self._inference = Inference(device, settings.torch_threads)
+        self._service = InferenceService(
+            view=self._view,
+            cache=self._cache,
+            inference=self._inference,
+            admission=Admission(settings.max_ongoing_requests, settings.max_queued_requests),
+            timeout_s=settings.request_timeout_s,
+        )
+        logger.info("replica %s on %s with %d slots", self.replica, device, settings.slots)
+
+    def __serve_build_asgi_app__(self) -> FastAPI:
+        """Called by Serve after the constructor: the data plane over this replica's service."""
+        return create_app(
+            self._service,
+            replica=self.replica,
+            max_body_bytes=self._settings.max_body_bytes,
+            max_rows=self._settings.max_rows,
+        )
+
+    # -- handles
+
+    async def predict(self, batch: dict[str, Any]) -> dict[str, Any]:
+        """The handle form: ``handle.options(multiplexed_model_id="acme").predict.remote(batch)``.
+
+        Parameters
+        ----------
+        batch
+            ``{"image": array}``, shapes as over HTTP.
+
+        Returns
+        -------
+        dict
+            The batch and ``predicted_label``, int64 ``(N,)``.
+        """
+        model_ref = serve.get_multiplexed_model_id()
+        if not model_ref:
+            raise BadInput("name the model: handle.options(multiplexed_model_id='acme')")
+
+        if not isinstance(cast("object", batch), dict):  # a handle passes on whatever it was given
+            raise BadInput("the batch must be a dict")
+
+        def decode(network: Architecture) -> NDArray[np.float32]:
+            if network.input.name not in batch:
+                raise BadInput(f'the batch must be a dict with the key "{network.input.name}"')
+            return decode_array(batch[network.input.name], network.input, self._settings.max_rows)
+
+        prediction = await self._service.predict(model_ref, OPERATOR.authorize, decode)
+        return {**batch, "predicted_label": prediction.labels}
+
+    @serve.multiplexed(max_num_models_per_replica=NEVER_EVICT)  # type: ignore[untyped-decorator]  # Ray's
+    async def load_model(self, model_id: str) -> str:
+        """Ray's door: called (by the advertiser) with each ref whose version became resident."""
+        return model_id
+
+    # -- control plane, by broadcast
+
+    async def snapshot(self) -> ReplicaSnapshot:
+        """All that this replica holds and has counted."""
+        return ReplicaSnapshot(
+            replica=self.replica,
+            node=os.uname().nodename,
+            node_id=ray.get_runtime_context().get_node_id(),
+            pid=os.getpid(),
+            device=str(self._inference.device),
+            slots=self._cache.slots,
+            slots_used=self._cache.occupied,
+            started_at=self._started_at,
+            ongoing=self._service.admission.ongoing,
+            queued=self._service.admission.queued,
+            refused=self._service.admission.refused,
+            advertised=sorted(self._advertiser.advertised()),
+            models=self._cache.snapshot(),
+            stats=dataclasses.replace(self._cache.stats),
+        )
+
+    async def refresh(self, tenant: str) -> str:
+        """Read a tenant anew and try its failed versions again; returns this replica's name."""
+        parsed = TenantId(tenant)
+        self._cache.forget_failures(parsed)
+        head = await self._view.refresh(parsed)
+        for record in self._cache.resident_records():
+            if record.tenant == parsed and (head is None or record.version not in head.versions):
+                self._cache.unload(ModelKey.of(record))
+        self._advertiser.changed()
+        return self.replica
+
+    async def preload(self, model_ref: str) -> str:
+        """Make what a ref means resident here; returns this replica's name."""
+        timeout_s = self._settings.request_timeout_s
+        record = await self._view.resolve(ModelRef.parse(model_ref), timeout_s)
+        await self._cache.preload(record, timeout_s)
+        return self.replica
+
+    async def unload(self, model_ref: str) -> bool:
+        """Free what a ref means here, once its leases have ended; whether it was resident."""
+        record = await self._view.resolve(ModelRef.parse(model_ref), self._settings.request_timeout_s)
+        return self._cache.unload(ModelKey.of(record))
+
+    async def __del__(self) -> None:
+        """Serve calls this when the replica stops."""
+        if not hasattr(self, "_inference"):
+            return  # the constructor failed
+        await self._cache.close(DRAIN_S)
+        await asyncio.to_thread(self._inference.close)
+        self._load_threads.shutdown(wait=False, cancel_futures=True)
+        self._view_threads.shutdown(wait=False, cancel_futures=True)
+
+    def _held_ids(self) -> set[str]:
+        """Every ref that can be answered from a resident: versions by number, and aliases that mean them."""
+        held: set[str] = set()
+        for record in self._cache.resident_records():
+            tenant = TenantId(record.tenant)
+            held.add(record.name)
+            head = self._view.head_now(tenant)
+            if head is not None:
+                held |= {
+                    str(ModelRef.parse(f"{tenant}:{alias}"))
+                    for alias, number in head.aliases.items()
+                    if number == record.version
+                }
+        return held
+
+
+def pool_application(settings: Settings, environment: dict[str, str]) -> serve.Application:
+    """The pool as a Serve application.
+
+    Parameters
+    ----------
+    environment
+        Variables that Ray reads in the replicas (``pool.environment``).
+    """
+    variables = dict(environment)
+    if settings.gpus_per_replica == 0 and settings.device != "cuda":
+        # Without this a replica on a GPU host sees all GPUs, although it reserved none.
+        variables["CUDA_VISIBLE_DEVICES"] = ""
+    # serve.deployment is typed for use as a decorator only.
+    deployment = cast("Any", serve.deployment)(
+        serve.ingress()(ClassifierPool),
+        name=POOL_DEPLOYMENT,
+        num_replicas=settings.replicas,
+        ray_actor_options={
+            "num_cpus": settings.cpus_per_replica,
+            "num_gpus": settings.gpus_per_replica,
+            "runtime_env": {"env_vars": variables},
+        },
+        # Our own admission answers in our own form; Serve's limits stand just behind it.
+        max_ongoing_requests=settings.max_ongoing_requests + settings.max_queued_requests + 16,
+        max_queued_requests=settings.max_queued_requests,
+        request_router_config=RequestRouterConfig(
+            request_router_class=cast("Any", HomeReplicaRouter),  # mis-typed as a dict in 2.60
+        ),
+        health_check_period_s=2,
+        health_check_timeout_s=10,
+        graceful_shutdown_wait_loop_s=0.5,
+        graceful_shutdown_timeout_s=20,
+    )
+    application: serve.Application = deployment.bind(settings)
+    return application
+
+
+def pool_handle() -> DeploymentHandle[Any]:
+    """A handle on the running pool."""
+    return serve.get_deployment_handle(POOL_DEPLOYMENT, POOL_APP)

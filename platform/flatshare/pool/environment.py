@@ -1,0 +1,58 @@
+"""The environment that Ray must start with: Ray reads its flags when it is imported.
+
+``prepare`` runs before the first ``import ray`` of a program that starts Ray; the same variables go
+into the runtime environment of every Serve process, so that they also hold on a cluster that was
+started by somebody else. ``tests/contract`` checks that Ray 2.60 reads each of them.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from typing import Final, Literal
+
+__all__ = ["prepare", "serve_environment"]
+
+HANDLE_MESSAGE_BYTES: Final = 64 * 1024**2
+"""Largest argument of a handle call, in bytes; Ray's own limit of 4 MiB is 1,300 images."""
+
+
+def serve_environment(edge: Literal["haproxy", "serve"]) -> dict[str, str]:
+    """Variables for every Serve process (controller, proxies, replicas).
+
+    Parameters
+    ----------
+    edge
+        ``haproxy``: replicas listen themselves (direct ingress). ``serve``: only the proxy does.
+    """
+    return {
+        # User code, router and replica share one event loop, logs are buffered, handles use gRPC.
+        "RAY_SERVE_THROUGHPUT_OPTIMIZED": "1",
+        "RAY_SERVE_ENABLE_DIRECT_INGRESS": "1" if edge == "haproxy" else "0",
+        "RAY_SERVE_PROXY_USE_GRPC": "1",
+        "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(HANDLE_MESSAGE_BYTES),
+        # The edge stops sending to a replica as soon as Serve drops it from its targets (it looks
+        # once a second), so 30 s of draining would only make every update slow.
+        "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",
+        "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "3",
+    }
+
+
+def prepare(
+    edge: Literal["haproxy", "serve"], environment: Mapping[str, str] | None = None
+) -> dict[str, str]:
+    """Set this process's variables before it imports ray; returns those for Serve's processes.
+
+    What the operator set already wins.
+    """
+    wanted = serve_environment(edge)
+    given = os.environ if environment is None else environment
+    chosen = {name: given.get(name, value) for name, value in wanted.items()}
+    os.environ.update(chosen)
+    # A driver of ours calls handles from plain threads too, which needs the router's own loop.
+    os.environ["RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP"] = "1"
+    # Ray 2.60 turns token authentication on for local clusters when this is unset, and writes
+    # a token into the home folder.
+    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    return chosen

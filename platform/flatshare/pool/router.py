@@ -1,0 +1,123 @@
+"""Our request router: each model has a home replica, kept unless it is overloaded or another one is warm.
+
+For callers with a ``DeploymentHandle`` and for ``--edge serve``. Rendezvous hashing of the model
+ref over replicas gives every router the same home without talking; a replica that comes or goes
+moves only its own share of models. Bounded load (arxiv.org/abs/1608.01350): nobody is offered more
+than ``load_factor`` times the average while another is under it. There is always a last rank with
+everybody, because a router that insists blocks all tenants (Ray places at most ``2 * replicas``
+requests at a time, and a request that waits for its replica occupies one of these).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections import OrderedDict
+from typing import Any, Final
+
+from ray.serve.request_router import (
+    FIFOMixin,
+    MultiplexMixin,
+    PendingRequest,
+    ReplicaID,
+    RequestRouter,
+    RunningReplica,
+)
+
+__all__ = ["HomeReplicaRouter", "rank"]
+
+MAX_REMEMBERED_ORDERS: Final = 10_000
+"""Models whose order of replicas is remembered; working one out is a hash a replica."""
+
+
+def score(model_ref: str, replica: str) -> bytes:
+    """Rendezvous score of a replica for a model; the largest is its home."""
+    return hashlib.blake2b(f"{model_ref}\0{replica}".encode(), digest_size=8).digest()
+
+
+def rank(
+    order: list[str], warm: set[str], queued: dict[str, int], capacity: dict[str, int], load_factor: float
+) -> list[list[str]]:
+    """Ranks of replicas for one request, best first; pure, so that it can be tested without Ray.
+
+    Parameters
+    ----------
+    order
+        All replicas by falling rendezvous score: the first is the home.
+    warm
+        Those that hold the model.
+    queued
+        Requests that each has now, as far as this router knows.
+    capacity
+        Requests that each takes at most.
+    load_factor
+        How far above the average load one may go before its requests spill.
+
+    Returns
+    -------
+    list of list of str
+        No empty rank; the last one has everybody.
+    """
+    bound = math.ceil(load_factor * (sum(queued.values()) + 1) / max(len(order), 1))
+    open_ones = [name for name in order if queued.get(name, 0) < min(bound, capacity[name])]
+    ranks: list[list[str]] = []
+    home = order[:1]
+    if home and home[0] in open_ones and (home[0] in warm or not warm):
+        ranks.append(home)
+    ranks += [[name] for name in open_ones if name in warm and [name] not in ranks][:1]
+    ranks += [[name] for name in open_ones if [name] not in ranks][:2]
+    ranks.append(list(order))
+    return ranks
+
+
+class HomeReplicaRouter(FIFOMixin, MultiplexMixin, RequestRouter):
+    """Ray Serve's router for the classifier pool (see the module's text)."""
+
+    def initialize_state(self, load_factor: float = 1.5, **_: Any) -> None:
+        """Called by Serve with ``request_router_kwargs``."""
+        self._load_factor = load_factor
+        self._orders: OrderedDict[str, list[str]] = OrderedDict()
+
+    def update_replicas(self, replicas: list[RunningReplica]) -> None:
+        """Forget what was worked out for the old set of replicas."""
+        self._orders = OrderedDict()
+        super().update_replicas(replicas)
+
+    async def choose_replicas(
+        self, candidate_replicas: list[RunningReplica], pending_request: PendingRequest | None = None
+    ) -> list[list[RunningReplica]]:
+        """Ranks for one request; never empty, and asks for backoff when all are full."""
+        if pending_request is not None:
+            pending_request.routing_context.should_backoff = True
+        model_ref = pending_request.metadata.multiplexed_model_id if pending_request is not None else ""
+        if not model_ref or len(candidate_replicas) < 2:
+            return [candidate_replicas]
+        by_name = {one.replica_id.unique_id: one for one in candidate_replicas}
+        queued = {
+            name: self.replica_queue_len_cache.get(one.replica_id) or 0 for name, one in by_name.items()
+        }
+        ranks = rank(
+            self._order(model_ref, by_name),
+            {name for name, one in by_name.items() if model_ref in one.multiplexed_model_ids},
+            queued,
+            {name: one.max_ongoing_requests for name, one in by_name.items()},
+            self._load_factor,
+        )
+        return [[by_name[name] for name in names] for names in ranks]
+
+    def on_request_routed(self, pending_request: PendingRequest, replica_id: ReplicaID, result: Any) -> None:
+        """Drop finished requests from Ray's index by model, which keeps their payloads alive otherwise."""
+        super().on_request_routed(pending_request, replica_id, result)
+        # The lookup that Ray's FIFOMixin makes also removes what is done (2.60, request_router.py:219).
+        self._get_pending_request_matching_multiplexed_model_id(pending_request.metadata)
+
+    def _order(self, model_ref: str, by_name: dict[str, RunningReplica]) -> list[str]:
+        known = self._orders.get(model_ref)
+        if known is not None and len(known) == len(by_name) and all(name in by_name for name in known):
+            self._orders.move_to_end(model_ref)
+            return known
+        order = sorted(by_name, key=lambda name: score(model_ref, name), reverse=True)
+        self._orders[model_ref] = order
+        if len(self._orders) > MAX_REMEMBERED_ORDERS:
+            self._orders.popitem(last=False)
+        return order

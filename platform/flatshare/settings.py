@@ -1,0 +1,139 @@
+"""Settings of the platform: read once at the root of a program, passed down as arguments.
+
+Every field can be set as ``FLATSHARE_<NAME>``; command-line options win over the environment.
+Contradictory settings are refused here, before anything starts.
+"""
+
+from __future__ import annotations
+
+from typing import Final, Literal, Self
+
+from pydantic import Field, ValidationError, model_validator
+
+from flatshare.errors import SettingsError
+from flatshare_registry.settings import RegistrySettings
+
+__all__ = ["LOOPBACK_HOSTS", "Settings", "load_settings"]
+
+LOOPBACK_HOSTS: Final = frozenset({"127.0.0.1", "localhost", "::1"})
+
+
+class Settings(RegistrySettings):
+    """All settings of a platform; frozen."""
+
+    # -- addresses
+    host: str = Field(
+        default="127.0.0.1",
+        description="Address that the edge listens on. Only loopback until authentication is there.",
+    )
+    port: int = Field(default=8000, ge=1, le=65535, description="Port of the edge: both planes.")
+    serve_port: int = Field(
+        default=8500,
+        ge=1,
+        le=65535,
+        description="Port of Ray Serve's own proxy, on loopback: the edge's fallback while no replica is up.",
+    )
+    edge: Literal["haproxy", "serve"] = Field(
+        default="haproxy",
+        description="haproxy: our HAProxy configuration, one hop. serve: Ray Serve's Python proxy with our "
+        "router; several times slower, needs no extra process.",
+    )
+
+    # -- the pool
+    replicas: int = Field(default=2, ge=1, le=1000, description="Replicas in the pool.")
+    slots: int = Field(
+        default=10, ge=1, le=100_000, description="Models that one replica keeps on its device."
+    )
+    device: Literal["auto", "cpu", "cuda"] = Field(
+        default="auto", description="auto: cuda where there is one, else cpu."
+    )
+    gpus_per_replica: float = Field(
+        default=0.0,
+        ge=0,
+        description="GPUs that Ray reserves for one replica: below 1 a fraction, else a whole number. "
+        "0 on machines without CUDA; device=cuda needs more than 0.",
+    )
+    cpus_per_replica: float = Field(
+        default=1.0, ge=0, description="CPUs that Ray reserves for one replica (bookkeeping, no limit)."
+    )
+    torch_threads: int = Field(
+        default=1,
+        ge=1,
+        description="Threads of one forward pass. 1: the replicas, not the threads, use the cores.",
+    )
+    max_ongoing_requests: int = Field(
+        default=64, ge=1, description="Requests that one replica works on at a time; more wait."
+    )
+    max_queued_requests: int = Field(
+        default=256, ge=0, description="Requests that wait in one replica; beyond it 503 with Retry-After."
+    )
+    request_timeout_s: float = Field(
+        default=30.0, gt=0, description="Seconds that a request may take in a replica, waiting included."
+    )
+    load_concurrency: int = Field(
+        default=4, ge=1, le=64, description="Models that one replica loads at a time."
+    )
+    view_ttl_s: float = Field(
+        default=2.0,
+        gt=0,
+        description="Seconds that a replica believes what it read of a tenant; a promote through the "
+        "control plane is seen at once.",
+    )
+
+    # -- limits on what comes in
+    max_body_bytes: int = Field(
+        default=8 * 1024**2, ge=1024, description="Longest request body, in bytes; beyond it 413."
+    )
+    max_rows: int = Field(default=1024, ge=1, description="Most images in one request; beyond it 413.")
+    retry_body_bytes: int = Field(
+        default=64 * 1024,
+        ge=4096,
+        le=1024**2,
+        description="Longest body that the edge sends again when a replica dies under it. Each open "
+        "request costs the edge about twice this in memory.",
+    )
+
+    # -- clients
+    url: str = Field(
+        default="",
+        description="Address of a running platform, for client commands; by default what `up` wrote.",
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.port == self.serve_port:
+            raise ValueError(f"port and serve_port are both {self.port}; give them different ports")
+        if self.gpus_per_replica > 1 and self.gpus_per_replica != int(self.gpus_per_replica):
+            raise ValueError("gpus_per_replica is a fraction below 1 or a whole number (Ray's rule)")
+        if self.device == "cuda" and self.gpus_per_replica == 0:
+            raise ValueError("device=cuda needs gpus_per_replica above 0, or Ray gives the replica no GPU")
+        if self.device == "cpu" and self.gpus_per_replica > 0:
+            raise ValueError("device=cpu with gpus_per_replica above 0 would reserve GPUs and not use them")
+        if self.retry_body_bytes > self.max_body_bytes:
+            raise ValueError("retry_body_bytes is larger than max_body_bytes")
+        if self.host not in LOOPBACK_HOSTS:
+            raise ValueError(
+                f"host {self.host!a} is not loopback: there is no authentication yet, so flatshare only "
+                "listens on 127.0.0.1; put your own authenticating proxy in front of it"
+            )
+        return self
+
+
+def load_settings(**given: object) -> Settings:
+    """Settings from the environment, overridden by those of ``given`` that are not None.
+
+    Raises
+    ------
+    SettingsError
+        With one line a problem.
+    """
+    try:
+        # Pydantic validates; its constructor is typed field by field.
+        return Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+    except ValidationError as error:
+        lines = [
+            f"{'.'.join(str(part) for part in problem['loc']) or 'settings'}: "
+            f"{problem['msg'].removeprefix('Value error, ')}"
+            for problem in error.errors()
+        ]
+        raise SettingsError("; ".join(lines)) from None

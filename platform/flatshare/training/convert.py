@@ -1,0 +1,113 @@
+"""Convert what people have (TorchScript, a checkpoint) to safetensors, on their own machine.
+
+The platform itself never unpickles anything. TorchScript archives hold code, so reading one means
+trusting whoever made it; the command says so before it does.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Final
+
+import torch
+from safetensors.torch import save
+
+from flatshare.models.architecture import Architecture
+from flatshare_registry.errors import InvalidWeights
+from flatshare_registry.weights import check_architecture, describe
+
+__all__ = ["TORCHSCRIPT_WARNING", "is_torchscript", "to_safetensors"]
+
+TORCHSCRIPT_WARNING: Final = (
+    "TorchScript files hold code. Loading one can run whatever its author put there: do this only "
+    "with files that you trust, on a machine that you can afford to lose."
+)
+
+_PREFIXES: Final = ("module.", "_orig_mod.", "model.")
+"""What wrappers put in front of every name: DataParallel, torch.compile, Lightning."""
+
+
+def is_torchscript(path: Path) -> bool:
+    """Whether a file is a TorchScript archive; looks, loads nothing.
+
+    Raises
+    ------
+    InvalidWeights
+        It can't be read.
+    """
+    try:
+        if not zipfile.is_zipfile(path):
+            return False
+        with zipfile.ZipFile(path) as archive:
+            return any("/code/" in name or name.endswith("constants.pkl") for name in archive.namelist())
+    except (OSError, zipfile.BadZipFile) as error:
+        raise InvalidWeights(f"{path} can't be read: {error}") from error
+
+
+def to_safetensors(path: Path, network: Architecture, *, trust_torchscript: bool = False) -> bytes:
+    """Weights of a file as a safetensors file of an architecture.
+
+    Parameters
+    ----------
+    path
+        A ``state_dict`` checkpoint (loaded with ``weights_only=True``), bare or under a key
+        ``state_dict`` or ``model``; or a TorchScript archive.
+    trust_torchscript
+        Whether a TorchScript archive may be loaded.
+
+    Raises
+    ------
+    InvalidWeights
+        Not such a file, not trusted, or not of this architecture.
+    """
+    state = _torchscript_state(path, trust_torchscript) if is_torchscript(path) else _checkpoint_state(path)
+    state = _without_prefix(state, network)
+    # clone: tensors that share memory can't be saved as safetensors.
+    data: bytes = save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()})
+    check_architecture(describe(data).tensors, network.name, network.tensors)
+    return data
+
+
+def _torchscript_state(path: Path, trusted: bool) -> dict[str, torch.Tensor]:
+    if not trusted:
+        raise InvalidWeights(
+            f"{path} is TorchScript. {TORCHSCRIPT_WARNING} Say --trust-torchscript to go on."
+        )
+    try:
+        module = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]  # torch.jit is untyped
+    except (RuntimeError, ValueError, OSError) as error:
+        raise InvalidWeights(f"{path} can't be loaded as TorchScript: {_first_line(error)}") from error
+    return dict(module.state_dict())
+
+
+def _checkpoint_state(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # torch raises pickle, zip, EOF, runtime and key errors for bad files
+        raise InvalidWeights(
+            f"{path} can't be loaded as a checkpoint of plain tensors: {_first_line(error)}"
+        ) from error
+    for key in ("state_dict", "model"):
+        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
+            loaded = loaded[key]
+    if not isinstance(loaded, Mapping) or not loaded:
+        raise InvalidWeights(f"{path} holds no state_dict")
+    bad = [str(name) for name, value in loaded.items() if not isinstance(value, torch.Tensor)]
+    if bad:
+        raise InvalidWeights(f"{path} holds things that are no tensors: {', '.join(bad[:3])}")
+    return {str(name): value for name, value in loaded.items()}
+
+
+def _without_prefix(state: dict[str, torch.Tensor], network: Architecture) -> dict[str, torch.Tensor]:
+    """Names as the architecture has them, if only a wrapper's prefix is in the way."""
+    for prefix in _PREFIXES:
+        stripped = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
+        if set(state) != set(network.tensors) and set(stripped) == set(network.tensors):
+            return stripped
+    return state
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0][:200]
