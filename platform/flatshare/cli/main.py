@@ -6,7 +6,7 @@ import sys
 
 import typer
 
-from flatshare.cli import fleet, platform_verbs, registry_verbs, training_verbs
+from flatshare.cli import bench_verb, fleet, platform_verbs, registry_verbs, training_verbs
 from flatshare.cli.errors import exit_code
 from flatshare.cli.output import err
 from flatshare.errors import ServeError
@@ -24,6 +24,7 @@ app = typer.Typer(
 
 platform_verbs.add_to(app)
 fleet.add_to(app)
+bench_verb.add_to(app)
 registry_verbs.add_to(app)
 training_verbs.add_to(app)
 

@@ -48,11 +48,14 @@ class Trained:
         A whole safetensors file.
     base_accuracy, own_accuracy
         Share of this customer's held-out test images that the base model, and this one, get right.
+    own_labels
+        What this one says of each of these images, int64 ``(N,)``.
     """
 
     weights: bytes
     base_accuracy: float
     own_accuracy: float
+    own_labels: Labels
 
 
 def train_base(
@@ -93,7 +96,9 @@ def fine_tune(
     module = network.build()
     module.load_state_dict(base.state_dict())
     _fit(module, network.preprocess(images), labels, epochs, progress)
-    return Trained(_save(module), accuracy(base, test, test_labels), accuracy(module, test, test_labels))
+    own_labels = predict_labels(module, test)
+    own_accuracy = float((own_labels == test_labels).mean())
+    return Trained(_save(module), accuracy(base, test, test_labels), own_accuracy, own_labels)
 
 
 def load_module(network: Architecture, path: Path) -> nn.Module:

@@ -1,0 +1,182 @@
+"""Send shots and note each outcome: closed loop (so many at a time) or open loop (so many a second)."""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Final
+
+import aiohttp
+import orjson
+
+from flatshare.api.schemas import MODEL_ID_HEADER
+from flatshare.bench.workload import Shot
+
+__all__ = ["Load", "Outcome", "send_all"]
+
+CLIENT_TIMEOUT_S: Final = 60.0
+MAX_OPEN: Final = 2000
+"""Open-loop requests in flight at a time; beyond it the machine, not the platform, is measured."""
+
+Progress = Callable[[int], None]
+"""Called with the number of requests that are done."""
+
+
+@dataclass(frozen=True, slots=True)
+class Load:
+    """How to send.
+
+    Attributes
+    ----------
+    requests, duration_s
+        Stop after so many, or after so long; at least one is given.
+    concurrency
+        Closed loop: requests in flight at a time.
+    rate
+        Open loop: requests a second, whatever the answers; None for closed loop. Latency then
+        counts from when a request was due, so a stall is not hidden by the waiting it causes.
+    """
+
+    requests: int | None = None
+    duration_s: float | None = None
+    concurrency: int = 16
+    rate: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """One request's fate.
+
+    Attributes
+    ----------
+    at_s
+        When it was sent (closed loop) or due (open loop), from the start of the run.
+    status
+        HTTP status; 0 when there was no answer.
+    code
+        ``ok``, our error code, or ``no_answer``.
+    right
+        Whether the labels were those expected; None if nothing was expected.
+    """
+
+    model: str
+    at_s: float
+    latency_s: float
+    status: int
+    code: str
+    tier: str = ""
+    replica: str = ""
+    version: str = ""
+    right: bool | None = None
+
+
+async def send_all(url: str, shots: Iterator[Shot], load: Load, progress: Progress | None = None) -> list[Outcome]:
+    """Send until the load is done; outcomes in the order in which they came in.
+
+    Parameters
+    ----------
+    url
+        Of the route, not of the platform.
+    shots
+        Endless, or the run ends with them.
+    """
+    outcomes: list[Outcome] = []
+    connector = aiohttp.TCPConnector(limit=0)
+    timeout = aiohttp.ClientTimeout(total=CLIENT_TIMEOUT_S)
+    started = time.perf_counter()
+    end_s = load.duration_s if load.duration_s is not None else float("inf")
+    if load.requests is not None:
+        shots = itertools.islice(shots, load.requests)
+
+    async with aiohttp.ClientSession(connector=connector, timeout=timeout) as session:
+
+        async def send(shot: Shot, due_s: float) -> None:
+            outcomes.append(await _send(session, url, shot, started, due_s))
+            if progress is not None:
+                progress(len(outcomes))
+
+        async def worker() -> None:
+            for shot in shots:
+                now_s = time.perf_counter() - started
+                if now_s >= end_s:
+                    return
+                await send(shot, now_s)
+
+        if load.rate is None:
+            await asyncio.gather(*[worker() for _ in range(load.concurrency)])
+        else:
+            await _open_loop(shots, load.rate, end_s, started, send)
+    return outcomes
+
+
+async def _open_loop(
+    shots: Iterator[Shot],
+    rate: float,
+    end_s: float,
+    started: float,
+    send: Callable[[Shot, float], object],
+) -> None:
+    """Start each request when it is due."""
+    places = asyncio.Semaphore(MAX_OPEN)
+    running: set[asyncio.Task[None]] = set()
+
+    async def send_one(shot: Shot, due_s: float) -> None:
+        try:
+            await send(shot, due_s)  # type: ignore[misc]  # a coroutine function
+        finally:
+            places.release()
+
+    for number, shot in enumerate(shots):
+        due_s = number / rate
+        if due_s >= end_s:
+            break
+        wait_s = started + due_s - time.perf_counter()
+        if wait_s > 0:
+            await asyncio.sleep(wait_s)  # the schedule itself, not a wait for something to happen
+        await places.acquire()
+        task = asyncio.create_task(send_one(shot, due_s))
+        running.add(task)
+        task.add_done_callback(running.discard)
+    await asyncio.gather(*running)
+
+
+async def _send(
+    session: aiohttp.ClientSession, url: str, shot: Shot, started: float, due_s: float
+) -> Outcome:
+    headers = {MODEL_ID_HEADER: shot.model, "content-type": "application/json"}
+    try:
+        async with session.post(url, data=shot.body, headers=headers) as reply:
+            body = await reply.read()
+            latency_s = time.perf_counter() - started - due_s
+            return Outcome(
+                model=shot.model,
+                at_s=due_s,
+                latency_s=latency_s,
+                status=reply.status,
+                code="ok" if reply.status == 200 else _code(body, reply.status),
+                tier=reply.headers.get("x-flatshare-tier", ""),
+                replica=reply.headers.get("x-flatshare-replica", ""),
+                version=reply.headers.get("x-flatshare-version", ""),
+                right=_right(body, shot) if reply.status == 200 else None,
+            )
+    except (aiohttp.ClientError, TimeoutError, OSError):
+        return Outcome(shot.model, due_s, time.perf_counter() - started - due_s, 0, "no_answer")
+
+
+def _right(body: bytes, shot: Shot) -> bool | None:
+    if shot.expected is None:
+        return None
+    try:
+        return bool(orjson.loads(body)["predicted_label"] == list(shot.expected))
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        return False
+
+
+def _code(body: bytes, status: int) -> str:
+    try:
+        return str(orjson.loads(body)["error"]["code"])
+    except (orjson.JSONDecodeError, KeyError, TypeError):
+        return f"http_{status}"
