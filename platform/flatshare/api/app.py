@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
+from flatshare.api.hot import HotRoutes
 from flatshare.api.http import (
     ERROR_REPLIES,
     REQUEST_ID_HEADER,
@@ -37,8 +38,8 @@ _ABOUT: Final = """Many customers, one pool of replicas. Name your model in the
 _BINARY: Final = {"schema": {"type": "string", "format": "binary"}}
 
 
-def create_app(service: InferenceService, *, replica: str, max_body_bytes: int, max_rows: int) -> FastAPI:
-    """Build the data plane of one replica.
+def create_app(service: InferenceService, *, replica: str, max_body_bytes: int, max_rows: int) -> HotRoutes:
+    """Build the data plane of one replica, an ASGI app.
 
     Parameters
     ----------
@@ -110,7 +111,7 @@ def create_app(service: InferenceService, *, replica: str, max_body_bytes: int, 
             "or application/octet-stream (raw pixels)"
         )
 
-    return app
+    return HotRoutes(app, {"/predict": predict, "/": predict})
 
 
 def model_id_of(request: Request) -> str:

@@ -17,7 +17,7 @@ from flatshare.errors import BadInput, ServeError, TooLarge
 from flatshare_registry.errors import RegistryError
 from flatshare_registry.records import new_ulid
 
-__all__ = ["ERROR_REPLIES", "error_response", "install_error_handlers", "read_body", "request_id_of"]
+__all__ = ["ERROR_REPLIES", "error_reply", "error_response", "install_error_handlers", "read_body", "request_id_of"]
 
 logger = logging.getLogger("flatshare.api")
 
@@ -77,15 +77,20 @@ def error_response(error: HttpError, request_id: str) -> Response:
     return Response(orjson.dumps(body), error.status, headers, media_type="application/json")
 
 
+def error_reply(request: Request, error: Exception) -> Response:
+    """The reply for an exception; what is our fault is logged with its traceback, here and nowhere else."""
+    request_id = request_id_of(request)
+    described = describe_error(error)
+    if described.status >= 500 and described.status != 503:
+        logger.error("request %s failed: %s", request_id, described.code, exc_info=error)
+    return error_response(described, request_id)
+
+
 def install_error_handlers(app: FastAPI) -> None:
     """Answer every exception, the framework's own too, in our one form; never with a traceback."""
 
     async def known(request: Request, error: Exception) -> Response:
-        request_id = request_id_of(request)
-        described = describe_error(error)
-        if described.status >= 500 and described.status != 503:
-            logger.error("request %s failed: %s", request_id, described.code, exc_info=error)
-        return error_response(described, request_id)
+        return error_reply(request, error)
 
     async def framework(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)

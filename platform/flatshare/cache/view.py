@@ -5,7 +5,8 @@
   (stale-while-revalidate), unless it is so old that waiting is the honest thing.
 - The store is down: the last answer stands, however old (promise 11); a tenant that was never
   seen is ``Unavailable``.
-- Unknown tenants are remembered for one TTL, so junk ids cost the store one GET a TTL each.
+- Unknown tenants are remembered for one TTL, unknown versions and aliases for ``RECHECK_S``, so junk
+  costs the store one small GET in that time.
 """
 
 from __future__ import annotations
@@ -34,6 +35,10 @@ MAX_RECORDS: Final = 8_192
 
 MAX_MISSING: Final = 10_000
 """Most unknown tenants remembered at a time; beyond it the oldest are asked for again."""
+
+RECHECK_S: Final = 0.25
+"""Seconds that "no such alias" or "no such version" of a known tenant is believed: a model that was
+registered a moment ago is found at its first request, and junk costs four requests a second."""
 
 STALE_AFTER_TTLS: Final = 15
 """A head older than this many TTLs is read before it is used: nobody asked for so long that a
@@ -98,7 +103,12 @@ class RegistryView:
             if age_s > self._ttl_s * STALE_AFTER_TTLS:
                 return None
             self._read_behind(ref.tenant)
-        number = select(known.head, ref)
+        try:
+            number = select(known.head, ref)
+        except NotFound:
+            if age_s > RECHECK_S:
+                return None
+            raise
         return self._records.get((ref.tenant, number, known.head.versions[number]))
 
     async def resolve(self, ref: ModelRef, timeout_s: float) -> VersionRecord:
@@ -119,7 +129,14 @@ class RegistryView:
         try:
             async with asyncio.timeout(timeout_s):
                 head = await self._head(ref.tenant)
-                return await self._record(head, select(head, ref))
+                try:
+                    number = select(head, ref)
+                except NotFound:
+                    if self._age_s(ref.tenant) <= RECHECK_S:
+                        raise
+                    head = await asyncio.shield(self._read(ref.tenant))
+                    number = select(head, ref)
+                return await self._record(head, number)
         except TimeoutError:
             raise Unavailable(f"the registry did not answer within {timeout_s:g} s") from None
 
@@ -144,6 +161,11 @@ class RegistryView:
             return await asyncio.shield(self._read(tenant))
         except NotFound:
             return None
+
+    def _age_s(self, tenant: TenantId) -> float:
+        """Seconds since a tenant's head was last seen to be current."""
+        known = self._heads.get(tenant)
+        return self._clock() - known.checked_at if known is not None else float("inf")
 
     async def _head(self, tenant: TenantId) -> TenantHead:
         if tenant in self._missing:

@@ -7,6 +7,7 @@ alone. Today each call is one pass.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
@@ -58,13 +59,17 @@ class Inference:
         ModelFailed
             The pass raised (out of memory, say).
         """
-        # Shielded: a caller that goes away must not let go of the lease while its pass runs.
-        future = asyncio.get_running_loop().run_in_executor(self._thread, self._forward, lease, rows)
+        submitted = self._thread.submit(self._forward, lease, rows)
+        future = asyncio.wrap_future(submitted)
         try:
             return await asyncio.shield(future)
         except asyncio.CancelledError:
-            if not future.cancel():
-                await asyncio.wait([future])
+            # A caller that goes away must not let go of the lease while its pass runs: a pass that
+            # has not begun is dropped, one that has is waited for, however often we are cancelled.
+            if not submitted.cancel():
+                while not future.done():
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await asyncio.wait([future])
                 future.exception()
             raise
 

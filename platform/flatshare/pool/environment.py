@@ -55,4 +55,7 @@ def prepare(
     # a token into the home folder.
     os.environ.setdefault("RAY_AUTH_MODE", "disabled")
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    # Ray runs its workers at nice 15; replicas answer customers, and must not stand behind
+    # whatever else the machine does. Read by the raylet that we start.
+    os.environ.setdefault("RAY_worker_niceness", "0")
     return chosen

@@ -10,8 +10,6 @@ requests at a time, and a request that waits for its replica occupies one of the
 
 from __future__ import annotations
 
-import hashlib
-import math
 from collections import OrderedDict
 from typing import Any, Final
 
@@ -24,50 +22,12 @@ from ray.serve.request_router import (
     RunningReplica,
 )
 
-__all__ = ["HomeReplicaRouter", "rank"]
+from flatshare.pool.ranking import rank, score
+
+__all__ = ["HomeReplicaRouter"]
 
 MAX_REMEMBERED_ORDERS: Final = 10_000
 """Models whose order of replicas is remembered; working one out is a hash a replica."""
-
-
-def score(model_ref: str, replica: str) -> bytes:
-    """Rendezvous score of a replica for a model; the largest is its home."""
-    return hashlib.blake2b(f"{model_ref}\0{replica}".encode(), digest_size=8).digest()
-
-
-def rank(
-    order: list[str], warm: set[str], queued: dict[str, int], capacity: dict[str, int], load_factor: float
-) -> list[list[str]]:
-    """Ranks of replicas for one request, best first; pure, so that it can be tested without Ray.
-
-    Parameters
-    ----------
-    order
-        All replicas by falling rendezvous score: the first is the home.
-    warm
-        Those that hold the model.
-    queued
-        Requests that each has now, as far as this router knows.
-    capacity
-        Requests that each takes at most.
-    load_factor
-        How far above the average load one may go before its requests spill.
-
-    Returns
-    -------
-    list of list of str
-        No empty rank; the last one has everybody.
-    """
-    bound = math.ceil(load_factor * (sum(queued.values()) + 1) / max(len(order), 1))
-    open_ones = [name for name in order if queued.get(name, 0) < min(bound, capacity[name])]
-    ranks: list[list[str]] = []
-    home = order[:1]
-    if home and home[0] in open_ones and (home[0] in warm or not warm):
-        ranks.append(home)
-    ranks += [[name] for name in open_ones if name in warm and [name] not in ranks][:1]
-    ranks += [[name] for name in open_ones if [name] not in ranks][:2]
-    ranks.append(list(order))
-    return ranks
 
 
 class HomeReplicaRouter(FIFOMixin, MultiplexMixin, RequestRouter):

@@ -1,0 +1,215 @@
+"""The registry view: fresh, stale, missing, and a store that is down."""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+from flatshare_registry.catalog import Registry
+from flatshare_registry.errors import NotFound, Unavailable
+from flatshare_registry.ids import PRODUCTION, ModelRef, TenantId
+from flatshare_registry.stores.memory import MemoryStore
+from flatshare_registry.testing.faults import FaultyStore, ManualClock
+from flatshare_registry.testing.files import TINY_SPECS, tiny_weights
+
+from flatshare.cache.view import RegistryView
+
+ACME, REF = TenantId("acme"), ModelRef.parse("acme")
+
+
+class World:
+    """A registry behind a store that counts and can be switched off, and a view on it."""
+
+    def __init__(self, threads: ThreadPoolExecutor) -> None:
+        self.reads: list[str] = []
+        self.down = False
+        self.gate: threading.Event | None = None
+        self.clock = ManualClock()
+        store = MemoryStore()
+        self.registry = Registry(store)
+        self.changes = 0
+        self.view = RegistryView(
+            Registry(FaultyStore(store, before=self._before)),
+            threads,
+            ttl_s=2.0,
+            on_change=self._changed,
+            clock=self.clock,
+        )
+
+    def _before(self, operation: str, key: str) -> None:
+        self.reads.append(key)
+        if self.gate is not None:
+            assert self.gate.wait(10)
+        if self.down:
+            raise Unavailable("down")
+
+    def _changed(self) -> None:
+        self.changes += 1
+
+    def publish(self, value: float, promote: bool = True) -> int:
+        done = self.registry.register(
+            ACME, tiny_weights(value), "tiny", TINY_SPECS, alias=PRODUCTION if promote else None
+        )
+        return done.version.version
+
+    async def resolve(self, text: str = "acme") -> int:
+        return (await self.view.resolve(ModelRef.parse(text), 5)).version
+
+    async def behind(self) -> None:
+        """Wait for reads that nobody waits for."""
+        while self.view._reads:
+            await asyncio.gather(*self.view._reads.values(), return_exceptions=True)
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    with ThreadPoolExecutor(2) as threads:
+        world = World(threads)
+        world.registry.create_tenant(ACME)
+        world.publish(1)
+        yield world
+
+
+async def test_a_fresh_answer_costs_no_request(world: World) -> None:
+    assert await world.resolve() == 1
+    reads = len(world.reads)
+    for _ in range(100):
+        record = world.view.resolve_now(REF)
+        assert record is not None
+        assert record.version == 1
+    assert len(world.reads) == reads == 2  # the head and the version record, once
+
+
+async def test_a_stale_answer_is_given_once_more_and_renewed_behind(world: World) -> None:
+    await world.resolve()
+    world.publish(2)
+    world.clock.advance(2.5)
+    assert await world.resolve() == 1
+    await world.behind()
+    assert await world.resolve() == 2
+    assert world.changes == 2
+
+
+async def test_a_very_old_answer_is_read_again_first(world: World) -> None:
+    await world.resolve()
+    world.publish(2)
+    world.clock.advance(2.0 * 15 + 1)
+    assert await world.resolve() == 2
+
+
+async def test_an_unchanged_head_is_one_conditional_request(world: World) -> None:
+    await world.resolve()
+    world.clock.advance(100)
+    before = len(world.reads)
+    assert await world.resolve() == 1
+    assert len(world.reads) == before + 1  # the version record is immutable, so never again
+    assert world.changes == 1
+
+
+async def test_a_refresh_sees_a_promotion_at_once(world: World) -> None:
+    await world.resolve()
+    world.publish(2)
+    head = await world.view.refresh(ACME)
+    assert head is not None
+    assert await world.resolve() == 2
+
+
+async def test_a_refresh_does_not_join_a_read_that_began_before_it(world: World) -> None:
+    world.gate = threading.Event()
+    early = asyncio.create_task(world.view.resolve(REF, 5))
+    while not world.reads:
+        await asyncio.sleep(0)
+    world.publish(2)  # lands while the early read is under way
+    refreshing = asyncio.create_task(world.view.refresh(ACME))
+    await asyncio.sleep(0)
+    world.gate.set()
+    head = await refreshing
+    assert head is not None
+    assert head.aliases["production"] == 2
+    await early
+    assert await world.resolve() == 2
+
+
+async def test_unknown_tenants_are_remembered_for_one_ttl(world: World) -> None:
+    for _ in range(50):
+        with pytest.raises(NotFound):
+            await world.resolve("nobody")
+    assert len(world.reads) == 1
+    world.clock.advance(2.1)
+    with pytest.raises(NotFound):
+        await world.resolve("nobody")
+    assert len(world.reads) == 2
+    with pytest.raises(NotFound):
+        await world.resolve("acme:canary")
+    world.registry.create_tenant(TenantId("nobody"))
+    await world.view.refresh(TenantId("nobody"))
+    with pytest.raises(NotFound, match="no alias"):
+        await world.resolve("nobody")
+
+
+async def test_a_version_registered_a_moment_ago_is_found_at_its_first_request(world: World) -> None:
+    await world.resolve()
+    with pytest.raises(NotFound):
+        await world.resolve("acme@2")
+    world.publish(2, promote=False)
+    with pytest.raises(NotFound):  # believed for a quarter of a second
+        await world.resolve("acme@2")
+    world.clock.advance(0.3)
+    reads = len(world.reads)
+    assert await world.resolve("acme@2") == 2
+    for _ in range(50):
+        with pytest.raises(NotFound):
+            await world.resolve("acme@3")
+    assert len(world.reads) == reads + 2  # the head, and the record of version 2
+
+
+async def test_promise_11_what_is_known_goes_on_while_the_store_is_down(world: World) -> None:
+    await world.resolve()
+    world.down = True
+    for age in (1, 5, 1000, 100_000):
+        world.clock.advance(age)
+        assert await world.resolve() == 1
+        await world.behind()
+    with pytest.raises(Unavailable):
+        await world.resolve("globex")
+    world.down = False
+    world.publish(2)
+    world.clock.advance(1000)
+    assert await world.resolve() == 2
+
+
+async def test_a_store_that_hangs_is_unavailable_in_time(world: World) -> None:
+    world.gate = threading.Event()
+    with pytest.raises(Unavailable, match=r"within 0\.05 s"):
+        await world.view.resolve(REF, 0.05)
+    world.gate.set()
+
+
+async def test_a_deleted_tenant_is_gone_after_its_ttl(world: World) -> None:
+    await world.resolve()
+    world.registry.delete_tenant(ACME)
+    world.clock.advance(2.5)
+    await world.resolve()
+    await world.behind()
+    with pytest.raises(NotFound):
+        await world.resolve()
+    assert world.view.head_now(ACME) is None
+
+
+async def test_many_callers_share_one_read(world: World) -> None:
+    await asyncio.gather(*[world.resolve() for _ in range(30)])
+    assert [key for key in world.reads if key.endswith("head.json")] == ["tenants/acme/head.json"]
+
+
+async def test_a_caller_that_goes_away_does_not_cancel_the_read(world: World) -> None:
+    world.gate = threading.Event()
+    first = asyncio.create_task(world.resolve())
+    second = asyncio.create_task(world.resolve())
+    while not world.reads:
+        await asyncio.sleep(0)
+    first.cancel()
+    world.gate.set()
+    assert await second == 1
