@@ -20,9 +20,6 @@ from typing import Any
 
 import httpx
 import numpy as np
-from flatshare_registry import PRODUCTION, Registry, TenantId
-from flatshare_registry.settings import RegistrySettings
-from flatshare_registry.testing.s3_server import CREDENTIALS
 from numpy.typing import NDArray
 
 from flatshare.bench.load import Load, Outcome, send_all
@@ -34,6 +31,9 @@ from flatshare.models.architecture import architecture
 from flatshare.training.handwriting import HANDWRITINGS, Handwriting
 from flatshare.training.mnist import Digits, load_digits
 from flatshare.training.train import Trained, fine_tune, load_module, train_base
+from flatshare_registry import PRODUCTION, Registry, TenantId
+from flatshare_registry.settings import RegistrySettings
+from flatshare_registry.testing.s3_server import CREDENTIALS
 
 NETWORK = architecture("mnist-cnn")
 CUSTOMERS = {
@@ -188,9 +188,7 @@ def train_customers(digits: Digits, folder: Path, count: int) -> tuple[list[Cust
     return customers, first.trained
 
 
-def measured(
-    tenant: str, writing: Handwriting, trained: Trained, digits: Digits, seed: int
-) -> Customer:
+def measured(tenant: str, writing: Handwriting, trained: Trained, digits: Digits, seed: int) -> Customer:
     """What the model said offline of each of its customer's held-out digits."""
     pixels, labels = writing.apply(digits.test_images, digits.test_labels, seed + 1)
     return Customer(tenant, writing, trained, NETWORK.preprocess(pixels), labels, trained.own_labels)

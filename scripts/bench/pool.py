@@ -26,12 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import boto3
-import httpx
-import numpy as np
 import torch
-from flatshare_registry import Registry, TenantId
-from flatshare_registry.settings import RegistrySettings
-from flatshare_registry.testing.s3_server import CREDENTIALS
 from safetensors.torch import save
 
 from flatshare.bench.load import Load, send_all
@@ -40,6 +35,9 @@ from flatshare.bench.workload import Shot, encode_json
 from flatshare.cli.output import err, out, print_table
 from flatshare.models.architecture import architecture
 from flatshare.training.mnist import load_digits
+from flatshare_registry import Registry, TenantId
+from flatshare_registry.settings import RegistrySettings
+from flatshare_registry.testing.s3_server import CREDENTIALS
 
 HERE = Path(__file__).parent
 NETWORK = architecture("mnist-cnn")
@@ -197,8 +195,15 @@ def results(turns: dict[str, list[dict[str, Any]]], arguments: argparse.Namespac
     return {
         "contenders": contenders,
         "hot_ratio": round(contenders["flatshare"]["hot_rps"] / contenders["stock"]["hot_rps"], 2),
-        "load": {**vars(arguments), "json": None, "images_per_request": 1, "client": "aiohttp, on the same cores"},
-        "versions": {name: version(name) for name in ("flatshare", "ray", "torch", "fastapi", "aiohttp", "numpy")},
+        "load": {
+            **vars(arguments),
+            "json": None,
+            "images_per_request": 1,
+            "client": "aiohttp, on the same cores",
+        },
+        "versions": {
+            name: version(name) for name in ("flatshare", "ray", "torch", "fastapi", "aiohttp", "numpy")
+        },
         "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()},
         "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
     }

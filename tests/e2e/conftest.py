@@ -17,16 +17,16 @@ import numpy as np
 import psutil
 import pytest
 import torch
-from flatshare_registry.catalog import Registry
-from flatshare_registry.ids import PRODUCTION, TenantId
-from flatshare_registry.stores.open import open_store
-from flatshare_registry.stores.s3 import S3Options
-from flatshare_registry.testing.s3_server import CREDENTIALS, local_s3
 from numpy.typing import NDArray
 from safetensors.torch import save
 from torch import nn
 
 from flatshare.models.architecture import architecture
+from flatshare_registry.catalog import Registry
+from flatshare_registry.ids import PRODUCTION, TenantId
+from flatshare_registry.stores.open import open_store
+from flatshare_registry.stores.s3 import S3Options
+from flatshare_registry.testing.s3_server import CREDENTIALS, local_s3
 
 NETWORK = architecture("mnist-cnn")
 MODEL = "serve_multiplexed_model_id"
@@ -60,7 +60,11 @@ class Platform:
 
     def cli(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
-            [FLATSHARE, *arguments], env=self.environment, capture_output=True, text=True, timeout=UP_TIMEOUT_S
+            [FLATSHARE, *arguments],
+            env=self.environment,
+            capture_output=True,
+            text=True,
+            timeout=UP_TIMEOUT_S,
         )
         if check:
             assert done.returncode == 0, done.stdout + done.stderr
@@ -110,7 +114,9 @@ class Platform:
 
 
 def random_rows(count: int, seed: int = 0) -> NDArray[np.float32]:
-    rows: NDArray[np.float32] = np.random.default_rng(seed).random((count, 1, 28, 28), dtype=np.float32) * 2 - 1
+    rows: NDArray[np.float32] = (
+        np.random.default_rng(seed).random((count, 1, 28, 28), dtype=np.float32) * 2 - 1
+    )
     return rows
 
 
@@ -131,13 +137,17 @@ def start(folder: Path, s3_url: str, prefix: str, *options: str) -> Platform:
         environment,
         Registry(open_store(store, S3Options(endpoint_url=s3_url)), actor="e2e"),
     )
-    platform.cli("up", "--detach", "--ray", "local", "--port", str(port), "--serve-port", str(serve_port), *options)
+    platform.cli(
+        "up", "--detach", "--ray", "local", "--port", str(port), "--serve-port", str(serve_port), *options
+    )
     return platform
 
 
 def processes_of(platform: Platform) -> list[psutil.Process]:
     """The ``up`` process and all below it."""
-    state = json.loads(next(Path(platform.environment["XDG_STATE_HOME"]).rglob("platform-*.json")).read_text())
+    state = json.loads(
+        next(Path(platform.environment["XDG_STATE_HOME"]).rglob("platform-*.json")).read_text()
+    )
     up = psutil.Process(state["pid"])
     return [up, *up.children(recursive=True)]
 

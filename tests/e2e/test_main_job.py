@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import io
 import json
 import threading
 import time
@@ -160,9 +159,12 @@ def test_header_hygiene_and_limits_at_the_edge(platform: Platform) -> None:
         headers={MODEL: "edge", "x-request-timeout-seconds": "0.000001", "x-serve-router-x": "y"},
     )
     assert reply.status_code == 200
-    assert httpx.post(
-        f"{platform.url}/predict", content=b"x", headers={MODEL: "edge", "x-request-id": "mine-1"}
-    ).json()["error"]["request_id"] == "mine-1"
+    assert (
+        httpx.post(
+            f"{platform.url}/predict", content=b"x", headers={MODEL: "edge", "x-request-id": "mine-1"}
+        ).json()["error"]["request_id"]
+        == "mine-1"
+    )
     huge = httpx.post(f"{platform.url}/predict", content=b"x" * (9 * 1024**2), headers={MODEL: "edge"})
     assert (huge.status_code, huge.json()["error"]["code"]) == (413, "too_large")
 
@@ -180,9 +182,7 @@ def test_every_listener_is_on_loopback(platform: Platform) -> None:
     family = {one.pid for one in processes_of(platform)}
     listening = [c for c in psutil.net_connections("inet") if c.status == "LISTEN" and c.pid in family]
     assert any(c.laddr.port == platform.port for c in listening)
-    ours = [
-        c for c in listening if c.laddr.port in range(30000, 31001) or c.laddr.port == platform.port
-    ]
+    ours = [c for c in listening if c.laddr.port in range(30000, 31001) or c.laddr.port == platform.port]
     assert len(ours) >= 4  # edge, two replicas, control plane
     assert {c.laddr.ip for c in ours} == {"127.0.0.1"}
 

@@ -17,7 +17,14 @@ from flatshare.errors import BadInput, ServeError, TooLarge
 from flatshare_registry.errors import RegistryError
 from flatshare_registry.records import new_ulid
 
-__all__ = ["ERROR_REPLIES", "error_reply", "error_response", "install_error_handlers", "read_body", "request_id_of"]
+__all__ = [
+    "ERROR_REPLIES",
+    "error_reply",
+    "error_response",
+    "install_error_handlers",
+    "read_body",
+    "request_id_of",
+]
 
 logger = logging.getLogger("flatshare.api")
 

@@ -73,7 +73,9 @@ class Outcome:
     right: bool | None = None
 
 
-async def send_all(url: str, shots: Iterator[Shot], load: Load, progress: Progress | None = None) -> list[Outcome]:
+async def send_all(
+    url: str, shots: Iterator[Shot], load: Load, progress: Progress | None = None
+) -> list[Outcome]:
     """Send until the load is done; outcomes in the order in which they came in.
 
     Parameters

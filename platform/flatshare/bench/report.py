@@ -22,7 +22,9 @@ def latency_ms(outcomes: Sequence[Outcome]) -> dict[str, float | None]:
         return {"p50": None, "p90": None, "p99": None, "max": None}
     quantiles = np.percentile(values, [50, 90, 99])
     return {
-        **{name: round(float(value), 3) for name, value in zip(("p50", "p90", "p99"), quantiles, strict=True)},
+        **{
+            name: round(float(value), 3) for name, value in zip(("p50", "p90", "p99"), quantiles, strict=True)
+        },
         "max": round(float(values.max()), 3),
     }
 
@@ -59,11 +61,11 @@ def compare_hits(
         The fleet (``GET /admin/replicas``) around the run. A replica that was replaced in between
         took its counts with it, which shows as a disagreement.
     """
-    counted = {
-        tier: after["totals"]["hits"][tier] - before["totals"]["hits"][tier] for tier in TIERS
-    }
+    counted = {tier: after["totals"]["hits"][tier] - before["totals"]["hits"][tier] for tier in TIERS}
     total = max(sum(counted.values()), 1)
-    same_replicas = {one["replica"] for one in before["replicas"]} == {one["replica"] for one in after["replicas"]}
+    same_replicas = {one["replica"] for one in before["replicas"]} == {
+        one["replica"] for one in after["replicas"]
+    }
     agree = all(counted[tier] == seen[tier] for tier in TIERS)
     document: dict[str, Any] = {
         "hits": counted,

@@ -7,10 +7,10 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import typer
-from flatshare_registry.errors import InvalidInput, NotFound
 
 from flatshare.cli.context import UrlOption, call, need_serve_extra, platform_url
 from flatshare.cli.output import AsJson, out, print_json, print_table, progress_bar
+from flatshare_registry.errors import InvalidInput, NotFound
 
 
 def add_to(app: typer.Typer) -> None:
@@ -21,7 +21,9 @@ def add_to(app: typer.Typer) -> None:
 def bench(
     tenants: Annotated[
         str | None,
-        typer.Option(help="How many of the platform's tenants, or their refs: acme,globex:canary. All by default."),
+        typer.Option(
+            help="How many of the platform's tenants, or their refs: acme,globex:canary. All by default."
+        ),
     ] = None,
     zipf: Annotated[float, typer.Option(min=0, help="Exponent of popularity; 0 is all alike.")] = 1.0,
     requests: Annotated[int | None, typer.Option(min=1, help="Stop after so many.")] = None,
@@ -75,7 +77,9 @@ def bench(
     if plot is not None:
         from flatshare.bench.plot import plot_run
 
-        plot_run(outcomes, plot, f"{len(models)} models, Zipf({zipf:g}), {report['requests_per_s']} requests/s")
+        plot_run(
+            outcomes, plot, f"{len(models)} models, Zipf({zipf:g}), {report['requests_per_s']} requests/s"
+        )
     if as_json:
         print_json(report)
     else:
@@ -86,7 +90,9 @@ def _models(wanted: str | None, base: str) -> list[str]:
     """Refs to send to: named ones, or the platform's tenants that have something in production."""
     if wanted is not None and not wanted.isdigit():
         return [text.strip() for text in wanted.split(",") if text.strip()]
-    found = [one["id"] for one in call("GET", f"{base}/admin/tenants").json() if one["production"] is not None]
+    found = [
+        one["id"] for one in call("GET", f"{base}/admin/tenants").json() if one["production"] is not None
+    ]
     if not found:
         raise NotFound("the platform has no tenant with a production version; register one first")
     if wanted is not None:
@@ -111,7 +117,10 @@ def _print(report: dict[str, Any], plot: Path | None) -> None:
             (
                 report["requests_per_s"],
                 report["images_per_s"],
-                *("-" if latency[name] is None else f"{latency[name]:.2f}" for name in ("p50", "p90", "p99", "max")),
+                *(
+                    "-" if latency[name] is None else f"{latency[name]:.2f}"
+                    for name in ("p50", "p90", "p99", "max")
+                ),
                 report["errors"],
             )
         ],

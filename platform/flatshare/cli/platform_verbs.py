@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -85,8 +84,10 @@ def up(
 
     from flatshare.local.state import PlatformState
 
-    running = PlatformState.load(settings.port)
-    if running is not None:
+    running = PlatformState.read(settings.port)
+    if running is not None and running.process() is None:
+        running.end_leftovers()
+    elif running is not None:
         raise LocalError(
             f"flatshare already runs on port {settings.port} (pid {running.pid}); flatshare down ends it"
         )
@@ -163,17 +164,15 @@ def _up_detached(settings: Settings) -> None:
     if not line:
         child.wait(STOP_TIMEOUT_S)
         raise LocalError(f"flatshare did not start: {_last_line(log)} (log: {log})")
-    _announce(PlatformState(**json.loads(line)))
+    _announce(PlatformState.parse(line.decode()))
 
 
 def _tell_parent(state: Any) -> None:
     """Tell a waiting ``up --detach`` that everything answers."""
-    from dataclasses import asdict
-
     descriptor = os.environ.pop(READY_FD_VARIABLE, "")
     if descriptor:
         with os.fdopen(int(descriptor), "wb") as ready:
-            ready.write(json.dumps(asdict(state)).encode() + b"\n")
+            ready.write(state.text().encode() + b"\n")
 
 
 def _announce(state: Any) -> None:
@@ -207,12 +206,17 @@ def down(port: PortOption = None) -> None:
     from flatshare.local.state import PlatformState
 
     chosen = load_settings(port=port).port
-    state = PlatformState.load(chosen)
+    state = PlatformState.read(chosen)
     if state is None:
         out.print(f"flatshare does not run on port {chosen}")
         return
     process = state.process()
-    assert process is not None, "load returns only live platforms"
+    if process is None:
+        ended = state.end_leftovers()
+        out.print(
+            f"flatshare on port {chosen} had died; ended what was left: {', '.join(ended) or 'nothing'}"
+        )
+        return
     family = process.children(recursive=True)
     process.send_signal(signal.SIGTERM)
     with err.status("stopping ..."):

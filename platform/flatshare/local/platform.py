@@ -115,6 +115,9 @@ def running_platform(
             slots=settings.slots,
             log=log,
             ray_address=address,
+            family=tuple(
+                (child.pid, child.create_time()) for child in psutil.Process().children(recursive=True)
+            ),
         )
         state.save()
         stack.callback(state.remove)

@@ -6,9 +6,9 @@ import sys
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
 
-import ray  # noqa: E402 - reads the variables above when it is imported
-from app import app  # noqa: E402
-from ray import serve  # noqa: E402
+import ray
+from app import app
+from ray import serve
 
 port = int(sys.argv[1])
 ray.init(address="local", num_cpus=8, include_dashboard=False, object_store_memory=128 * 1024**2,

@@ -11,11 +11,6 @@ import httpx
 import numpy as np
 import pytest
 import torch
-from flatshare_registry.catalog import Registry
-from flatshare_registry.errors import Unavailable
-from flatshare_registry.ids import TenantId
-from flatshare_registry.stores.memory import MemoryStore
-from flatshare_registry.testing.faults import FaultyStore
 from numpy.typing import NDArray
 from PIL import Image
 from safetensors.torch import save
@@ -29,6 +24,11 @@ from flatshare.engine.admission import Admission
 from flatshare.engine.inference import Inference
 from flatshare.engine.service import InferenceService
 from flatshare.models.architecture import architecture
+from flatshare_registry.catalog import Registry
+from flatshare_registry.errors import Unavailable
+from flatshare_registry.ids import TenantId
+from flatshare_registry.stores.memory import MemoryStore
+from flatshare_registry.testing.faults import FaultyStore
 
 NETWORK = architecture("mnist-cnn")
 MODEL = "serve_multiplexed_model_id"

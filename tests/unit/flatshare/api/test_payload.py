@@ -82,7 +82,11 @@ def test_too_many_rows() -> None:
         decode_json(body(np.zeros((3, 28, 28)).tolist()), SPEC, 2)
 
 
-@given(st.recursive(st.none() | st.booleans() | st.floats() | st.text(), lambda inner: st.lists(inner, max_size=4)))
+@given(
+    st.recursive(
+        st.none() | st.booleans() | st.floats() | st.text(), lambda inner: st.lists(inner, max_size=4)
+    )
+)
 def test_no_value_raises_anything_else(value: object) -> None:
     with pytest.raises(BadInput):
         decode_array(value, SPEC, 100)
@@ -134,9 +138,7 @@ def test_numbers_of_images_are_bounded() -> None:
 
 def test_raw_pixels() -> None:
     pixels = RANDOM.integers(0, 256, (3, 28, 28), dtype=np.uint8)
-    np.testing.assert_array_equal(
-        decode_pixels(pixels.tobytes(), NETWORK, 10), NETWORK.preprocess(pixels)
-    )
+    np.testing.assert_array_equal(decode_pixels(pixels.tobytes(), NETWORK, 10), NETWORK.preprocess(pixels))
     for bad in (b"", pixels.tobytes()[:-1]):
         with pytest.raises(BadInput):
             decode_pixels(bad, NETWORK, 10)

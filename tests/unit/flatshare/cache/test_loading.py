@@ -7,6 +7,12 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
+from safetensors.torch import save
+
+from flatshare.cache.loading import DevicePlacer, StoreSource
+from flatshare.cache.tiers import Tier
+from flatshare.errors import ModelFailed
+from flatshare.models.architecture import architecture
 from flatshare_registry import layout
 from flatshare_registry.catalog import Registry
 from flatshare_registry.errors import Corrupt, Unavailable
@@ -15,12 +21,6 @@ from flatshare_registry.records import VersionRecord
 from flatshare_registry.stores.base import Overwrite
 from flatshare_registry.stores.memory import MemoryStore
 from flatshare_registry.testing.faults import FaultyStore
-from safetensors.torch import save
-
-from flatshare.cache.loading import DevicePlacer, StoreSource
-from flatshare.cache.tiers import Tier
-from flatshare.errors import ModelFailed
-from flatshare.models.architecture import architecture
 
 NETWORK = architecture("mnist-cnn")
 

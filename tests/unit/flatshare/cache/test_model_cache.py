@@ -6,9 +6,6 @@ import asyncio
 from collections.abc import Iterator
 
 import pytest
-from flatshare_registry.errors import Corrupt, Unavailable
-from flatshare_registry.records import VersionRecord, utc
-from flatshare_registry.testing.faults import ManualClock
 from torch import nn
 
 from flatshare.cache.failures import REMEMBER_S
@@ -16,6 +13,9 @@ from flatshare.cache.loading import Fetched, Placed
 from flatshare.cache.model_cache import Lease, ModelCache
 from flatshare.cache.tiers import ModelKey, Tier
 from flatshare.errors import DeadlineExceeded, ModelFailed, NoRoom, ServeError
+from flatshare_registry.errors import Corrupt, Unavailable
+from flatshare_registry.records import VersionRecord, utc
+from flatshare_registry.testing.faults import ManualClock
 
 
 def version(tenant: str, number: int = 1) -> VersionRecord:

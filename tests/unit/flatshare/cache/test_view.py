@@ -8,14 +8,14 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+
+from flatshare.cache.view import RegistryView
 from flatshare_registry.catalog import Registry
 from flatshare_registry.errors import NotFound, Unavailable
 from flatshare_registry.ids import PRODUCTION, ModelRef, TenantId
 from flatshare_registry.stores.memory import MemoryStore
 from flatshare_registry.testing.faults import FaultyStore, ManualClock
 from flatshare_registry.testing.files import TINY_SPECS, tiny_weights
-
-from flatshare.cache.view import RegistryView
 
 ACME, REF = TenantId("acme"), ModelRef.parse("acme")
 

@@ -9,7 +9,6 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 import torch
-from flatshare_registry.records import VersionRecord
 from torch import nn
 
 from flatshare.cache.loading import Fetched, Placed
@@ -17,6 +16,7 @@ from flatshare.cache.model_cache import ModelCache
 from flatshare.cache.tiers import Receipt, Tier
 from flatshare.engine.inference import Inference
 from flatshare.errors import IsolationBroken, ModelFailed
+from flatshare_registry.records import VersionRecord
 
 
 class Gate(nn.Module):
@@ -77,9 +77,8 @@ async def test_rows_come_back_as_logits(inference: Inference) -> None:
 
 
 async def test_a_pass_that_raises_is_a_failed_model(inference: Inference) -> None:
-    with await cache_of(Broken()).lease(RECORD, 5) as lease:
-        with pytest.raises(ModelFailed, match="acme@1"):
-            await inference.run(lease, ROWS)
+    with await cache_of(Broken()).lease(RECORD, 5) as lease, pytest.raises(ModelFailed, match="acme@1"):
+        await inference.run(lease, ROWS)
 
 
 @pytest.mark.parametrize("when", ["before", "after"])

@@ -1,0 +1,130 @@
+"""Up and down: clear refusals, Ctrl-C, a killed parent; nothing may stay behind."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import socket
+import subprocess
+from pathlib import Path
+
+import psutil
+import pytest
+
+from .conftest import FLATSHARE, free_ports, processes_of, start
+
+
+def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("FLATSHARE_", "RAY_"))}
+    return subprocess.run(
+        [FLATSHARE, *arguments], env={**clean, **environment}, capture_output=True, text=True, timeout=180
+    )
+
+
+def gone(family: list[psutil.Process]) -> list[str]:
+    """Names of those that did not end within a minute; they are killed.
+
+    Ray's own agents notice the death of their raylet by asking now and then.
+    """
+    _, alive = psutil.wait_procs(family, timeout=60)
+    names = []
+    for one in alive:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            if one.status() != psutil.STATUS_ZOMBIE:
+                names.append(one.name())
+                one.kill()
+    return names
+
+
+def test_a_taken_port_is_a_clear_error(tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        done = run("up", "--store", f"file://{tmp_path}/s", "--port", str(port), XDG_STATE_HOME=str(tmp_path))
+    assert done.returncode == 7
+    assert f"port {port} is taken" in done.stderr
+    assert "--port" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        (["--host", "0.0.0.0"], "not loopback"),
+        (["--replicas", "0"], "replicas"),
+        (["--device", "cuda"], "gpus_per_replica"),
+        (["--gpus-per-replica", "1.5"], "whole number"),
+        (["--edge", "nginx"], "edge"),
+        (["--store", "ftp://x"], "not a store URL"),
+        (["--store", "memory://x"], "memory://"),
+        (["--port", "9000", "--serve-port", "9000"], "different ports"),
+    ],
+)
+def test_wrong_settings_are_refused_before_anything_starts(
+    tmp_path: Path, options: list[str], says: str
+) -> None:
+    store = [] if "--store" in options else ["--store", f"file://{tmp_path}/s"]
+    done = run("up", *store, *options, XDG_STATE_HOME=str(tmp_path))
+    assert done.returncode == 2, done.stderr
+    assert says in done.stderr
+    assert "Traceback" not in done.stderr
+
+
+def test_no_store_is_a_clear_error(tmp_path: Path) -> None:
+    done = run("up", XDG_STATE_HOME=str(tmp_path))
+    assert done.returncode == 2
+    assert "FLATSHARE_STORE" in done.stderr
+
+
+def test_status_and_down_when_nothing_runs(tmp_path: Path) -> None:
+    status = run("status", XDG_STATE_HOME=str(tmp_path))
+    assert status.returncode == 3
+    assert "does not run here" in status.stdout
+    assert run("down", XDG_STATE_HOME=str(tmp_path)).returncode == 0
+
+
+def test_ctrl_c_in_the_foreground_leaves_nothing(tmp_path: Path) -> None:
+    port, serve_port = free_ports(2)
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith(("FLATSHARE_", "RAY_"))},
+        "XDG_STATE_HOME": str(tmp_path),
+    }
+    up = subprocess.Popen(
+        [FLATSHARE, "up", "--store", f"file://{tmp_path}/s", "--ray", "local", "--replicas", "1",
+         "--port", str(port), "--serve-port", str(serve_port)],
+        env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
+    )  # fmt: skip
+    assert up.stdout is not None
+    for line in up.stdout:
+        if "flatshare replicas" in line:  # the last line of the announcement
+            break
+    status = run("status", "--json", XDG_STATE_HOME=str(tmp_path))
+    assert '"answers": true' in status.stdout
+    family = [psutil.Process(up.pid), *psutil.Process(up.pid).children(recursive=True)]
+    assert any("haproxy" in one.name() for one in family)
+    os.killpg(up.pid, signal.SIGINT)  # what a terminal does: the whole group
+    out, _ = up.communicate(timeout=90)
+    assert up.returncode == 0
+    assert "nothing was left behind" in out
+    assert gone(family) == []
+    assert list(tmp_path.rglob("platform-*.json")) == []
+
+
+def test_a_killed_parent_takes_haproxy_and_ray_along(tmp_path: Path, s3_url_e2e: str) -> None:
+    platform = start(tmp_path, s3_url_e2e, "orphans", "--replicas", "1")
+    family = processes_of(platform)
+    again = run("up", "--port", str(platform.port), "--store", "file:///tmp/x", XDG_STATE_HOME=str(tmp_path))
+    assert again.returncode == 7
+    assert "already runs" in again.stderr
+    family[0].kill()
+    # HAProxy, raylet, gcs_server and the replicas go at once; two agents of Ray's stay, and `down`,
+    # which finds a dead platform, ends these.
+    psutil.wait_procs([one for one in family if not one.name().endswith("Agent")], timeout=20)
+    left = [one.name() for one in family if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+    assert all(name.endswith(("DashboardA", "RuntimeEnv", "Agent")) for name in left), left
+    status = run("status", XDG_STATE_HOME=str(tmp_path))
+    assert status.returncode == 3
+    down = run("down", "--port", str(platform.port), XDG_STATE_HOME=str(tmp_path))
+    assert "had died" in down.stdout
+    assert gone(family) == []
+    with socket.create_server(("127.0.0.1", platform.port)):
+        pass  # the port is free again
