@@ -23,6 +23,7 @@ EXIT_CODES: Final[Mapping[type[Exception], int]] = {
     errors.DeadlineExceeded: 5,
     registry_errors.Corrupt: 6,
     errors.ModelFailed: 6,
+    errors.IsolationBroken: 6,
     errors.LocalError: 7,
     registry_errors.RegistryError: 1,
     errors.ServeError: 1,

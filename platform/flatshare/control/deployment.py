@@ -9,8 +9,9 @@ from ray import serve
 
 from flatshare.control.app import create_control_app
 from flatshare.control.fleet import Fleet
+from flatshare.pool.controller import read_details
 from flatshare.pool.deployment import POOL_APP, POOL_DEPLOYMENT, pool_handle
-from flatshare.pool.details import ReplicaState, read_details, replica_states
+from flatshare.pool.details import ReplicaState, replica_states
 from flatshare.settings import Settings
 from flatshare_registry.catalog import Registry
 

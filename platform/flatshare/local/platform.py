@@ -27,8 +27,9 @@ from flatshare.edge.process import HaproxyProcess
 from flatshare.edge.supervisor import EdgeSupervisor, EdgeTargets
 from flatshare.errors import LocalError
 from flatshare.local.state import PlatformState
+from flatshare.pool.controller import read_details
 from flatshare.pool.deployment import POOL_APP, pool_application
-from flatshare.pool.details import Target, app_status, read_details, targets
+from flatshare.pool.details import Target, app_status, targets
 from flatshare.settings import Settings
 from flatshare_registry.errors import Unavailable
 

@@ -1,8 +1,7 @@
-"""What Serve's controller says of running applications: replicas' states, and where they listen.
+"""What Serve's instance details say: replicas' states, and where they listen. Pure reading of a document.
 
-Read from the controller itself, so that no dashboard is needed. ``get_serve_details`` is the call
-behind Ray's public REST ``GET /api/serve/applications/``; its schema (``ServeInstanceDetails``) is
-public. Pinned by ``tests/contract/test_ray_details.py``.
+The schema (``ServeInstanceDetails``) is public in Ray; the fields that we use are pinned by
+``tests/contract/test_ray_multiplex.py``.
 """
 
 from __future__ import annotations
@@ -10,11 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
-from ray.serve.context import _get_global_client
-
-from flatshare_registry.errors import Unavailable
-
-__all__ = ["ReplicaState", "Target", "app_status", "read_details", "replica_states", "targets"]
+__all__ = ["ReplicaState", "Target", "app_status", "replica_states", "targets"]
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -39,24 +34,6 @@ class ReplicaState:
     replica: str
     state: str
     node_ip: str
-
-
-def read_details() -> dict[str, Any]:
-    """Serve's instance details. Blocks for one actor call.
-
-    Raises
-    ------
-    Unavailable
-        Serve is not running, or its controller does not answer.
-    """
-    client = _get_global_client(raise_if_no_controller_running=False)
-    if client is None:
-        raise Unavailable("Ray Serve is not running")
-    try:
-        details: dict[str, Any] = client.get_serve_details()
-    except Exception as error:  # ray raises a dozen kinds for a dead or busy controller
-        raise Unavailable(f"Serve's controller does not answer: {type(error).__name__}") from error
-    return details
 
 
 def app_status(details: dict[str, Any], app: str) -> tuple[str, str]:

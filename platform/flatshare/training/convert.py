@@ -6,6 +6,7 @@ trusting whoever made it; the command says so before it does.
 
 from __future__ import annotations
 
+import warnings
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -76,7 +77,9 @@ def _torchscript_state(path: Path, trusted: bool) -> dict[str, torch.Tensor]:
             f"{path} is TorchScript. {TORCHSCRIPT_WARNING} Say --trust-torchscript to go on."
         )
     try:
-        module = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]  # torch.jit is untyped
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)  # that it is deprecated is why this command exists
+            module = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]  # untyped
     except (RuntimeError, ValueError, OSError) as error:
         raise InvalidWeights(f"{path} can't be loaded as TorchScript: {_first_line(error)}") from error
     return dict(module.state_dict())

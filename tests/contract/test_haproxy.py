@@ -1,0 +1,320 @@
+"""The rendered configuration in the real HAProxy: accepted, stable, retried, reloaded, closed to others."""
+
+from __future__ import annotations
+
+import asyncio
+import http.server
+import os
+import re
+import signal
+import socket
+import stat
+import subprocess
+import sys
+import threading
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import psutil
+import pytest
+
+from flatshare.edge.configuration import EdgeOptions, render, server_ids
+from flatshare.edge.process import HaproxyProcess, find_haproxy, run_check
+from flatshare.errors import LocalError
+from flatshare.pool.details import Target
+
+MODEL = "serve_multiplexed_model_id"
+
+
+class Backend:
+    """A real HTTP server that names itself, keeps connections open, and can be told to die under a request."""
+
+    def __init__(self, name: str) -> None:
+        self.name = name
+        self.requests: list[dict[str, str]] = []
+        self.bodies: list[int] = []
+        self.die_next = False
+        outer = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            protocol_version = "HTTP/1.1"
+
+            def do_GET(self) -> None:
+                self.answer(b"ok")
+
+            def do_POST(self) -> None:
+                body = self.rfile.read(int(self.headers.get("content-length", 0)))
+                if outer.die_next:
+                    outer.die_next = False
+                    self.close_connection = True
+                    self.connection.shutdown(socket.SHUT_RDWR)
+                    return
+                outer.requests.append({key.lower(): value for key, value in self.headers.items()})
+                outer.bodies.append(len(body))
+                self.answer(outer.name.encode())
+
+            def answer(self, body: bytes) -> None:
+                self.send_response(200)
+                self.send_header("content-length", str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def log_message(self, *_: object) -> None: ...
+
+        self.server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+        self.server.daemon_threads = True
+        self.thread = threading.Thread(target=self.server.serve_forever, daemon=True)
+        self.thread.start()
+
+    @property
+    def target(self) -> Target:
+        return Target(self.name, "127.0.0.1", self.server.server_port)
+
+    def close(self) -> None:
+        self.server.shutdown()
+        self.server.server_close()
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return int(listener.getsockname()[1])
+
+
+class Edge:
+    def __init__(self, folder: Path, **changes: int) -> None:
+        self.process = HaproxyProcess(folder / "edge")
+        values = {"max_body_bytes": 1_000_000, "retry_body_bytes": 65_536, **changes}
+        self.options = EdgeOptions(
+            host="127.0.0.1",
+            port=free_port(),
+            socket=self.process.admin_socket,
+            fallback_port=free_port(),
+            request_timeout_s=10,
+            **values,
+        )
+        self.url = f"http://127.0.0.1:{self.options.port}"
+
+    def config(self, pool: list[Backend], control: list[Backend] | None = None) -> str:
+        return render(self.options, [one.target for one in pool], [one.target for one in control or []])
+
+
+@pytest.fixture
+def edge(tmp_path: Path) -> Iterator[Edge]:
+    edge = Edge(tmp_path)
+    yield edge
+    edge.process.stop()
+
+
+@pytest.fixture
+def backends() -> Iterator[list[Backend]]:
+    made = [Backend(f"SERVE_REPLICA::app#Pool#{n}") for n in range(4)]
+    yield made
+    for one in made:
+        one.close()
+
+
+def homes(url: str, models: range = range(60)) -> dict[str, str]:
+    with httpx.Client() as client:
+        return {f"m{n}": client.post(url, headers={MODEL: f"m{n}"}).text for n in models}
+
+
+@pytest.mark.parametrize("count", [0, 1, 2, 50])
+def test_the_real_haproxy_accepts_it(tmp_path: Path, count: int) -> None:
+    options = EdgeOptions("127.0.0.1", free_port(), tmp_path / "a.sock", 8500, 8 * 1024**2, 64 * 1024, 30)
+    targets = [Target(f"replica-{n}", "127.0.0.1", 30000 + n) for n in range(count)]
+    config = tmp_path / "haproxy.cfg"
+    config.write_text(render(options, targets, targets[:1]))
+    checked = run_check(find_haproxy(), config)
+    assert checked.returncode == 0, checked.stdout.decode()
+    assert b"WARNING" not in checked.stdout, checked.stdout.decode()
+
+
+def test_server_ids_come_from_names() -> None:
+    names = [f"SERVE_REPLICA::flatshare#ClassifierPool#{n:08x}" for n in range(500)]
+    ids = server_ids(names)
+    assert len(set(ids.values())) == 500
+    assert all(1 <= number <= 2**31 - 1 for number in ids.values())
+    assert {name: server_ids(names[100:])[name] for name in names[100:]} == {
+        name: ids[name] for name in names[100:]
+    }
+
+
+def test_models_have_stable_homes_and_a_death_moves_only_its_own(edge: Edge, backends: list[Backend]) -> None:
+    edge.process.start(edge.config(backends))
+    before = homes(edge.url)
+    assert homes(edge.url) == before
+    assert len(set(before.values())) == 4
+    gone = backends[1]
+    edge.process.reload(edge.config([one for one in backends if one is not gone]))
+    after = homes(edge.url)
+    moved = {model for model in before if before[model] != after[model]}
+    assert moved == {model for model, home in before.items() if home == gone.name}
+
+
+def test_production_by_name_or_not_is_one_home(edge: Edge, backends: list[Backend]) -> None:
+    edge.process.start(edge.config(backends))
+    for n in range(20):
+        answers = {
+            httpx.post(edge.url, headers={name: value}).text
+            for name, value in (
+                (MODEL, f"t{n}"),
+                (MODEL, f"t{n}:production"),
+                (MODEL.replace("_", "-"), f"t{n}"),
+            )
+        }
+        assert len(answers) == 1
+
+
+async def test_load_is_bounded(edge: Edge, backends: list[Backend]) -> None:
+    edge.process.start(edge.config(backends))
+    async with httpx.AsyncClient(limits=httpx.Limits(max_connections=40)) as client:
+        replies = await asyncio.gather(*[client.post(edge.url, headers={MODEL: "hot"}) for _ in range(200)])
+    assert len(Counter(reply.text for reply in replies)) > 1, "one hot model never left its home"
+
+
+@pytest.mark.parametrize("size", [0, 1_000, 60_000])
+def test_a_replica_that_dies_under_a_request_costs_a_retry(
+    edge: Edge, backends: list[Backend], size: int
+) -> None:
+    edge.process.start(edge.config(backends))
+    with httpx.Client() as client:
+        home = client.post(edge.url, headers={MODEL: "m"}).text
+        for one in backends:
+            one.die_next = one.name == home
+        reply = client.post(edge.url, content=b"x" * size, headers={MODEL: "m"})
+    assert reply.status_code == 200
+    assert sum(one.bodies.count(size) for one in backends) >= 1
+
+
+def test_changes_on_the_control_plane_are_never_sent_twice(edge: Edge, backends: list[Backend]) -> None:
+    control = backends[0]
+    edge.process.start(edge.config(backends[1:], [control]))
+    control.die_next = True
+    reply = httpx.post(f"{edge.url}/admin/tenants", content=b"{}")
+    assert (reply.status_code, reply.json()["error"]["code"]) == (502, "bad_gateway")
+    assert control.requests == []
+
+
+def test_bodies_over_the_cap_are_refused_in_json(edge: Edge, backends: list[Backend]) -> None:
+    edge.process.start(edge.config(backends))
+    reply = httpx.post(edge.url, content=b"x" * 1_000_001, headers={MODEL: "m"})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (413, "too_large")
+    assert reply.json()["error"]["request_id"] == reply.headers["x-request-id"]
+
+
+def test_nobody_there_is_503_in_json(edge: Edge) -> None:
+    edge.process.start(edge.config([]))
+    reply = httpx.post(edge.url, headers={MODEL: "m", "x-request-id": "abc"})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (503, "no_replica")
+    assert (reply.headers["retry-after"], reply.json()["error"]["request_id"]) == ("1", "abc")
+
+
+def test_header_hygiene(edge: Edge, backends: list[Backend]) -> None:
+    edge.process.start(edge.config(backends[:1]))
+    httpx.post(
+        edge.url,
+        headers={
+            MODEL: "m",
+            "x-request-timeout-seconds": "0",
+            "x-request-disconnect-disabled": "?1",
+            "x-session-id": "s",
+            "x-serve-router-secret": "1",
+            "x-flatshare-tenant": "other",
+            "x-forwarded-for": "6.6.6.6",
+            "x-request-id": "bad id\t<script>",
+        },
+    )
+    (seen,) = backends[0].requests
+    for name in ("x-request-timeout-seconds", "x-request-disconnect-disabled", "x-session-id",
+                 "x-serve-router-secret", "x-flatshare-tenant"):  # fmt: skip
+        assert name not in seen
+    assert seen["x-forwarded-for"] == "127.0.0.1"
+    assert re.fullmatch(r"[0-9a-f-]{36}", seen["x-request-id"])
+
+
+def test_a_reload_loses_no_request(edge: Edge, backends: list[Backend]) -> None:
+    edge.process.start(edge.config(backends))
+    stop = threading.Event()
+    statuses: list[int] = []
+
+    errors: list[Exception] = []
+
+    def client() -> None:
+        try:
+            with httpx.Client() as session:
+                while not stop.is_set():
+                    statuses.append(session.post(edge.url, content=b"x", headers={MODEL: "m"}).status_code)
+        except httpx.HTTPError as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=client) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    rounds = 0
+    while len(statuses) < 300 and rounds < 200 and not errors:
+        rounds += 1
+        edge.process.reload(edge.config(backends[: 2 + rounds % 3]))
+    stop.set()
+    for thread in threads:
+        thread.join(20)
+    assert errors == []
+    assert len(statuses) >= 300
+    assert rounds >= 3
+    assert set(statuses) == {200}
+
+
+def test_a_bad_configuration_is_refused_and_the_old_one_stays(edge: Edge, backends: list[Backend]) -> None:
+    edge.process.start(edge.config(backends))
+    with pytest.raises(LocalError, match="refuses"):
+        edge.process.reload("global\n  nonsense here\n")
+    assert httpx.post(edge.url, headers={MODEL: "m"}).status_code == 200
+
+
+def test_a_taken_port_is_a_clear_error(edge: Edge, tmp_path: Path) -> None:
+    with socket.create_server(("127.0.0.1", edge.options.port)):
+        with pytest.raises(LocalError, match=r"ended at once.*bind"):
+            edge.process.start(edge.config([]))
+
+
+def test_sockets_are_closed_to_others_and_there_is_no_stats_port(edge: Edge, tmp_path: Path) -> None:
+    edge.process.start(edge.config([]))
+    folder = tmp_path / "edge"
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    for name in ("admin.sock", "master.sock"):
+        assert stat.S_IMODE((folder / name).stat().st_mode) == 0o600
+    assert edge.process.pid is not None
+    master = psutil.Process(edge.process.pid)
+    family = [master, *master.children(recursive=True)]
+    listening = {c.laddr for one in family for c in one.net_connections("inet") if c.status == "LISTEN"}
+    assert {(address.ip, address.port) for address in listening} == {("127.0.0.1", edge.options.port)}
+
+
+PARENT = """
+import sys
+from pathlib import Path
+from flatshare.edge.process import HaproxyProcess
+process = HaproxyProcess(Path(sys.argv[1]))
+process.start(Path(sys.argv[2]).read_text())
+print(process.pid, *process.workers(), flush=True)
+sys.stdin.read()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_haproxy_dies_with_its_parent(edge: Edge, tmp_path: Path, number: int) -> None:
+    (tmp_path / "config").write_text(edge.config([]))
+    parent = subprocess.Popen(
+        [sys.executable, "-c", PARENT, str(tmp_path / "edge"), str(tmp_path / "config")],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert parent.stdout is not None
+    family = [psutil.Process(int(pid)) for pid in parent.stdout.readline().split()]
+    assert len(family) == 2
+    os.kill(parent.pid, number)
+    parent.communicate()
+    _, alive = psutil.wait_procs(family, timeout=10)
+    assert [one for one in alive if one.status() != psutil.STATUS_ZOMBIE] == []

@@ -1,0 +1,175 @@
+"""The control plane over ASGI, on a real registry and a fleet whose replicas the test plays."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+from typing import Any
+
+import httpx
+import pytest
+from fastapi import FastAPI
+
+from flatshare.cache.stats import CacheStats
+from flatshare.cache.tiers import ResidentInfo, Tier
+from flatshare.control import fleet as fleet_module
+from flatshare.control.app import create_control_app
+from flatshare.pool.details import ReplicaState
+from flatshare.pool.snapshot import ReplicaSnapshot
+from flatshare_registry.catalog import Registry
+from flatshare_registry.ids import TenantId
+from flatshare_registry.stores.memory import MemoryStore
+from flatshare_registry.testing.files import TINY_SPECS, tiny_weights
+
+
+class Answers:
+    def __init__(self, results: Any) -> None:
+        self.results = results
+
+    async def results_async(self) -> Any:
+        if isinstance(self.results, asyncio.Event):
+            await self.results.wait()
+        return self.results
+
+
+class Replicas:
+    """Stands where the pool's handle stands."""
+
+    def __init__(self) -> None:
+        self.calls: list[tuple[str, ...]] = []
+        self.stuck = False
+        stats = CacheStats(loads=2, evictions=1)
+        stats.hits[Tier.DEVICE], stats.hits[Tier.STORE] = 6, 2
+        stats.load_times.add(0.01)
+        model = ResidentInfo("acme", 1, "d" * 64, "tiny", 16, Tier.STORE, 8, 1, 2.0, 1.0)
+        self.snapshot = ReplicaSnapshot(
+            replica="r1", node="n", node_id="id", pid=1, device="cpu", slots=3, slots_used=1, started_at=0.0,
+            ongoing=0, queued=0, refused=0, advertised=["acme"], models=[model], stats=stats,
+        )  # fmt: skip
+
+    def broadcast(self, method: str, *arguments: str) -> Answers:
+        self.calls.append((method, *arguments))
+        if self.stuck:
+            return Answers(asyncio.Event())
+        return Answers({"snapshot": [self.snapshot], "unload": [True, False]}.get(method, ["r2", "r1"]))
+
+
+class World:
+    def __init__(self) -> None:
+        self.registry = Registry(MemoryStore())
+        self.replicas = Replicas()
+        states = [ReplicaState("r1", "RUNNING", "127.0.0.1"), ReplicaState("r9", "STARTING", "127.0.0.1")]
+        self.app: FastAPI = create_control_app(
+            self.registry, fleet_module.Fleet(self.replicas, lambda: states)
+        )
+
+    def register(self, value: float) -> None:
+        self.registry.register(TenantId("acme"), tiny_weights(value), "tiny", TINY_SPECS)
+
+
+@pytest.fixture
+def world() -> World:
+    return World()
+
+
+@pytest.fixture
+async def client(world: World) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(app=world.app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        yield client
+
+
+async def test_tenants_from_birth_to_death(world: World, client: httpx.AsyncClient) -> None:
+    created = await client.post("/tenants", json={"id": "acme"})
+    assert (created.status_code, created.json()["production"]) == (201, None)
+    assert (await client.post("/tenants", json={"id": "acme"})).status_code == 409
+    assert [one["id"] for one in (await client.get("/tenants")).json()] == ["acme"]
+    world.register(1)
+    shown = (await client.get("/tenants/acme")).json()
+    assert (shown["versions"], shown["aliases"]) == ([1], {"production": 1})
+    assert (await client.delete("/tenants/acme")).json() == {"refreshed": ["r1", "r2"]}
+    assert (await client.get("/tenants/acme")).status_code == 404
+    actions = [one["action"] for one in (await client.get("/tenants/acme/audit")).json()["entries"]]
+    assert actions == ["tenant.created", "version.registered", "tenant.deleted"]
+
+
+async def test_a_promotion_reaches_every_replica_at_once(world: World, client: httpx.AsyncClient) -> None:
+    world.registry.create_tenant(TenantId("acme"))
+    world.register(1)
+    world.register(2)
+    moved = await client.put("/tenants/acme/aliases/production", json={"version": 2})
+    assert moved.json()["tenant"]["production"] == 2
+    assert moved.json()["refreshed"] == ["r1", "r2"]
+    assert world.replicas.calls[-1] == ("refresh", "acme")
+    back = await client.post("/tenants/acme/aliases/production/rollback")
+    assert back.json()["tenant"]["production"] == 1
+    assert (await client.delete("/tenants/acme/versions/1")).status_code == 409
+    assert (await client.delete("/tenants/acme/versions/2")).status_code == 200
+    assert [one["version"] for one in (await client.get("/tenants/acme/versions")).json()] == [1]
+
+
+async def test_a_replica_that_does_not_answer_does_not_undo_a_change(
+    world: World, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fleet_module, "BROADCAST_TIMEOUT_S", 0.02)
+    world.registry.create_tenant(TenantId("acme"))
+    world.register(1)
+    world.register(2)
+    world.replicas.stuck = True
+    moved = await client.put("/tenants/acme/aliases/production", json={"version": 2})
+    assert (moved.status_code, moved.json()["refreshed"]) == (200, [])
+    assert world.registry.head(TenantId("acme")).aliases == {"production": 2}
+    assert (await client.get("/replicas")).status_code == 503
+
+
+async def test_the_fleet_is_shown_with_totals_and_those_that_cannot_answer(client: httpx.AsyncClient) -> None:
+    document = (await client.get("/replicas")).json()
+    (replica,) = document["replicas"]
+    assert (replica["replica"], replica["state"], replica["slots_used"], replica["slots"]) == (
+        "r1",
+        "RUNNING",
+        1,
+        3,
+    )
+    assert replica["models"][0]["tenant"] == "acme"
+    assert document["not_answering"] == [{"replica": "r9", "state": "STARTING", "node_ip": "127.0.0.1"}]
+    totals = document["totals"]
+    assert (totals["requests"], totals["hit_rate"]) == (8, {"device": 0.75, "host": 0.0, "store": 0.25})
+    assert totals["load_ms_p50"] == pytest.approx(10, rel=0.1)
+
+
+async def test_preload_and_unload(world: World, client: httpx.AsyncClient) -> None:
+    assert (await client.post("/preload", json={"model": "acme:production"})).status_code == 200
+    assert world.replicas.calls[-1] == ("preload", "acme")
+    assert (await client.post("/unload", json={"model": "acme@1"})).json() == {"unloaded": 1}
+
+
+@pytest.mark.parametrize(
+    ("method", "path", "body", "status", "code"),
+    [
+        ("POST", "/tenants", {"id": "../up"}, 400, "invalid_model_ref"),
+        ("POST", "/tenants", {}, 400, "bad_input"),
+        ("POST", "/tenants", {"id": 5}, 400, "bad_input"),
+        ("GET", "/tenants/nobody", None, 404, "not_found"),
+        ("GET", "/tenants/Bad!", None, 400, "invalid_model_ref"),
+        ("GET", "/tenants/acme/versions/x", None, 400, "bad_input"),
+        ("PUT", "/tenants/nobody/aliases/production", {"version": 1}, 404, "not_found"),
+        ("PUT", "/tenants/acme/aliases/production", {"version": "latest"}, 400, "bad_input"),
+        ("POST", "/preload", {"model": "a b"}, 400, "invalid_model_ref"),
+        ("GET", "/nope", None, 404, "no_such_route"),
+        ("PATCH", "/tenants", None, 405, "method_not_allowed"),
+    ],
+)
+async def test_errors_are_in_the_one_form(
+    client: httpx.AsyncClient, method: str, path: str, body: object, status: int, code: str
+) -> None:
+    reply = await client.request(method, path, json=body)
+    assert (reply.status_code, reply.json()["error"]["code"]) == (status, code)
+
+
+async def test_its_openapi_documents_every_route(client: httpx.AsyncClient) -> None:
+    paths = (await client.get("/openapi.json")).json()["paths"]
+    for path, operations in paths.items():
+        for method, operation in operations.items():
+            assert operation.get("description"), f"{method} {path} has no description"
+            assert "404" in operation["responses"]

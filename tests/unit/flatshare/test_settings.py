@@ -1,0 +1,62 @@
+"""Settings: defaults, environment, contradictions."""
+
+import pytest
+
+from flatshare.errors import SettingsError
+from flatshare.settings import Settings, load_settings
+
+
+def test_defaults_are_consistent_and_closed_to_the_world() -> None:
+    settings = load_settings()
+    assert (settings.host, settings.edge, settings.replicas, settings.slots) == (
+        "127.0.0.1",
+        "haproxy",
+        2,
+        10,
+    )
+
+
+def test_options_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLATSHARE_SLOTS", "7")
+    monkeypatch.setenv("FLATSHARE_REPLICAS", "3")
+    settings = load_settings(slots=9, replicas=None)
+    assert (settings.slots, settings.replicas) == (9, 3)
+
+
+@pytest.mark.parametrize(
+    ("given", "says"),
+    [
+        ({"host": "0.0.0.0"}, "not loopback"),
+        ({"host": "192.168.1.5"}, "not loopback"),
+        ({"port": 8500}, "both 8500"),
+        ({"port": 0}, "port"),
+        ({"port": 99999}, "port"),
+        ({"replicas": 0}, "replicas"),
+        ({"slots": 0}, "slots"),
+        ({"device": "tpu"}, "device"),
+        ({"device": "cuda"}, "gpus_per_replica above 0"),
+        ({"device": "cpu", "gpus_per_replica": 0.5}, "not use them"),
+        ({"gpus_per_replica": 1.5}, "whole number"),
+        ({"gpus_per_replica": -1}, "gpus_per_replica"),
+        ({"retry_body_bytes": 100_000, "max_body_bytes": 50_000}, "larger than max_body_bytes"),
+        ({"request_timeout_s": 0}, "request_timeout_s"),
+        ({"slots": "many"}, "slots"),
+    ],
+)
+def test_contradictions_are_refused_in_one_line(given: dict[str, object], says: str) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load_settings(**given)
+    assert says in caught.value.message
+    assert "\n" not in caught.value.message
+
+
+def test_settings_are_frozen() -> None:
+    with pytest.raises(ValueError, match="frozen"):
+        Settings().slots = 3  # type: ignore[misc]  # that it is refused is the point
+
+
+@pytest.mark.parametrize(
+    "given", [{"gpus_per_replica": 0.25}, {"gpus_per_replica": 2, "device": "cuda"}, {"host": "localhost"}]
+)
+def test_sensible_combinations_are_taken(given: dict[str, object]) -> None:
+    load_settings(**given)
