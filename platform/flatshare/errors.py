@@ -6,6 +6,7 @@
     ├── Overloaded              no room now; retry after ``retry_after_s``
     │   └── NoRoom              every slot is leased and none came free before the deadline
     ├── DeadlineExceeded        it was accepted but not answered in time; retry
+    ├── FleetUnavailable        not all replicas answered in time; retry
     ├── ModelFailed             this version can't be served (corrupt, or does not load); tell an operator
     ├── IsolationBroken         a receipt did not match: the request failed rather than mix two tenants
     ├── SettingsError           contradictory settings; refused when the program starts
@@ -21,6 +22,7 @@ from __future__ import annotations
 __all__ = [
     "BadInput",
     "DeadlineExceeded",
+    "FleetUnavailable",
     "IsolationBroken",
     "LocalError",
     "ModelFailed",
@@ -67,6 +69,12 @@ class NoRoom(Overloaded):
 
 class DeadlineExceeded(ServeError):
     """Accepted, but the deadline passed first."""
+
+    retry_after_s = 1
+
+
+class FleetUnavailable(ServeError):
+    """The replicas did not all answer in time."""
 
     retry_after_s = 1
 

@@ -70,6 +70,11 @@ class Settings(RegistrySettings):
     request_timeout_s: float = Field(
         default=30.0, gt=0, description="Seconds that a request may take in a replica, waiting included."
     )
+    fetch_timeout_s: float = Field(
+        default=10.0,
+        gt=0,
+        description="Seconds that the store may take to deliver one version; then the request gets 503.",
+    )
     load_concurrency: int = Field(
         default=4, ge=1, le=64, description="Models that one replica loads at a time."
     )

@@ -225,8 +225,10 @@ class Registry:
             nonlocal winner
             # Somebody else may have committed equal weights since we looked.
             winner = self._find_equal(tenant, head, described, architecture) or record
-            if winner is not record:
+            if winner.version != record.version:
                 raise _NothingToDo
+            if record.version in head.versions:
+                return head  # our own swap landed although its answer was lost
             if len(head.versions) >= MAX_VERSIONS:
                 raise InvalidInput(
                     f"tenant {tenant} has {MAX_VERSIONS} versions, the limit; delete some first"
@@ -250,7 +252,7 @@ class Registry:
             self.store.delete(layout.version_key(tenant, record.version))
             if alias is not None:
                 self.set_alias(tenant, alias, winner.version)
-        return Registered(winner, created=winner is record)
+        return Registered(winner, created=winner.version == record.version)
 
     def version(self, tenant: TenantId, version: int) -> VersionRecord:
         """One version's record.
@@ -374,7 +376,7 @@ class Registry:
             current = head.aliases.get(alias)
             if current is None:
                 raise NotFound(f"tenant {tenant} has no alias {alias}")
-            for entry in reversed(self.audit(tenant)):
+            for entry in self._heads.newest_first(tenant, head):
                 if entry.alias == alias and entry.to_version == current and entry.from_version is not None:
                     if entry.from_version not in head.versions:
                         raise NotFound(

@@ -98,7 +98,8 @@ def collect(
 def _delete_unless_renewed(store: BlobStore, meta: BlobMeta) -> bool:
     """Delete an object unless it was written again since it was listed."""
     try:
-        if store.head(meta.key).modified_s != meta.modified_s:
+        # Whole seconds: some stores list with milliseconds and answer HEAD without.
+        if int(store.head(meta.key).modified_s) != int(meta.modified_s):
             return False
     except NotFound:
         return False

@@ -8,13 +8,22 @@ the head next, in case the writer died in between.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Final
 
 from flatshare_registry import layout
 from flatshare_registry.errors import AlreadyExists, Conflict, Corrupt, NotFound, Unavailable
 from flatshare_registry.ids import AliasName, TenantId
-from flatshare_registry.records import Action, AuditEntry, TenantHead, TenantState, new_ulid, utc
+from flatshare_registry.records import (
+    ULID_TIME_CHARS,
+    Action,
+    AuditEntry,
+    TenantHead,
+    TenantState,
+    new_ulid,
+    next_ulid_time,
+    utc,
+)
 from flatshare_registry.stores.base import BlobStore, Create, UpdateIf
 
 __all__ = ["MAX_SWAP_TRIES", "HeadStore"]
@@ -86,7 +95,8 @@ class HeadStore:
         entry = self._entry(tenant, 1, Action.TENANT_CREATED)
         head = TenantHead(tenant=tenant, created_at=entry.at, last_entry=entry)
         self._store.put(layout.head_key(tenant), head.encode(), Create())
-        self._write_log(entry)
+        with contextlib.suppress(Unavailable, Conflict):
+            self._write_log(entry)
         return head
 
     def change(
@@ -119,12 +129,12 @@ class HeadStore:
         Unavailable
             The store failed, or the swap lost ``MAX_SWAP_TRIES`` times.
         """
-        entry_id = new_ulid(self._clock())
+        # The random half names this change over all tries; the time half is made anew for each.
+        mark = new_ulid(self._clock())[ULID_TIME_CHARS:]
         for _ in range(MAX_SWAP_TRIES):
             head, etag = self._read_any(tenant)
-            if head.last_entry.id == entry_id:
+            if head.last_entry.id.endswith(mark):
                 # An earlier try landed although its answer was lost (a put that boto3 retried).
-                self._write_log(head.last_entry)
                 return head
             if head.state is not TenantState.ACTIVE and not also_deleted:
                 raise NotFound(f"there is no tenant {tenant}")
@@ -136,7 +146,7 @@ class HeadStore:
                 tenant,
                 head.revision + 1,
                 action,
-                entry_id=entry_id,
+                entry_id=_id_after(head.last_entry.id, mark, self._clock()),
                 alias=alias,
                 from_version=from_version if alias is None else head.aliases.get(alias),
                 to_version=to_version if alias is None else wanted.aliases.get(alias),
@@ -146,7 +156,10 @@ class HeadStore:
                 self._store.put(layout.head_key(tenant), changed.encode(), UpdateIf(etag))
             except Conflict:
                 continue
-            self._write_log(entry)
+            # The change has landed and must not be reported as failed: whoever changes the head next
+            # writes this entry's log object, and until then it is read from the head.
+            with contextlib.suppress(Unavailable, Conflict):
+                self._write_log(entry)
             return changed
         raise Unavailable(f"tenant {tenant} could not be changed: {MAX_SWAP_TRIES} swaps in a row lost")
 
@@ -164,6 +177,15 @@ class HeadStore:
             entry = AuditEntry.decode(self._store.get(meta.key).data, meta.key)
             entries[entry.revision] = entry
         return [entries[revision] for revision in sorted(entries)]
+
+    def newest_first(self, tenant: TenantId, head: TenantHead) -> Iterator[AuditEntry]:
+        """Changes of a tenant, the newest first, read one by one: for whoever needs only the last few."""
+        yield head.last_entry
+        # Ids of one tenant rise with its revisions (see _id_after), so key order is their order.
+        keys = [meta.key for meta in self._store.list(layout.log_prefix(tenant))]
+        for key in reversed(keys):
+            if key != layout.log_key(tenant, head.last_entry.id):
+                yield AuditEntry.decode(self._store.get(key).data, key)
 
     def _read_any(self, tenant: TenantId) -> tuple[TenantHead, str]:
         """Head and ETag, active or deleted."""
@@ -201,6 +223,12 @@ class HeadStore:
     def _write_log(self, entry: AuditEntry) -> None:
         with contextlib.suppress(AlreadyExists):
             self._store.put(layout.log_key(TenantId(entry.tenant), entry.id), entry.encode(), Create())
+
+
+def _id_after(last_id: str, mark: str, now_s: float) -> str:
+    """A ULID that sorts after the last entry's, also when this writer's clock is behind."""
+    now, last = new_ulid(now_s)[:ULID_TIME_CHARS], last_id[:ULID_TIME_CHARS]
+    return (now if now > last else next_ulid_time(last)) + mark
 
 
 def decode_head(tenant: TenantId, data: bytes) -> TenantHead:

@@ -27,6 +27,16 @@ def new_ulid(now_s: float | None = None) -> str:
     return "".join(_CROCKFORD[(value >> shift) & 31] for shift in range(125, -1, -5))
 
 
+ULID_TIME_CHARS: Final = 10
+"""Characters of a ULID that are its time, in milliseconds; the other 16 are random."""
+
+
+def next_ulid_time(time_chars: str) -> str:
+    """The time part of a ULID one millisecond later."""
+    value = sum(_CROCKFORD.index(char) << 5 * place for place, char in enumerate(reversed(time_chars))) + 1
+    return "".join(_CROCKFORD[(value >> shift) & 31] for shift in range(45, -1, -5))
+
+
 class _Record(BaseModel):
     """What all stored records share: frozen, no unknown fields, one schema version."""
 

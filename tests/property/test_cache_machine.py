@@ -45,9 +45,12 @@ class Loader:
     def check(self, record: VersionRecord) -> None:
         pass
 
-    async def place(self, record: VersionRecord, fetched: Fetched) -> Placed:
+    async def prepare(self, record: VersionRecord, fetched: Fetched) -> nn.Module:
         module = nn.Identity()
         module.tenant = record.tenant  # type: ignore[assignment]  # a mark to check answers by
+        return module
+
+    async def place(self, record: VersionRecord, module: nn.Module) -> Placed:
         return Placed(module, 1)
 
 

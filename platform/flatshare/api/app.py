@@ -6,7 +6,7 @@ neither parses their bodies nor serialises their replies.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator
 from typing import Any, Final
 
 import numpy as np
@@ -26,9 +26,10 @@ from flatshare.api.http import (
 from flatshare.api.identity import identify
 from flatshare.api.payload import decode_images, decode_json, decode_pixels
 from flatshare.api.schemas import MODEL_ID_HEADER, PredictReply, PredictRequest
-from flatshare.engine.service import InferenceService, Prediction
+from flatshare.engine.service import Authorize, InferenceService, Prediction
 from flatshare.errors import BadInput
 from flatshare.models.architecture import Architecture
+from flatshare_registry.ids import ModelRef
 
 __all__ = ["create_app"]
 
@@ -51,13 +52,19 @@ def create_app(service: InferenceService, *, replica: str, max_body_bytes: int, 
     app = FastAPI(title="flatshare", description=_ABOUT, version="1")
     install_error_handlers(app)
 
-    async def answer(request: Request, decode: Callable[[Architecture], NDArray[np.float32]]) -> Response:
-        prediction = await service.predict(model_id_of(request), identify(request.headers).authorize, decode)
-        return _reply(prediction, replica)
+    async def body_for(request: Request) -> tuple[ModelRef, Authorize, bytes]:
+        """The ref, parsed and allowed before a byte of the body is read; and the body."""
+        ref, caller = ModelRef.parse(model_id_of(request)), identify(request.headers)
+        caller.authorize(ref)
+        return ref, caller.authorize, await read_body(request, max_body_bytes)
 
     async def predict(request: Request) -> Response:
-        body = await read_body(request, max_body_bytes)
-        return await answer(request, lambda network: decode_json(body, network.input, max_rows))
+        ref, authorize, body = await body_for(request)
+
+        def decode(network: Architecture) -> NDArray[np.float32]:
+            return decode_json(body, network.input, max_rows)
+
+        return _reply(await service.predict(ref, authorize, decode), replica)
 
     documented: dict[str, Any] = {
         "response_model": PredictReply,
@@ -98,18 +105,20 @@ def create_app(service: InferenceService, *, replica: str, max_body_bytes: int, 
     async def classify(request: Request) -> Response:
         """Classify images: one PNG or JPEG file, several as multipart/form-data, or raw uint8 pixels."""
         kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
-        body = await read_body(request, max_body_bytes)
-        if kind == "application/octet-stream":
-            return await answer(request, lambda network: decode_pixels(body, network, max_rows))
-        if kind == "multipart/form-data":
-            files = await _parts(request, body, max_rows)
-            return await answer(request, lambda network: decode_images(files, network, max_rows))
-        if kind in ("image/png", "image/jpeg"):
-            return await answer(request, lambda network: decode_images([body], network, max_rows))
-        raise BadInput(
-            "Content-Type must be image/png, image/jpeg, multipart/form-data "
-            "or application/octet-stream (raw pixels)"
-        )
+        if kind not in ("image/png", "image/jpeg", "multipart/form-data", "application/octet-stream"):
+            raise BadInput(
+                "Content-Type must be image/png, image/jpeg, multipart/form-data "
+                "or application/octet-stream (raw pixels)"
+            )
+        ref, authorize, body = await body_for(request)
+        files = await _parts(request, body, max_rows) if kind == "multipart/form-data" else [body]
+
+        def decode(network: Architecture) -> NDArray[np.float32]:
+            if kind == "application/octet-stream":
+                return decode_pixels(body, network, max_rows)
+            return decode_images(files, network, max_rows)
+
+        return _reply(await service.predict(ref, authorize, decode), replica)
 
     return HotRoutes(app, {"/predict": predict, "/": predict})
 
@@ -137,7 +146,9 @@ async def _parts(request: Request, body: bytes, max_files: int) -> list[bytes]:
         yield body
 
     try:
-        form = await MultiPartParser(request.headers, stream(), max_files=max_files, max_fields=16).parse()
+        form = await MultiPartParser(
+            request.headers, stream(), max_files=max_files + 1, max_fields=16
+        ).parse()
     except (MultiPartException, KeyError, ValueError) as error:
         raise BadInput(f"the multipart body can't be read: {getattr(error, 'message', error)}") from None
     try:

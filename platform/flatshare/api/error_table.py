@@ -47,6 +47,7 @@ TABLE: Final[Mapping[type[Exception], HttpError]] = {
     errors.NoRoom: HttpError(503, "no_room", retry_after_s=1),
     errors.Overloaded: HttpError(503, "overloaded", retry_after_s=1),
     errors.DeadlineExceeded: HttpError(504, "deadline_exceeded", retry_after_s=1),
+    errors.FleetUnavailable: HttpError(503, "fleet_unavailable", retry_after_s=1),
     errors.ModelFailed: HttpError(500, "model_failed"),
     errors.IsolationBroken: HttpError(500, "isolation_broken"),
 }

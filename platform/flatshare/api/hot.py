@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping
 
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -46,6 +46,8 @@ class HotRoutes:
         request = Request(scope, receive)
         try:
             response = await handler(request)
+        except ClientDisconnect:
+            return  # nobody is there to be answered
         except Exception as error:  # the last handler on this path: everything becomes an error reply
             response = error_reply(request, error)
         await response(scope, receive, send)

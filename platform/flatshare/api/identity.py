@@ -1,7 +1,7 @@
 """Who calls. Authentication comes with tenancy; until then every caller on loopback is the operator.
 
-Its place is here and in ``InferenceService.predict``: the caller is known before anything is
-looked up, and one who goes round the edge to a replica's own port still meets it.
+Its place is here and in ``InferenceService.predict``: the caller is known before the body is read
+or anything is looked up, and one who goes round the edge to a replica's own port still meets it.
 """
 
 from __future__ import annotations

@@ -6,8 +6,9 @@ Every limit is checked before memory is spent.
 from __future__ import annotations
 
 import io
+import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 import numpy as np
@@ -19,6 +20,15 @@ from flatshare.errors import BadInput, TooLarge
 from flatshare.models.architecture import Architecture, InputSpec
 
 __all__ = ["decode_array", "decode_images", "decode_json", "decode_pixels"]
+
+MAX_DEPTH: Final = 8
+"""Deepest nesting of lists that is looked into: more than any architecture's input has."""
+
+_NUMBERS: Final = {int, float}
+
+IMAGE_MODES: Final = frozenset({"1", "L", "P", "RGB"})
+"""Pixel formats that convert to 8 bits without loss. Not 16-bit grey, which Pillow clips to white,
+and nothing with transparency, which it drops: both would be answered wrongly, and confidently."""
 
 IMAGE_FORMATS: Final = ("PNG", "JPEG")
 
@@ -49,10 +59,7 @@ def decode_array(value: Any, spec: InputSpec, max_rows: int) -> NDArray[np.float
 
     Raises as :func:`decode_json`.
     """
-    try:
-        array = np.asarray(value)
-    except (ValueError, TypeError, OverflowError, RecursionError):
-        raise BadInput(f'"{spec.name}" is not a rectangular array of numbers') from None
+    array = value if isinstance(value, np.ndarray) else _array_of(value, spec, max_rows)
     if array.dtype.kind not in "fiu":
         raise BadInput(f'"{spec.name}" is not a rectangular array of numbers')
     rows = as_rows(array, spec, max_rows)
@@ -63,6 +70,53 @@ def decode_array(value: Any, spec: InputSpec, max_rows: int) -> NDArray[np.float
     return rows
 
 
+def _array_of(value: Any, spec: InputSpec, max_rows: int) -> NDArray[Any]:
+    """An array of a nested list, whose shape and leaves are checked before numpy sees them.
+
+    numpy would make text of a list that holds one string, as wide as the longest: a small body could
+    ask for gigabytes.
+    """
+    shape: list[int] = []
+    level = value
+    while isinstance(level, list):
+        shape.append(len(level))
+        if len(shape) > MAX_DEPTH or not level:
+            break
+        level = level[0]
+    check_shape(tuple(shape), spec, max_rows)
+    leaves: Iterable[Any] = value
+    try:
+        for size in shape[1:]:
+            if any(type(part) is not list or len(part) != size for part in leaves):
+                raise ValueError
+            leaves = list(itertools.chain.from_iterable(leaves))
+        if not set(map(type, leaves)) <= _NUMBERS:
+            raise ValueError
+        with np.errstate(over="ignore"):
+            return np.array(leaves, dtype=np.float32).reshape(shape)
+    except (ValueError, TypeError, OverflowError):
+        raise BadInput(f'"{spec.name}" is not a rectangular array of numbers') from None
+
+
+def check_shape(shape: tuple[int, ...], spec: InputSpec, max_rows: int) -> None:
+    """Refuse a shape that is not ``(N, *spec.shape)`` or one of its short forms.
+
+    Raises
+    ------
+    BadInput, TooLarge
+        It is another shape, no row, or too many.
+    """
+    accepted = [spec.shape, spec.shape[1:]] if spec.shape[0] == 1 else [spec.shape]
+    if not any(shape[-len(row) :] == row and len(shape) - len(row) in (0, 1) for row in accepted):
+        forms = " or ".join(str(("N", *row)).replace("'", "") for row in accepted)
+        raise BadInput(f'"{spec.name}" has shape {_shown(shape)}; it must be {forms}, or one row of it')
+    rows = math.prod(shape) // spec.row_values
+    if not rows:
+        raise BadInput(f'"{spec.name}" holds no row')
+    if rows > max_rows:
+        raise TooLarge(f'"{spec.name}" holds {rows} rows; the limit is {max_rows} a request')
+
+
 def as_rows(array: NDArray[Any], spec: InputSpec, max_rows: int) -> NDArray[Any]:
     """Give an array the shape ``(N, *spec.shape)``.
 
@@ -71,19 +125,8 @@ def as_rows(array: NDArray[Any], spec: InputSpec, max_rows: int) -> NDArray[Any]
     BadInput, TooLarge
         It has another shape, no row, or too many.
     """
-    accepted = [spec.shape, spec.shape[1:]] if spec.shape[0] == 1 else [spec.shape]
-    for row in accepted:
-        if array.shape[-len(row) :] == row and array.ndim - len(row) in (0, 1):
-            rows = array.reshape(-1, *spec.shape)
-            break
-    else:
-        forms = " or ".join(str(("N", *row)).replace("'", "") for row in accepted)
-        raise BadInput(f'"{spec.name}" has shape {_shown(array.shape)}; it must be {forms}, or one row of it')
-    if not len(rows):
-        raise BadInput(f'"{spec.name}" holds no row')
-    if len(rows) > max_rows:
-        raise TooLarge(f'"{spec.name}" holds {len(rows)} rows; the limit is {max_rows} a request')
-    return rows
+    check_shape(array.shape, spec, max_rows)
+    return array.reshape(-1, *spec.shape)
 
 
 def decode_images(files: Sequence[bytes], network: Architecture, max_rows: int) -> NDArray[np.float32]:
@@ -110,6 +153,8 @@ def _decode_image(data: bytes, spec: InputSpec) -> NDArray[np.uint8]:
             # open() reads only the header: a bomb is refused by its size, not unpacked.
             if image.size != (width, height):
                 raise BadInput(f"an image is {image.width} x {image.height}; it must be {width} x {height}")
+            if image.mode not in IMAGE_MODES or "transparency" in image.info:
+                raise BadInput("an image must be 8-bit grey, palette or RGB, without transparency")
             return np.asarray(image.convert("L" if channels == 1 else "RGB"), dtype=np.uint8)
     except BadInput:
         raise

@@ -69,8 +69,18 @@ class Placer(Protocol):
         """
         ...
 
-    async def place(self, record: VersionRecord, fetched: Fetched) -> Placed:
-        """Make the module.
+    async def prepare(self, record: VersionRecord, fetched: Fetched) -> nn.Module:
+        """Build the module in host memory: whatever can be wrong with a version shows here.
+
+        Raises
+        ------
+        ModelFailed
+            It does not build.
+        """
+        ...
+
+    async def place(self, record: VersionRecord, module: nn.Module) -> Placed:
+        """Move a module to the device.
 
         Raises
         ------
@@ -136,16 +146,31 @@ class DevicePlacer:
         except InvalidInput as error:
             raise ModelFailed(f"{record.name} can't be served here: {error.message}") from error
 
-    async def place(self, record: VersionRecord, fetched: Fetched) -> Placed:
+    async def prepare(self, record: VersionRecord, fetched: Fetched) -> nn.Module:
         """See :class:`Placer`."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._place, record, fetched)
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._prepare, record, fetched)
 
-    def _place(self, record: VersionRecord, fetched: Fetched) -> Placed:
+    async def place(self, record: VersionRecord, module: nn.Module) -> Placed:
+        """See :class:`Placer`."""
+        if self._device.type == "cpu":
+            return Placed(module, device_bytes(module))
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._move, record, module)
+
+    def _prepare(self, record: VersionRecord, fetched: Fetched) -> nn.Module:
         try:
-            module = materialize(architecture(record.architecture), record, fetched.data, self._device)
+            return materialize(architecture(record.architecture), record, fetched.data)
+        except ModelFailed:
+            raise
+        except Exception as error:  # whatever an operator's own architecture raises is that version's failure
+            raise ModelFailed(f"{record.name} could not be built: {type(error).__name__}") from error
+
+    def _move(self, record: VersionRecord, module: nn.Module) -> Placed:
+        """The lines that only a device other than the CPU runs."""
+        try:
+            moved = module.to(self._device)
             if self._device.type == "cuda":
                 # The copies ran on this thread's stream; inference runs on another thread's.
                 torch.cuda.current_stream(self._device).synchronize()
-        except (torch.OutOfMemoryError, MemoryError) as error:
-            raise ModelFailed(f"{record.name} does not fit into the memory of {self._device}") from error
-        return Placed(module, device_bytes(module))
+        except Exception as error:  # CUDA raises RuntimeError of several kinds, OutOfMemoryError among them
+            raise ModelFailed(f"{record.name} could not be placed on {self._device}") from error
+        return Placed(moved, device_bytes(moved))

@@ -2,7 +2,8 @@
 
 Rules, each with a test:
 
-- Fetch, verify and check first; only then make room. A load that fails evicts nothing.
+- Fetch, verify and build first; only then make room. A load that fails evicts nothing. (Only a
+  device that refuses the finished model, out of memory say, comes after.)
 - Only an unleased resident is evicted. When all are leased, a load waits for a lease to end.
 - One load of a version at a time; the load belongs to the cache, not to the caller who asked first.
 - A load hands its waiters their leases in the same step in which the model becomes resident, so
@@ -15,6 +16,7 @@ All methods must be called on one event loop; nothing in here blocks it.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -27,6 +29,7 @@ from flatshare.cache.policy import EvictionPolicy, LeastRecentlyUsed
 from flatshare.cache.stats import CacheStats
 from flatshare.cache.tiers import ModelKey, Receipt, ResidentInfo, Tier
 from flatshare.errors import DeadlineExceeded, NoRoom, ServeError
+from flatshare_registry.errors import Unavailable
 from flatshare_registry.records import VersionRecord
 
 __all__ = ["Lease", "ModelCache"]
@@ -54,6 +57,11 @@ class _Load:
 
     task: asyncio.Task[None] | None = None
     waiters: list[asyncio.Future[Lease]] = field(default_factory=list)
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether all who waited have gone."""
+        return all(waiter.done() for waiter in self.waiters)
 
 
 class Lease:
@@ -115,6 +123,8 @@ class ModelCache:
         Most loads at a time; others wait.
     room_timeout_s
         Seconds that a load waits for a slot while all are leased.
+    fetch_timeout_s
+        Seconds that the source may take for one version; then it counts as unavailable.
     policy
         Who is evicted first.
     on_change
@@ -131,6 +141,7 @@ class ModelCache:
         placer: Placer,
         load_concurrency: int = 4,
         room_timeout_s: float = 30.0,
+        fetch_timeout_s: float = 10.0,
         policy: EvictionPolicy | None = None,
         on_change: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
@@ -141,6 +152,7 @@ class ModelCache:
         self._source = source
         self._placer = placer
         self._room_timeout_s = room_timeout_s
+        self._fetch_timeout_s = fetch_timeout_s
         self._policy = policy or LeastRecentlyUsed()
         self._on_change = on_change
         self._clock = clock
@@ -275,7 +287,9 @@ class ModelCache:
 
     async def _run_load(self, key: ModelKey, record: VersionRecord, load: _Load) -> None:
         try:
-            resident = await self._load(record)
+            resident = await self._load(record, load)
+        except _Abandoned:
+            pass  # nobody waits any more; whoever asks next begins anew
         except BaseException as error:
             self.stats.load_failures += 1
             failure = error if isinstance(error, Exception) else NoRoom(f"{key}: the replica is stopping")
@@ -289,17 +303,30 @@ class ModelCache:
             for waiter in load.waiters:
                 if not waiter.done():
                     waiter.set_result(self._grant(resident, resident.tier))
+            if not resident.leases:
+                self._wake_one()  # it can be evicted for a load that waits
             self._on_change()
         finally:
             del self._loads[key]
 
-    async def _load(self, record: VersionRecord) -> _Resident:
+    async def _load(self, record: VersionRecord, load: _Load) -> _Resident:
         async with self._loading:
+            # Callers may have gone while this waited for its turn: a flood of requests that hang up
+            # must not fetch, or evict, for nobody. One that has begun is finished (promise 6).
+            if load.abandoned:
+                raise _Abandoned
             started = self._clock()
-            fetched = await self._source.fetch(record)
+            try:
+                async with asyncio.timeout(self._fetch_timeout_s):
+                    fetched = await self._source.fetch(record)
+            except TimeoutError:
+                raise Unavailable(
+                    f"the store did not deliver {record.name} within {self._fetch_timeout_s:g} s"
+                ) from None
+            prepared = await self._placer.prepare(record, fetched)
             await self._reserve(record)
             try:
-                placed = await self._placer.place(record, fetched)
+                placed = await self._placer.place(record, prepared)
             except BaseException:
                 self._reserved -= 1
                 self._wake_one()
@@ -385,12 +412,19 @@ class ModelCache:
             async with asyncio.timeout(max(timeout_s, 0)):
                 await waiter
         except TimeoutError:
-            return False
+            return waiter.done() and not waiter.cancelled()  # woken in the very moment
         except asyncio.CancelledError:
             if waiter.done() and not waiter.cancelled():
                 self._wake_one()  # the slot was meant for us: pass it on
             raise
+        finally:
+            with contextlib.suppress(ValueError):
+                self._room_wanted.remove(waiter)
         return True
+
+
+class _Abandoned(Exception):
+    """A load that nobody waits for any more was dropped before it began."""
 
 
 def _copy(error: Exception) -> Exception:

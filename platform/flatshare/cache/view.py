@@ -21,7 +21,7 @@ from typing import Final
 from cachetools import LRUCache, TTLCache
 
 from flatshare_registry.catalog import Registry, select
-from flatshare_registry.errors import NotFound, Unavailable
+from flatshare_registry.errors import Corrupt, NotFound, Unavailable
 from flatshare_registry.ids import ModelRef, TenantId
 from flatshare_registry.records import TenantHead, VersionRecord
 
@@ -43,6 +43,18 @@ registered a moment ago is found at its first request, and junk costs four reque
 STALE_AFTER_TTLS: Final = 15
 """A head older than this many TTLs is read before it is used: nobody asked for so long that a
 promotion may be long past."""
+
+
+PATIENCE_S: Final = 1.0
+"""Seconds that a request for a known tenant waits for a newer answer before it takes the old one."""
+
+FAILED_S: Final = 1.0
+"""Seconds that a failed read of a head or a record is answered from memory."""
+
+MAX_READS: Final = 1_000
+"""Most reads under way or waiting for a thread; beyond it unknown tenants are unavailable."""
+
+RecordKey = tuple[TenantId, int, str]
 
 
 @dataclass(slots=True)
@@ -82,9 +94,11 @@ class RegistryView:
         self._on_change = on_change
         self._clock = clock
         self._heads: LRUCache[TenantId, _Known] = LRUCache(MAX_HEADS)
-        self._records: LRUCache[tuple[TenantId, int, str], VersionRecord] = LRUCache(MAX_RECORDS)
+        self._records: LRUCache[RecordKey, VersionRecord] = LRUCache(MAX_RECORDS)
         self._missing: TTLCache[TenantId, None] = TTLCache(MAX_MISSING, ttl_s, clock)
         self._reads: dict[TenantId, asyncio.Task[TenantHead]] = {}
+        self._record_reads: dict[RecordKey, asyncio.Task[VersionRecord]] = {}
+        self._failed: TTLCache[TenantId | RecordKey, Exception] = TTLCache(MAX_MISSING, FAILED_S, clock)
         self._epochs: LRUCache[TenantId, int] = LRUCache(MAX_HEADS)
 
     def resolve_now(self, ref: ModelRef) -> VersionRecord | None:
@@ -134,7 +148,7 @@ class RegistryView:
                 except NotFound:
                     if self._age_s(ref.tenant) <= RECHECK_S:
                         raise
-                    head = await asyncio.shield(self._read(ref.tenant))
+                    head = await self._read_shared(ref.tenant)
                     number = select(head, ref)
                 return await self._record(head, number)
         except TimeoutError:
@@ -154,6 +168,9 @@ class RegistryView:
             The store does not answer; what was remembered stays.
         """
         self._missing.pop(tenant, None)
+        for key in list(self._failed):
+            if tenant == (key[0] if isinstance(key, tuple) else key):
+                self._failed.pop(key, None)
         # A read that began before this call may return what was true before it: don't join that one.
         self._epochs[tenant] = self._epochs.get(tenant, 0) + 1
         self._reads.pop(tenant, None)
@@ -173,13 +190,31 @@ class RegistryView:
         known = self._heads.get(tenant)
         if known is not None and self._clock() - known.checked_at <= self._ttl_s * STALE_AFTER_TTLS:
             return known.head
+        if known is None:
+            return await self._read_shared(tenant)
         try:
-            # Shielded: a caller that goes away must not cancel a read that others wait for.
-            return await asyncio.shield(self._read(tenant))
-        except Unavailable:
-            if known is None:
-                raise
+            # A store that hangs is as good as down: don't make a known tenant wait for it.
+            async with asyncio.timeout(PATIENCE_S):
+                return await self._read_shared(tenant)
+        except (Unavailable, TimeoutError):
+            known.checked_at = max(known.checked_at, self._clock() - self._ttl_s * STALE_AFTER_TTLS / 2)
             return known.head
+
+    async def _read_shared(self, tenant: TenantId) -> TenantHead:
+        """Join the tenant's read, or begin one.
+
+        Raises
+        ------
+        Unavailable
+            The store failed, a moment ago or now, or too many tenants wait for it already.
+        """
+        error = self._failed.get(tenant)
+        if error is not None:
+            raise type(error)(*error.args)
+        if tenant not in self._reads and len(self._reads) >= MAX_READS:
+            raise Unavailable("too many tenants wait for the registry's store")
+        # Shielded: a caller that goes away must not cancel a read that others wait for.
+        return await asyncio.shield(self._read(tenant))
 
     def _read(self, tenant: TenantId) -> asyncio.Task[TenantHead]:
         """The one read of a tenant's head that is under way."""
@@ -191,7 +226,8 @@ class RegistryView:
 
     def _read_behind(self, tenant: TenantId) -> None:
         """Begin a read that nobody waits for; on failure the old answer stands."""
-        self._read(tenant)
+        if len(self._reads) < MAX_READS and tenant not in self._failed:
+            self._read(tenant)
 
     def _read_ended(self, tenant: TenantId, task: asyncio.Task[TenantHead]) -> None:
         if self._reads.get(tenant) is task:
@@ -212,16 +248,16 @@ class RegistryView:
                 if self._heads.pop(tenant, None) is not None:
                     self._on_change()
             raise
-        except Unavailable:
-            if known is not None:
-                # Ask again in one TTL, not at every request.
-                known.checked_at = max(known.checked_at, self._clock() - self._ttl_s / 2)
+        except (Unavailable, Corrupt) as error:
+            self._failed[tenant] = error
             raise
         if answer is None:
             assert known is not None, "only a conditional read can find no change"
             known.checked_at = self._clock()
             return known.head
         head, etag = answer
+        if self._epochs.get(tenant, 0) != epoch:
+            return head  # a refresh began since: what it reads counts, not this
         current = self._heads.get(tenant)
         if current is not None and current.head.revision > head.revision:
             return current.head  # a later read came home first
@@ -234,8 +270,29 @@ class RegistryView:
         tenant = TenantId(head.tenant)
         key = (tenant, number, head.versions[number])
         record = self._records.get(key)
-        if record is None:
-            record = self._records[key] = await asyncio.get_running_loop().run_in_executor(
+        if record is not None:
+            return record
+        error = self._failed.get(key)
+        if error is not None:
+            raise type(error)(*error.args)
+        task = self._record_reads.get(key)
+        if task is None:
+            task = self._record_reads[key] = asyncio.create_task(self._read_record(key, head, number))
+            task.add_done_callback(lambda done: self._record_read_ended(key, done))
+        return await asyncio.shield(task)
+
+    async def _read_record(self, key: RecordKey, head: TenantHead, number: int) -> VersionRecord:
+        try:
+            record = await asyncio.get_running_loop().run_in_executor(
                 self._threads, self._registry.record, head, number
             )
+        except (Unavailable, Corrupt) as error:
+            self._failed[key] = error
+            raise
+        self._records[key] = record
         return record
+
+    def _record_read_ended(self, key: RecordKey, task: asyncio.Task[VersionRecord]) -> None:
+        del self._record_reads[key]
+        if not task.cancelled():
+            task.exception()

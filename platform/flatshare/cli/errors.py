@@ -21,6 +21,7 @@ EXIT_CODES: Final[Mapping[type[Exception], int]] = {
     registry_errors.Unavailable: 5,
     errors.Overloaded: 5,
     errors.DeadlineExceeded: 5,
+    errors.FleetUnavailable: 5,
     registry_errors.Corrupt: 6,
     errors.ModelFailed: 6,
     errors.IsolationBroken: 6,

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from flatshare.cache.stats import CacheStats
+from flatshare.errors import FleetUnavailable
 from flatshare.pool.details import ReplicaState
 from flatshare.pool.snapshot import ReplicaSnapshot
-from flatshare_registry.errors import Unavailable
 
 __all__ = ["Fleet", "FleetView"]
 
@@ -61,17 +61,17 @@ class Fleet:
         self._read_states = read_states
 
     async def view(self) -> FleetView:
-        """Ask everybody.
-
-        Raises
-        ------
-        Unavailable
-            The replicas did not answer in time.
-        """
-        states, snapshots = await asyncio.gather(
-            asyncio.to_thread(self._read_states), self._broadcast("snapshot")
+        """Ask everybody. When the replicas do not answer in time, there are states but no snapshots."""
+        reading = asyncio.create_task(asyncio.to_thread(self._read_states))
+        try:
+            found = await self._broadcast("snapshot")
+        except FleetUnavailable:
+            found = []
+        states = await reading
+        snapshots = sorted(
+            (one for one in found if isinstance(one, ReplicaSnapshot)),
+            key=lambda one: (one.node, one.replica),
         )
-        snapshots.sort(key=lambda one: (one.node, one.replica))
         return FleetView(
             snapshots,
             {one.replica: one for one in states},
@@ -81,25 +81,44 @@ class Fleet:
     async def refresh(self, tenant: str) -> list[str]:
         """Have every replica read a tenant anew; names of those that did.
 
-        Never fails: a replica that was not reached sees the change within its view's TTL.
+        Never fails, because it follows a change that has landed: a replica that was not reached, or
+        could not read, sees the change within its view's TTL.
         """
         try:
-            return sorted(await self._broadcast("refresh", tenant))
-        except Unavailable:
+            return sorted(one for one in await self._broadcast("refresh", tenant) if isinstance(one, str))
+        except FleetUnavailable:
             return []
 
     async def preload(self, model_ref: str) -> list[str]:
-        """Make a model resident on every replica; raises what the first to fail raised."""
-        return sorted(await self._broadcast("preload", model_ref))
+        """Make a model resident on every replica; names of those that did.
+
+        Raises
+        ------
+        Exception
+            What the first replica that failed raised.
+        FleetUnavailable
+            Not all replicas answered in time; loads that had begun go on.
+        """
+        return sorted(_all_well(await self._broadcast("preload", model_ref)))
 
     async def unload(self, model_ref: str) -> int:
-        """Free a model everywhere; on how many replicas it was resident."""
-        return sum(await self._broadcast("unload", model_ref))
+        """Free a model everywhere; on how many replicas it was resident. Raises as :meth:`preload`."""
+        return sum(_all_well(await self._broadcast("unload", model_ref)))
 
     async def _broadcast(self, method: str, *arguments: str) -> list[Any]:
+        """Every replica's result, or the exception that it raised."""
         try:
             async with asyncio.timeout(BROADCAST_TIMEOUT_S):
-                results: list[Any] = await self._handle.broadcast(method, *arguments).results_async()
+                answers = self._handle.broadcast(method, *arguments)
+                results: list[Any] = await answers.results_async(return_exceptions=True)
                 return results
         except TimeoutError:
-            raise Unavailable(f"not all replicas answered within {BROADCAST_TIMEOUT_S:g} s") from None
+            raise FleetUnavailable(f"not all replicas answered within {BROADCAST_TIMEOUT_S:g} s") from None
+
+
+def _all_well(results: list[Any]) -> list[Any]:
+    """The results, if none is an exception."""
+    for one in results:
+        if isinstance(one, BaseException):
+            raise one
+    return results

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import time
+import contextlib
 from collections import deque
 from types import TracebackType
 
@@ -28,7 +28,7 @@ class Admission:
     @property
     def queued(self) -> int:
         """Requests that wait now."""
-        return sum(not waiter.done() for waiter in self._waiting)
+        return len(self._waiting)
 
     def hold(self, timeout_s: float) -> _Hold:
         """An async context that is inside while the request is let in."""
@@ -62,6 +62,8 @@ class Admission:
                 self.leave()  # let in at the moment of leaving: pass the place on
             else:
                 waiter.cancel()
+                with contextlib.suppress(ValueError):
+                    self._waiting.remove(waiter)
             if isinstance(error, TimeoutError):
                 raise DeadlineExceeded(f"waited {timeout_s:g} s for a free place") from None
             raise
@@ -85,11 +87,8 @@ class _Hold:
         self._admission = admission
         self._timeout_s = timeout_s
 
-    async def __aenter__(self) -> float:
-        """Seconds left of the time-out."""
-        started = time.monotonic()
+    async def __aenter__(self) -> None:
         await self._admission.enter(self._timeout_s)
-        return self._timeout_s - (time.monotonic() - started)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

@@ -1,10 +1,11 @@
-"""The whole story of a request: parse the ref, authenticate, admit, resolve, decode, lease, predict, release.
+"""The whole story of a request: authenticate, resolve, decode, lease, admit, predict, release.
 
 Knows no protocol: HTTP and handles are thin shells around :meth:`InferenceService.predict`.
 """
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -16,7 +17,9 @@ from flatshare.cache.model_cache import Lease, ModelCache
 from flatshare.cache.tiers import Tier
 from flatshare.cache.view import RegistryView
 from flatshare.engine.admission import Admission
+from flatshare.errors import DeadlineExceeded, IsolationBroken, ModelFailed
 from flatshare.models.architecture import Architecture, architecture
+from flatshare_registry.errors import InvalidInput
 from flatshare_registry.ids import ModelRef
 from flatshare_registry.records import VersionRecord
 
@@ -72,6 +75,11 @@ class InferenceService:
 
     Parameters
     ----------
+    admission
+        Places for requests whose model is resident: the work of a replica.
+    cold
+        Places for requests that wait for the registry or for a load. They are apart, so that a
+        store that is slow or down does not stop the models that are here (promise 11).
     timeout_s
         Seconds that a request may take, waiting included.
     """
@@ -83,33 +91,65 @@ class InferenceService:
         cache: ModelCache,
         inference: Runs,
         admission: Admission,
+        cold: Admission,
         timeout_s: float,
     ) -> None:
         self.view = view
         self.cache = cache
         self.admission = admission
+        self.cold = cold
         self._inference = inference
         self._timeout_s = timeout_s
 
-    async def predict(self, ref_text: str, authorize: Authorize, decode: Decode) -> Prediction:
+    async def predict(self, ref: ModelRef, authorize: Authorize, decode: Decode) -> Prediction:
         """Answer one request.
 
         Raises
         ------
-        InvalidRef, BadInput
-            The request is wrong; nothing was looked up, or nothing was loaded.
+        BadInput
+            The request is wrong; nothing was loaded.
         NotFound
             No such tenant, alias or version.
         Overloaded, DeadlineExceeded
             No room, or not in time; retry.
         Corrupt, ModelFailed, Unavailable
             The version can't be served now.
+        IsolationBroken
+            The slot does not hold what the ref resolved to.
         """
-        ref = ModelRef.parse(ref_text)
         authorize(ref)
-        async with self.admission.hold(self._timeout_s) as left_s:
-            version = self.view.resolve_now(ref) or await self.view.resolve(ref, left_s)
-            rows = decode(architecture(version.architecture))
-            lease = self.cache.try_lease(version) or await self.cache.lease(version, left_s)
-            with lease:
-                return Prediction(await self._inference.run(lease, rows), version, lease.tier)
+        try:
+            async with asyncio.timeout(self._timeout_s):
+                version = self.view.resolve_now(ref)
+                if version is None:
+                    async with self.cold.hold(self._timeout_s):
+                        version = await self.view.resolve(ref, self._timeout_s)
+                rows = decode(_installed(version))
+                lease = self.cache.try_lease(version)
+                if lease is None:
+                    async with self.cold.hold(self._timeout_s):
+                        lease = await self.cache.lease(version, self._timeout_s)
+                with lease:
+                    if lease.record.digest != version.digest:
+                        raise IsolationBroken(f"the slot of {version.name} holds other weights")
+                    async with self.admission.hold(self._timeout_s):
+                        logits = await self._inference.run(lease, rows)
+                return Prediction(logits, version, lease.tier)
+        except TimeoutError:
+            raise DeadlineExceeded(f"not answered within {self._timeout_s:g} s") from None
+
+
+def _installed(version: VersionRecord) -> Architecture:
+    """A version's architecture.
+
+    Raises
+    ------
+    ModelFailed
+        It is not installed here: the operator's to mend, not the caller's.
+    """
+    try:
+        return architecture(version.architecture)
+    except InvalidInput as error:
+        raise ModelFailed(
+            f"{version.name} can't be served: its architecture is not installed here"
+        ) from error

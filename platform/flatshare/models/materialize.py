@@ -1,8 +1,8 @@
 """From a checked safetensors file to a module on a device, without a copy where possible.
 
 The module is built on the meta device (no memory, no initialisation) and its parameters are then
-assigned tensors that look into the file's bytes. On the CPU, dense layers stay such views;
-convolution weights are copied once into channels-last order. On CUDA everything is copied once.
+assigned tensors that look into the file's bytes. Dense layers stay such views; convolution weights
+are copied once into channels-last order. A device other than the CPU takes one copy of everything.
 """
 
 from __future__ import annotations
@@ -31,10 +31,8 @@ _DTYPES: Final[dict[str, torch.dtype]] = {
 }  # fmt: skip
 
 
-def materialize(
-    network: Architecture, record: VersionRecord, data: bytes | memoryview, device: torch.device
-) -> nn.Module:
-    """Build a version's module.
+def materialize(network: Architecture, record: VersionRecord, data: bytes | memoryview) -> nn.Module:
+    """Build a version's module in host memory.
 
     Parameters
     ----------
@@ -47,7 +45,8 @@ def materialize(
     Returns
     -------
     nn.Module
-        In eval mode, on ``device``, in channels-last memory format, no parameter requires grad.
+        In eval mode, in channels-last memory format, no parameter requires grad. Moving it to
+        another device copies it once.
 
     Raises
     ------
@@ -74,8 +73,7 @@ def materialize(
     except RuntimeError as error:
         raise ModelFailed(f"{record.name} does not fit architecture {network.name} any more") from error
     module.requires_grad_(False)
-    # In two steps, because torch types only those; a step that changes nothing copies nothing.
-    return module.to(device).to(memory_format=torch.channels_last).eval()
+    return module.to(memory_format=torch.channels_last).eval()
 
 
 def device_bytes(module: nn.Module) -> int:

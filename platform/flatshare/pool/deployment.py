@@ -98,6 +98,7 @@ class ClassifierPool:
             placer=DevicePlacer(device, self._load_threads),
             load_concurrency=settings.load_concurrency,
             room_timeout_s=settings.request_timeout_s,
+            fetch_timeout_s=settings.fetch_timeout_s,
             on_change=self._advertiser.changed,
         )
         self._inference = Inference(device, settings.torch_threads)
@@ -106,6 +107,7 @@ class ClassifierPool:
             cache=self._cache,
             inference=self._inference,
             admission=Admission(settings.max_ongoing_requests, settings.max_queued_requests),
+            cold=Admission(settings.max_queued_requests + 1, 0),
             timeout_s=settings.request_timeout_s,
         )
         logger.info("replica %s on %s with %d slots", self.replica, device, settings.slots)
@@ -146,7 +148,8 @@ class ClassifierPool:
                 raise BadInput(f'the batch must be a dict with the key "{network.input.name}"')
             return decode_array(batch[network.input.name], network.input, self._settings.max_rows)
 
-        prediction = await self._service.predict(model_ref, OPERATOR.authorize, decode)
+        ref = ModelRef.parse(model_ref)
+        prediction = await self._service.predict(ref, OPERATOR.authorize, decode)
         return {**batch, "predicted_label": prediction.labels}
 
     @serve.multiplexed(max_num_models_per_replica=NEVER_EVICT)  # type: ignore[untyped-decorator]  # Ray's

@@ -5,12 +5,17 @@ from __future__ import annotations
 import hashlib
 import math
 
-__all__ = ["rank", "score"]
+__all__ = ["canonical", "rank", "score"]
 
 
 def score(model_ref: str, replica: str) -> bytes:
     """Rendezvous score of a replica for a model; the largest is its home."""
     return hashlib.blake2b(f"{model_ref}\0{replica}".encode(), digest_size=8).digest()
+
+
+def canonical(model_ref: str) -> str:
+    """One text for one model: ``acme:production`` is ``acme``, as the edge and the advertiser say."""
+    return model_ref.removesuffix(":production")
 
 
 def rank(

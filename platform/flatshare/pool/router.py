@@ -22,7 +22,7 @@ from ray.serve.request_router import (
     RunningReplica,
 )
 
-from flatshare.pool.ranking import rank, score
+from flatshare.pool.ranking import canonical, rank, score
 
 __all__ = ["HomeReplicaRouter"]
 
@@ -52,6 +52,7 @@ class HomeReplicaRouter(FIFOMixin, MultiplexMixin, RequestRouter):
         model_ref = pending_request.metadata.multiplexed_model_id if pending_request is not None else ""
         if not model_ref or len(candidate_replicas) < 2:
             return [candidate_replicas]
+        model_ref = canonical(model_ref)
         by_name = {one.replica_id.unique_id: one for one in candidate_replicas}
         queued = {
             name: self.replica_queue_len_cache.get(one.replica_id) or 0 for name, one in by_name.items()

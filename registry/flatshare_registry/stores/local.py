@@ -6,6 +6,7 @@ import contextlib
 import fcntl
 import os
 import tempfile
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Final
@@ -27,6 +28,9 @@ __all__ = ["LocalStore"]
 
 _LOCK_NAME: Final = ".flatshare-lock"
 _TEMP_PREFIX: Final = ".flatshare-tmp-"
+
+ABANDONED_S: Final = 24 * 3600.0
+"""Age from which a temporary file belongs to a put that crashed."""
 
 
 class LocalStore:
@@ -98,9 +102,11 @@ class LocalStore:
         with _translated(prefix or "the store folder"):
             for folder, _, names in os.walk(start):
                 for name in names:
+                    path = Path(folder) / name
+                    if name.startswith(_TEMP_PREFIX):
+                        _sweep(path)
                     if name == _LOCK_NAME or name.startswith(_TEMP_PREFIX):
                         continue
-                    path = Path(folder) / name
                     # A file that goes while we walk was deleted: leave it out.
                     with contextlib.suppress(FileNotFoundError):
                         found.append(_meta(path.relative_to(self._root).as_posix(), path.stat()))
@@ -143,6 +149,13 @@ def _meta(key: str, stat: os.stat_result) -> BlobMeta:
     # Every put is a new inode with its own mtime, so this changes with every write.
     etag = f'"{stat.st_ino:x}-{stat.st_mtime_ns:x}-{stat.st_size:x}"'
     return BlobMeta(key, etag, stat.st_size, stat.st_mtime)
+
+
+def _sweep(temporary: Path) -> None:
+    """Remove what a put that crashed left behind; one that is under way is younger."""
+    with contextlib.suppress(FileNotFoundError):
+        if time.time() - temporary.stat().st_mtime > ABANDONED_S:
+            temporary.unlink()
 
 
 def _fsync_folder(folder: Path) -> None:

@@ -36,6 +36,9 @@ __all__ = ["S3Options", "S3Store", "make_s3_client"]
 MAX_PUT_BYTES: Final = 5 * 1024**3
 """S3's limit for one PutObject, in bytes."""
 
+CONFLICT_TRIES: Final = 5
+"""Tries of a create that S3 answers with 409 (another conditional write of the key is under way)."""
+
 _MISSING: Final = {"404", "NoSuchKey", "NotFound"}
 _LOST_RACE: Final = {"412", "PreconditionFailed", "409", "ConditionalRequestConflict"}
 _OPERATOR: Final = {
@@ -144,6 +147,17 @@ class S3Store:
             condition["IfNoneMatch"] = "*"
         elif isinstance(mode, UpdateIf):
             condition["IfMatch"] = mode.etag
+        for left in reversed(range(CONFLICT_TRIES)):
+            try:
+                return self._put(key, data, mode, condition)
+            except Conflict:
+                # 409: two conditional writes met, and S3 asks to try again. For a create that ends in
+                # success or in AlreadyExists; a lost compare-and-swap is the caller's to redo.
+                if not isinstance(mode, Create) or not left:
+                    raise
+        raise AssertionError("unreachable: the last try returns or raises")
+
+    def _put(self, key: str, data: bytes | memoryview, mode: PutMode, condition: dict[str, str]) -> BlobMeta:
         with self._translated(key, mode):
             reply = self._client.put_object(
                 Bucket=self._bucket,

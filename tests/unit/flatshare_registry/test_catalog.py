@@ -11,6 +11,7 @@ from flatshare_registry import layout
 from flatshare_registry.catalog import Registry
 from flatshare_registry.errors import (
     AlreadyExists,
+    Conflict,
     Corrupt,
     InvalidWeights,
     NotFound,
@@ -277,6 +278,54 @@ def assert_same_but_numbers(found: dict[str, object], wanted: dict[str, object])
         return result
 
     assert by_digest(found) == by_digest(wanted)
+
+
+def test_a_lost_answer_and_a_rival_in_between_lose_nothing(registry: Registry) -> None:
+    """The swap landed, boto3 retried and got 412, and meanwhile somebody else changed the head."""
+    register(registry, 1)
+    rival, lost = make(registry.store), []
+
+    def after(operation: str, key: str) -> None:
+        if operation == "put" and key == layout.head_key(ACME) and not lost:
+            lost.append(key)
+            rival.set_alias(ACME, CANARY, 1)
+            raise Conflict("412 to the retry of a put that had landed")
+
+    done = make(FaultyStore(registry.store, after=after)).register(ACME, weights(2), "tiny", SPECS)
+    assert lost
+    assert done.version.version == 2
+    assert [record.version for record in registry.list_versions(ACME)] == [1, 2]
+    assert [entry.revision for entry in registry.audit(ACME)] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("error", [Unavailable("down"), Conflict("409")])
+def test_a_change_that_landed_is_not_reported_as_failed(registry: Registry, error: Exception) -> None:
+    register(registry, 1)
+    register(registry, 2, PRODUCTION)
+    swapped = []
+
+    def before(operation: str, key: str) -> None:
+        if operation == "put" and key == layout.head_key(ACME):
+            swapped.append(key)
+        elif operation == "put" and swapped:
+            raise error  # the log entry after the swap
+
+    head = make(FaultyStore(registry.store, before=before)).rollback(ACME)
+    assert head.aliases == {"production": 1}
+    assert registry.audit(ACME)[-1].action is Action.ALIAS_ROLLED_BACK
+    registry.set_alias(ACME, CANARY, 2)  # the next change writes what was missing
+    assert len(list(registry.store.list(layout.log_prefix(ACME)))) == len(registry.audit(ACME))
+
+
+def test_log_keys_sort_by_revision_even_with_a_clock_that_is_behind(registry: Registry) -> None:
+    register(registry, 1)
+    behind = make(registry.store, ManualClock(1_000_000.0))
+    for value in (2, 3, 4):
+        behind.register(ACME, weights(value), "tiny", SPECS)
+        registry.set_alias(ACME, CANARY, value)
+    keys = [meta.key for meta in registry.store.list(layout.log_prefix(ACME))]
+    ids = [layout.log_key(ACME, entry.id) for entry in registry.audit(ACME)]
+    assert keys == ids
 
 
 def test_a_store_that_is_down_is_unavailable_never_not_found(registry: Registry) -> None:

@@ -47,8 +47,14 @@ class World:
         )
         self.inference = Inference(torch.device("cpu"))
         self.admission = Admission(8, 8)
+        self.cold = Admission(16, 0)
         service = InferenceService(
-            view=view, cache=self.cache, inference=self.inference, admission=self.admission, timeout_s=5
+            view=view,
+            cache=self.cache,
+            inference=self.inference,
+            admission=self.admission,
+            cold=self.cold,
+            timeout_s=5,
         )
         self.app = create_app(service, replica="r1", max_body_bytes=150_000, max_rows=8)
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import io
 import json
+import time
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -77,6 +79,25 @@ def test_bad_bodies_get_one_clear_error(data: bytes) -> None:
     assert len(caught.value.message) < 300
 
 
+@pytest.mark.parametrize(
+    "value",
+    [["x" * 2000] + [0] * 100_000, ["x" * 1_000_000] + [0] * 500_000, [[]] * 500_000, [[0] * 784] * 5_000],
+    ids=["text among numbers", "long text", "empty lists", "flat rows"],
+)
+def test_a_small_body_cannot_ask_for_much_memory(value: list[object]) -> None:
+    data = body(value)
+    tracemalloc.start()
+    started = time.perf_counter()
+    with pytest.raises(BadInput):
+        decode_json(data, SPEC, 100)
+    seconds = time.perf_counter() - started
+    peak_bytes = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    # What orjson makes of the body is there anyway: 56 bytes and a reference for the 3 of an empty list.
+    assert peak_bytes < 32 * len(data) + 10_000_000
+    assert seconds < 5
+
+
 def test_too_many_rows() -> None:
     with pytest.raises(TooLarge, match="limit is 2"):
         decode_json(body(np.zeros((3, 28, 28)).tolist()), SPEC, 2)
@@ -115,6 +136,17 @@ def test_colour_images_become_grey() -> None:
 
 def test_jpeg_is_taken() -> None:
     assert decode_images([encoded(picture(), "JPEG")], NETWORK, 10).shape == (1, 1, 28, 28)
+
+
+def test_images_that_would_lose_information_are_refused() -> None:
+    deep = Image.fromarray(RANDOM.integers(0, 65536, (28, 28)).astype(np.uint16))
+    for data in (
+        encoded(deep, "PNG"),
+        encoded(picture(mode="LA"), "PNG"),
+        encoded(picture(mode="RGBA"), "PNG"),
+    ):
+        with pytest.raises(BadInput, match="8-bit"):
+            decode_images([data], NETWORK, 10)
 
 
 def test_a_bomb_is_refused_by_its_header() -> None:

@@ -56,7 +56,7 @@ async def test_a_model_is_fetched_and_placed(
     assert (fetched.data, fetched.tier) == (weights, Tier.STORE)
     placer = DevicePlacer(torch.device("cpu"), threads)
     placer.check(record)
-    placed = await placer.place(record, fetched)
+    placed = await placer.place(record, await placer.prepare(record, fetched))
     assert placed.size_bytes == sum(tensor.size_bytes for tensor in record.tensors)
     torch.manual_seed(1)
     reference = NETWORK.build()

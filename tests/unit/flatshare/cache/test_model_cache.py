@@ -38,6 +38,7 @@ class FakeLoader:
         self.fetches: list[str] = []
         self.gates: dict[str, asyncio.Event] = {}
         self.errors: dict[str, Exception] = {}
+        self.prepare_errors: dict[str, Exception] = {}
         self.place_errors: dict[str, Exception] = {}
         self.running = 0
         self.most_running = 0
@@ -62,10 +63,15 @@ class FakeLoader:
         if record.architecture != "tiny":
             raise ModelFailed("unknown architecture")
 
-    async def place(self, record: VersionRecord, fetched: Fetched) -> Placed:
+    async def prepare(self, record: VersionRecord, fetched: Fetched) -> nn.Module:
+        if record.tenant in self.prepare_errors:
+            raise self.prepare_errors[record.tenant]
+        return nn.Identity()
+
+    async def place(self, record: VersionRecord, module: nn.Module) -> Placed:
         if record.tenant in self.place_errors:
             raise self.place_errors[record.tenant]
-        return Placed(nn.Identity(), 8)
+        return Placed(module, 8)
 
 
 @pytest.fixture
@@ -137,6 +143,53 @@ async def test_promise_2_an_unknown_architecture_is_refused_before_anything_is_f
     with pytest.raises(ModelFailed):
         await cache.lease(version("c").model_copy(update={"architecture": "other"}), 5)
     assert (held(cache), loader.fetches) == ({"a", "b"}, ["a@1", "b@1"])
+
+
+async def test_promise_2_a_model_that_does_not_build_evicts_nothing(loader: FakeLoader) -> None:
+    cache = make(loader)
+    await use(cache, "a", "b")
+    loader.prepare_errors["odd"] = ModelFailed("state does not fit")
+    with pytest.raises(ModelFailed):
+        await cache.lease(version("odd"), 5)
+    assert (held(cache), cache.stats.evictions) == ({"a", "b"}, 0)
+
+
+async def test_a_flood_of_callers_who_hang_up_loads_and_evicts_nothing(loader: FakeLoader) -> None:
+    cache = make(loader, slots=2, load_concurrency=1)
+    await use(cache, "a", "b")
+    blocker = asyncio.create_task(cache.lease(version("gated-0"), 5))
+    await settle()
+    flood = [asyncio.create_task(cache.lease(version(f"cold-{n}"), 5)) for n in range(50)]
+    await settle()
+    for task in flood:
+        task.cancel()
+    await asyncio.gather(*flood, return_exceptions=True)
+    loader.gate("gated-0").set()
+    (await blocker).release()
+    await settle()
+    assert not any(name.startswith("cold-") for name in loader.fetches)
+    assert cache.stats.evictions == 1  # for gated-0 alone
+    assert cache.stats.load_failures == 0
+    await use(cache, "cold-7")  # and who asks again is served
+
+
+async def test_a_store_that_hangs_is_unavailable_in_time(loader: FakeLoader) -> None:
+    cache = make(loader, fetch_timeout_s=0.02)
+    with pytest.raises(Unavailable, match="did not deliver"):
+        await cache.lease(version("gated-never"), 5)
+
+
+async def test_a_load_whose_callers_left_can_be_evicted_for_one_that_waits(loader: FakeLoader) -> None:
+    cache = make(loader, slots=1, load_concurrency=2, room_timeout_s=60)
+    leaving = asyncio.create_task(cache.lease(version("gated-a"), 5))
+    await settle()
+    loader.gate("gated-a").set()
+    # b's load finds the only slot reserved for a, and waits.
+    waiting = asyncio.create_task(cache.lease(version("b"), 5))
+    leaving.cancel()
+    lease = await asyncio.wait_for(waiting, 2)
+    assert held(cache) == {"b"}
+    lease.release()
 
 
 async def test_a_device_that_refuses_gives_its_slot_back(loader: FakeLoader) -> None:

@@ -26,7 +26,8 @@ class Answers:
     def __init__(self, results: Any) -> None:
         self.results = results
 
-    async def results_async(self) -> Any:
+    async def results_async(self, *, return_exceptions: bool) -> Any:
+        assert return_exceptions, "one replica's failure must not hide the others' answers"
         if isinstance(self.results, asyncio.Event):
             await self.results.wait()
         return self.results
@@ -38,6 +39,7 @@ class Replicas:
     def __init__(self) -> None:
         self.calls: list[tuple[str, ...]] = []
         self.stuck = False
+        self.refreshed: list[object] = ["r2", "r1"]
         stats = CacheStats(loads=2, evictions=1)
         stats.hits[Tier.DEVICE], stats.hits[Tier.STORE] = 6, 2
         stats.load_times.add(0.01)
@@ -51,7 +53,7 @@ class Replicas:
         self.calls.append((method, *arguments))
         if self.stuck:
             return Answers(asyncio.Event())
-        return Answers({"snapshot": [self.snapshot], "unload": [True, False]}.get(method, ["r2", "r1"]))
+        return Answers({"snapshot": [self.snapshot], "unload": [True, False]}.get(method, self.refreshed))
 
 
 class World:
@@ -119,7 +121,21 @@ async def test_a_replica_that_does_not_answer_does_not_undo_a_change(
     moved = await client.put("/tenants/acme/aliases/production", json={"version": 2})
     assert (moved.status_code, moved.json()["refreshed"]) == (200, [])
     assert world.registry.head(TenantId("acme")).aliases == {"production": 2}
-    assert (await client.get("/replicas")).status_code == 503
+    fleet = (await client.get("/replicas")).json()
+    assert (fleet["replicas"], [one["replica"] for one in fleet["not_answering"]]) == ([], ["r1", "r9"])
+    preload = await client.post("/preload", json={"model": "acme"})
+    assert (preload.status_code, preload.json()["error"]["code"]) == (503, "fleet_unavailable")
+
+
+async def test_a_replica_that_dies_while_it_is_told_does_not_undo_a_change(
+    world: World, client: httpx.AsyncClient
+) -> None:
+    world.registry.create_tenant(TenantId("acme"))
+    world.register(1)
+    world.register(2)
+    world.replicas.refreshed = ["r2", RuntimeError("actor died")]
+    moved = await client.put("/tenants/acme/aliases/production", json={"version": 2})
+    assert (moved.status_code, moved.json()["refreshed"]) == (200, ["r2"])
 
 
 async def test_the_fleet_is_shown_with_totals_and_those_that_cannot_answer(client: httpx.AsyncClient) -> None:

@@ -47,8 +47,11 @@ class OneModule:
     def check(self, record: VersionRecord) -> None:
         pass
 
-    async def place(self, record: VersionRecord, fetched: Fetched) -> Placed:
-        return Placed(self.module, 0)
+    async def prepare(self, record: VersionRecord, fetched: Fetched) -> nn.Module:
+        return self.module
+
+    async def place(self, record: VersionRecord, module: nn.Module) -> Placed:
+        return Placed(module, 0)
 
 
 def cache_of(module: nn.Module) -> ModelCache:

@@ -52,7 +52,7 @@ def test_the_cnn_is_pytorchs_example() -> None:
 @pytest.mark.parametrize("name", ["mnist-cnn", "mnist-resnet18"])
 def test_a_materialized_model_gives_the_same_logits(name: str) -> None:
     data, module = weights_of(name, seed=3)
-    made = materialize(architecture(name), record_of(name, data), data, torch.device("cpu"))
+    made = materialize(architecture(name), record_of(name, data), data)
     rows = torch.rand(6, 1, 28, 28) * 2 - 1
     with torch.inference_mode():
         torch.testing.assert_close(made(rows), module(rows), rtol=1e-5, atol=1e-5)
@@ -65,7 +65,7 @@ def test_a_materialized_model_gives_the_same_logits(name: str) -> None:
 def test_dense_layers_are_views_of_the_files_bytes() -> None:
     data, _ = weights_of("mnist-cnn")
     record = record_of("mnist-cnn", data)
-    made = materialize(architecture("mnist-cnn"), record, data, torch.device("cpu"))
+    made = materialize(architecture("mnist-cnn"), record, data)
     base = np.frombuffer(data, dtype=np.uint8).ctypes.data
     start = next(one.start for one in record.tensors if one.name == "fc1.weight")
     assert made.get_parameter("fc1.weight").data_ptr() == base + start
@@ -74,7 +74,7 @@ def test_dense_layers_are_views_of_the_files_bytes() -> None:
 def test_weights_of_another_architecture_are_a_failed_model() -> None:
     data, _ = weights_of("mnist-cnn")
     with pytest.raises(ModelFailed, match="acme@1"):
-        materialize(architecture("mnist-resnet18"), record_of("mnist-cnn", data), data, torch.device("cpu"))
+        materialize(architecture("mnist-resnet18"), record_of("mnist-cnn", data), data)
 
 
 def test_the_transform_is_the_notebooks_to_the_bit() -> None:
