@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from flatshare.cache.loading import Fetched, Placed
-from flatshare.cache.model_cache import ModelCache
+from flatshare.cache.model_cache import Lease, ModelCache
 from flatshare.cache.tiers import Receipt, Tier
 from flatshare.engine.inference import Inference
 from flatshare.errors import IsolationBroken, ModelFailed
@@ -132,3 +132,93 @@ async def test_the_event_loop_goes_on_while_a_pass_runs(inference: Inference) ->
         assert not running.done()
         module.go.set()
         await running
+
+
+class Counting(nn.Module):
+    """A gate that notes how many rows each pass had, and marks its answers."""
+
+    def __init__(self, mark: float) -> None:
+        super().__init__()
+        self.mark, self.sizes = mark, []
+        self.entered, self.go = threading.Event(), threading.Event()
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        self.sizes.append(len(rows))
+        self.entered.set()
+        assert self.go.wait(10)
+        return rows.flatten(1) + self.mark
+
+
+async def leased(module: nn.Module, tenant: str) -> Lease:
+    return await cache_of(module).lease(RECORD.model_copy(update={"tenant": tenant}), 5)
+
+
+async def test_requests_that_arrive_while_a_pass_runs_form_the_next(inference: Inference) -> None:
+    module = Counting(0)
+    with await leased(module, "acme") as lease:
+        first = asyncio.create_task(inference.run(lease, ROWS))
+        await asyncio.to_thread(module.entered.wait, 5)
+        inputs = [ROWS[:1] + n for n in range(5)]
+        later = [asyncio.create_task(inference.run(lease, rows)) for rows in inputs]
+        await asyncio.sleep(0)
+        module.go.set()
+        await first
+        answers = await asyncio.gather(*later)
+    assert module.sizes == [2, 5]
+    for rows, logits in zip(inputs, answers, strict=True):
+        np.testing.assert_array_equal(logits, rows.reshape(1, 4))
+
+
+async def test_promise_1_models_are_never_mixed_in_a_pass(inference: Inference) -> None:
+    one, two = Counting(100), Counting(200)
+    with await leased(one, "acme") as a, await leased(two, "globex") as b:
+        first = asyncio.create_task(inference.run(a, ROWS))
+        await asyncio.to_thread(one.entered.wait, 5)
+        later = [asyncio.create_task(inference.run((a, b)[n % 2], ROWS[:1])) for n in range(6)]
+        await asyncio.sleep(0)
+        one.go.set()
+        two.go.set()
+        await first
+        answers = await asyncio.gather(*later)
+    assert (one.sizes, two.sizes) == ([2, 3], [3])
+    for number, logits in enumerate(answers):
+        np.testing.assert_array_equal(logits, ROWS[:1].reshape(1, 4) + (100, 200)[number % 2])
+
+
+async def test_a_request_cancelled_in_the_queue_leaves_the_batch(inference: Inference) -> None:
+    module = Counting(0)
+    with await leased(module, "acme") as lease:
+        first = asyncio.create_task(inference.run(lease, ROWS))
+        await asyncio.to_thread(module.entered.wait, 5)
+        later = [asyncio.create_task(inference.run(lease, ROWS[:1])) for _ in range(3)]
+        await asyncio.sleep(0)
+        later[1].cancel()
+        await asyncio.gather(later[1], return_exceptions=True)
+        module.go.set()
+        await asyncio.gather(first, later[0], later[2])
+    assert module.sizes == [2, 2]
+
+
+async def test_a_pass_has_a_bounded_size(inference: Inference) -> None:
+    module = Counting(0)
+    big = np.zeros((200, 1, 2, 2), dtype=np.float32)
+    with await leased(module, "acme") as lease:
+        first = asyncio.create_task(inference.run(lease, ROWS))
+        await asyncio.to_thread(module.entered.wait, 5)
+        later = [asyncio.create_task(inference.run(lease, big)) for _ in range(3)]
+        module.go.set()
+        await asyncio.gather(first, *later)
+    assert module.sizes == [2, 200, 200, 200]
+
+
+async def test_a_failed_pass_fails_its_requests_and_the_next_one_runs(inference: Inference) -> None:
+    with await leased(Broken(), "acme") as bad, await leased(nn.Flatten(), "globex") as good:
+        results = await asyncio.gather(
+            inference.run(bad, ROWS),
+            inference.run(bad, ROWS),
+            inference.run(good, ROWS),
+            return_exceptions=True,
+        )
+    assert [type(one) for one in results[:2]] == [ModelFailed, ModelFailed]
+    assert results[0] is not results[1]
+    np.testing.assert_array_equal(results[2], ROWS.reshape(2, 4))
