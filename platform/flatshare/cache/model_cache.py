@@ -97,6 +97,12 @@ class Lease:
         """What the slot holds now; differs from :attr:`receipt` only if isolation is broken."""
         return self._resident.receipt if self._resident is not None else None
 
+    def uncount(self) -> None:
+        """Take back that this was counted as a request: it answers nobody."""
+        if self._resident is not None:
+            self._resident.hits -= 1
+            self._cache.stats.hits[self.tier] -= 1
+
     def release(self) -> None:
         """Give the model back."""
         resident, self._resident = self._resident, None
@@ -208,8 +214,9 @@ class ModelCache:
             raise
 
     async def preload(self, record: VersionRecord, timeout_s: float) -> None:
-        """Make a version resident without using it. Raises as :meth:`lease` does."""
-        (await self.lease(record, timeout_s)).release()
+        """Make a version resident without using it; not counted as a request. Raises as :meth:`lease` does."""
+        with await self.lease(record, timeout_s) as lease:
+            lease.uncount()
 
     # -- removing
 

@@ -208,7 +208,7 @@ def audit(tenant: TenantArgument, store: StoreOption = None, as_json: AsJson = F
         return
     print_table(
         "",
-        ["#", "when", "who", "what", "alias", "from#", "to#"],
+        ["revision#", "when", "who", "what", "alias", "from#", "to#"],
         [
             (
                 e.revision,

@@ -390,6 +390,15 @@ async def test_promise_8_every_change_of_residents_is_told(loader: FakeLoader) -
     assert {"b", "c"} in told
 
 
+async def test_a_preload_makes_resident_and_is_no_request(loader: FakeLoader) -> None:
+    cache = make(loader)
+    await cache.preload(version("a"), 5)
+    await cache.preload(version("a"), 5)
+    (info,) = cache.snapshot()
+    assert (info.tenant, info.leases, info.hits) == ("a", 0, 0)
+    assert (cache.stats.requests, cache.stats.loads) == (0, 1)
+
+
 async def test_a_snapshot_tells_what_is_held(loader: FakeLoader) -> None:
     wall = ManualClock(1000.0)
     cache = make(loader, wall_clock=wall)
