@@ -214,7 +214,7 @@ class ModelCache:
             raise
 
     async def preload(self, record: VersionRecord, timeout_s: float) -> None:
-        """Make a version resident without using it; not counted as a request. Raises as :meth:`lease` does."""
+        """Make a version resident without using it; no request is counted. Raises as :meth:`lease` does."""
         with await self.lease(record, timeout_s) as lease:
             lease.uncount()
 
