@@ -3,7 +3,7 @@
 A light package: no ray, no torch, no web framework, so that a training job can register a model.
 """
 
-from flatshare_registry.catalog import Registered, Registry
+from flatshare_registry.catalog import Registry
 from flatshare_registry.errors import (
     AlreadyExists,
     Conflict,
@@ -18,6 +18,7 @@ from flatshare_registry.errors import (
 )
 from flatshare_registry.ids import PRODUCTION, AliasName, ModelRef, TenantId
 from flatshare_registry.records import AuditEntry, TenantHead, TensorRecord, VersionRecord
+from flatshare_registry.registration import Registered
 from flatshare_registry.stores.base import BlobStore
 from flatshare_registry.stores.open import open_store
 from flatshare_registry.weights import TensorSpec, WeightsFile, describe, read_weights

@@ -1,9 +1,8 @@
 """The registry: tenants, their versions and aliases, over a blob store.
 
-Every change of a tenant is one compare-and-swap of its head. The order of a registration is:
-validate locally -> put the blob if absent -> create the version record -> swap the head. Readers
-believe the head alone, so a crash between any two steps leaves them with the old state, and a
-retry finishes. What a crash left behind is collected by :mod:`flatshare_registry.gc`.
+Every change of a tenant is one compare-and-swap of its head (``heads.py``; for registrations also
+``registration.py``). Readers believe the head alone, so a crash between any two steps leaves them
+with the old state, and a retry finishes. What a crash left behind, :mod:`flatshare_registry.gc` collects.
 """
 
 from __future__ import annotations
@@ -11,19 +10,15 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from typing import Final
 
 from flatshare_registry import layout
 from flatshare_registry.errors import (
     AlreadyExists,
-    Corrupt,
-    InvalidInput,
     NotFound,
     StillReferenced,
-    Unavailable,
 )
-from flatshare_registry.heads import MAX_SWAP_TRIES, HeadStore
+from flatshare_registry.heads import HeadStore
 from flatshare_registry.ids import PRODUCTION, AliasName, ModelRef, TenantId
 from flatshare_registry.records import (
     Action,
@@ -33,37 +28,14 @@ from flatshare_registry.records import (
     VersionRecord,
     utc,
 )
-from flatshare_registry.stores.base import BlobStore, Create, Overwrite
-from flatshare_registry.weights import TensorSpec, WeightsFile, check_architecture, describe
+from flatshare_registry.registration import Registered, Registrar
+from flatshare_registry.stores.base import BlobStore
+from flatshare_registry.weights import TensorSpec
 
-__all__ = ["BLOB_REFRESH_S", "Registered", "Registry"]
-
-BLOB_REFRESH_S: Final = 3600.0
-"""A blob that is already there and older than this is written again when a registration reuses it,
-so that ``gc`` (whose grace period is never shorter than twice this) can't take it in the meantime."""
-
-MAX_VERSIONS: Final = 1000
-"""Most live versions of one tenant: all are named in its head, which every replica re-reads."""
-
-MAX_METADATA_CHARS: Final = 4096
-"""Keys and values of a version's metadata, all together."""
+__all__ = ["Registry"]
 
 LIST_THREADS: Final = 16
 """Heads read at a time by a listing: below the 32 connections of one S3 client."""
-
-
-@dataclass(frozen=True, slots=True)
-class Registered:
-    """Outcome of a registration.
-
-    Attributes
-    ----------
-    created
-        False when the tenant already had a version with these weights; that one is returned.
-    """
-
-    version: VersionRecord
-    created: bool
 
 
 class Registry:
@@ -94,6 +66,7 @@ class Registry:
         self._actor = actor
         self._clock = clock
         self._heads = HeadStore(store, actor, clock)
+        self._registrar = Registrar(store, self._heads, actor, clock)
 
     # -- tenants
 
@@ -206,53 +179,10 @@ class Registry:
         NotFound
             No such tenant.
         """
-        described = describe(weights)
-        check_architecture(described.tensors, architecture, wanted)
-        notes = dict(metadata or {})
-        if sum(len(key) + len(value) for key, value in notes.items()) > MAX_METADATA_CHARS:
-            raise InvalidInput(f"metadata is longer than {MAX_METADATA_CHARS} characters")
-
-        known = self._find_equal(tenant, self.head(tenant), described, architecture)
-        if known is not None:
-            if alias is not None:
-                self.set_alias(tenant, alias, known.version)
-            return Registered(known, created=False)
-        self._put_blob(described.digest, weights)
-        record = self._create_record(tenant, described, architecture, notes)
-        winner = record
-
-        def commit(head: TenantHead) -> TenantHead:
-            nonlocal winner
-            # Somebody else may have committed equal weights since we looked.
-            winner = self._find_equal(tenant, head, described, architecture) or record
-            if winner.version != record.version:
-                raise _NothingToDo
-            if record.version in head.versions:
-                return head  # our own swap landed although its answer was lost
-            if len(head.versions) >= MAX_VERSIONS:
-                raise InvalidInput(
-                    f"tenant {tenant} has {MAX_VERSIONS} versions, the limit; delete some first"
-                )
-            names = {alias} if alias is not None else set()
-            if not head.versions:
-                names.add(PRODUCTION)
-            return head.model_copy(
-                update={
-                    "versions": {**head.versions, record.version: record.digest},
-                    "aliases": {**head.aliases, **{str(name): record.version for name in names}},
-                    "next_version": max(head.next_version, record.version + 1),
-                }
-            )
-
-        try:
-            self._heads.change(
-                tenant, Action.VERSION_REGISTERED, commit, alias=alias, to_version=record.version
-            )
-        except _NothingToDo:
-            self.store.delete(layout.version_key(tenant, record.version))
-            if alias is not None:
-                self.set_alias(tenant, alias, winner.version)
-        return Registered(winner, created=winner.version == record.version)
+        done = self._registrar.register(tenant, weights, architecture, wanted, alias=alias, metadata=metadata)
+        if alias is not None and not done.created:
+            self.set_alias(tenant, alias, done.version.version)
+        return done
 
     def version(self, tenant: TenantId, version: int) -> VersionRecord:
         """One version's record.
@@ -265,26 +195,8 @@ class Registry:
         return self.record(self.head(tenant), version)
 
     def record(self, head: TenantHead, version: int) -> VersionRecord:
-        """The record of a version that a head names, checked against the head.
-
-        Raises
-        ------
-        NotFound
-            The head does not name it.
-        Corrupt
-            The record is missing or is another version's.
-        """
-        digest = head.versions.get(version)
-        if digest is None:
-            raise NotFound(f"tenant {head.tenant} has no version {version}")
-        key = layout.version_key(TenantId(head.tenant), version)
-        try:
-            record = VersionRecord.decode(self.store.get(key).data, key)
-        except NotFound as error:
-            raise Corrupt(f"{key} is named by its tenant's head but is gone") from error
-        if (record.tenant, record.version, record.digest) != (head.tenant, version, digest):
-            raise Corrupt(f"{key} does not describe the version that its tenant's head names")
-        return record
+        """The record of a version that a head names: for views that hold heads. Raises as :meth:`version`."""
+        return self._heads.record(head, version)
 
     def list_versions(self, tenant: TenantId) -> list[VersionRecord]:
         """All versions of a tenant, oldest first.
@@ -421,59 +333,6 @@ class Registry:
             return head.model_copy(update={"aliases": {**head.aliases, str(alias): version}})
 
         return self._heads.change(tenant, action, move, alias=alias)
-
-    def _find_equal(
-        self, tenant: TenantId, head: TenantHead, described: WeightsFile, architecture: str
-    ) -> VersionRecord | None:
-        """The tenant's committed version with these weights, if it has one."""
-        for number, digest in head.versions.items():
-            if digest == described.digest:
-                record = self.record(head, number)
-                if record.architecture == architecture:
-                    return record
-        return None
-
-    def _put_blob(self, digest: str, weights: bytes | memoryview) -> None:
-        key = layout.blob_key(digest)
-        try:
-            self.store.put(key, weights, Create())
-        except AlreadyExists:
-            try:
-                stale = self._clock() - self.store.head(key).modified_s > BLOB_REFRESH_S
-            except NotFound:  # collected between the two calls
-                stale = True
-            if stale:
-                self.store.put(key, weights, Overwrite())
-
-    def _create_record(
-        self, tenant: TenantId, described: WeightsFile, architecture: str, notes: dict[str, str]
-    ) -> VersionRecord:
-        """Claim the next free number by creating its record; not visible until the head names it."""
-        number = self.head(tenant).next_version
-        for _ in range(MAX_SWAP_TRIES):
-            record = VersionRecord(
-                tenant=tenant,
-                version=number,
-                architecture=architecture,
-                digest=described.digest,
-                size_bytes=described.size_bytes,
-                tensors=described.tensors,
-                created_at=utc(self._clock()),
-                created_by=self._actor,
-                metadata=notes,
-            )
-            try:
-                self.store.put(layout.version_key(tenant, number), record.encode(), Create())
-            except AlreadyExists:
-                # Another registration's number, or one that a crash left behind: take the next.
-                number = max(number + 1, self.head(tenant).next_version)
-                continue
-            return record
-        raise Unavailable(f"tenant {tenant}: {MAX_SWAP_TRIES} version numbers in a row were taken")
-
-
-class _NothingToDo(Exception):
-    """The head already holds what was wanted."""
 
 
 def select(head: TenantHead, ref: ModelRef) -> int:

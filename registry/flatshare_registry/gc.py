@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from flatshare_registry import layout
-from flatshare_registry.catalog import BLOB_REFRESH_S
 from flatshare_registry.errors import InvalidInput, NotFound
 from flatshare_registry.records import TenantHead, TenantState
+from flatshare_registry.registration import BLOB_REFRESH_S
 from flatshare_registry.stores.base import BlobMeta, BlobStore
 
 __all__ = ["DEFAULT_GRACE_S", "MIN_GRACE_S", "GarbageReport", "collect"]

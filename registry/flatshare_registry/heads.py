@@ -20,6 +20,7 @@ from flatshare_registry.records import (
     AuditEntry,
     TenantHead,
     TenantState,
+    VersionRecord,
     new_ulid,
     next_ulid_time,
     utc,
@@ -83,6 +84,28 @@ class HeadStore:
         if head.state is not TenantState.ACTIVE:
             raise NotFound(f"there is no tenant {tenant}")
         return head, blob.meta.etag
+
+    def record(self, head: TenantHead, version: int) -> VersionRecord:
+        """The record of a version that a head names, checked against the head.
+
+        Raises
+        ------
+        NotFound
+            The head does not name it.
+        Corrupt
+            The record is missing or is another version's.
+        """
+        digest = head.versions.get(version)
+        if digest is None:
+            raise NotFound(f"tenant {head.tenant} has no version {version}")
+        key = layout.version_key(TenantId(head.tenant), version)
+        try:
+            record = VersionRecord.decode(self._store.get(key).data, key)
+        except NotFound as error:
+            raise Corrupt(f"{key} is named by its tenant's head but is gone") from error
+        if (record.tenant, record.version, record.digest) != (head.tenant, version, digest):
+            raise Corrupt(f"{key} does not describe the version that its tenant's head names")
+        return record
 
     def create(self, tenant: TenantId) -> TenantHead:
         """The first head of a tenant.

@@ -9,8 +9,9 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from torch import nn
 
+from flatshare.cache.lease import Lease
 from flatshare.cache.loading import Fetched, Placed
-from flatshare.cache.model_cache import Lease, ModelCache
+from flatshare.cache.model_cache import ModelCache
 from flatshare.cache.tiers import ModelKey, Tier
 from flatshare_registry.errors import Corrupt
 from flatshare_registry.records import VersionRecord, utc

@@ -21,34 +21,17 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from torch import nn
-
 from flatshare.cache.failures import FailureMemory
+from flatshare.cache.lease import Lease, Resident
 from flatshare.cache.loading import Placer, WeightsSource
 from flatshare.cache.policy import EvictionPolicy, LeastRecentlyUsed
 from flatshare.cache.stats import CacheStats
 from flatshare.cache.tiers import ModelKey, Receipt, ResidentInfo, Tier
-from flatshare.errors import DeadlineExceeded, NoRoom, ServeError
+from flatshare.errors import DeadlineExceeded, NoRoom
 from flatshare_registry.errors import Unavailable
 from flatshare_registry.records import VersionRecord
 
-__all__ = ["Lease", "ModelCache"]
-
-
-@dataclass(slots=True, eq=False)
-class _Resident:
-    """A slot's content. ``retired`` ones take no new lease and go when the last lease ends."""
-
-    record: VersionRecord
-    module: nn.Module | None
-    size_bytes: int
-    tier: Tier
-    receipt: Receipt
-    loaded_at: float
-    last_used_at: float
-    hits: int = 0
-    leases: int = 0
-    retired: bool = False
+__all__ = ["ModelCache"]
 
 
 @dataclass(slots=True, eq=False)
@@ -62,58 +45,6 @@ class _Load:
     def abandoned(self) -> bool:
         """Whether all who waited have gone."""
         return all(waiter.done() for waiter in self.waiters)
-
-
-class Lease:
-    """A request's hold on a resident model: while it lives the model can't be freed.
-
-    A context manager; releasing twice is harmless.
-
-    Attributes
-    ----------
-    record
-        The version that is held.
-    tier
-        Where this request found it.
-    """
-
-    __slots__ = ("_cache", "_resident", "receipt", "record", "tier")
-
-    def __init__(self, cache: ModelCache, resident: _Resident, tier: Tier) -> None:
-        self._cache = cache
-        self._resident: _Resident | None = resident
-        self.record = resident.record
-        self.receipt = resident.receipt
-        self.tier = tier
-
-    @property
-    def module(self) -> nn.Module:
-        """The module; only while the lease lives."""
-        if self._resident is None or self._resident.module is None:
-            raise ServeError("a lease was used after its release")
-        return self._resident.module
-
-    def current_receipt(self) -> Receipt | None:
-        """What the slot holds now; differs from :attr:`receipt` only if isolation is broken."""
-        return self._resident.receipt if self._resident is not None else None
-
-    def uncount(self) -> None:
-        """Take back that this was counted as a request: it answers nobody."""
-        if self._resident is not None:
-            self._resident.hits -= 1
-            self._cache.stats.hits[self.tier] -= 1
-
-    def release(self) -> None:
-        """Give the model back."""
-        resident, self._resident = self._resident, None
-        if resident is not None:
-            self._cache._released(resident)
-
-    def __enter__(self) -> Lease:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.release()
 
 
 class ModelCache:
@@ -165,9 +96,9 @@ class ModelCache:
         self._wall_clock = wall_clock
         self._failures = FailureMemory(clock)
         self._loading = asyncio.Semaphore(load_concurrency)
-        self._residents: dict[ModelKey, _Resident] = {}
+        self._residents: dict[ModelKey, Resident] = {}
         self._loads: dict[ModelKey, _Load] = {}
-        self._draining: set[_Resident] = set()
+        self._draining: set[Resident] = set()
         self._reserved = 0
         self._generation = 0
         self._room_wanted: list[asyncio.Future[None]] = []
@@ -216,7 +147,8 @@ class ModelCache:
     async def preload(self, record: VersionRecord, timeout_s: float) -> None:
         """Make a version resident without using it; no request is counted. Raises as :meth:`lease` does."""
         with await self.lease(record, timeout_s) as lease:
-            lease.uncount()
+            self.stats.hits[lease.tier] -= 1
+            self._residents[ModelKey.of(record)].hits -= 1
 
     # -- removing
 
@@ -316,7 +248,7 @@ class ModelCache:
         finally:
             del self._loads[key]
 
-    async def _load(self, record: VersionRecord, load: _Load) -> _Resident:
+    async def _load(self, record: VersionRecord, load: _Load) -> Resident:
         async with self._loading:
             # Callers may have gone while this waited for its turn: a flood of requests that hang up
             # must not fetch, or evict, for nobody. One that has begun is finished (promise 6).
@@ -345,7 +277,7 @@ class ModelCache:
         # resident to leased in one step.
         self._generation += 1
         key, now = ModelKey.of(record), self._wall_clock()
-        resident = _Resident(
+        resident = Resident(
             record=record,
             module=placed.module,
             size_bytes=placed.size_bytes,
@@ -373,21 +305,21 @@ class ModelCache:
 
     # -- slots
 
-    def _grant(self, resident: _Resident, tier: Tier) -> Lease:
+    def _grant(self, resident: Resident, tier: Tier) -> Lease:
         resident.leases += 1
         resident.hits += 1
         resident.last_used_at = self._wall_clock()
         self.stats.hits[tier] += 1
-        return Lease(self, resident, tier)
+        return Lease(resident, tier, self._released)
 
-    def _released(self, resident: _Resident) -> None:
+    def _released(self, resident: Resident) -> None:
         resident.leases -= 1
         if not resident.leases:
             if resident.retired:
                 self._free(resident)
             self._wake_one()
 
-    def _retire(self, resident: _Resident) -> None:
+    def _retire(self, resident: Resident) -> None:
         """No new leases; freed now, or when the last one ends. Counts until it is freed."""
         key = ModelKey.of(resident.record)
         del self._residents[key]
@@ -397,7 +329,7 @@ class ModelCache:
         if not resident.leases:
             self._free(resident)
 
-    def _free(self, resident: _Resident) -> None:
+    def _free(self, resident: Resident) -> None:
         # Dropping the last reference frees the tensors; nobody else holds the module.
         resident.module = None
         self._draining.discard(resident)

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flatshare.cache.model_cache import Lease
+from flatshare.cache.lease import Lease
 from flatshare.errors import IsolationBroken, ModelFailed
 
 __all__ = ["Inference"]

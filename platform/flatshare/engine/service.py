@@ -13,7 +13,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from flatshare.cache.model_cache import Lease, ModelCache
+from flatshare.cache.lease import Lease
+from flatshare.cache.model_cache import ModelCache
 from flatshare.cache.tiers import Tier
 from flatshare.cache.view import RegistryView
 from flatshare.engine.admission import Admission

@@ -76,7 +76,10 @@ def download(folder: Path) -> Path:
     try:
         MNIST(str(folder), download=True)
     except (RuntimeError, OSError) as error:
-        raise InvalidInput(f"MNIST could not be downloaded: {error}") from error
+        raise InvalidInput(
+            "MNIST could not be downloaded (no mirror answered, or the folder can't be written); "
+            "get the four files another way and give their folder with --data"
+        ) from error
     return folder / "MNIST" / "raw"
 
 

@@ -3,10 +3,11 @@
 import pytest
 
 from flatshare_registry import layout
-from flatshare_registry.catalog import BLOB_REFRESH_S, Registry
+from flatshare_registry.catalog import Registry
 from flatshare_registry.errors import Corrupt, InvalidInput, Unavailable
 from flatshare_registry.gc import DEFAULT_GRACE_S, collect
 from flatshare_registry.ids import PRODUCTION, TenantId
+from flatshare_registry.registration import BLOB_REFRESH_S
 from flatshare_registry.stores.base import Overwrite
 from flatshare_registry.stores.memory import MemoryStore
 from flatshare_registry.testing.faults import CrashAtStep, FaultyStore, ManualClock

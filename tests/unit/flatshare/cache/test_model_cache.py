@@ -9,8 +9,9 @@ import pytest
 from torch import nn
 
 from flatshare.cache.failures import REMEMBER_S
+from flatshare.cache.lease import Lease
 from flatshare.cache.loading import Fetched, Placed
-from flatshare.cache.model_cache import Lease, ModelCache
+from flatshare.cache.model_cache import ModelCache
 from flatshare.cache.tiers import ModelKey, Tier
 from flatshare.errors import DeadlineExceeded, ModelFailed, NoRoom, ServeError
 from flatshare_registry.errors import Corrupt, Unavailable

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import nn
 
+from flatshare.cache.lease import Lease
 from flatshare.cache.loading import Fetched, Placed
-from flatshare.cache.model_cache import Lease, ModelCache
+from flatshare.cache.model_cache import ModelCache
 from flatshare.cache.tiers import Receipt, Tier
 from flatshare.engine.inference import Inference
 from flatshare.errors import IsolationBroken, ModelFailed

@@ -1,0 +1,163 @@
+"""How a version comes to be: the steps of a registration, in the order that makes a crash harmless.
+
+Validate locally -> put the blob if absent -> create the version record -> swap the head. Until the
+last step readers see nothing of it, and a retry takes up what is there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Final
+
+from flatshare_registry import layout
+from flatshare_registry.errors import AlreadyExists, InvalidInput, NotFound, Unavailable
+from flatshare_registry.heads import MAX_SWAP_TRIES, HeadStore
+from flatshare_registry.ids import PRODUCTION, AliasName, TenantId
+from flatshare_registry.records import Action, TenantHead, VersionRecord, utc
+from flatshare_registry.stores.base import BlobStore, Create, Overwrite
+from flatshare_registry.weights import TensorSpec, WeightsFile, check_architecture, describe
+
+__all__ = ["BLOB_REFRESH_S", "Registered", "Registrar"]
+
+BLOB_REFRESH_S: Final = 3600.0
+"""A blob that is already there and older than this is written again when a registration reuses it,
+so that ``gc`` (whose grace period is never shorter than twice this) can't take it in the meantime."""
+
+MAX_VERSIONS: Final = 1000
+"""Most live versions of one tenant: all are named in its head, which every replica re-reads."""
+
+MAX_METADATA_CHARS: Final = 4096
+"""Keys and values of a version's metadata, all together."""
+
+
+@dataclass(frozen=True, slots=True)
+class Registered:
+    """Outcome of a registration.
+
+    Attributes
+    ----------
+    created
+        False when the tenant already had a version with these weights; that one is returned.
+    """
+
+    version: VersionRecord
+    created: bool
+
+
+class Registrar:
+    """Registers versions; what :meth:`flatshare_registry.catalog.Registry.register` runs."""
+
+    def __init__(self, store: BlobStore, heads: HeadStore, actor: str, clock: Callable[[], float]) -> None:
+        self._store = store
+        self._heads = heads
+        self._actor = actor
+        self._clock = clock
+
+    def register(
+        self,
+        tenant: TenantId,
+        weights: bytes | memoryview,
+        architecture: str,
+        wanted: Mapping[str, TensorSpec],
+        *,
+        alias: AliasName | None,
+        metadata: Mapping[str, str] | None,
+    ) -> Registered:
+        """Register weights. An alias is set in the same step, but not on a version that was there already."""
+        described = describe(weights)
+        check_architecture(described.tensors, architecture, wanted)
+        notes = dict(metadata or {})
+        if sum(len(key) + len(value) for key, value in notes.items()) > MAX_METADATA_CHARS:
+            raise InvalidInput(f"metadata is longer than {MAX_METADATA_CHARS} characters")
+
+        known = self._find_equal(tenant, self._heads.read(tenant), described, architecture)
+        if known is not None:
+            return Registered(known, created=False)
+        self._put_blob(described.digest, weights)
+        record = self._create_record(tenant, described, architecture, notes)
+        winner = record
+
+        def commit(head: TenantHead) -> TenantHead:
+            nonlocal winner
+            # Somebody else may have committed equal weights since we looked.
+            winner = self._find_equal(tenant, head, described, architecture) or record
+            if winner.version != record.version:
+                raise _NothingToDo
+            if record.version in head.versions:
+                return head  # our own swap landed although its answer was lost
+            if len(head.versions) >= MAX_VERSIONS:
+                raise InvalidInput(
+                    f"tenant {tenant} has {MAX_VERSIONS} versions, the limit; delete some first"
+                )
+            names = {alias} if alias is not None else set()
+            if not head.versions:
+                names.add(PRODUCTION)
+            return head.model_copy(
+                update={
+                    "versions": {**head.versions, record.version: record.digest},
+                    "aliases": {**head.aliases, **{str(name): record.version for name in names}},
+                    "next_version": max(head.next_version, record.version + 1),
+                }
+            )
+
+        try:
+            self._heads.change(
+                tenant, Action.VERSION_REGISTERED, commit, alias=alias, to_version=record.version
+            )
+        except _NothingToDo:
+            self._store.delete(layout.version_key(tenant, record.version))
+        return Registered(winner, created=winner.version == record.version)
+
+    def _find_equal(
+        self, tenant: TenantId, head: TenantHead, described: WeightsFile, architecture: str
+    ) -> VersionRecord | None:
+        """The tenant's committed version with these weights, if it has one."""
+        for number, digest in head.versions.items():
+            if digest == described.digest:
+                record = self._heads.record(head, number)
+                if record.architecture == architecture:
+                    return record
+        return None
+
+    def _put_blob(self, digest: str, weights: bytes | memoryview) -> None:
+        key = layout.blob_key(digest)
+        try:
+            self._store.put(key, weights, Create())
+        except AlreadyExists:
+            try:
+                stale = self._clock() - self._store.head(key).modified_s > BLOB_REFRESH_S
+            except NotFound:  # collected between the two calls
+                stale = True
+            if stale:
+                self._store.put(key, weights, Overwrite())
+
+    def _create_record(
+        self, tenant: TenantId, described: WeightsFile, architecture: str, notes: dict[str, str]
+    ) -> VersionRecord:
+        """Claim the next free number by creating its record; not visible until the head names it."""
+        number = self._heads.read(tenant).next_version
+        for _ in range(MAX_SWAP_TRIES):
+            record = VersionRecord(
+                tenant=tenant,
+                version=number,
+                architecture=architecture,
+                digest=described.digest,
+                size_bytes=described.size_bytes,
+                tensors=described.tensors,
+                created_at=utc(self._clock()),
+                created_by=self._actor,
+                metadata=notes,
+            )
+            try:
+                self._store.put(layout.version_key(tenant, number), record.encode(), Create())
+            except AlreadyExists:
+                # Another registration's number, or one that a crash left behind: take the next.
+                number = max(number + 1, self._heads.read(tenant).next_version)
+                continue
+            return record
+        raise Unavailable(f"tenant {tenant}: {MAX_SWAP_TRIES} version numbers in a row were taken")
+
+
+class _NothingToDo(Exception):
+    """The head already holds what was wanted."""
