@@ -48,7 +48,7 @@ def portable(tmp_path_factory: pytest.TempPathFactory, s3_url_e2e: str) -> Itera
         "--replicas",
         "2",
         "--slots",
-        "3",
+        "8",
     )
     yield running
     end(running)
@@ -67,6 +67,8 @@ def test_models_keep_their_home_replica(portable: Platform) -> None:
             homes.setdefault(tenant, Counter())[reply.headers["x-flatshare-replica"]] += 1
     for tenant, replicas in homes.items():
         assert max(replicas.values()) >= 9, f"{tenant} moved about: {replicas}"
+    # All four may have the same home by chance (replica ids are random), hence slots for all of them;
+    # each is loaded there, and once more at most where one request spilled.
     assert portable.fleet()["totals"]["loads"] <= 8
 
 
