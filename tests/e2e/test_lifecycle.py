@@ -127,3 +127,47 @@ def test_a_killed_parent_takes_haproxy_and_ray_along(tmp_path: Path, s3_url_e2e:
     assert gone(family) == []
     with socket.create_server(("127.0.0.1", platform.port)):
         pass  # the port is free again
+
+
+def test_on_somebody_elses_cluster_down_ends_what_is_ours_and_nothing_else(tmp_path: Path) -> None:
+    gcs_port, port, serve_port = free_ports(3)
+    bin_folder = Path(FLATSHARE).parent
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith(("FLATSHARE_", "RAY_"))},
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "XDG_STATE_HOME": str(tmp_path),
+    }
+    before = {one.pid for one in psutil.process_iter()}
+    subprocess.run(
+        [str(bin_folder / "ray"), "start", "--head", "--node-ip-address=127.0.0.1", f"--port={gcs_port}",
+         "--include-dashboard=false", "--num-cpus=4", "--object-store-memory=100000000"],
+        env=environment, check=True, capture_output=True, timeout=90,
+    )  # fmt: skip
+    cluster = [one for one in psutil.process_iter(["name"]) if one.pid not in before]
+    try:
+        up = subprocess.run(
+            [FLATSHARE, "up", "--detach", "--ray", f"127.0.0.1:{gcs_port}", "--store", f"file://{tmp_path}/s",
+             "--replicas", "1", "--port", str(port), "--serve-port", str(serve_port)],
+            env=environment, capture_output=True, text=True, timeout=150,
+        )  # fmt: skip
+        assert up.returncode == 0, up.stderr
+        replicas = [one for one in psutil.process_iter() if "ServeReplica:flatshare" in one.name()
+                    or "ServeReplica:flatshare" in " ".join(one.cmdline()[:1])]  # fmt: skip
+        assert replicas
+        down = subprocess.run(
+            [FLATSHARE, "down", "--port", str(port)],
+            env=environment,
+            capture_output=True,
+            text=True,
+            timeout=150,
+        )
+        assert down.returncode == 0, down.stderr
+        assert gone(replicas) == []
+        assert any("raylet" in one.name() for one in cluster if one.is_running()), "it was not ours to end"
+    finally:
+        for one in cluster:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                for child in one.children(recursive=True):
+                    child.kill()
+                one.kill()

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Annotated, Any, Final
@@ -115,8 +116,7 @@ def _up_here(settings: Settings, ray_address: str) -> None:
         stop.set()
         raise KeyboardInterrupt
 
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, on_signal)
+    _on_stop_signals(on_signal)
     log = os.environ.get("FLATSHARE_UP_LOG", "")
     try:
         with (
@@ -126,12 +126,19 @@ def _up_here(settings: Settings, ray_address: str) -> None:
             ) as (state, watch),
         ):
             spinner.stop()
+            _on_stop_signals(on_signal)  # again: ray.init put its own handler of SIGTERM in place
             _announce(state)
             _tell_parent(state)
             watch(stop)
     except KeyboardInterrupt:
         pass
     out.print("flatshare is down; nothing was left behind")
+
+
+def _on_stop_signals(handler: Callable[[int, FrameType | None], None]) -> None:
+    """Call this when somebody wants us to end."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, handler)
 
 
 def _up_detached(settings: Settings) -> None:
@@ -295,8 +302,7 @@ def edge(
     from flatshare.local.platform import running_edge
 
     stop = threading.Event()
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, lambda *_: stop.set())
     with running_edge(settings, ray_address) as supervisor:
+        _on_stop_signals(lambda *_: stop.set())
         out.print(f"the edge listens on http://{settings.host}:{settings.port}; Ctrl-C ends it")
         supervisor.run(stop)

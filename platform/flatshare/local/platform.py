@@ -199,10 +199,13 @@ def running_edge(settings: Settings, ray_address: str) -> Iterator[EdgeSuperviso
 def _applications(settings: Settings, environment: dict[str, str], *, keep_cluster: bool) -> Iterator[None]:
     """Both Serve applications, running."""
     try:
-        if app_status(read_details(), POOL_APP)[0] in ("RUNNING", "DEPLOYING"):
-            raise LocalError("flatshare already runs on this Ray cluster; use --ray local for a second one")
+        details = read_details()
     except Unavailable:
-        pass  # Serve is not there yet
+        pass  # Serve does not run yet: as it should be
+    else:
+        what = "flatshare" if app_status(details, POOL_APP)[0] != "NOT_STARTED" else "Ray Serve"
+        # Serve reads its flags (direct ingress, gRPC handles) when it starts, so we must start it.
+        raise LocalError(f"{what} already runs on this Ray cluster; shut it down, or use --ray local")
     serve.start(
         proxy_location="HeadOnly",
         http_options={
@@ -215,9 +218,8 @@ def _applications(settings: Settings, environment: dict[str, str], *, keep_clust
         _deploy(control_application(settings, environment), CONTROL_APP, CONTROL_PREFIX)
         yield
     finally:
-        if keep_cluster:  # else everything ends with the cluster, and nobody waits for its draining
-            for name in (CONTROL_APP, POOL_APP):
-                serve.delete(name)
+        if keep_cluster:  # else everything ends with the cluster, and nobody need wait for its draining
+            serve.shutdown()
 
 
 def _deploy(application: serve.Application, name: str, prefix: str) -> None:
