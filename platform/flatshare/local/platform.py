@@ -219,7 +219,7 @@ def _applications(settings: Settings, environment: dict[str, str], *, keep_clust
         yield
     finally:
         if keep_cluster:  # else everything ends with the cluster, and nobody need wait for its draining
-            serve.shutdown()
+            serve.shutdown()  # type: ignore[no-untyped-call]  # Ray's
 
 
 def _deploy(application: serve.Application, name: str, prefix: str) -> None:
