@@ -17,6 +17,11 @@ HANDLE_MESSAGE_BYTES: Final = 64 * 1024**2
 """Largest argument of a handle call, in bytes; Ray's own limit of 4 MiB is 1,300 images."""
 
 
+PASSED_ON: Final = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
+"""Where S3 is, from ``up`` to replicas on a cluster that was started elsewhere. Not credentials: a
+runtime environment can be read by everybody on the cluster; nodes have roles or their own."""
+
+
 def serve_environment(edge: Literal["haproxy", "serve"]) -> dict[str, str]:
     """Variables for every Serve process (controller, proxies, replicas).
 
@@ -49,6 +54,7 @@ def prepare(
     given = os.environ if environment is None else environment
     chosen = {name: given.get(name, value) for name, value in wanted.items()}
     os.environ.update(chosen)
+    chosen |= {name: given[name] for name in PASSED_ON if name in given}
     # A driver of ours calls handles from plain threads too, which needs the router's own loop.
     os.environ["RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP"] = "1"
     # Ray 2.60 turns token authentication on for local clusters when this is unset, and writes
