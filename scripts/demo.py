@@ -66,7 +66,8 @@ def main() -> int:
         stack.callback(lambda: None if arguments.keep else keep.close())
         out.rule("a local S3 and a platform", align="left")
         os.environ |= CREDENTIALS
-        os.environ["AWS_ENDPOINT_URL"] = keep.enter_context(s3_server())
+        os.environ["AWS_ENDPOINT_URL"], s3 = start_s3()
+        keep.callback(stop_process, s3)
         os.environ["FLATSHARE_STORE"] = "s3://models/demo"
         port = arguments.port or free_port()
         starting = start_platform(arguments, port)
@@ -98,7 +99,7 @@ def main() -> int:
                 f"Left running: {url}\n  export FLATSHARE_STORE={store} AWS_ENDPOINT_URL={endpoint} "
                 + " ".join(f"{name}={value}" for name, value in CREDENTIALS.items())
                 + f"\n  .venv/bin/flatshare replicas\nEnd it: .venv/bin/flatshare down --port {port}; "
-                f"kill {S3_PIDS[-1]}",
+                f"kill {s3.pid}",
                 soft_wrap=True,
             )
         good = not document["errors"] and not document["wrong_answers"]
@@ -118,25 +119,26 @@ def parse_arguments() -> argparse.Namespace:
     return parser.parse_args()
 
 
-@contextlib.contextmanager
-def s3_server() -> Iterator[str]:
-    """moto's S3 as a process of its own; prints its address when it listens."""
+def start_s3() -> tuple[str, subprocess.Popen[str]]:
+    """moto's S3 as a process of its own, which prints its address when it listens.
+
+    Not a context manager: with --keep it must outlive this program, and a generator's ``finally``
+    runs when the interpreter ends.
+    """
     command = [sys.executable, "-m", "flatshare_registry.testing.s3_server", "--bucket", "models"]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True,
-                               start_new_session=True)  # fmt: skip
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stdin=subprocess.DEVNULL, text=True, start_new_session=True
+    )
     assert process.stdout is not None
-    try:
-        url = process.stdout.readline().strip()
-        if not url:
-            raise SystemExit("the local S3 server did not start")
-        S3_PIDS.append(process.pid)
-        yield url
-    finally:
-        process.terminate()
-        process.wait(10)
+    url = process.stdout.readline().strip()
+    if not url:
+        raise SystemExit("the local S3 server did not start")
+    return url, process
 
 
-S3_PIDS: list[int] = []
+def stop_process(process: subprocess.Popen[str]) -> None:
+    process.terminate()
+    process.wait(10)
 
 
 def free_port() -> int:
