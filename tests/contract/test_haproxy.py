@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import http.server
+import json
 import os
 import re
 import signal
@@ -202,6 +203,69 @@ def test_bodies_over_the_cap_are_refused_in_json(edge: Edge, backends: list[Back
     reply = httpx.post(edge.url, content=b"x" * 1_000_001, headers={MODEL: "m"})
     assert (reply.status_code, reply.json()["error"]["code"]) == (413, "too_large")
     assert reply.json()["error"]["request_id"] == reply.headers["x-request-id"]
+
+
+def raw(edge: Edge, request: bytes) -> bytes:
+    with socket.create_connection(("127.0.0.1", edge.options.port), timeout=10) as connection:
+        connection.sendall(request)
+        answer = b""
+        while part := connection.recv(65536):
+            answer += part
+    return answer
+
+
+UNPARSABLE = {
+    "not HTTP": b"hello\r\n\r\n",
+    "no version": b"GET /\r\n\r\n",
+    "odd encoding": b"POST / HTTP/1.1\r\nhost: x\r\ntransfer-encoding: gzip, chunked\r\nconnection: close\r\n\r\n0\r\n\r\n",
+    "two lengths": b"POST / HTTP/1.1\r\nhost: x\r\ncontent-length: 1\r\ncontent-length: 2\r\nconnection: close\r\n\r\nab",
+    "raw path": b"GET /pr\xe9dict HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n",
+    "many headers": b"GET / HTTP/1.1\r\n"
+    + b"".join(b"x-%d: 1\r\n" % n for n in range(300))
+    + b"connection: close\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("request_", UNPARSABLE.values(), ids=UNPARSABLE.keys())
+def test_what_is_no_http_is_refused_and_reaches_nobody(
+    edge: Edge, backends: list[Backend], request_: bytes
+) -> None:
+    edge.process.start(edge.config(backends[:1]))
+    assert raw(edge, request_).split()[1] in (b"400", b"422")
+    assert backends[0].requests == []
+
+
+HOSTILE = {
+    "unknown method": b"FOO /predict HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n",
+    "no slash": b"GET predict HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n",
+    "asterisk": b"OPTIONS * HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n",
+    "not UTF-8 in the model": b"POST / HTTP/1.1\r\nhost: x\r\nserve_multiplexed_model_id: t\xff\r\ncontent-length: 0\r\nconnection: close\r\n\r\n",
+    "not UTF-8 in the dashed header": b"POST / HTTP/1.1\r\nhost: x\r\nserve-multiplexed-model-id: \xff\r\ncontent-length: 0\r\nconnection: close\r\n\r\n",
+    "websocket": b"GET / HTTP/1.1\r\nhost: x\r\nupgrade: websocket\r\nsec-websocket-version: 13\r\nsec-websocket-key: dGhlIHNhbXBsZSBub25jZQ==\r\nconnection: upgrade, close\r\n\r\n",
+}
+
+
+@pytest.mark.parametrize("request_", HOSTILE.values(), ids=HOSTILE.keys())
+def test_hostile_requests_get_json_and_reach_nobody(
+    edge: Edge, backends: list[Backend], request_: bytes
+) -> None:
+    edge.process.start(edge.config(backends[:1]))
+    answer = raw(edge, request_)
+    head, _, body = answer.partition(b"\r\n\r\n")
+    status = int(head.split()[1])
+    assert status in (400, 405), answer
+    assert b"application/json" in head
+    assert set(json.loads(body)["error"]) == {"code", "message", "request_id"}
+    assert backends[0].requests == []
+
+
+def test_a_body_that_claims_too_much_is_refused_before_it_comes(edge: Edge, backends: list[Backend]) -> None:
+    edge.process.start(edge.config(backends[:1]))
+    answer = raw(
+        edge, b"POST /predict HTTP/1.1\r\nhost: x\r\ncontent-length: 9000000\r\nexpect: 100-continue\r\n"
+        b"connection: close\r\n\r\n"
+    )  # fmt: skip
+    assert answer.split()[1] == b"413"
 
 
 def test_nobody_there_is_503_in_json(edge: Edge) -> None:

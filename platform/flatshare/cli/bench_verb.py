@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Final
 
 import typer
 
 from flatshare.cli.context import UrlOption, call, need_serve_extra, platform_url
 from flatshare.cli.output import AsJson, out, print_json, print_table, progress_bar
 from flatshare_registry.errors import InvalidInput, NotFound
+
+PLOT_SUFFIXES: Final = (".png", ".svg", ".pdf")
 
 
 def add_to(app: typer.Typer) -> None:
@@ -39,6 +41,7 @@ def bench(
     """Send real digits to a running platform; report throughput, latency, errors and hit rates.
 
     Hit rates are shown as the client saw them (reply headers) and as the servers counted them.
+    Exit code 1 when not one request was answered.
     """
     need_serve_extra()
     from flatshare.bench.load import Load, Outcome, send_all
@@ -47,6 +50,8 @@ def bench(
     from flatshare.models.architecture import architecture
     from flatshare.training.mnist import load_digits
 
+    if plot is not None and (plot.suffix not in PLOT_SUFFIXES or not plot.parent.is_dir()):
+        raise InvalidInput(f"--plot {plot}: name a {', '.join(PLOT_SUFFIXES)} file in a folder that exists")
     base = platform_url(url)
     models = _models(tenants, base)
     if requests is None and duration is None:
@@ -84,6 +89,8 @@ def bench(
         print_json(report)
     else:
         _print(report, plot)
+    if report["errors"] == report["requests"]:
+        raise typer.Exit(1)
 
 
 def _models(wanted: str | None, base: str) -> list[str]:

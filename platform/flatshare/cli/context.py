@@ -104,10 +104,10 @@ def call(method: str, url: str, **options: Any) -> httpx.Response:
     """
     try:
         reply = httpx.request(method, url, timeout=CLIENT_TIMEOUT_S, **options)
+    except (httpx.InvalidURL, httpx.UnsupportedProtocol, httpx.LocalProtocolError, UnicodeError) as error:
+        raise InvalidInput(f"{url[:80]!a} is not a URL of a platform: {error}") from error
     except httpx.TransportError as error:
         raise Unavailable(f"nothing answers at {url}: {error}; is the platform up? (flatshare up)") from error
-    except httpx.InvalidURL as error:
-        raise InvalidInput(f"{url[:80]!a} is not a URL: {error}") from error
     if reply.status_code < 400:
         return reply
     try:

@@ -11,6 +11,7 @@ import typer
 from flatshare.cli.context import UrlOption, call, platform_url
 from flatshare.cli.output import AsJson, out, print_json, print_table, size, when
 from flatshare_registry.errors import InvalidInput
+from flatshare_registry.ids import ModelRef
 
 MODEL_ID_HEADER = "serve_multiplexed_model_id"
 
@@ -34,7 +35,7 @@ def predict(
     as_json: AsJson = False,
 ) -> None:
     """Send images, or a JSON body, to a tenant's model."""
-    headers = {MODEL_ID_HEADER: model}
+    headers = {MODEL_ID_HEADER: str(ModelRef.parse(model))}
     try:
         contents = [(file, file.read_bytes()) for file in files]
     except OSError as error:
@@ -134,11 +135,15 @@ def print_fleet(fleet: dict[str, Any], *, models: bool) -> None:
 
 def preload(model: RefArgument, url: UrlOption = None) -> None:
     """Make a model resident on every replica before its first request."""
-    done = call("POST", f"{platform_url(url)}/admin/preload", json={"model": model}).json()["refreshed"]
+    done = call(
+        "POST", f"{platform_url(url)}/admin/preload", json={"model": str(ModelRef.parse(model))}
+    ).json()["refreshed"]
     out.print(f"{model} is resident on {len(done)} replicas")
 
 
 def unload(model: RefArgument, url: UrlOption = None) -> None:
     """Free a model everywhere; it is loaded again at its next request."""
-    done = call("POST", f"{platform_url(url)}/admin/unload", json={"model": model}).json()["unloaded"]
+    done = call(
+        "POST", f"{platform_url(url)}/admin/unload", json={"model": str(ModelRef.parse(model))}
+    ).json()["unloaded"]
     out.print(f"{model} was freed on {done} replicas")

@@ -36,6 +36,9 @@ def main() -> None:
     except (RegistryError, ServeError) as error:
         err.print(f"[red]error:[/red] {_escaped(error.message)}", soft_wrap=True)
         sys.exit(exit_code(error))
+    except OSError as error:  # a full disk, a closed pipe: whatever this machine refuses us
+        sys.stderr.write(f"error: {error.strerror or error}\n")
+        sys.exit(7)
 
 
 def _escaped(text: str) -> str:

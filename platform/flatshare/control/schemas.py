@@ -36,7 +36,7 @@ class NewTenant(BaseModel):
 class AliasChange(BaseModel):
     """Where an alias should point."""
 
-    version: int = Field(description="One of the tenant's versions.", examples=[7])
+    version: int = Field(strict=True, description="One of the tenant's versions.", examples=[7])
 
 
 class ModelRequest(BaseModel):

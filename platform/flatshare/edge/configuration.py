@@ -14,6 +14,8 @@ What matters, and why:
 - ``idle-close-on-response``: after a reload the old worker closes a client's connection with its
   next answer; without it, it closes idle ones at once, under clients that are just about to use them.
 - Headers that only Serve may set are removed; the request id is the caller's only if it is safe.
+- What HAProxy can't parse it answers itself, with its own fixed 400 page (2.8 has no setting for that);
+  everything else is answered in our JSON, also what Serve would answer in plain text.
 - The admin socket is a file that only this user can open; there is no stats port.
 """
 
@@ -40,8 +42,9 @@ MAX_SERVER_ID: Final = 2**31 - 1
 
 ERROR_MESSAGES: Final = {
     400: ("bad_request", "this is not an HTTP request that the edge understands"),
+    405: ("method_not_allowed", "this method is not taken anywhere here"),
     408: ("request_timeout", "the request did not arrive in time"),
-    413: ("too_large", "the body has %[req.body_size] bytes; the limit is {limit}"),
+    413: ("too_large", "the body is longer than the limit of {limit} bytes"),
     500: ("internal", "the edge failed; give your operator the request id"),
     502: ("bad_gateway", "the replica went away while answering; retry"),
     503: ("no_replica", "no replica can take the request now; retry"),
@@ -117,7 +120,6 @@ defaults
     timeout queue 5s
     timeout http-request 15s
     timeout http-keep-alive 60s
-    option http-buffer-request
     option redispatch 1
     retries 5
     http-reuse always
@@ -135,7 +137,14 @@ frontend edge
     http-request del-header x-serve-router- -m beg
     http-request del-header x-flatshare- -m beg
     http-request set-header x-forwarded-for %[src]
-    http-request return status 413 content-type application/json lf-string {_error_body(413, options)} hdr x-request-id %[var(txn.id)] if {{ req.body_size gt {options.max_body_bytes} }}
+    {_refuse(413, options)} if {{ req.hdr_val(content-length) gt {options.max_body_bytes} }}
+    # What Ray Serve or its HTTP server would answer in plain text, or fail on, never gets that far.
+    {_refuse(400, options)} if {{ req.hdr(serve_multiplexed_model_id) -m reg '[^ -~]' }} or {{ req.hdr(serve-multiplexed-model-id) -m reg '[^ -~]' }}
+    {_refuse(400, options)} if !{{ path_beg / }} or {{ req.hdr(upgrade) -m found }}
+    {_refuse(405, options)} if !{{ method GET HEAD POST PUT PATCH DELETE OPTIONS }}
+    # A body is taken in, as far as it fits the buffer, before a replica is bothered; then it can be sent again.
+    http-request wait-for-body time 15s
+    {_refuse(413, options)} if {{ req.body_size gt {options.max_body_bytes} }}
     # '-' and '_' are the same in this header, and acme:production is acme: one home for each model.
     http-request set-header serve_multiplexed_model_id %[req.hdr(serve-multiplexed-model-id)] if {{ req.hdr(serve-multiplexed-model-id) -m found }} !{{ req.hdr(serve_multiplexed_model_id) -m found }}
     http-request set-var(txn.home) req.hdr(serve_multiplexed_model_id),regsub(:production$,)
@@ -187,6 +196,14 @@ def _http_errors(options: EdgeOptions) -> str:
             f"lf-string {_error_body(status, options)} hdr x-request-id %[var(txn.id)]{retry}"
         )
     return "\n".join(lines)
+
+
+def _refuse(status: int, options: EdgeOptions) -> str:
+    """A rule that answers with this error; a condition follows."""
+    return (
+        f"http-request return status {status} content-type application/json "
+        f"lf-string {_error_body(status, options)} hdr x-request-id %[var(txn.id)]"
+    )
 
 
 def _error_body(status: int, options: EdgeOptions) -> str:

@@ -171,6 +171,7 @@ async def test_preload_and_unload(world: World, client: httpx.AsyncClient) -> No
         ("GET", "/tenants/acme/versions/x", None, 400, "bad_input"),
         ("PUT", "/tenants/nobody/aliases/production", {"version": 1}, 404, "not_found"),
         ("PUT", "/tenants/acme/aliases/production", {"version": "latest"}, 400, "bad_input"),
+        ("PUT", "/tenants/acme/aliases/production", {"version": True}, 400, "bad_input"),
         ("POST", "/preload", {"model": "a b"}, 400, "invalid_model_ref"),
         ("GET", "/nope", None, 404, "no_such_route"),
         ("PATCH", "/tenants", None, 405, "method_not_allowed"),
