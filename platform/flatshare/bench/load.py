@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from dataclasses import dataclass
 from typing import Final
 
@@ -119,7 +119,7 @@ async def _open_loop(
     rate: float,
     end_s: float,
     started: float,
-    send: Callable[[Shot, float], object],
+    send: Callable[[Shot, float], Awaitable[None]],
 ) -> None:
     """Start each request when it is due."""
     places = asyncio.Semaphore(MAX_OPEN)
@@ -127,7 +127,7 @@ async def _open_loop(
 
     async def send_one(shot: Shot, due_s: float) -> None:
         try:
-            await send(shot, due_s)  # type: ignore[misc]  # a coroutine function
+            await send(shot, due_s)
         finally:
             places.release()
 
