@@ -75,8 +75,10 @@ class WeightsFile:
     tensors: tuple[TensorRecord, ...]
 
 
-def read_weights(path: Path) -> tuple[bytes, WeightsFile]:
-    """Read a file's bytes and describe them; the description is of exactly the returned bytes.
+def read_weights(path: Path) -> bytes:
+    """Read a whole file after checking its header, so that a hostile or damaged one costs little.
+
+    Nothing is hashed here: the registration does that, of exactly these bytes.
 
     Raises
     ------
@@ -93,7 +95,7 @@ def read_weights(path: Path) -> tuple[bytes, WeightsFile]:
             data = file.read()
     except OSError as error:
         raise InvalidWeights(f"{path} can't be read: {error.strerror or error}") from error
-    return data, describe(data)
+    return data
 
 
 def describe(data: bytes | memoryview) -> WeightsFile:

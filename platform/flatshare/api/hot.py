@@ -1,8 +1,8 @@
-"""The hot routes' way round FastAPI: same handlers, same error replies, a third of the framework's cost.
+"""The hot routes' way round FastAPI: same handlers, same error replies, without the framework between.
 
-Measured on 2 cores (one 28 x 28 image as JSON): FastAPI's middlewares, routing and dependency
-solving took 0.2 ms of 0.85 ms CPU a request, for routes that use none of them. FastAPI still holds
-these routes for the OpenAPI, and everything else.
+In a profile of a loaded replica FastAPI and Starlette were on the stack in 42 % of the samples, our
+own handler in 22 %: middlewares, routing and dependency solving, of which these routes use nothing.
+FastAPI still holds these routes for the OpenAPI, and everything else.
 """
 
 from __future__ import annotations

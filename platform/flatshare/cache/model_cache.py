@@ -107,10 +107,11 @@ class ModelCache:
 
     def try_lease(self, record: VersionRecord) -> Lease | None:
         """A lease if the version is resident; no waiting, no load. The hot path."""
-        resident = self._residents.get(ModelKey.of(record))
+        key = ModelKey.of(record)
+        resident = self._residents.get(key)
         if resident is None:
             return None
-        self._policy.used(ModelKey.of(record))
+        self._policy.used(key)
         return self._grant(resident, Tier.DEVICE)
 
     async def lease(self, record: VersionRecord, timeout_s: float) -> Lease:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import getpass
 import importlib.util
 from typing import Annotated, Any, Final
@@ -12,7 +13,8 @@ import typer
 from flatshare.errors import BadInput, ServeError, SettingsError
 from flatshare.settings import load_settings
 from flatshare_registry.catalog import Registry
-from flatshare_registry.errors import InvalidInput, NotFound, Unavailable
+from flatshare_registry.errors import AlreadyExists, InvalidInput, NotFound, Unavailable
+from flatshare_registry.ids import TenantId
 
 __all__ = [
     "StoreOption",
@@ -120,6 +122,12 @@ def call(method: str, url: str, **options: Any) -> httpx.Response:
     if reply.status_code in (503, 504):
         raise Unavailable(text)
     raise (BadInput if reply.status_code < 500 else ServeError)(text)
+
+
+def ensure_tenant(registry: Registry, tenant: TenantId) -> None:
+    """Create a tenant unless it exists: one conditional write, however many tenants there are."""
+    with contextlib.suppress(AlreadyExists):
+        registry.create_tenant(tenant)
 
 
 def tell_replicas(tenant: str, url: str | None) -> str:

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from flatshare.cli.context import StoreOption, UrlOption, open_registry, tell_replicas
+from flatshare.cli.context import StoreOption, UrlOption, ensure_tenant, open_registry, tell_replicas
 from flatshare.cli.output import AsJson, out, print_json, print_table, size, when
 from flatshare.models.architecture import architecture
 from flatshare_registry.errors import InvalidInput
@@ -110,10 +110,10 @@ def register(
     parsed = TenantId(tenant)
     network = architecture(architecture_name)
     notes = dict(_note(text) for text in note or [])
-    data, _ = read_weights(file)
+    data = read_weights(file)
     registry = open_registry(store)
-    if create and parsed not in {head.tenant for head in registry.list_tenants()}:
-        registry.create_tenant(parsed)
+    if create:
+        ensure_tenant(registry, parsed)
     done = registry.register(
         parsed,
         data,

@@ -7,7 +7,14 @@ from typing import Annotated, Any
 
 import typer
 
-from flatshare.cli.context import StoreOption, UrlOption, need_serve_extra, open_registry, tell_replicas
+from flatshare.cli.context import (
+    StoreOption,
+    UrlOption,
+    ensure_tenant,
+    need_serve_extra,
+    open_registry,
+    tell_replicas,
+)
 from flatshare.cli.output import AsJson, err, out, print_json, print_table, progress_bar, size
 from flatshare_registry.errors import InvalidInput
 from flatshare_registry.ids import TenantId
@@ -133,8 +140,7 @@ def train_tenant(
     }
     told = ""
     if registry is not None:
-        if parsed not in {head.tenant for head in registry.list_tenants()}:
-            registry.create_tenant(parsed)
+        ensure_tenant(registry, parsed)
         notes = {
             "handwriting": writing.name,
             "own_accuracy": f"{trained.own_accuracy:.4f}",

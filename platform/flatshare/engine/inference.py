@@ -27,8 +27,8 @@ from flatshare.errors import IsolationBroken, ModelFailed
 __all__ = ["Inference"]
 
 MAX_BATCH_ROWS: Final = 256
-"""Rows at which a pass is full. A single larger request runs alone. On one core the small networks
-gain nothing beyond about 64 rows; on CUDA this is still far from memory limits."""
+"""Rows at which a pass is full, so that a pass stays short for those who wait behind it. A single
+larger request runs alone. Not tuned yet."""
 
 
 @dataclass(slots=True, eq=False)
