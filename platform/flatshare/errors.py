@@ -8,6 +8,7 @@
     ├── DeadlineExceeded        it was accepted but not answered in time; retry
     ├── FleetUnavailable        not all replicas answered in time; retry
     ├── ModelFailed             this version can't be served (corrupt, or does not load); tell an operator
+    │   └── NeverFits           it is larger than the whole budget of a replica; no waiting helps
     ├── IsolationBroken         a receipt did not match: the request failed rather than mix two tenants
     ├── SettingsError           contradictory settings; refused when the program starts
     └── LocalError              something on this machine is in the way: a taken port, a dead process
@@ -26,6 +27,7 @@ __all__ = [
     "IsolationBroken",
     "LocalError",
     "ModelFailed",
+    "NeverFits",
     "NoRoom",
     "Overloaded",
     "ServeError",
@@ -81,6 +83,10 @@ class FleetUnavailable(ServeError):
 
 class ModelFailed(ServeError):
     """The version is there but can't be served."""
+
+
+class NeverFits(ModelFailed):
+    """The version is larger than all that a replica may hold."""
 
 
 class IsolationBroken(ServeError):

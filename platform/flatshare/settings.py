@@ -44,6 +44,32 @@ class Settings(RegistrySettings):
     slots: int = Field(
         default=10, ge=1, le=100_000, description="Models that one replica keeps on its device."
     )
+    device_bytes: int = Field(
+        default=0,
+        ge=0,
+        description="Bytes that one replica's models may take on its device. 0: on CUDA what is free but for "
+        "the headroom, on CPU no bound but the slots.",
+    )
+    device_headroom_bytes: int = Field(
+        default=1024**3,
+        ge=0,
+        description="Bytes of a CUDA device that are left for activations when device_bytes is 0.",
+    )
+    eviction: Literal["lru", "sieve"] = Field(
+        default="lru",
+        description="Who is evicted first. sieve keeps models that are used again from being driven out by a "
+        "scan of models that are used once.",
+    )
+    host_dir: str = Field(
+        default="auto",
+        description="Folder of the host tier, shared by a node's replicas; tmpfs is best. auto: "
+        "/dev/shm/flatshare-<uid> where there is a /dev/shm, else the temporary folder. off: none.",
+    )
+    host_bytes: int = Field(
+        default=0,
+        ge=0,
+        description="Bytes that a node's host tier may take. 0: a quarter of its file system, at most 8 GiB.",
+    )
     device: Literal["auto", "cpu", "cuda"] = Field(
         default="auto", description="auto: cuda where there is one, else cpu."
     )
@@ -77,6 +103,17 @@ class Settings(RegistrySettings):
     )
     load_concurrency: int = Field(
         default=4, ge=1, le=64, description="Models that one replica loads at a time."
+    )
+    fetch_concurrency: int = Field(
+        default=8,
+        ge=1,
+        le=128,
+        description="Ranged GETs of large weights that one replica runs at a time, over all loads.",
+    )
+    max_batch_rows: int = Field(
+        default=64,
+        ge=1,
+        description="Rows at which a forward pass is full. 64 suits a CPU core's cache; a GPU takes more.",
     )
     view_ttl_s: float = Field(
         default=2.0,

@@ -28,7 +28,7 @@ from flatshare_registry.records import (
     VersionRecord,
     utc,
 )
-from flatshare_registry.registration import Registered, Registrar
+from flatshare_registry.registration import Probe, Registered, Registrar
 from flatshare_registry.stores.base import BlobStore
 from flatshare_registry.weights import TensorSpec
 
@@ -157,6 +157,7 @@ class Registry:
         *,
         alias: AliasName | None = None,
         metadata: Mapping[str, str] | None = None,
+        probe: Probe | None = None,
     ) -> Registered:
         """Register weights as the tenant's next version; idempotent for equal weights.
 
@@ -171,6 +172,10 @@ class Registry:
             becomes ``production`` without being asked.
         metadata
             Short strings to keep with the version (what trained it, on what).
+        probe
+            Runs the weights once, before anything is stored; the answer is kept with the version, and
+            every replica compares its own with it (``flatshare.models.probe``). This package has no
+            torch; None registers without.
 
         Raises
         ------
@@ -179,7 +184,9 @@ class Registry:
         NotFound
             No such tenant.
         """
-        done = self._registrar.register(tenant, weights, architecture, wanted, alias=alias, metadata=metadata)
+        done = self._registrar.register(
+            tenant, weights, architecture, wanted, alias=alias, metadata=metadata, probe=probe
+        )
         if alias is not None and not done.created:
             self.set_alias(tenant, alias, done.version.version)
         return done

@@ -93,7 +93,14 @@ class TensorRecord(BaseModel):
 
 
 class VersionRecord(_Record):
-    """An immutable set of weights of one tenant."""
+    """An immutable set of weights of one tenant.
+
+    Attributes
+    ----------
+    probe_logits
+        What the model said to its architecture's probe input when it was registered, so that a replica
+        can tell that it loaded what was meant; None from a client without torch.
+    """
 
     tenant: str
     version: int
@@ -104,6 +111,7 @@ class VersionRecord(_Record):
     created_at: datetime
     created_by: str
     metadata: dict[str, str] = Field(default_factory=dict)
+    probe_logits: tuple[float, ...] | None = Field(default=None, max_length=100_000)
 
     @property
     def name(self) -> str:

@@ -18,7 +18,10 @@ from flatshare_registry.records import Action, TenantHead, VersionRecord, utc
 from flatshare_registry.stores.base import BlobStore, Create, Overwrite
 from flatshare_registry.weights import TensorSpec, WeightsFile, check_architecture, describe
 
-__all__ = ["BLOB_REFRESH_S", "Registered", "Registrar"]
+__all__ = ["BLOB_REFRESH_S", "Probe", "Registered", "Registrar"]
+
+Probe = Callable[[bytes | memoryview], tuple[float, ...]]
+"""Runs weights on their architecture's probe input; raises to refuse weights that do not run."""
 
 BLOB_REFRESH_S: Final = 3600.0
 """A blob that is already there and older than this is written again when a registration reuses it,
@@ -63,6 +66,7 @@ class Registrar:
         *,
         alias: AliasName | None,
         metadata: Mapping[str, str] | None,
+        probe: Probe | None,
     ) -> Registered:
         """Register weights. An alias is set in the same step, but not on a version that was there already."""
         described = describe(weights)
@@ -74,8 +78,9 @@ class Registrar:
         known = self._find_equal(tenant, self._heads.read(tenant), described, architecture)
         if known is not None:
             return Registered(known, created=False)
+        logits = probe(weights) if probe is not None else None
         self._put_blob(described.digest, weights)
-        record = self._create_record(tenant, described, architecture, notes)
+        record = self._create_record(tenant, described, architecture, notes, logits)
         winner = record
 
         def commit(head: TenantHead) -> TenantHead:
@@ -133,7 +138,12 @@ class Registrar:
                 self._store.put(key, weights, Overwrite())
 
     def _create_record(
-        self, tenant: TenantId, described: WeightsFile, architecture: str, notes: dict[str, str]
+        self,
+        tenant: TenantId,
+        described: WeightsFile,
+        architecture: str,
+        notes: dict[str, str],
+        probe_logits: tuple[float, ...] | None,
     ) -> VersionRecord:
         """Claim the next free number by creating its record; not visible until the head names it."""
         number = self._heads.read(tenant).next_version
@@ -148,6 +158,7 @@ class Registrar:
                 created_at=utc(self._clock()),
                 created_by=self._actor,
                 metadata=notes,
+                probe_logits=probe_logits,
             )
             try:
                 self._store.put(layout.version_key(tenant, number), record.encode(), Create())

@@ -5,7 +5,7 @@ import sys
 
 CORE = [
     "flatshare.api.app", "flatshare.bench.load", "flatshare.cache.model_cache", "flatshare.cache.view",
-    "flatshare.control.app", "flatshare.edge.supervisor", "flatshare.engine.service", "flatshare.models.materialize",
+    "flatshare.control.app", "flatshare.edge.supervisor", "flatshare.engine.service", "flatshare.models.probe",
     "flatshare.pool.ranking", "flatshare.pool.details", "flatshare.training.train", "flatshare.cli.main",
     "flatshare_registry",
 ]  # fmt: skip

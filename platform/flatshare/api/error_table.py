@@ -48,6 +48,7 @@ TABLE: Final[Mapping[type[Exception], HttpError]] = {
     errors.Overloaded: HttpError(503, "overloaded", retry_after_s=1),
     errors.DeadlineExceeded: HttpError(504, "deadline_exceeded", retry_after_s=1),
     errors.FleetUnavailable: HttpError(503, "fleet_unavailable", retry_after_s=1),
+    errors.NeverFits: HttpError(507, "model_too_large"),
     errors.ModelFailed: HttpError(500, "model_failed"),
     errors.IsolationBroken: HttpError(500, "isolation_broken"),
 }

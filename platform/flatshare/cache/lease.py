@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from torch import nn
-
-from flatshare.cache.tiers import Receipt, Tier
+from flatshare.cache.tiers import Part, Receipt, State, Tier
 from flatshare.errors import ServeError
+from flatshare.models.stages import Model
 from flatshare_registry.records import VersionRecord
 
 __all__ = ["Lease", "Resident"]
@@ -16,18 +15,32 @@ __all__ = ["Lease", "Resident"]
 
 @dataclass(slots=True, eq=False)
 class Resident:
-    """A slot's content. ``retired`` ones take no new lease and go when the last lease ends."""
+    """A slot's content.
+
+    Attributes
+    ----------
+    parts
+        What it holds, with device bytes; other residents may hold the same.
+    state
+        Only ``resident`` ones can be leased.
+    """
 
     record: VersionRecord
-    module: nn.Module | None
-    size_bytes: int
+    model: Model | None
+    parts: Mapping[Part, int]
     tier: Tier
     receipt: Receipt
     loaded_at: float
     last_used_at: float
     hits: int = 0
     leases: int = 0
-    retired: bool = False
+    pinned: bool = False
+    state: State = State.RESIDENT
+
+    @property
+    def size_bytes(self) -> int:
+        """Of all its parts, shared or not."""
+        return sum(self.parts.values())
 
 
 class Lease:
@@ -53,15 +66,20 @@ class Lease:
         self.tier = tier
 
     @property
-    def module(self) -> nn.Module:
-        """The module; only while the lease lives."""
-        if self._resident is None or self._resident.module is None:
+    def model(self) -> Model:
+        """The model; only while the lease lives."""
+        if self._resident is None or self._resident.model is None:
             raise ServeError("a lease was used after its release")
-        return self._resident.module
+        return self._resident.model
 
     def current_receipt(self) -> Receipt | None:
         """What the slot holds now; differs from :attr:`receipt` only if isolation is broken."""
         return self._resident.receipt if self._resident is not None else None
+
+    @property
+    def resident(self) -> Resident | None:
+        """The slot; None after the release."""
+        return self._resident
 
     def release(self) -> None:
         """Give the model back."""

@@ -1,66 +1,61 @@
-"""The two halves of a load, as the cache sees them: fetch the bytes, then place them on the device."""
+"""The two halves of a load, as the cache sees them: prepare in host memory, then place on the device.
+
+What tenants have in common is held once: tensors by digest, and whole stages by their tensors, so
+that models with equal first layers hold the same objects (``models/stages.py``).
+"""
 
 from __future__ import annotations
 
-import asyncio
-import hashlib
+import threading
+from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
 from typing import Protocol
+from weakref import WeakValueDictionary
 
 import torch
 from torch import nn
 
-from flatshare.cache.tiers import Tier
+from flatshare.cache.device import Device
+from flatshare.cache.fetch import Fetched, TensorSource
+from flatshare.cache.threads import in_thread
+from flatshare.cache.tiers import Part, Tier
 from flatshare.errors import ModelFailed
-from flatshare.models.architecture import architecture
-from flatshare.models.materialize import device_bytes, materialize
-from flatshare_registry import layout
-from flatshare_registry.errors import Corrupt, InvalidInput, InvalidWeights, NotFound
-from flatshare_registry.records import VersionRecord
-from flatshare_registry.stores.base import BlobStore
-from flatshare_registry.weights import check_architecture, check_layout
+from flatshare.models.architecture import Architecture, architecture
+from flatshare.models.probe import check_probe
+from flatshare.models.stages import Model, device_tensor, plan_of, tensor_view
+from flatshare_registry.errors import InvalidInput
+from flatshare_registry.records import TensorRecord, VersionRecord
+from flatshare_registry.weights import check_architecture
 
-__all__ = ["DevicePlacer", "Fetched", "Placed", "Placer", "StoreSource", "WeightsSource"]
+__all__ = ["DeviceLoader", "Held", "Loader", "Placed", "Prepared", "part_of"]
+
+Held = Mapping[Part, object]
+"""Parts that the device has already, and what keeps them there for as long as this value lives."""
 
 
 @dataclass(frozen=True, slots=True)
-class Fetched:
-    """A whole safetensors file whose sha256 is the record's, and where it came from."""
+class Prepared:
+    """Checked tensors in host memory, by part; the model too where the device computes in host memory."""
 
-    data: bytes
+    tensors: Mapping[Part, torch.Tensor]
     tier: Tier
+    model: Model | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Placed:
-    """A module that is ready to run, and the device bytes that it takes (measured, not claimed)."""
+    """A model that is ready to run, and the parts that it holds with their device bytes (measured)."""
 
-    module: nn.Module
-    size_bytes: int
-
-
-class WeightsSource(Protocol):
-    """Gets a version's bytes. The next tier (host) will be a source in front of this one."""
-
-    async def fetch(self, record: VersionRecord) -> Fetched:
-        """The bytes, verified.
-
-        Raises
-        ------
-        Corrupt
-            They are not what the record says, or are gone.
-        Unavailable
-            The store did not answer.
-        """
-        ...
+    model: Model
+    parts: Mapping[Part, int]
 
 
-class Placer(Protocol):
-    """Puts verified bytes on the device."""
+class Loader(Protocol):
+    """Makes versions into models on a device. All methods are called on one event loop."""
 
-    def check(self, record: VersionRecord) -> None:
-        """Refuse, before anything is fetched or evicted, what can't be placed.
+    def check(self, record: VersionRecord) -> Mapping[Part, int]:
+        """Refuse what can't be placed, before anything is fetched or evicted; else the bytes it claims.
 
         Raises
         ------
@@ -69,18 +64,28 @@ class Placer(Protocol):
         """
         ...
 
-    async def prepare(self, record: VersionRecord, fetched: Fetched) -> nn.Module:
-        """Build the module in host memory: whatever can be wrong with a version shows here.
+    def hold(self, record: VersionRecord) -> Held:
+        """Those of a version's parts that the device has, whoever's they are."""
+        ...
+
+    async def prepare_local(self, record: VersionRecord, held: Held) -> Prepared | None:
+        """As :meth:`prepare`, from this node only; None when something must come from the store."""
+        ...
+
+    async def prepare(self, record: VersionRecord, held: Held, timeout_s: float) -> Prepared:
+        """Get, check and try out what is not ``held``: whatever can be wrong with a version shows here.
 
         Raises
         ------
+        Corrupt, Unavailable
+            From the store.
         ModelFailed
-            It does not build.
+            It does not build, or does not answer its probe as it did at its registration.
         """
         ...
 
-    async def place(self, record: VersionRecord, module: nn.Module) -> Placed:
-        """Move a module to the device.
+    async def place(self, record: VersionRecord, prepared: Prepared, held: Held) -> Placed:
+        """Put a prepared version on the device.
 
         Raises
         ------
@@ -90,87 +95,146 @@ class Placer(Protocol):
         ...
 
 
-class StoreSource:
-    """Fetches from the registry's store, in threads.
+def part_of(tensor: TensorRecord) -> Part:
+    """What the device calls a tensor."""
+    return Part(tensor.sha256, tensor.dtype, tensor.shape)
+
+
+class DeviceLoader:
+    """Loads onto one device, in threads.
 
     Parameters
     ----------
-    store
-        Any blob store; its own time-outs and retries hold.
-    threads
-        Where the blocking calls run.
-    """
-
-    def __init__(self, store: BlobStore, threads: Executor) -> None:
-        self._store = store
-        self._threads = threads
-
-    async def fetch(self, record: VersionRecord) -> Fetched:
-        """See :class:`WeightsSource`."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._fetch, record)
-
-    def _fetch(self, record: VersionRecord) -> Fetched:
-        try:
-            data = self._store.get(layout.blob_key(record.digest)).data
-        except NotFound as error:
-            raise Corrupt(f"the weights of {record.name} are gone from the store") from error
-        if hashlib.sha256(data).hexdigest() != record.digest:
-            raise Corrupt(f"the stored weights of {record.name} do not have the registered sha256")
-        try:
-            check_layout(data, record.tensors)
-        except InvalidWeights as error:
-            raise Corrupt(f"the version record of {record.name} does not fit its weights") from error
-        return Fetched(data, Tier.STORE)
-
-
-class DevicePlacer:
-    """Makes modules on one device, in threads.
-
-    Parameters
-    ----------
+    source
+        Where tensors' bytes come from.
     device
-        ``cpu`` or ``cuda``; the only difference between the two is this argument.
+        Where they go; the only difference between CPU and CUDA is this argument.
     threads
-        Where the work runs.
+        Where loads from the store run.
+    local_threads
+        Where loads from the node's own files run: apart, so that a store that hangs holds up none of
+        them (promise 11).
     """
 
-    def __init__(self, device: torch.device, threads: Executor) -> None:
-        self._device = device
+    def __init__(
+        self, source: TensorSource, device: Device, threads: Executor, local_threads: Executor
+    ) -> None:
+        self.source = source
+        self.device = device
         self._threads = threads
+        self._local_threads = local_threads
+        # Weak: what keeps a tensor or a stage is a model that has it, so the last model's end frees it.
+        self._tensors: WeakValueDictionary[Part, torch.Tensor] = WeakValueDictionary()
+        self._stages: WeakValueDictionary[tuple[str, int, tuple[Part, ...]], nn.Module] = (
+            WeakValueDictionary()
+        )
+        self._sharing = threading.Lock()
 
-    def check(self, record: VersionRecord) -> None:
-        """See :class:`Placer`."""
+    def check(self, record: VersionRecord) -> Mapping[Part, int]:
+        """See :class:`Loader`."""
+        _architecture_of(record)
+        return {part_of(one): self.device.footprint(one.size_bytes) for one in record.tensors}
+
+    def hold(self, record: VersionRecord) -> Held:
+        """See :class:`Loader`."""
+        with self._sharing:
+            found = {part: self._tensors.get(part) for part in map(part_of, record.tensors)}
+        return {part: tensor for part, tensor in found.items() if tensor is not None}
+
+    async def prepare_local(self, record: VersionRecord, held: Held) -> Prepared | None:
+        """See :class:`Loader`."""
+        if self.source.tier is None:
+            return None
+        return await in_thread(
+            self._local_threads,
+            lambda: self._prepare(record, held, lambda names: self.source.read_local(record, names)),
+        )
+
+    async def prepare(self, record: VersionRecord, held: Held, timeout_s: float) -> Prepared:
+        """See :class:`Loader`."""
+        prepared = await in_thread(
+            self._threads,
+            lambda: self._prepare(record, held, lambda names: self.source.read(record, names, timeout_s)),
+        )
+        assert prepared is not None, "the store answers or raises"
+        return prepared
+
+    async def place(self, record: VersionRecord, prepared: Prepared, held: Held) -> Placed:
+        """See :class:`Loader`."""
+        model = prepared.model
+        if model is None:
+            try:
+                tensors = await self.device.place(prepared.tensors)
+            except (
+                Exception
+            ) as error:  # CUDA raises RuntimeError of several kinds, OutOfMemoryError among them
+                raise ModelFailed(f"{record.name} could not be placed on {self.device.name}") from error
+            model = await in_thread(self._threads, lambda: self._build(record, tensors, held))
+        sizes = {part: self.device.footprint(tensor.nbytes) for part, tensor in model.tensors.items()}
+        return Placed(model, sizes)
+
+    def _prepare(
+        self, record: VersionRecord, held: Held, read: Callable[[Collection[str]], Fetched | None]
+    ) -> Prepared | None:
+        network = _architecture_of(record)
+        wanted = [one for one in record.tensors if part_of(one) not in held]
+        fetched = read({one.name for one in wanted})
+        if fetched is None:
+            return None
+        tensors = {
+            part_of(one): device_tensor(
+                tensor_view(fetched.data.get(one.sha256, memoryview(b"")), one),
+                channels_last=network.channels_last,
+            )
+            for one in wanted
+        }
+        if not self.device.computes_in_host_memory:
+            return Prepared(self.device.stage(tensors), fetched.tier)
+        return Prepared(tensors, fetched.tier, self._build(record, tensors, held))
+
+    def _build(self, record: VersionRecord, tensors: Mapping[Part, torch.Tensor], held: Held) -> Model:
+        """Make the model of shared and new tensors, and let it answer its probe."""
+        network = _architecture_of(record)
         try:
-            network = architecture(record.architecture)
-            check_architecture(record.tensors, network.name, network.tensors)
-        except InvalidInput as error:
-            raise ModelFailed(f"{record.name} can't be served here: {error.message}") from error
-
-    async def prepare(self, record: VersionRecord, fetched: Fetched) -> nn.Module:
-        """See :class:`Placer`."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._prepare, record, fetched)
-
-    async def place(self, record: VersionRecord, module: nn.Module) -> Placed:
-        """See :class:`Placer`."""
-        if self._device.type == "cpu":
-            return Placed(module, device_bytes(module))
-        return await asyncio.get_running_loop().run_in_executor(self._threads, self._move, record, module)
-
-    def _prepare(self, record: VersionRecord, fetched: Fetched) -> nn.Module:
-        try:
-            return materialize(architecture(record.architecture), record, fetched.data)
+            model = self._assemble(network, record, {**tensors, **held})
         except ModelFailed:
             raise
         except Exception as error:  # whatever an operator's own architecture raises is that version's failure
             raise ModelFailed(f"{record.name} could not be built: {type(error).__name__}") from error
+        check_probe(network, record, model, self.device.torch_device)
+        return model
 
-    def _move(self, record: VersionRecord, module: nn.Module) -> Placed:
-        """The lines that only a device other than the CPU runs."""
-        try:
-            moved = module.to(self._device)
-            if self._device.type == "cuda":
-                # The copies ran on this thread's stream; inference runs on another thread's.
-                torch.cuda.current_stream(self._device).synchronize()
-        except Exception as error:  # CUDA raises RuntimeError of several kinds, OutOfMemoryError among them
-            raise ModelFailed(f"{record.name} could not be placed on {self._device}") from error
-        return Placed(moved, device_bytes(moved))
+    def _assemble(self, network: Architecture, record: VersionRecord, given: Mapping[Part, object]) -> Model:
+        plan = plan_of(network)
+        parts = {one.name: part_of(one) for one in record.tensors}
+        with self._sharing:
+            shared: dict[Part, torch.Tensor] = {}
+            for part in parts.values():
+                new = given[part]
+                assert isinstance(new, torch.Tensor), "hold() gave tensors"
+                shared[part] = self._tensors.setdefault(part, new)
+            named = {name: shared[part] for name, part in parts.items()}
+            stages: list[nn.Module] = []
+            for index, names in enumerate(plan.names):
+                key = (network.name, index, tuple(parts[name] for name in names))
+                stage = self._stages.get(key)
+                if stage is None:
+                    stage = self._stages[key] = plan.stage(index, named)
+                stages.append(stage)
+        return Model(tuple(stages), shared)
+
+
+def _architecture_of(record: VersionRecord) -> Architecture:
+    """A version's architecture.
+
+    Raises
+    ------
+    ModelFailed
+        It is not installed here, or has other tensors: the operator's to mend, not the caller's.
+    """
+    try:
+        network = architecture(record.architecture)
+        check_architecture(record.tensors, network.name, network.tensors)
+    except InvalidInput as error:
+        raise ModelFailed(f"{record.name} can't be served here: {error.message}") from error
+    return network

@@ -2,13 +2,15 @@
 
 Rules, each with a test:
 
-- Fetch, verify and build first; only then make room. A load that fails evicts nothing. (Only a
-  device that refuses the finished model, out of memory say, comes after.)
-- Only an unleased resident is evicted. When all are leased, a load waits for a lease to end.
+- Fetch, verify, build and try out first; only then make room. A load that fails evicts nothing.
+  (Only a device that refuses the finished model, out of memory say, comes after.)
+- Victims are chosen as a set, among residents without lease and pin, before any of them goes. If the
+  set can't make room nothing is evicted, and the load waits for a lease to end.
 - One load of a version at a time; the load belongs to the cache, not to the caller who asked first.
 - A load hands its waiters their leases in the same step in which the model becomes resident, so
   nothing can evict it in between.
-- residents + reserved + draining <= slots, at every instant.
+- What is taken, in slots and in bytes, never exceeds what there is (``ledger.py``).
+- Loads from the node's own files have places of their own: a store that hangs holds up none of them.
 
 All methods must be called on one event loop; nothing in here blocks it.
 """
@@ -18,20 +20,26 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from typing import Final
 
 from flatshare.cache.failures import FailureMemory
 from flatshare.cache.lease import Lease, Resident
-from flatshare.cache.loading import Placer, WeightsSource
+from flatshare.cache.ledger import Ledger, Reservation
+from flatshare.cache.loading import Held, Loader, Placed, Prepared
 from flatshare.cache.policy import EvictionPolicy, LeastRecentlyUsed
+from flatshare.cache.room import RoomQueue
 from flatshare.cache.stats import CacheStats
-from flatshare.cache.tiers import ModelKey, Receipt, ResidentInfo, Tier
-from flatshare.errors import DeadlineExceeded, NoRoom
-from flatshare_registry.errors import Unavailable
+from flatshare.cache.tiers import ModelKey, Part, Receipt, ResidentInfo, State, Tier
+from flatshare.errors import DeadlineExceeded, NeverFits, NoRoom
+from flatshare_registry.errors import NotFound, Unavailable
 from flatshare_registry.records import VersionRecord
 
-__all__ = ["ModelCache"]
+__all__ = ["LOCAL_CONCURRENCY", "ModelCache"]
+
+LOCAL_CONCURRENCY: Final = 2
+"""Loads from the node's own files at a time: they cost CPU, not waiting."""
 
 
 @dataclass(slots=True, eq=False)
@@ -40,6 +48,7 @@ class _Load:
 
     task: asyncio.Task[None] | None = None
     waiters: list[asyncio.Future[Lease]] = field(default_factory=list)
+    erased: bool = False
 
     @property
     def abandoned(self) -> bool:
@@ -52,16 +61,16 @@ class ModelCache:
 
     Parameters
     ----------
-    slots
-        Most models on the device at a time.
-    source, placer
+    ledger
+        Slots and bytes; this cache's own.
+    loader
         The two halves of a load.
     load_concurrency
-        Most loads at a time; others wait.
+        Most loads from the store at a time; others wait.
     room_timeout_s
-        Seconds that a load waits for a slot while all are leased.
+        Seconds that a load waits for room while all is leased or pinned.
     fetch_timeout_s
-        Seconds that the source may take for one version; then it counts as unavailable.
+        Seconds that the store may take for one version; then it counts as unavailable.
     policy
         Who is evicted first.
     on_change
@@ -73,9 +82,8 @@ class ModelCache:
     def __init__(
         self,
         *,
-        slots: int,
-        source: WeightsSource,
-        placer: Placer,
+        ledger: Ledger,
+        loader: Loader,
         load_concurrency: int = 4,
         room_timeout_s: float = 30.0,
         fetch_timeout_s: float = 10.0,
@@ -84,10 +92,9 @@ class ModelCache:
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
-        self.slots = slots
+        self.ledger = ledger
         self.stats = CacheStats()
-        self._source = source
-        self._placer = placer
+        self._loader = loader
         self._room_timeout_s = room_timeout_s
         self._fetch_timeout_s = fetch_timeout_s
         self._policy = policy or LeastRecentlyUsed()
@@ -96,12 +103,13 @@ class ModelCache:
         self._wall_clock = wall_clock
         self._failures = FailureMemory(clock)
         self._loading = asyncio.Semaphore(load_concurrency)
+        self._loading_local = asyncio.Semaphore(LOCAL_CONCURRENCY)
         self._residents: dict[ModelKey, Resident] = {}
         self._loads: dict[ModelKey, _Load] = {}
-        self._draining: set[Resident] = set()
-        self._reserved = 0
+        self._leaving: dict[int, Resident] = {}
+        self._protected: dict[ModelKey, int] = {}
         self._generation = 0
-        self._room_wanted: list[asyncio.Future[None]] = []
+        self._room = RoomQueue()
 
     # -- leasing
 
@@ -145,22 +153,103 @@ class ModelCache:
                 raise DeadlineExceeded(f"{record.name} was not loaded within {timeout_s:g} s") from None
             raise
 
-    async def preload(self, record: VersionRecord, timeout_s: float) -> None:
-        """Make a version resident without using it; no request is counted. Raises as :meth:`lease` does."""
+    async def preload(self, record: VersionRecord, timeout_s: float, *, pin: bool = False) -> None:
+        """Make a version resident without using it; no request is counted. Raises as :meth:`lease` does.
+
+        Parameters
+        ----------
+        pin
+            Also keep it until :meth:`unpin` or :meth:`unload`.
+
+        Raises
+        ------
+        NoRoom
+            Pinning it would leave no slot, or less than half the bytes, for everybody else.
+        """
+        key = ModelKey.of(record)
+        if pin:
+            self._check_pin(key, self._loader.check(record))
         with await self.lease(record, timeout_s) as lease:
             self.stats.hits[lease.tier] -= 1
-            self._residents[ModelKey.of(record)].hits -= 1
+            resident = lease.resident
+            assert resident is not None, "the lease is held"
+            resident.hits -= 1
+            if pin and resident.state is State.RESIDENT:
+                self._check_pin(key, resident.parts)  # others may have been pinned meanwhile
+                resident.pinned = True
+
+    def unpin(self, key: ModelKey) -> bool:
+        """Let a version be evicted again; whether it was pinned."""
+        resident = self._residents.get(key)
+        if resident is None or not resident.pinned:
+            return False
+        resident.pinned = False
+        self._room.wake_one()
+        return True
+
+    @contextlib.contextmanager
+    def protected(self, key: ModelKey) -> Iterator[None]:
+        """Within this, a version is evicted after all others: its successor is on the way."""
+        self._protected[key] = self._protected.get(key, 0) + 1
+        try:
+            yield
+        finally:
+            self._protected[key] -= 1
+            if not self._protected[key]:
+                del self._protected[key]
 
     # -- removing
 
     def unload(self, key: ModelKey) -> bool:
-        """Stop lending a version and free it as soon as its leases have ended; whether it was resident."""
-        resident = self._residents.get(key)
-        if resident is None:
+        """Stop lending a version and free it as soon as its leases have ended; whether it was here.
+
+        Also ends a pin or a quarantine.
+        """
+        for resident in self._leaving.values():
+            if resident.state is State.QUARANTINED and ModelKey.of(resident.record) == key:
+                resident.state = State.DRAINING
+                self._free_if_unleased(resident)
+                return True
+        resident_now = self._residents.get(key)
+        if resident_now is None:
             return False
-        self._retire(resident)
+        self._retire(resident_now, evicted=False)
         self._on_change()
         return True
+
+    def quarantine(self, lease: Lease) -> None:
+        """Take the slot of a lease out of use: it failed an isolation check.
+
+        Nobody gets the slot again until an operator unloads the version; a later request for the
+        version loads it anew, into another slot.
+        """
+        resident = lease.resident
+        if resident is None or resident.state is State.QUARANTINED:
+            return
+        if resident.state is State.RESIDENT:
+            self._retire(resident, evicted=False)
+        resident.state = State.QUARANTINED
+        self.stats.quarantined += 1
+        self._on_change()
+
+    def erase(self, tenant: str) -> int:
+        """Free all of a tenant's models and let none of its loads under way become resident.
+
+        Returns
+        -------
+        int
+            Residents that went; their memory is free when their leases have ended.
+        """
+        for key, load in self._loads.items():
+            if key.tenant == tenant:
+                load.erased = True
+        gone = [one for key, one in self._residents.items() if key.tenant == tenant]
+        for resident in gone:
+            self._retire(resident, evicted=False)
+        self._failures.forget(tenant)
+        if gone:
+            self._on_change()
+        return len(gone)
 
     def forget_failures(self, tenant: str) -> None:
         """Try a tenant's failed versions again at the next request."""
@@ -173,26 +262,51 @@ class ModelCache:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
         for resident in list(self._residents.values()):
-            self._retire(resident)
+            self._retire(resident, evicted=False)
         deadline = self._clock() + timeout_s
-        while self._draining and await self._room_freed(deadline - self._clock()):
-            pass
+        while any(one.leases for one in self._leaving.values()):
+            if not await self._room.wait(deadline - self._clock()):
+                break
         self._on_change()
 
     # -- looking
 
     @property
+    def slots(self) -> int:
+        """Most models at a time."""
+        return self.ledger.slots
+
+    @property
     def occupied(self) -> int:
-        """Slots that are taken: residents, loads that have reserved one, and what is draining."""
-        return len(self._residents) + self._reserved + len(self._draining)
+        """Slots that are taken: by residents, by loads, by what is draining or in quarantine."""
+        return self.ledger.slots_taken
+
+    @property
+    def loading(self) -> list[ModelKey]:
+        """Versions that are being loaded, or wait for their turn."""
+        return list(self._loads)
+
+    def is_resident(self, key: ModelKey) -> bool:
+        """Whether a version can be leased at once."""
+        return key in self._residents
+
+    def record_of(self, key: ModelKey) -> VersionRecord | None:
+        """The record of a version that can be leased at once."""
+        resident = self._residents.get(key)
+        return resident.record if resident is not None else None
+
+    def is_pinned(self, key: ModelKey) -> bool:
+        """Whether a version is here and never evicted."""
+        resident = self._residents.get(key)
+        return resident is not None and resident.pinned
 
     def resident_records(self) -> list[VersionRecord]:
         """Versions that can be leased at once."""
         return [resident.record for resident in self._residents.values()]
 
     def snapshot(self) -> list[ResidentInfo]:
-        """All that is held, most recently used first."""
-        held = [*self._residents.values(), *self._draining]
+        """All that is held and why, most recently used first."""
+        held = [*self._residents.values(), *self._leaving.values()]
         return [
             ResidentInfo(
                 tenant=one.record.tenant,
@@ -200,7 +314,11 @@ class ModelCache:
                 digest=one.record.digest,
                 architecture=one.record.architecture,
                 size_bytes=one.size_bytes,
+                own_bytes=self.ledger.own_bytes(one.parts),
                 tier=one.tier,
+                state=one.state,
+                pinned=one.pinned,
+                generation=one.receipt.generation,
                 hits=one.hits,
                 leases=one.leases,
                 last_used_at=one.last_used_at,
@@ -215,19 +333,22 @@ class ModelCache:
         """Join the load of a version, beginning it if there is none."""
         key = ModelKey.of(record)
         load = self._loads.get(key)
-        if load is None:
+        if load is None or load.erased:
             self._failures.check(key)
-            self._placer.check(record)
+            claimed = self._loader.check(record)
+            self._check_ever_fits(record, claimed)
             load = self._loads[key] = _Load()
             # The cache holds the task: no caller's cancellation reaches it.
-            load.task = asyncio.create_task(self._run_load(key, record, load), name=f"load {key}")
+            load.task = asyncio.create_task(self._run_load(key, record, claimed, load), name=f"load {key}")
         waiter: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
         load.waiters.append(waiter)
         return waiter
 
-    async def _run_load(self, key: ModelKey, record: VersionRecord, load: _Load) -> None:
+    async def _run_load(
+        self, key: ModelKey, record: VersionRecord, claimed: Mapping[Part, int], load: _Load
+    ) -> None:
         try:
-            resident = await self._load(record, load)
+            resident = await self._load(record, claimed, load)
         except _Abandoned:
             pass  # nobody waits any more; whoever asks next begins anew
         except BaseException as error:
@@ -244,45 +365,76 @@ class ModelCache:
                 if not waiter.done():
                     waiter.set_result(self._grant(resident, resident.tier))
             if not resident.leases:
-                self._wake_one()  # it can be evicted for a load that waits
+                self._room.wake_one()  # it can be evicted for a load that waits
             self._on_change()
         finally:
-            del self._loads[key]
+            if self._loads.get(key) is load:
+                del self._loads[key]
 
-    async def _load(self, record: VersionRecord, load: _Load) -> Resident:
-        async with self._loading:
+    async def _load(self, record: VersionRecord, claimed: Mapping[Part, int], load: _Load) -> Resident:
+        """From the node's own files if they are there, else from the store."""
+        resident = await self._attempt(record, claimed, load, self._loading_local, self._loader.prepare_local)
+        if resident is None:
+            resident = await self._attempt(record, claimed, load, self._loading, self._prepare)
+        assert resident is not None, "the store answers or raises"
+        return resident
+
+    async def _prepare(self, record: VersionRecord, held: Held) -> Prepared:
+        try:
+            async with asyncio.timeout(self._fetch_timeout_s):
+                return await self._loader.prepare(record, held, self._fetch_timeout_s)
+        except TimeoutError:
+            raise Unavailable(
+                f"the store did not deliver {record.name} within {self._fetch_timeout_s:g} s"
+            ) from None
+
+    async def _attempt(
+        self,
+        record: VersionRecord,
+        claimed: Mapping[Part, int],
+        load: _Load,
+        places: asyncio.Semaphore,
+        prepare: Callable[[VersionRecord, Held], Awaitable[Prepared | None]],
+    ) -> Resident | None:
+        """One way to load; None when it can't give the bytes. Keeps its place until the model is resident."""
+        async with places:
             # Callers may have gone while this waited for its turn: a flood of requests that hang up
             # must not fetch, or evict, for nobody. One that has begun is finished (promise 6).
             if load.abandoned:
                 raise _Abandoned
-            started = self._clock()
+            # What the device has already is held from here on, so that nothing evicts it meanwhile.
+            held = self._loader.hold(record)
+            counted = self.ledger.hold_present(held)
             try:
-                async with asyncio.timeout(self._fetch_timeout_s):
-                    fetched = await self._source.fetch(record)
-            except TimeoutError:
-                raise Unavailable(
-                    f"the store did not deliver {record.name} within {self._fetch_timeout_s:g} s"
-                ) from None
-            prepared = await self._placer.prepare(record, fetched)
-            await self._reserve(record)
-            try:
-                placed = await self._placer.place(record, prepared)
-            except BaseException:
-                self._reserved -= 1
-                self._wake_one()
-                raise
-            self._reserved -= 1
-            self.stats.loads += 1
-            self.stats.load_times.add(self._clock() - started)
-        # From here to the grants in _run_load nothing awaits: the slot goes from reserved to
-        # resident to leased in one step.
+                started = self._clock()
+                prepared = await prepare(record, held)
+                if prepared is None:
+                    return None
+                if load.erased:
+                    raise NotFound(f"{record.name} was erased")
+                placed = await self._place(record, prepared, claimed, held)
+                if load.erased:
+                    self.ledger.drop(placed.parts)
+                    self.ledger.free_slot()
+                    self._room.wake_one()
+                    raise NotFound(f"{record.name} was erased")
+                self.stats.loads += 1
+                self.stats.load_times.add(self._clock() - started)
+                return self._admit(record, placed, prepared.tier)
+            finally:
+                if self.ledger.drop(counted):
+                    self._room.wake_one()
+
+    def _admit(self, record: VersionRecord, placed: Placed, tier: Tier) -> Resident:
+        # From here to the grants in _run_load nothing awaits: the slot goes from reserved to resident
+        # to leased in one step.
         self._generation += 1
         key, now = ModelKey.of(record), self._wall_clock()
         resident = Resident(
             record=record,
-            module=placed.module,
-            size_bytes=placed.size_bytes,
-            tier=fetched.tier,
+            model=placed.model,
+            parts=placed.parts,
+            tier=tier,
             receipt=Receipt(record.tenant, record.version, record.digest, self._generation),
             loaded_at=now,
             last_used_at=now,
@@ -291,20 +443,75 @@ class ModelCache:
         self._policy.admitted(key)
         return resident
 
-    async def _reserve(self, record: VersionRecord) -> None:
-        """Take a slot for a load, evicting the policy's first unleased victim if none is free."""
+    async def _place(
+        self, record: VersionRecord, prepared: Prepared, claimed: Mapping[Part, int], held: Held
+    ) -> Placed:
+        """Make room, put the model there, and count what it really takes."""
         deadline = self._clock() + self._room_timeout_s
-        while self.occupied >= self.slots:
-            victim = next((key for key in self._policy.victims() if not self._residents[key].leases), None)
-            if victim is not None:
-                self._retire(self._residents[victim])
-                self.stats.evictions += 1
-                self._on_change()
-            elif not await self._room_freed(deadline - self._clock()):
-                raise NoRoom(f"no slot for {record.name}: all {self.slots} are in use; retry, or add slots")
-        self._reserved += 1
+        await self._make_room(record, claimed, deadline)
+        reservation = self.ledger.reserve(self.ledger.missing_bytes(claimed))
+        try:
+            placed = await self._loader.place(record, prepared, held)
+            self._check_ever_fits(record, placed.parts)
+            while not self.ledger.grow(reservation, self.ledger.missing_bytes(placed.parts)):
+                await self._make_room(record, placed.parts, deadline, reservation)
+        except BaseException:
+            self.ledger.cancel(reservation)
+            self._room.wake_one()
+            raise
+        self.ledger.settle(reservation, placed.parts)
+        return placed
+
+    async def _make_room(
+        self,
+        record: VersionRecord,
+        parts: Mapping[Part, int],
+        deadline: float,
+        reservation: Reservation | None = None,
+    ) -> None:
+        """Evict until a slot (unless one is reserved) and the parts fit, or wait for leases to end."""
+        slots = 0 if reservation else 1
+        reserved = reservation.bytes if reservation else 0
+        while not self.ledger.fits(slots, self.ledger.missing_bytes(parts) - reserved):
+            keys = [key for key in self._policy.victims() if self._evictable(key)]
+            keys.sort(key=lambda key: key in self._protected)  # stable: protected ones last
+            chosen = self.ledger.choose_victims(
+                [self._residents[key].parts for key in keys], parts, slots=slots, reserved_bytes=reserved
+            )
+            if chosen is not None:
+                for index in chosen:
+                    self._retire(self._residents[keys[index]], evicted=True)
+                    self.stats.evictions += 1
+                if chosen:
+                    self._on_change()
+                return
+            if not await self._room.wait(deadline - self._clock()):
+                raise NoRoom(
+                    f"no room for {record.name}: all {self.slots} slots, or their bytes, are in use or "
+                    "pinned; retry, or add slots"
+                )
 
     # -- slots
+
+    def _check_ever_fits(self, record: VersionRecord, parts: Mapping[Part, int]) -> None:
+        budget, size = self.ledger.budget_bytes, sum(parts.values())
+        if budget is not None and size > budget:
+            raise NeverFits(
+                f"{record.name} takes {size} bytes on the device; a replica's budget is {budget} bytes"
+            )
+
+    def _check_pin(self, key: ModelKey, parts: Mapping[Part, int]) -> None:
+        pinned = [one for other, one in self._residents.items() if one.pinned and other != key]
+        if len(pinned) + 1 >= self.slots:
+            raise NoRoom(f"pinning {key} would leave none of {self.slots} slots for other models; unpin some")
+        budget = self.ledger.budget_bytes
+        together = {part: size for one in pinned for part, size in one.parts.items()} | dict(parts)
+        if budget is not None and sum(together.values()) > budget // 2:
+            raise NoRoom(f"pinning {key} would take more than half of the {budget} bytes; unpin some")
+
+    def _evictable(self, key: ModelKey) -> bool:
+        resident = self._residents[key]
+        return not resident.leases and not resident.pinned
 
     def _grant(self, resident: Resident, tier: Tier) -> Lease:
         resident.leases += 1
@@ -316,51 +523,27 @@ class ModelCache:
     def _released(self, resident: Resident) -> None:
         resident.leases -= 1
         if not resident.leases:
-            if resident.retired:
-                self._free(resident)
-            self._wake_one()
+            self._free_if_unleased(resident)
+            self._room.wake_one()
 
-    def _retire(self, resident: Resident) -> None:
+    def _retire(self, resident: Resident, *, evicted: bool) -> None:
         """No new leases; freed now, or when the last one ends. Counts until it is freed."""
         key = ModelKey.of(resident.record)
         del self._residents[key]
-        self._policy.removed(key)
-        resident.retired = True
-        self._draining.add(resident)
-        if not resident.leases:
-            self._free(resident)
+        self._policy.removed(key, evicted=evicted)
+        resident.state = State.DRAINING
+        self._leaving[id(resident)] = resident
+        self._free_if_unleased(resident)
 
-    def _free(self, resident: Resident) -> None:
-        # Dropping the last reference frees the tensors; nobody else holds the module.
-        resident.module = None
-        self._draining.discard(resident)
-        self._wake_one()
-
-    def _wake_one(self) -> None:
-        """A slot may have come free: let the load that has waited longest look."""
-        while self._room_wanted:
-            waiter = self._room_wanted.pop(0)
-            if not waiter.done():
-                waiter.set_result(None)
-                return
-
-    async def _room_freed(self, timeout_s: float) -> bool:
-        """Wait until a slot may have come free; False when the time is over."""
-        waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._room_wanted.append(waiter)
-        try:
-            async with asyncio.timeout(max(timeout_s, 0)):
-                await waiter
-        except TimeoutError:
-            return waiter.done() and not waiter.cancelled()  # woken in the very moment
-        except asyncio.CancelledError:
-            if waiter.done() and not waiter.cancelled():
-                self._wake_one()  # the slot was meant for us: pass it on
-            raise
-        finally:
-            with contextlib.suppress(ValueError):
-                self._room_wanted.remove(waiter)
-        return True
+    def _free_if_unleased(self, resident: Resident) -> None:
+        if resident.leases or resident.state is not State.DRAINING:
+            return
+        # Dropping the last reference frees the tensors; nobody else holds the model.
+        resident.model = None
+        del self._leaving[id(resident)]
+        self.ledger.drop(resident.parts)
+        self.ledger.free_slot()
+        self._room.wake_one()
 
 
 class _Abandoned(Exception):

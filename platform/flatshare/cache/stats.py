@@ -54,12 +54,18 @@ class CacheStats:
         Loads begun that ended well, or not.
     evictions
         Residents removed to make room.
+    quarantined
+        Slots taken out of use because an isolation check failed.
+    swaps
+        Promotions whose new version took over from a resident old one.
     """
 
     hits: dict[Tier, int] = field(default_factory=lambda: dict.fromkeys(Tier, 0))
     loads: int = 0
     load_failures: int = 0
     evictions: int = 0
+    quarantined: int = 0
+    swaps: int = 0
     load_times: LoadTimes = field(default_factory=LoadTimes)
 
     @property
@@ -77,6 +83,8 @@ class CacheStats:
             total.loads += part.loads
             total.load_failures += part.load_failures
             total.evictions += part.evictions
+            total.quarantined += part.quarantined
+            total.swaps += part.swaps
             total.load_times.counts = [
                 one + other
                 for one, other in zip(total.load_times.counts, part.load_times.counts, strict=True)

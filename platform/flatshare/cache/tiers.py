@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 from flatshare_registry.records import VersionRecord
 
-__all__ = ["ModelKey", "Receipt", "ResidentInfo", "Tier"]
+__all__ = ["ModelKey", "Part", "Receipt", "ResidentInfo", "State", "Tier"]
 
 
 class Tier(StrEnum):
@@ -17,9 +17,31 @@ class Tier(StrEnum):
     DEVICE = "device"
     """It was resident."""
     HOST = "host"
-    """It was loaded from files that the node's replicas share (not yet in use)."""
+    """It was loaded from files that the node's replicas share."""
     STORE = "store"
     """It was fetched from the registry's store."""
+
+
+class State(StrEnum):
+    """Why a model is held."""
+
+    RESIDENT = "resident"
+    """It can be leased."""
+    DRAINING = "draining"
+    """It takes no new lease and goes when its last lease ends; its bytes count until then."""
+    QUARANTINED = "quarantined"
+    """Its slot failed an isolation check: nobody gets it again, and it stays for an operator to see."""
+
+
+class Part(NamedTuple):
+    """A tensor as the device holds it, whoever's it is: equal parts are held once.
+
+    The digest alone would not do: equal bytes may have another shape or element type.
+    """
+
+    digest: str
+    dtype: str
+    shape: tuple[int, ...]
 
 
 class ModelKey(NamedTuple):
@@ -59,8 +81,12 @@ class ResidentInfo:
 
     Attributes
     ----------
+    size_bytes, own_bytes
+        Of all its tensors; of those that no other model here shares.
     tier
         Where it was loaded from.
+    pinned
+        Never evicted.
     leases
         Requests that hold it now.
     last_used_at, loaded_at
@@ -72,7 +98,11 @@ class ResidentInfo:
     digest: str
     architecture: str
     size_bytes: int
+    own_bytes: int
     tier: Tier
+    state: State
+    pinned: bool
+    generation: int
     hits: int
     leases: int
     last_used_at: float

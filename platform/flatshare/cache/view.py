@@ -12,6 +12,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 from collections.abc import Callable
 from concurrent.futures import Executor
@@ -22,7 +23,7 @@ from cachetools import LRUCache, TTLCache
 
 from flatshare_registry.catalog import Registry, select
 from flatshare_registry.errors import Corrupt, NotFound, Unavailable
-from flatshare_registry.ids import ModelRef, TenantId
+from flatshare_registry.ids import PRODUCTION, ModelRef, TenantId
 from flatshare_registry.records import TenantHead, VersionRecord
 
 __all__ = ["RegistryView"]
@@ -76,7 +77,7 @@ class RegistryView:
     ttl_s
         Seconds that an answer is believed.
     on_change
-        Called after a tenant's head changed or went; must not raise.
+        Called with a tenant's old and new head after it changed, came or went; must not raise.
     """
 
     def __init__(
@@ -85,7 +86,7 @@ class RegistryView:
         threads: Executor,
         *,
         ttl_s: float,
-        on_change: Callable[[], None] = lambda: None,
+        on_change: Callable[[TenantHead | None, TenantHead | None], None] = lambda old, new: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._registry = registry
@@ -154,6 +155,21 @@ class RegistryView:
         except TimeoutError:
             raise Unavailable(f"the registry did not answer within {timeout_s:g} s") from None
 
+    async def record(self, tenant: TenantId, number: int) -> VersionRecord:
+        """One version's record, whatever the aliases mean.
+
+        Raises
+        ------
+        NotFound
+            No such tenant or version.
+        Unavailable, Corrupt
+            The store does not answer, or holds what can't be read.
+        """
+        head = await self._head(tenant)
+        if number not in head.versions:
+            raise NotFound(f"tenant {tenant} has no version {number}")
+        return await self._record(head, number)
+
     def head_now(self, tenant: TenantId) -> TenantHead | None:
         """A tenant's head as last read, if any."""
         known = self._heads.get(tenant)
@@ -175,9 +191,16 @@ class RegistryView:
         self._epochs[tenant] = self._epochs.get(tenant, 0) + 1
         self._reads.pop(tenant, None)
         try:
-            return await asyncio.shield(self._read(tenant))
+            head = await asyncio.shield(self._read(tenant))
         except NotFound:
             return None
+        production = head.aliases.get(str(PRODUCTION))
+        if production is not None:
+            # Somebody just changed this tenant: its first request should not have to wait for the record.
+            # That is a favour: whoever needs the record is told if it can't be read.
+            with contextlib.suppress(Unavailable, Corrupt):
+                await self._record(head, production)
+        return head
 
     def _age_s(self, tenant: TenantId) -> float:
         """Seconds since a tenant's head was last seen to be current."""
@@ -245,8 +268,9 @@ class RegistryView:
         except NotFound:
             if self._epochs.get(tenant, 0) == epoch:
                 self._missing[tenant] = None
-                if self._heads.pop(tenant, None) is not None:
-                    self._on_change()
+                gone = self._heads.pop(tenant, None)
+                if gone is not None:
+                    self._on_change(gone.head, None)
             raise
         except (Unavailable, Corrupt) as error:
             self._failed[tenant] = error
@@ -262,8 +286,8 @@ class RegistryView:
         if current is not None and current.head.revision > head.revision:
             return current.head  # a later read came home first
         self._heads[tenant] = _Known(head, etag, self._clock())
-        if known is None or known.head.revision != head.revision:
-            self._on_change()
+        if current is None or current.head.revision != head.revision:
+            self._on_change(current.head if current is not None else None, head)
         return head
 
     async def _record(self, head: TenantHead, number: int) -> VersionRecord:

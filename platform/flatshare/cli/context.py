@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import getpass
 import importlib.util
 from typing import Annotated, Any, Final
@@ -11,10 +12,12 @@ import httpx
 import typer
 
 from flatshare.errors import BadInput, ServeError, SettingsError
+from flatshare.models.architecture import Architecture
 from flatshare.settings import load_settings
 from flatshare_registry.catalog import Registry
 from flatshare_registry.errors import AlreadyExists, InvalidInput, NotFound, Unavailable
 from flatshare_registry.ids import TenantId
+from flatshare_registry.registration import Probe
 
 __all__ = [
     "StoreOption",
@@ -128,6 +131,15 @@ def ensure_tenant(registry: Registry, tenant: TenantId) -> None:
     """Create a tenant unless it exists: one conditional write, however many tenants there are."""
     with contextlib.suppress(AlreadyExists):
         registry.create_tenant(tenant)
+
+
+def probe_of(network: Architecture) -> Probe | None:
+    """What a registration runs the weights with: needs torch, so a light install registers without."""
+    if importlib.util.find_spec("torch") is None:
+        return None
+    from flatshare.models.probe import probe_logits
+
+    return functools.partial(probe_logits, network)
 
 
 def tell_replicas(tenant: str, url: str | None) -> str:

@@ -22,7 +22,7 @@ _IMAGE_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"
 
 def add_to(app: typer.Typer) -> None:
     """Add these verbs to the command."""
-    for function in (predict, replicas, preload, unload):
+    for function in (predict, replicas, preload, unpin, unload):
         app.command(rich_help_panel="Running platform")(function)
 
 
@@ -92,7 +92,7 @@ def print_fleet(fleet: dict[str, Any], *, models: bool) -> None:
                 f"{one['slots_used']}/{one['slots']}",
                 one["ongoing"],
                 one["queued"],
-                size(sum(model["size_bytes"] for model in one["models"])),
+                size(one["held_bytes"]) + (f" of {size(one['budget_bytes'])}" if one["budget_bytes"] else ""),
             )
             for one in fleet["replicas"]
         ]
@@ -105,22 +105,35 @@ def print_fleet(fleet: dict[str, Any], *, models: bool) -> None:
         out.print()
         print_table(
             "",
-            ["replica", "model", "digest", "size#", "from", "hits#", "leases#", "last used"],
+            ["replica", "model", "digest", "size#", "own#", "from", "hits#", "leases#", "last used", "held"],
             [
                 (
                     one["replica"],
                     f"{model['tenant']}@{model['version']}",
                     model["digest"][:12],
                     size(model["size_bytes"]),
+                    size(model["own_bytes"]),
                     model["tier"],
                     model["hits"],
                     model["leases"],
                     when(model["last_used_at"]),
+                    "pinned" if model["pinned"] else model["state"],
                 )
                 for one in fleet["replicas"]
                 for model in one["models"]
             ],
         )
+    for one in fleet["replicas"]:
+        for swap in one["swaps"]:
+            why = f"can't be loaded: {swap['error']}" if swap["error"] else "is being loaded"
+            alias = f"{swap['tenant']}:{swap['alias']}"
+            out.print(
+                f"{one['replica']}: {alias} is still version {swap['from_version']}: "
+                f"version {swap['to_version']} {why}",
+                soft_wrap=True,
+            )
+    for node, host in {one["node"]: one["host"] for one in fleet["replicas"] if one["host"]}.items():
+        out.print(f"host tier of {node}: {size(host['used_bytes'])} of {size(host['budget_bytes'])} in files")
     totals = fleet["totals"]
     rates = ", ".join(f"{tier} {rate:.1%}" for tier, rate in totals["hit_rate"].items())
     loads = f"{totals['loads']} loads"
@@ -133,12 +146,22 @@ def print_fleet(fleet: dict[str, Any], *, models: bool) -> None:
     )
 
 
-def preload(model: RefArgument, url: UrlOption = None) -> None:
+def preload(
+    model: RefArgument,
+    pin: Annotated[bool, typer.Option("--pin", help="Keep it there: never evicted until `unpin`.")] = False,
+    url: UrlOption = None,
+) -> None:
     """Make a model resident on every replica before its first request."""
-    done = call(
-        "POST", f"{platform_url(url)}/admin/preload", json={"model": str(ModelRef.parse(model))}
-    ).json()["refreshed"]
-    out.print(f"{model} is resident on {len(done)} replicas")
+    body = {"model": str(ModelRef.parse(model)), "pin": pin}
+    done = call("POST", f"{platform_url(url)}/admin/preload", json=body).json()["refreshed"]
+    out.print(f"{model} is resident{' and pinned' if pin else ''} on {len(done)} replicas")
+
+
+def unpin(model: RefArgument, url: UrlOption = None) -> None:
+    """Let a pinned model be evicted again."""
+    body = {"model": str(ModelRef.parse(model))}
+    done = call("POST", f"{platform_url(url)}/admin/unpin", json=body).json()["unpinned"]
+    out.print(f"{model} was pinned on {done} replicas")
 
 
 def unload(model: RefArgument, url: UrlOption = None) -> None:

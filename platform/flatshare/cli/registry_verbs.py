@@ -7,7 +7,14 @@ from typing import Annotated
 
 import typer
 
-from flatshare.cli.context import StoreOption, UrlOption, ensure_tenant, open_registry, tell_replicas
+from flatshare.cli.context import (
+    StoreOption,
+    UrlOption,
+    ensure_tenant,
+    open_registry,
+    probe_of,
+    tell_replicas,
+)
 from flatshare.cli.output import AsJson, out, print_json, print_table, size, when
 from flatshare.models.architecture import architecture
 from flatshare_registry.errors import InvalidInput
@@ -121,6 +128,7 @@ def register(
         network.tensors,
         alias=AliasName(alias) if alias else None,
         metadata=notes,
+        probe=probe_of(network),
     )
     told = tell_replicas(parsed, url)
     if as_json:

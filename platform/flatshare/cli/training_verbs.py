@@ -13,6 +13,7 @@ from flatshare.cli.context import (
     ensure_tenant,
     need_serve_extra,
     open_registry,
+    probe_of,
     tell_replicas,
 )
 from flatshare.cli.output import AsJson, err, out, print_json, print_table, progress_bar, size
@@ -146,7 +147,9 @@ def train_tenant(
             "own_accuracy": f"{trained.own_accuracy:.4f}",
             "seed": str(seed),
         }
-        done = registry.register(parsed, trained.weights, network.name, network.tensors, metadata=notes)
+        done = registry.register(
+            parsed, trained.weights, network.name, network.tensors, metadata=notes, probe=probe_of(network)
+        )
         document["version"] = done.version.version
         told = f"; registered as {done.version.name}; {tell_replicas(parsed, url)}"
     if as_json:

@@ -16,6 +16,7 @@ from flatshare.control.schemas import (
     FleetReply,
     ModelRequest,
     NewTenant,
+    PreloadRequest,
     Refreshed,
     TenantReply,
     VersionReply,
@@ -123,9 +124,14 @@ def _add_fleet(app: FastAPI, fleet: Fleet) -> None:
         return FleetReply.of(await fleet.view())
 
     @app.post("/preload", tags=["fleet"])
-    async def preload(body: ModelRequest) -> Refreshed:
-        """Make a model resident on every replica, before its first request."""
-        return Refreshed(refreshed=await fleet.preload(str(ModelRef.parse(body.model))))
+    async def preload(body: PreloadRequest) -> Refreshed:
+        """Make a model resident on every replica, before its first request; with `pin`, for good."""
+        return Refreshed(refreshed=await fleet.preload(str(ModelRef.parse(body.model)), pin=body.pin))
+
+    @app.post("/unpin", tags=["fleet"])
+    async def unpin(body: ModelRequest) -> dict[str, int]:
+        """Let a pinned model be evicted again; on how many replicas it was pinned."""
+        return {"unpinned": await fleet.unpin(str(ModelRef.parse(body.model)))}
 
     @app.post("/unload", tags=["fleet"])
     async def unload(body: ModelRequest) -> dict[str, int]:

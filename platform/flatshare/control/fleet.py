@@ -89,8 +89,8 @@ class Fleet:
         except FleetUnavailable:
             return []
 
-    async def preload(self, model_ref: str) -> list[str]:
-        """Make a model resident on every replica; names of those that did.
+    async def preload(self, model_ref: str, *, pin: bool = False) -> list[str]:
+        """Make a model resident on every replica, and keep it there if ``pin``; names of those that did.
 
         Raises
         ------
@@ -99,13 +99,17 @@ class Fleet:
         FleetUnavailable
             Not all replicas answered in time; loads that had begun go on.
         """
-        return sorted(_all_well(await self._broadcast("preload", model_ref)))
+        return sorted(_all_well(await self._broadcast("preload", model_ref, pin)))
+
+    async def unpin(self, model_ref: str) -> int:
+        """Let a model be evicted again; on how many replicas it was pinned. Raises as :meth:`preload`."""
+        return sum(_all_well(await self._broadcast("unpin", model_ref)))
 
     async def unload(self, model_ref: str) -> int:
         """Free a model everywhere; on how many replicas it was resident. Raises as :meth:`preload`."""
         return sum(_all_well(await self._broadcast("unload", model_ref)))
 
-    async def _broadcast(self, method: str, *arguments: str) -> list[Any]:
+    async def _broadcast(self, method: str, *arguments: str | bool) -> list[Any]:
         """Every replica's result, or the exception that it raised."""
         try:
             async with asyncio.timeout(BROADCAST_TIMEOUT_S):

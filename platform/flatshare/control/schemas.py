@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from datetime import datetime
 
 from pydantic import BaseModel, Field
 
 from flatshare.cache.stats import CacheStats
-from flatshare.cache.tiers import ResidentInfo, Tier
+from flatshare.cache.tiers import State, Tier
 from flatshare.control.fleet import FleetView
 from flatshare.pool.snapshot import ReplicaSnapshot
 from flatshare_registry.records import AuditEntry, TenantHead, VersionRecord
@@ -19,6 +20,7 @@ __all__ = [
     "FleetReply",
     "ModelRequest",
     "NewTenant",
+    "PreloadRequest",
     "Refreshed",
     "TenantReply",
     "VersionReply",
@@ -43,6 +45,12 @@ class ModelRequest(BaseModel):
     """A model, by ref."""
 
     model: str = Field(examples=["acme:canary"])
+
+
+class PreloadRequest(ModelRequest):
+    """A model to make resident."""
+
+    pin: bool = Field(default=False, description="Also keep it until it is unpinned or unloaded.")
 
 
 class TenantReply(BaseModel):
@@ -75,6 +83,7 @@ class VersionReply(BaseModel):
     digest: str = Field(description="sha256 of the safetensors file.")
     size_bytes: int
     tensors: int = Field(description="How many.")
+    probed: bool = Field(description="Whether replicas compare its answer to the probe with the stored one.")
     created_at: datetime
     created_by: str
     metadata: dict[str, str]
@@ -89,6 +98,7 @@ class VersionReply(BaseModel):
             digest=record.digest,
             size_bytes=record.size_bytes,
             tensors=len(record.tensors),
+            probed=record.probe_logits is not None,
             created_at=record.created_at,
             created_by=record.created_by,
             metadata=record.metadata,
@@ -120,17 +130,35 @@ class ModelReply(BaseModel):
     version: int
     digest: str
     architecture: str
-    size_bytes: int
+    size_bytes: int = Field(description="Of all its tensors.")
+    own_bytes: int = Field(description="Of those that no other model of this replica shares.")
     tier: Tier = Field(description="Where it was loaded from.")
+    state: State = Field(description="Why it is held.")
+    pinned: bool = Field(description="Never evicted.")
+    generation: int = Field(description="Number of the load, counted since the replica started.")
     hits: int
     leases: int = Field(description="Requests that hold it now.")
     last_used_at: float = Field(description="POSIX seconds.")
     loaded_at: float = Field(description="POSIX seconds.")
 
-    @classmethod
-    def of(cls, info: ResidentInfo) -> ModelReply:
-        """From the replica's snapshot."""
-        return cls.model_validate(info, from_attributes=True)
+
+class HostReply(BaseModel):
+    """A node's host tier, as one of its replicas sees it."""
+
+    folder: str
+    budget_bytes: int
+    used_bytes: int
+    bypassed: int = Field(description="Tensors that this replica kept in its own memory for want of room.")
+
+
+class SwapReply(BaseModel):
+    """An alias that is not yet where it was moved to, on this replica."""
+
+    tenant: str
+    alias: str
+    from_version: int = Field(description="Still answers.")
+    to_version: int
+    error: str = Field(description="Why the last try to load it failed; empty while it loads.")
 
 
 class ReplicaReply(BaseModel):
@@ -144,6 +172,14 @@ class ReplicaReply(BaseModel):
     device: str
     slots: int
     slots_used: int
+    budget_bytes: int | None = Field(description="What models may take on the device; null for no bound.")
+    held_bytes: int = Field(description="What they take; shared tensors count once.")
+    reserved_bytes: int = Field(description="Set aside by loads under way.")
+    host: HostReply | None = Field(description="The node's host tier; null without one.")
+    loading: list[str] = Field(description="Versions that are being loaded.")
+    swaps: list[SwapReply]
+    passes: int = Field(description="Forward passes since the start.")
+    rows: int = Field(description="Images in them.")
     started_at: float
     ongoing: int = Field(description="Requests worked on now.")
     queued: int = Field(description="Requests waiting now.")
@@ -154,11 +190,7 @@ class ReplicaReply(BaseModel):
     @classmethod
     def of(cls, snapshot: ReplicaSnapshot, state: str) -> ReplicaReply:
         """From the replica's snapshot and Serve's word."""
-        models = [ModelReply.of(info) for info in snapshot.models]
-        plain = {
-            name: getattr(snapshot, name) for name in cls.model_fields if name not in ("models", "state")
-        }
-        return cls(state=state, models=models, **plain)
+        return cls.model_validate({**asdict(snapshot), "state": state})
 
 
 class TotalsReply(BaseModel):
@@ -170,6 +202,8 @@ class TotalsReply(BaseModel):
     loads: int
     load_failures: int
     evictions: int
+    quarantined: int = Field(description="Slots taken out of use by an isolation check.")
+    swaps: int = Field(description="Promotions that took over from a resident version.")
     load_ms_p50: float | None = Field(description="Fetch, check and place; null before the first load.")
     load_ms_p99: float | None
 
@@ -184,6 +218,8 @@ class TotalsReply(BaseModel):
             loads=stats.loads,
             load_failures=stats.load_failures,
             evictions=stats.evictions,
+            quarantined=stats.quarantined,
+            swaps=stats.swaps,
             load_ms_p50=None if p50 is None else p50 * 1000,
             load_ms_p99=None if p99 is None else p99 * 1000,
         )

@@ -6,6 +6,7 @@ Knows no protocol: HTTP and handles are thin shells around :meth:`InferenceServi
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Protocol
@@ -15,6 +16,7 @@ from numpy.typing import NDArray
 
 from flatshare.cache.lease import Lease
 from flatshare.cache.model_cache import ModelCache
+from flatshare.cache.promotions import Promotions
 from flatshare.cache.tiers import Tier
 from flatshare.cache.view import RegistryView
 from flatshare.engine.admission import Admission
@@ -25,6 +27,8 @@ from flatshare_registry.ids import ModelRef
 from flatshare_registry.records import VersionRecord
 
 __all__ = ["Authorize", "Decode", "InferenceService", "Prediction"]
+
+logger = logging.getLogger("flatshare.engine")
 
 Decode = Callable[[Architecture], NDArray[np.float32]]
 """Makes the rows ``(N, *input.shape)`` of a request for an architecture; raises ``BadInput``."""
@@ -81,6 +85,8 @@ class InferenceService:
     cold
         Places for requests that wait for the registry or for a load. They are apart, so that a
         store that is slow or down does not stop the models that are here (promise 11).
+    promotions
+        Which old version still answers for an alias that was moved.
     timeout_s
         Seconds that a request may take, waiting included.
     """
@@ -90,6 +96,7 @@ class InferenceService:
         *,
         view: RegistryView,
         cache: ModelCache,
+        promotions: Promotions,
         inference: Runs,
         admission: Admission,
         cold: Admission,
@@ -97,6 +104,7 @@ class InferenceService:
     ) -> None:
         self.view = view
         self.cache = cache
+        self.promotions = promotions
         self.admission = admission
         self.cold = cold
         self._inference = inference
@@ -121,23 +129,42 @@ class InferenceService:
         authorize(ref)
         try:
             async with asyncio.timeout(self._timeout_s):
-                version = self.view.resolve_now(ref)
-                if version is None:
-                    async with self.cold.hold(self._timeout_s):
-                        version = await self.view.resolve(ref, self._timeout_s)
+                version = await self._resolve(ref)
                 rows = decode(_installed(version))
                 lease = self.cache.try_lease(version)
                 if lease is None:
                     async with self.cold.hold(self._timeout_s):
                         lease = await self.cache.lease(version, self._timeout_s)
                 with lease:
-                    if lease.record.digest != version.digest:
-                        raise IsolationBroken(f"the slot of {version.name} holds other weights")
-                    async with self.admission.hold(self._timeout_s):
-                        logits = await self._inference.run(lease, rows)
+                    try:
+                        if lease.record.digest != version.digest:
+                            raise IsolationBroken(f"the slot of {version.name} holds other weights")
+                        async with self.admission.hold(self._timeout_s):
+                            logits = await self._inference.run(lease, rows)
+                    except IsolationBroken:
+                        logger.exception("isolation: %s", lease.receipt)
+                        self.cache.quarantine(lease)
+                        raise
                 return Prediction(logits, version, lease.tier)
         except TimeoutError:
             raise DeadlineExceeded(f"not answered within {self._timeout_s:g} s") from None
+
+    async def describe(self, ref: ModelRef, authorize: Authorize) -> VersionRecord:
+        """The version that a ref means now; loads nothing. Raises as :meth:`predict` does."""
+        authorize(ref)
+        return await self._resolve(ref)
+
+    async def _resolve(self, ref: ModelRef) -> VersionRecord:
+        # The head moves the registry's view, which may begin a swap: look at it first.
+        version = self.view.resolve_now(ref)
+        serving = self.promotions.serving(ref)
+        if serving is not None:
+            return serving
+        if version is not None:
+            return version
+        async with self.cold.hold(self._timeout_s):
+            version = await self.view.resolve(ref, self._timeout_s)
+        return self.promotions.serving(ref) or version
 
 
 def _installed(version: VersionRecord) -> Architecture:

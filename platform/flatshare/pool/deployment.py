@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import logging
 import os
 import time
@@ -22,14 +23,20 @@ from flatshare.api.app import create_app
 from flatshare.api.hot import HotRoutes
 from flatshare.api.identity import OPERATOR
 from flatshare.api.payload import decode_array
-from flatshare.cache.loading import DevicePlacer, StoreSource
-from flatshare.cache.model_cache import ModelCache
+from flatshare.cache.device import device_budget, open_device
+from flatshare.cache.fetch import TensorSource
+from flatshare.cache.host_tier import open_host_tier
+from flatshare.cache.ledger import Ledger
+from flatshare.cache.loading import DeviceLoader
+from flatshare.cache.model_cache import LOCAL_CONCURRENCY, ModelCache
+from flatshare.cache.policy import POLICIES
+from flatshare.cache.promotions import Promotions
 from flatshare.cache.tiers import ModelKey
 from flatshare.cache.view import RegistryView
 from flatshare.engine.admission import Admission
 from flatshare.engine.inference import Inference
 from flatshare.engine.service import InferenceService
-from flatshare.errors import BadInput, SettingsError
+from flatshare.errors import BadInput
 from flatshare.models.architecture import Architecture
 from flatshare.pool.multiplex import NEVER_EVICT, Advertiser
 from flatshare.pool.router import HomeReplicaRouter
@@ -37,6 +44,7 @@ from flatshare.pool.snapshot import ReplicaSnapshot
 from flatshare.settings import Settings
 from flatshare_registry.catalog import Registry
 from flatshare_registry.ids import ModelRef, TenantId
+from flatshare_registry.records import TenantHead
 
 __all__ = ["POOL_APP", "POOL_DEPLOYMENT", "pool_application", "pool_handle"]
 
@@ -48,23 +56,11 @@ POOL_DEPLOYMENT: Final = "ClassifierPool"
 VIEW_THREADS: Final = 4
 """Registry reads at a time in one replica: small objects, and most are answered from memory."""
 
+SWAP_WAIT_S: Final = 8.0
+"""Seconds that ``refresh`` waits for a promotion's swap: less than the control plane waits for replicas."""
+
 DRAIN_S: Final = 5.0
 """Seconds that a stopping replica waits for leases to end."""
-
-
-def choose_device(wanted: str) -> torch.device:
-    """The device that a setting means on this machine.
-
-    Raises
-    ------
-    SettingsError
-        ``cuda`` was asked for and there is none.
-    """
-    if wanted == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if wanted == "cuda" and not torch.cuda.is_available():
-        raise SettingsError("device=cuda, but this replica sees no CUDA device; set gpus_per_replica above 0")
-    return torch.device(wanted)
 
 
 class ClassifierPool:
@@ -81,36 +77,61 @@ class ClassifierPool:
         self._settings = settings
         self.replica = context.replica_id.unique_id
         self._started_at = time.time()
-        device = choose_device(settings.device)
-        self._load_threads = ThreadPoolExecutor(settings.load_concurrency, thread_name_prefix="load")
-        self._view_threads = ThreadPoolExecutor(VIEW_THREADS, thread_name_prefix="registry")
+        device = open_device(settings.device)
+        set_threads = functools.partial(torch.set_num_threads, settings.torch_threads)
+        self._threads = [
+            ThreadPoolExecutor(count, thread_name_prefix=name, initializer=set_threads)
+            for name, count in (
+                ("load", settings.load_concurrency),
+                ("load-local", LOCAL_CONCURRENCY),
+                ("load-part", settings.fetch_concurrency),
+                ("registry", VIEW_THREADS),
+            )
+        ]
+        load_threads, local_threads, part_threads, view_threads = self._threads
         store = settings.open_store()
         self._advertiser = Advertiser(self, self.load_model, self._held_ids)
         self._view = RegistryView(
-            Registry(store),
-            self._view_threads,
-            ttl_s=settings.view_ttl_s,
-            on_change=self._advertiser.changed,
+            Registry(store), view_threads, ttl_s=settings.view_ttl_s, on_change=self._head_changed
         )
+        self._host_tier = open_host_tier(settings.host_dir, settings.host_bytes)
         self._cache = ModelCache(
-            slots=settings.slots,
-            source=StoreSource(store, self._load_threads),
-            placer=DevicePlacer(device, self._load_threads),
+            ledger=Ledger(
+                settings.slots,
+                device_budget(
+                    device,
+                    settings.device_bytes,
+                    settings.device_headroom_bytes,
+                    settings.gpus_per_replica or 1.0,
+                ),
+            ),
+            loader=DeviceLoader(
+                TensorSource(store, self._host_tier, part_threads), device, load_threads, local_threads
+            ),
             load_concurrency=settings.load_concurrency,
             room_timeout_s=settings.request_timeout_s,
             fetch_timeout_s=settings.fetch_timeout_s,
+            policy=POLICIES[settings.eviction](),
             on_change=self._advertiser.changed,
         )
-        self._inference = Inference(device, settings.torch_threads)
+        self._promotions = Promotions(
+            self._cache,
+            self._view.record,
+            timeout_s=settings.request_timeout_s,
+            on_change=self._advertiser.changed,
+        )
+        self._device = device
+        self._inference = Inference(device.torch_device, settings.torch_threads, settings.max_batch_rows)
         self._service = InferenceService(
             view=self._view,
             cache=self._cache,
+            promotions=self._promotions,
             inference=self._inference,
             admission=Admission(settings.max_ongoing_requests, settings.max_queued_requests),
             cold=Admission(settings.max_queued_requests + 1, 0),
             timeout_s=settings.request_timeout_s,
         )
-        logger.info("replica %s on %s with %d slots", self.replica, device, settings.slots)
+        logger.info("replica %s on %s with %d slots", self.replica, device.name, settings.slots)
 
     def __serve_build_asgi_app__(self) -> HotRoutes:
         """Called by Serve after the constructor: the data plane over this replica's service."""
@@ -169,6 +190,15 @@ class ClassifierPool:
             device=str(self._inference.device),
             slots=self._cache.slots,
             slots_used=self._cache.occupied,
+            budget_bytes=self._cache.ledger.budget_bytes,
+            held_bytes=self._cache.ledger.held_bytes,
+            reserved_bytes=self._cache.ledger.reserved_bytes,
+            device_memory=self._device.memory(),
+            host=self._host_tier.usage() if self._host_tier is not None else None,
+            loading=[str(key) for key in self._cache.loading],
+            swaps=self._promotions.snapshot(),
+            passes=self._inference.passes,
+            rows=self._inference.rows,
             started_at=self._started_at,
             ongoing=self._service.admission.ongoing,
             queued=self._service.admission.queued,
@@ -186,15 +216,22 @@ class ClassifierPool:
         for record in self._cache.resident_records():
             if record.tenant == parsed and (head is None or record.version not in head.versions):
                 self._cache.unload(ModelKey.of(record))
+        # A promotion is told as done when this replica has swapped, or can't.
+        await self._promotions.settled(tenant, SWAP_WAIT_S)
         self._advertiser.changed()
         return self.replica
 
-    async def preload(self, model_ref: str) -> str:
-        """Make what a ref means resident here; returns this replica's name."""
+    async def preload(self, model_ref: str, pin: bool = False) -> str:
+        """Make what a ref means resident here, and keep it if ``pin``; returns this replica's name."""
         timeout_s = self._settings.request_timeout_s
         record = await self._view.resolve(ModelRef.parse(model_ref), timeout_s)
-        await self._cache.preload(record, timeout_s)
+        await self._cache.preload(record, timeout_s, pin=pin)
         return self.replica
+
+    async def unpin(self, model_ref: str) -> bool:
+        """Let what a ref means here be evicted again; whether it was pinned."""
+        record = await self._view.resolve(ModelRef.parse(model_ref), self._settings.request_timeout_s)
+        return self._cache.unpin(ModelKey.of(record))
 
     async def unload(self, model_ref: str) -> bool:
         """Free what a ref means here, once its leases have ended; whether it was resident."""
@@ -205,10 +242,15 @@ class ClassifierPool:
         """Serve calls this when the replica stops."""
         if not hasattr(self, "_inference"):
             return  # the constructor failed
+        self._promotions.close()
         await self._cache.close(DRAIN_S)
         await asyncio.to_thread(self._inference.close)
-        self._load_threads.shutdown(wait=False, cancel_futures=True)
-        self._view_threads.shutdown(wait=False, cancel_futures=True)
+        for threads in self._threads:
+            threads.shutdown(wait=False, cancel_futures=True)
+
+    def _head_changed(self, old: TenantHead | None, new: TenantHead | None) -> None:
+        self._promotions.moved(old, new)
+        self._advertiser.changed()
 
     def _held_ids(self) -> set[str]:
         """Every ref that can be answered from a resident: versions by number, and aliases that mean them."""
@@ -218,11 +260,11 @@ class ClassifierPool:
             held.add(record.name)
             head = self._view.head_now(tenant)
             if head is not None:
-                held |= {
-                    str(ModelRef.parse(f"{tenant}:{alias}"))
-                    for alias, number in head.aliases.items()
-                    if number == record.version
-                }
+                for alias, number in head.aliases.items():
+                    ref = ModelRef.parse(f"{tenant}:{alias}")
+                    serving = self._promotions.serving(ref)
+                    if (serving.version if serving is not None else number) == record.version:
+                        held.add(str(ref))
         return held
 
 

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from flatshare.cache.device import DeviceMemory
+from flatshare.cache.host_tier import HostUsage
+from flatshare.cache.promotions import SwapInfo
 from flatshare.cache.stats import CacheStats
 from flatshare.cache.tiers import ResidentInfo
 
@@ -18,6 +21,19 @@ class ReplicaSnapshot:
     ----------
     slots, slots_used
         Models that fit; models that are held, being loaded or being freed.
+    budget_bytes, held_bytes, reserved_bytes
+        Of the device: what models may take (None for no bound), what they take, and what loads under way
+        have set aside. Shared tensors count once.
+    device_memory
+        The device's own accounts.
+    host
+        The node's host tier; None without one.
+    loading
+        Versions that are being loaded.
+    swaps
+        Aliases that are not yet where they were moved to.
+    passes, rows
+        Forward passes since the start, and the rows in them.
     ongoing, queued, refused
         Requests worked on now, waiting now, and refused since the start.
     advertised
@@ -33,6 +49,15 @@ class ReplicaSnapshot:
     device: str
     slots: int
     slots_used: int
+    budget_bytes: int | None
+    held_bytes: int
+    reserved_bytes: int
+    device_memory: DeviceMemory
+    host: HostUsage | None
+    loading: list[str]
+    swaps: list[SwapInfo]
+    passes: int
+    rows: int
     started_at: float
     ongoing: int
     queued: int

@@ -17,8 +17,12 @@ from safetensors.torch import save
 from torch import nn
 
 from flatshare.api.app import create_app
-from flatshare.cache.loading import DevicePlacer, StoreSource
+from flatshare.cache.device import CpuDevice
+from flatshare.cache.fetch import TensorSource
+from flatshare.cache.ledger import Ledger
+from flatshare.cache.loading import DeviceLoader
 from flatshare.cache.model_cache import ModelCache
+from flatshare.cache.promotions import Promotions
 from flatshare.cache.view import RegistryView
 from flatshare.engine.admission import Admission
 from flatshare.engine.inference import Inference
@@ -43,7 +47,8 @@ class World:
         faulty = FaultyStore(store, before=self._before)
         view = RegistryView(Registry(faulty), threads, ttl_s=2)
         self.cache = ModelCache(
-            slots=2, source=StoreSource(faulty, threads), placer=DevicePlacer(torch.device("cpu"), threads)
+            ledger=Ledger(2, None),
+            loader=DeviceLoader(TensorSource(faulty), CpuDevice(), threads, threads),
         )
         self.inference = Inference(torch.device("cpu"))
         self.admission = Admission(8, 8)
@@ -51,6 +56,7 @@ class World:
         service = InferenceService(
             view=view,
             cache=self.cache,
+            promotions=Promotions(self.cache, view.record, timeout_s=5),
             inference=self.inference,
             admission=self.admission,
             cold=self.cold,

@@ -1,114 +1,297 @@
-"""Fetch and place: what is checked before a model is used."""
+"""Fetch, check, build: what happens to bytes on their way from the store to a model."""
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save
 
-from flatshare.cache.loading import DevicePlacer, StoreSource
+from flatshare.cache import fetch as fetch_module
+from flatshare.cache.device import CpuDevice, device_budget
+from flatshare.cache.fetch import TensorSource
+from flatshare.cache.host_tier import HostTier
+from flatshare.cache.loading import DeviceLoader
 from flatshare.cache.tiers import Tier
 from flatshare.errors import ModelFailed
 from flatshare.models.architecture import architecture
+from flatshare.models.probe import probe_logits
+from flatshare.models.stages import Model
 from flatshare_registry import layout
 from flatshare_registry.catalog import Registry
 from flatshare_registry.errors import Corrupt, Unavailable
 from flatshare_registry.ids import TenantId
 from flatshare_registry.records import VersionRecord
-from flatshare_registry.stores.base import Overwrite
+from flatshare_registry.stores.base import ByteRange, Overwrite
 from flatshare_registry.stores.memory import MemoryStore
 from flatshare_registry.testing.faults import FaultyStore
 
 NETWORK = architecture("mnist-cnn")
+ROWS = torch.rand(5, 1, 28, 28, generator=torch.Generator().manual_seed(0)) * 2 - 1
 
 
-@pytest.fixture(scope="module")
-def weights() -> bytes:
-    torch.manual_seed(1)
-    return save(dict(NETWORK.build().state_dict()))
+class CountingStore(MemoryStore):
+    """Notes every GET of weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gets: list[tuple[str, ByteRange | None]] = []
+
+    def get(self, key: str, byte_range: ByteRange | None = None):  # type: ignore[no-untyped-def]  # as the base
+        if key.startswith("blobs/"):
+            self.gets.append((key, byte_range))
+        return super().get(key, byte_range)
+
+
+def state(seed: int) -> dict[str, torch.Tensor]:
+    torch.manual_seed(seed)
+    return dict(NETWORK.build().state_dict())
+
+
+def register(store: MemoryStore, tenant: str, tensors: dict[str, torch.Tensor]) -> VersionRecord:
+    registry = Registry(store)
+    registry.create_tenant(TenantId(tenant))
+    return registry.register(
+        TenantId(tenant), save(tensors), NETWORK.name, NETWORK.tensors,
+        probe=lambda weights: probe_logits(NETWORK, weights),
+    ).version  # fmt: skip
+
+
+def right(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
+    module = NETWORK.build()
+    module.load_state_dict(tensors)
+    with torch.inference_mode():
+        logits: torch.Tensor = module(ROWS)
+        return logits
+
+
+def logits(model: Model) -> torch.Tensor:
+    with torch.inference_mode():
+        return model(ROWS)
 
 
 @pytest.fixture
 def threads() -> Iterator[ThreadPoolExecutor]:
-    with ThreadPoolExecutor(2) as threads:
+    with ThreadPoolExecutor(4) as threads:
         yield threads
 
 
 @pytest.fixture
-def store() -> MemoryStore:
-    return MemoryStore()
+def store() -> CountingStore:
+    return CountingStore()
 
 
 @pytest.fixture
-def record(store: MemoryStore, weights: bytes) -> VersionRecord:
-    registry = Registry(store)
-    registry.create_tenant(TenantId("acme"))
-    return registry.register(TenantId("acme"), weights, NETWORK.name, NETWORK.tensors).version
+def record(store: CountingStore) -> VersionRecord:
+    return register(store, "acme", state(1))
 
 
-async def test_a_model_is_fetched_and_placed(
-    store: MemoryStore, record: VersionRecord, weights: bytes, threads: ThreadPoolExecutor
+async def load(loader: DeviceLoader, record: VersionRecord) -> tuple[Model, Tier]:
+    loader.check(record)
+    held = loader.hold(record)
+    prepared = await loader.prepare_local(record, held) or await loader.prepare(record, held, 10)
+    return (await loader.place(record, prepared, held)).model, prepared.tier
+
+
+def loader_of(source: TensorSource, threads: ThreadPoolExecutor) -> DeviceLoader:
+    return DeviceLoader(source, CpuDevice(), threads, threads)
+
+
+@pytest.mark.parametrize("with_tier", [False, True])
+async def test_a_model_is_loaded_and_answers_rightly(
+    store: CountingStore, record: VersionRecord, threads: ThreadPoolExecutor, tmp_path: Path, with_tier: bool
 ) -> None:
-    fetched = await StoreSource(store, threads).fetch(record)
-    assert (fetched.data, fetched.tier) == (weights, Tier.STORE)
-    placer = DevicePlacer(torch.device("cpu"), threads)
-    placer.check(record)
-    placed = await placer.place(record, await placer.prepare(record, fetched))
-    assert placed.size_bytes == sum(tensor.size_bytes for tensor in record.tensors)
-    torch.manual_seed(1)
-    reference = NETWORK.build()
-    rows = torch.rand(5, 1, 28, 28)
-    with torch.inference_mode():
-        torch.testing.assert_close(placed.module(rows), reference(rows), rtol=1e-5, atol=1e-5)
+    tier = HostTier(tmp_path / "tier", 10**9) if with_tier else None
+    loader = loader_of(TensorSource(store, tier), threads)
+    model, came_from = await load(loader, record)
+    assert came_from == Tier.STORE
+    assert store.gets == [
+        (layout.blob_key(record.digest), ByteRange(record.tensors[0].start, record.size_bytes))
+    ]
+    torch.testing.assert_close(logits(model), right(state(1)), rtol=1e-5, atol=1e-5)
 
 
-async def test_promise_12_every_flipped_bit_is_found(
-    store: MemoryStore, record: VersionRecord, weights: bytes, threads: ThreadPoolExecutor
+async def test_a_second_replica_finds_it_on_the_node(
+    store: CountingStore, record: VersionRecord, threads: ThreadPoolExecutor, tmp_path: Path
+) -> None:
+    kept = [
+        await load(loader_of(TensorSource(store, HostTier(tmp_path, 10**9)), threads), record) for _ in "ab"
+    ]
+    assert [tier for _, tier in kept] == [Tier.STORE, Tier.HOST]
+    assert len(store.gets) == 1
+    torch.testing.assert_close(logits(kept[1][0]), right(state(1)), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("with_tier", [False, True])
+async def test_promise_12_every_flipped_bit_of_a_tensor_is_found(
+    store: CountingStore, record: VersionRecord, threads: ThreadPoolExecutor, tmp_path: Path, with_tier: bool
 ) -> None:
     key = layout.blob_key(record.digest)
-    for position in (0, 9, 500, len(weights) // 2, len(weights) - 1):
+    weights = store.get(key).data
+    ends = [one.start for one in record.tensors] + [one.end - 1 for one in record.tensors]
+    for number, position in enumerate((*ends, len(weights) // 2)):
+        tier = HostTier(tmp_path / str(number), 10**9) if with_tier else None
+        loader = loader_of(TensorSource(store, tier), threads)
         damaged = bytearray(weights)
         damaged[position] ^= 1
         store.put(key, bytes(damaged), Overwrite())
         with pytest.raises(Corrupt, match="sha256"):
-            await StoreSource(store, threads).fetch(record)
+            await load(loader, record)
+        if tier is not None:  # what was whole is published, the damaged one is not, and nothing is left over
+            kept = {one.sha256: one.size_bytes for one in record.tensors if one.sha256 in tier.digests()}
+            assert {one.sha256 for one in record.tensors if one.start <= position < one.end}.isdisjoint(kept)
+            assert tier.usage().used_bytes == sum(-(-size // 4096) * 4096 for size in kept.values())
     store.put(key, weights[:-1], Overwrite())
     with pytest.raises(Corrupt):
-        await StoreSource(store, threads).fetch(record)
+        await load(loader, record)
     store.delete(key)
     with pytest.raises(Corrupt, match="gone"):
-        await StoreSource(store, threads).fetch(record)
+        await load(loader, record)
+
+
+async def test_a_header_that_was_changed_does_not_matter_because_nobody_reads_it(
+    store: CountingStore, record: VersionRecord, threads: ThreadPoolExecutor
+) -> None:
+    key = layout.blob_key(record.digest)
+    damaged = bytearray(store.get(key).data)
+    damaged[0] ^= 1
+    store.put(key, bytes(damaged), Overwrite())
+    model, _ = await load(loader_of(TensorSource(store), threads), record)
+    torch.testing.assert_close(logits(model), right(state(1)), rtol=1e-5, atol=1e-5)
 
 
 async def test_a_record_that_lies_about_byte_ranges_is_corrupt(
-    store: MemoryStore, record: VersionRecord, threads: ThreadPoolExecutor
+    store: CountingStore, record: VersionRecord, threads: ThreadPoolExecutor
 ) -> None:
-    first = record.tensors[0].model_copy(update={"start": record.tensors[0].start + 4})
-    lying = record.model_copy(update={"tensors": (first, *record.tensors[1:])})
-    with pytest.raises(Corrupt, match="does not fit"):
-        await StoreSource(store, threads).fetch(lying)
+    first, second = record.tensors[:2]
+    lying = record.model_copy(
+        update={
+            "tensors": (
+                first.model_copy(update={"start": second.start, "end": second.start + first.size_bytes}),
+                *record.tensors[1:],
+            )
+        }
+    )
+    with pytest.raises(Corrupt, match="sha256"):
+        await load(loader_of(TensorSource(store), threads), lying)
 
 
-async def test_a_store_that_is_down_is_unavailable(
-    store: MemoryStore, record: VersionRecord, threads: ThreadPoolExecutor
+async def test_only_missing_byte_ranges_are_fetched(
+    store: CountingStore, record: VersionRecord, threads: ThreadPoolExecutor, tmp_path: Path
 ) -> None:
-    def down(operation: str, key: str) -> None:
-        raise Unavailable("down")
+    own_head = state(1) | {name: tensor + 1 for name, tensor in state(1).items() if name.startswith("fc2")}
+    sibling = register(store, "globex", own_head)
+    source = TensorSource(store, HostTier(tmp_path, 10**9))
+    loader = loader_of(source, threads)
+    first, _ = await load(loader, record)
+    store.gets.clear()
+    before = source.fetched_bytes
+    second, came_from = await load(loader, sibling)
+    own = [one for one in sibling.tensors if one.name.startswith("fc2")]
+    assert came_from == Tier.STORE
+    assert source.fetched_bytes - before == sum(one.size_bytes for one in own) < 6000
+    assert all(part is not None for _, part in store.gets)
+    torch.testing.assert_close(logits(second), right(own_head), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(logits(first), right(state(1)), rtol=1e-5, atol=1e-5)
+    assert [a is b for a, b in zip(first.stages, second.stages, strict=True)] == [True, True, True, False]
 
-    with pytest.raises(Unavailable):
-        await StoreSource(FaultyStore(store, before=down), threads).fetch(record)
 
-
-def test_an_architecture_that_is_not_installed_or_changed_is_refused(
-    record: VersionRecord, threads: ThreadPoolExecutor
+async def test_what_nobody_holds_any_more_is_freed(
+    store: CountingStore, record: VersionRecord, threads: ThreadPoolExecutor
 ) -> None:
-    placer = DevicePlacer(torch.device("cpu"), threads)
-    for changed in (
-        record.model_copy(update={"architecture": "gone"}),
-        record.model_copy(update={"architecture": "mnist-resnet18"}),
-    ):
-        with pytest.raises(ModelFailed, match="can't be served here"):
-            placer.check(changed)
+    loader = loader_of(TensorSource(store), threads)
+    model, _ = await load(loader, record)
+    assert len(loader.hold(record)) == len(record.tensors)
+    gc.disable()  # it must not take the cycle collector
+    try:
+        del model
+        assert loader.hold(record) == {}
+    finally:
+        gc.enable()
+
+
+async def test_large_weights_come_in_parts_side_by_side_and_tensors_span_them(
+    store: CountingStore, record: VersionRecord, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+) -> None:  # fmt: skip
+    monkeypatch.setattr(fetch_module, "PART_BYTES", 1_000_003)
+    for tier in (None, HostTier(tmp_path / "tier", 10**9)):
+        store.gets.clear()
+        with ThreadPoolExecutor(3) as parts:
+            model, _ = await load(loader_of(TensorSource(store, tier, parts), threads), record)
+        assert len(store.gets) == 5
+        torch.testing.assert_close(logits(model), right(state(1)), rtol=1e-5, atol=1e-5)
+        del model
+
+
+async def test_a_cut_answer_is_asked_for_again_and_a_dead_store_is_unavailable(
+    store: CountingStore, record: VersionRecord, threads: ThreadPoolExecutor
+) -> None:
+    failures = 1
+
+    def flaky(operation: str, key: str) -> None:
+        nonlocal failures
+        failures -= 1
+        if failures >= 0:
+            raise Unavailable("cut")
+
+    loader = loader_of(TensorSource(FaultyStore(store, before=flaky)), threads)
+    await load(loader, record)
+    failures = 100
+    with pytest.raises(Unavailable, match="cut"):
+        await load(loader, register(store, "other", state(9)))
+
+
+async def test_without_room_in_the_tier_the_bytes_stay_in_memory(
+    store: CountingStore, record: VersionRecord, threads: ThreadPoolExecutor, tmp_path: Path
+) -> None:
+    tier = HostTier(tmp_path / "tier", 100_000)  # conv layers fit, fc1 does not
+    model, _ = await load(loader_of(TensorSource(store, tier), threads), record)
+    assert tier.usage().bypassed == 1
+    assert tier.usage().used_bytes <= 100_000
+    torch.testing.assert_close(logits(model), right(state(1)), rtol=1e-5, atol=1e-5)
+
+
+async def test_a_model_that_does_not_answer_its_probe_is_never_served(
+    store: CountingStore, record: VersionRecord, threads: ThreadPoolExecutor
+) -> None:
+    loader = loader_of(TensorSource(store), threads)
+    assert record.probe_logits is not None
+    wrong = record.model_copy(update={"probe_logits": tuple(v + 0.5 for v in record.probe_logits)})
+    with pytest.raises(ModelFailed, match="does not answer its probe"):
+        await load(loader, wrong)
+    # The same with right logits and tensors that were mixed up on the way: two biases of equal shape.
+    mixed = state(1)
+    mixed["conv1.bias"] = mixed["conv1.bias"] + 1
+    other = register(store, "mixed", mixed)
+    with pytest.raises(ModelFailed, match="does not answer its probe"):
+        await load(loader, other.model_copy(update={"probe_logits": record.probe_logits}))
+    await load(loader, record.model_copy(update={"probe_logits": None}))  # registered without torch
+
+
+@pytest.mark.parametrize("name", ["gone", "mnist-resnet18"])
+async def test_an_architecture_that_is_not_installed_or_changed_is_refused(
+    store: CountingStore, record: VersionRecord, threads: ThreadPoolExecutor, name: str
+) -> None:
+    with pytest.raises(ModelFailed, match="can't be served here"):
+        loader_of(TensorSource(store), threads).check(record.model_copy(update={"architecture": name}))
+
+
+def test_the_budget_of_a_device() -> None:
+    from flatshare.cache.device import DeviceMemory
+    from flatshare.errors import SettingsError
+
+    class Gpu(CpuDevice):
+        def memory(self) -> DeviceMemory:
+            return DeviceMemory(allocated=0, free=60, total=100)
+
+    assert device_budget(CpuDevice(), 0, 10, 1.0) is None
+    assert device_budget(CpuDevice(), 77, 10, 1.0) == 77
+    assert device_budget(Gpu(), 0, 10, 1.0) == 50
+    assert device_budget(Gpu(), 0, 10, 0.25) == 15
+    with pytest.raises(SettingsError, match="leaves nothing"):
+        device_budget(Gpu(), 0, 25, 0.25)

@@ -10,11 +10,14 @@ from torch import nn
 
 from flatshare.cache.failures import REMEMBER_S
 from flatshare.cache.lease import Lease
-from flatshare.cache.loading import Fetched, Placed
+from flatshare.cache.ledger import Ledger
+from flatshare.cache.loading import Held, Placed, Prepared
 from flatshare.cache.model_cache import ModelCache
-from flatshare.cache.tiers import ModelKey, Tier
-from flatshare.errors import DeadlineExceeded, ModelFailed, NoRoom, ServeError
-from flatshare_registry.errors import Corrupt, Unavailable
+from flatshare.cache.policy import Sieve
+from flatshare.cache.tiers import ModelKey, Part, State, Tier
+from flatshare.errors import DeadlineExceeded, ModelFailed, NeverFits, NoRoom, ServeError
+from flatshare.models.stages import Model
+from flatshare_registry.errors import Corrupt, NotFound, Unavailable
 from flatshare_registry.records import VersionRecord, utc
 from flatshare_registry.testing.faults import ManualClock
 
@@ -32,6 +35,13 @@ def version(tenant: str, number: int = 1) -> VersionRecord:
     )
 
 
+SIZE = 8
+
+
+def own_part(record: VersionRecord) -> Part:
+    return Part(record.digest, "F32", (2,))
+
+
 class FakeLoader:
     """Both halves of a load, scripted by tenant: ``gated-`` waits to be let on, ``fail-`` raises."""
 
@@ -41,38 +51,47 @@ class FakeLoader:
         self.errors: dict[str, Exception] = {}
         self.prepare_errors: dict[str, Exception] = {}
         self.place_errors: dict[str, Exception] = {}
+        self.local: set[str] = set()
+        self.parts: dict[str, dict[Part, int]] = {}
+        self.measured: dict[str, dict[Part, int]] = {}
         self.running = 0
         self.most_running = 0
 
     def gate(self, tenant: str) -> asyncio.Event:
         return self.gates.setdefault(tenant, asyncio.Event())
 
-    async def fetch(self, record: VersionRecord) -> Fetched:
+    def check(self, record: VersionRecord) -> dict[Part, int]:
+        if record.architecture != "tiny":
+            raise ModelFailed("unknown architecture")
+        return self.parts.get(record.tenant, {own_part(record): SIZE})
+
+    def hold(self, record: VersionRecord) -> dict[Part, object]:
+        return dict.fromkeys(self.check(record))
+
+    async def prepare_local(self, record: VersionRecord, held: Held) -> Prepared | None:
+        if record.tenant not in self.local:
+            return None
+        return Prepared({}, Tier.HOST, Model((nn.Identity(),)))
+
+    async def prepare(self, record: VersionRecord, held: Held, timeout_s: float) -> Prepared:
         self.fetches.append(record.name)
         self.running += 1
         self.most_running = max(self.most_running, self.running)
         try:
             if record.tenant.startswith("gated-"):
                 await self.gate(record.tenant).wait()
-            if record.tenant in self.errors:
-                raise self.errors[record.tenant]
-            return Fetched(b"", Tier.STORE)
+            for errors in (self.errors, self.prepare_errors):
+                if record.tenant in errors:
+                    raise errors[record.tenant]
+            return Prepared({}, Tier.STORE, Model((nn.Identity(),)))
         finally:
             self.running -= 1
 
-    def check(self, record: VersionRecord) -> None:
-        if record.architecture != "tiny":
-            raise ModelFailed("unknown architecture")
-
-    async def prepare(self, record: VersionRecord, fetched: Fetched) -> nn.Module:
-        if record.tenant in self.prepare_errors:
-            raise self.prepare_errors[record.tenant]
-        return nn.Identity()
-
-    async def place(self, record: VersionRecord, module: nn.Module) -> Placed:
+    async def place(self, record: VersionRecord, prepared: Prepared, held: Held) -> Placed:
         if record.tenant in self.place_errors:
             raise self.place_errors[record.tenant]
-        return Placed(module, 8)
+        assert prepared.model is not None
+        return Placed(prepared.model, self.measured.get(record.tenant, self.check(record)))
 
 
 @pytest.fixture
@@ -80,8 +99,8 @@ def loader() -> FakeLoader:
     return FakeLoader()
 
 
-def make(loader: FakeLoader, slots: int = 2, **options: object) -> ModelCache:
-    return ModelCache(slots=slots, source=loader, placer=loader, **options)  # type: ignore[arg-type]  # test options
+def make(loader: FakeLoader, slots: int = 2, budget: int | None = None, **options: object) -> ModelCache:
+    return ModelCache(ledger=Ledger(slots, budget), loader=loader, **options)  # type: ignore[arg-type]  # test options
 
 
 def held(cache: ModelCache) -> set[str]:
@@ -120,7 +139,7 @@ async def test_a_version_is_a_model_of_its_own(loader: FakeLoader) -> None:
     cache = make(loader)
     one = await cache.lease(version("a", 1), 5)
     two = await cache.lease(version("a", 2), 5)
-    assert one.module is not two.module
+    assert one.model is not two.model
     assert (one.receipt.version, two.receipt.version) == (1, 2)
 
 
@@ -208,7 +227,7 @@ async def test_promise_3_a_leased_model_is_not_freed(loader: FakeLoader) -> None
     waiting = asyncio.create_task(cache.lease(version("b"), 5))
     await settle()
     assert held(cache) == {"a"}
-    assert lease.module is not None
+    assert lease.model is not None
     lease.release()
     (await waiting).release()
     assert held(cache) == {"b"}
@@ -217,7 +236,7 @@ async def test_promise_3_a_leased_model_is_not_freed(loader: FakeLoader) -> None
 async def test_no_room_until_the_deadline_evicts_nothing_and_says_so(loader: FakeLoader) -> None:
     cache = make(loader, slots=1, room_timeout_s=0.01)
     lease = await cache.lease(version("a"), 5)
-    with pytest.raises(NoRoom, match="all 1 are in use") as caught:
+    with pytest.raises(NoRoom, match="all 1 slots") as caught:
         await cache.lease(version("b"), 5)
     assert caught.value.retry_after_s == 1
     assert held(cache) == {"a"}
@@ -245,7 +264,7 @@ async def test_promise_5_one_load_for_many_callers(loader: FakeLoader) -> None:
     loader.gate("gated-a").set()
     leases = await asyncio.gather(*tasks)
     assert loader.fetches == ["gated-a@1"]
-    assert len({id(lease.module) for lease in leases}) == 1
+    assert len({id(lease.model) for lease in leases}) == 1
     assert {lease.tier for lease in leases} == {Tier.STORE}
 
 
@@ -323,7 +342,7 @@ async def test_a_fresh_model_cannot_be_evicted_before_its_waiters_have_it(loader
         assert len(done) == 1, "two leases on one slot"
         (finished,) = done
         lease: Lease = finished.result()
-        assert lease.module is not None
+        assert lease.model is not None
         lease.release()
         tasks = list(pending)
 
@@ -362,14 +381,14 @@ async def test_unload_waits_for_leases_and_its_slot_counts_until_then(loader: Fa
     lease = await cache.lease(version("a"), 5)
     assert cache.unload(ModelKey("a", 1))
     assert (held(cache), cache.occupied) == (set(), 1)
-    assert lease.module is not None
+    assert lease.model is not None
     with pytest.raises(NoRoom):
         await cache.lease(version("b"), 5)
     lease.release()
     assert cache.occupied == 0
     assert not cache.unload(ModelKey("a", 1))
     with pytest.raises(ServeError, match="after its release"):
-        _ = lease.module
+        _ = lease.model
 
 
 async def test_releasing_twice_is_harmless(loader: FakeLoader) -> None:
@@ -436,6 +455,189 @@ async def test_a_generation_is_never_used_twice(loader: FakeLoader) -> None:
             with await cache.lease(version(tenant), 5) as lease:
                 seen.add(lease.receipt.generation)
     assert len(seen) == 6
+
+
+# -- bytes
+
+
+def share(*names: str) -> dict[Part, int]:
+    """Parts of 10 bytes each."""
+    return {Part(name, "F32", (1,)): 10 for name in names}
+
+
+async def test_promise_4_bytes_hold_at_every_instant_also_while_draining(loader: FakeLoader) -> None:
+    cache = make(loader, slots=10, budget=30, room_timeout_s=5)
+    for tenant in "abcd":
+        loader.parts[tenant] = share(tenant)
+    leases = [await cache.lease(version(tenant), 5) for tenant in "abc"]
+    assert cache.ledger.held_bytes == 30
+    cache.unload(ModelKey("a", 1))  # draining: its bytes count until its lease has ended
+    waiting = asyncio.create_task(cache.lease(version("d"), 5))
+    await settle()
+    assert (held(cache), cache.ledger.held_bytes) == ({"b", "c"}, 30)
+    leases[0].release()
+    (await waiting).release()
+    assert (held(cache), cache.ledger.held_bytes) == ({"b", "c", "d"}, 30)
+    for lease in leases[1:]:
+        lease.release()
+
+
+async def test_victims_are_chosen_as_a_set_or_nothing_is_evicted(loader: FakeLoader) -> None:
+    cache = make(loader, slots=10, budget=40, room_timeout_s=0.02)
+    for tenant in "abcd":
+        loader.parts[tenant] = share(tenant)
+    await use(cache, "a", "b", "c", "d")
+    lease = await cache.lease(version("d"), 5)
+    loader.parts["big"] = share("big1", "big2", "big3", "big4")
+    with pytest.raises(NoRoom):  # a, b and c together would not do
+        await cache.lease(version("big"), 5)
+    assert (held(cache), cache.stats.evictions) == ({"a", "b", "c", "d"}, 0)
+    lease.release()
+    await use(cache, "big")
+    assert (held(cache), cache.stats.evictions) == ({"big"}, 4)
+
+
+async def test_a_victim_that_would_not_help_is_spared(loader: FakeLoader) -> None:
+    cache = make(loader, slots=10, budget=50)
+    loader.parts |= {"small": share("s"), "large": share("l1", "l2", "l3", "l4"), "new": share("n1", "n2")}
+    await use(cache, "small", "large")
+    await use(cache, "new")  # small, the least recently used, would not have been enough; large alone is
+    assert held(cache) == {"small", "new"}
+
+
+async def test_promise_9_what_can_never_fit_is_refused_by_name_and_size(loader: FakeLoader) -> None:
+    cache = make(loader, slots=10, budget=25)
+    loader.parts |= {"a": share("a"), "huge": share("h1", "h2", "h3")}
+    await use(cache, "a")
+    with pytest.raises(NeverFits, match=r"huge@1 takes 30 bytes .* budget is 25"):
+        await cache.lease(version("huge"), 5)
+    assert (held(cache), loader.fetches) == ({"a"}, ["a@1"])
+
+
+async def test_a_load_that_is_larger_than_it_claimed_makes_more_room_or_fails(loader: FakeLoader) -> None:
+    cache = make(loader, slots=10, budget=40, room_timeout_s=0.02)
+    loader.parts |= {"a": share("a"), "b": share("b"), "liar": share("x")}
+    loader.measured["liar"] = share("x", "y", "z")
+    await use(cache, "a", "b", "liar")
+    assert (held(cache), cache.ledger.held_bytes, cache.ledger.reserved_bytes) == ({"b", "liar"}, 40, 0)
+    loader.measured["monster"] = share(*(f"m{n}" for n in range(9)))
+    with pytest.raises(NeverFits, match="90 bytes"):
+        await cache.lease(version("monster"), 5)
+    assert (cache.ledger.reserved_bytes, cache.occupied) == (0, len(held(cache)))
+
+
+async def test_shared_parts_count_once_and_stay_until_their_last_holder_goes(loader: FakeLoader) -> None:
+    cache = make(loader, slots=10, budget=100)
+    loader.parts |= {name: share("base1", "base2", f"head-{name}") for name in ("a", "b", "c")}
+    await use(cache, "a", "b", "c")
+    assert cache.ledger.held_bytes == 50
+    assert {info.own_bytes for info in cache.snapshot()} == {10}
+    cache.unload(ModelKey("a", 1))
+    cache.unload(ModelKey("b", 1))
+    assert cache.ledger.held_bytes == 30
+    assert cache.snapshot()[0].own_bytes == 30
+    cache.unload(ModelKey("c", 1))
+    assert cache.ledger.held_bytes == 0
+
+
+async def test_what_a_load_counts_on_is_not_evicted_under_it(loader: FakeLoader) -> None:
+    cache = make(loader, slots=10, budget=40, load_concurrency=4)
+    loader.parts |= {
+        "a": share("base", "head-a"),
+        "gated-b": share("base", "head-b"),
+        "c": share("c1", "c2"),
+    }
+    await use(cache, "a")
+    waiting = asyncio.create_task(cache.lease(version("gated-b"), 5))
+    await settle()
+    cache.unload(ModelKey("a", 1))
+    assert cache.ledger.held_bytes == 10  # the base is held by the load
+    await use(cache, "c")
+    loader.gate("gated-b").set()
+    (await waiting).release()
+    assert (held(cache), cache.ledger.held_bytes) == ({"c", "gated-b"}, 40)
+
+
+# -- pins, quarantine, erasure, the node's own files
+
+
+async def test_a_pinned_model_is_not_evicted_until_it_is_unpinned(loader: FakeLoader) -> None:
+    cache = make(loader, slots=2)
+    await cache.preload(version("vip"), 5, pin=True)
+    await use(cache, "a", "b", "c")
+    assert held(cache) == {"vip", "c"}
+    assert {info.tenant for info in cache.snapshot() if info.pinned} == {"vip"}
+    assert cache.unpin(ModelKey("vip", 1))
+    assert not cache.unpin(ModelKey("vip", 1))
+    await use(cache, "d")
+    assert held(cache) == {"c", "d"}
+
+
+async def test_pins_always_leave_room_for_others(loader: FakeLoader) -> None:
+    cache = make(loader, slots=2, budget=100)
+    await cache.preload(version("vip"), 5, pin=True)
+    with pytest.raises(NoRoom, match="would leave none of 2 slots"):
+        await cache.preload(version("vip2"), 5, pin=True)
+    await cache.preload(version("vip"), 5, pin=True)  # again is harmless
+    cache = make(loader, slots=10, budget=100)
+    loader.parts["fat"] = share(*"123456")
+    with pytest.raises(NoRoom, match="more than half"):
+        await cache.preload(version("fat"), 5, pin=True)
+
+
+async def test_a_quarantined_slot_is_lost_until_an_operator_unloads_it(loader: FakeLoader) -> None:
+    cache = make(loader, slots=2)
+    lease = await cache.lease(version("a"), 5)
+    cache.quarantine(lease)
+    lease.release()
+    assert (held(cache), cache.occupied, cache.stats.quarantined) == (set(), 1, 1)
+    assert [info.state for info in cache.snapshot()] == [State.QUARANTINED]
+    await use(cache, "a", "b")  # loaded anew, into the slot that is left
+    assert (held(cache), cache.occupied) == ({"b"}, 2)
+    assert cache.unload(ModelKey("a", 1))
+    assert (cache.occupied, len(cache.snapshot())) == (1, 1)
+
+
+async def test_an_erased_tenant_is_gone_and_its_load_under_way_never_arrives(loader: FakeLoader) -> None:
+    cache = make(loader, slots=4)
+    await use(cache, "gone")
+    lease = await cache.lease(version("gone", 2), 5)
+    loading = asyncio.create_task(cache.lease(version("gated-gone"), 5))
+    await settle()
+    assert cache.erase("gone") == 2
+    assert cache.erase("gated-gone") == 0
+    loader.gate("gated-gone").set()
+    with pytest.raises(NotFound, match="erased"):
+        await loading
+    assert (held(cache), cache.occupied) == (set(), 1)
+    lease.release()
+    assert cache.occupied == 0
+
+
+async def test_promise_11_a_store_that_hangs_does_not_hold_up_the_nodes_own_files(loader: FakeLoader) -> None:
+    cache = make(loader, slots=12, load_concurrency=2)
+    hanging = [asyncio.create_task(cache.lease(version(f"gated-{n}"), 60)) for n in range(5)]
+    await settle()
+    loader.local = {f"here-{n}" for n in range(6)}
+    for name in sorted(loader.local):
+        with await asyncio.wait_for(cache.lease(version(name), 5), 5) as lease:
+            assert lease.tier == Tier.HOST
+    for number in range(5):
+        loader.gate(f"gated-{number}").set()
+    for task in hanging:
+        (await task).release()
+
+
+async def test_a_scan_drives_out_the_hot_ones_under_lru_but_not_under_sieve(loader: FakeLoader) -> None:
+    for policy, stays in ((None, False), (Sieve(), True)):
+        cache = make(loader, slots=4, policy=policy)
+        await use(cache, "hot-1", "hot-2", "hot-1", "hot-2")
+        for number in range(10):  # the hot ones go on being used, but more rarely than the scan goes on
+            await use(cache, f"scan-{number}", f"scan-{number}-b", f"scan-{number}-c")
+            if {"hot-1", "hot-2"} <= held(cache):
+                await use(cache, "hot-1", "hot-2")
+        assert ({"hot-1", "hot-2"} <= held(cache)) is stays
+        assert cache.occupied == 4
 
 
 @pytest.fixture(autouse=True)

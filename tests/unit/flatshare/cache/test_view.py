@@ -15,6 +15,7 @@ from flatshare_registry import layout
 from flatshare_registry.catalog import Registry
 from flatshare_registry.errors import Corrupt, NotFound, Unavailable
 from flatshare_registry.ids import PRODUCTION, ModelRef, TenantId
+from flatshare_registry.records import TenantHead
 from flatshare_registry.stores.base import Overwrite
 from flatshare_registry.stores.memory import MemoryStore
 from flatshare_registry.testing.faults import FaultyStore, ManualClock
@@ -49,7 +50,7 @@ class World:
         if self.down:
             raise Unavailable("down")
 
-    def _changed(self) -> None:
+    def _changed(self, old: TenantHead | None, new: TenantHead | None) -> None:
         self.changes += 1
 
     def publish(self, value: float, promote: bool = True) -> int:

@@ -10,8 +10,11 @@ import httpx
 import pytest
 from fastapi import FastAPI
 
+from flatshare.cache.device import DeviceMemory
+from flatshare.cache.host_tier import HostUsage
+from flatshare.cache.promotions import SwapInfo
 from flatshare.cache.stats import CacheStats
-from flatshare.cache.tiers import ResidentInfo, Tier
+from flatshare.cache.tiers import ResidentInfo, State, Tier
 from flatshare.control import fleet as fleet_module
 from flatshare.control.app import create_control_app
 from flatshare.pool.details import ReplicaState
@@ -37,23 +40,32 @@ class Replicas:
     """Stands where the pool's handle stands."""
 
     def __init__(self) -> None:
-        self.calls: list[tuple[str, ...]] = []
+        self.calls: list[tuple[str | bool, ...]] = []
         self.stuck = False
         self.refreshed: list[object] = ["r2", "r1"]
         stats = CacheStats(loads=2, evictions=1)
         stats.hits[Tier.DEVICE], stats.hits[Tier.STORE] = 6, 2
         stats.load_times.add(0.01)
-        model = ResidentInfo("acme", 1, "d" * 64, "tiny", 16, Tier.STORE, 8, 1, 2.0, 1.0)
+        model = ResidentInfo(
+            "acme", 1, "d" * 64, "tiny", 16, 8, Tier.STORE, State.RESIDENT, False, 1, 8, 1, 2.0, 1.0
+        )
         self.snapshot = ReplicaSnapshot(
             replica="r1", node="n", node_id="id", pid=1, device="cpu", slots=3, slots_used=1, started_at=0.0,
+            budget_bytes=None, held_bytes=16, reserved_bytes=0, device_memory=DeviceMemory(),
+            host=HostUsage("/dev/shm/x", 100, 16, 0), loading=[], passes=5, rows=8,
+            swaps=[SwapInfo("acme", "canary", 1, 2, "")],
             ongoing=0, queued=0, refused=0, advertised=["acme"], models=[model], stats=stats,
         )  # fmt: skip
 
-    def broadcast(self, method: str, *arguments: str) -> Answers:
+    def broadcast(self, method: str, *arguments: str | bool) -> Answers:
         self.calls.append((method, *arguments))
         if self.stuck:
             return Answers(asyncio.Event())
-        return Answers({"snapshot": [self.snapshot], "unload": [True, False]}.get(method, self.refreshed))
+        return Answers(
+            {"snapshot": [self.snapshot], "unload": [True, False], "unpin": [True, False]}.get(
+                method, self.refreshed
+            )
+        )
 
 
 class World:
@@ -156,7 +168,10 @@ async def test_the_fleet_is_shown_with_totals_and_those_that_cannot_answer(clien
 
 async def test_preload_and_unload(world: World, client: httpx.AsyncClient) -> None:
     assert (await client.post("/preload", json={"model": "acme:production"})).status_code == 200
-    assert world.replicas.calls[-1] == ("preload", "acme")
+    assert world.replicas.calls[-1] == ("preload", "acme", False)
+    assert (await client.post("/preload", json={"model": "acme", "pin": True})).status_code == 200
+    assert world.replicas.calls[-1] == ("preload", "acme", True)
+    assert (await client.post("/unpin", json={"model": "acme"})).json() == {"unpinned": 1}
     assert (await client.post("/unload", json={"model": "acme@1"})).json() == {"unloaded": 1}
 
 

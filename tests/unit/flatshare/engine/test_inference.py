@@ -12,11 +12,13 @@ import torch
 from torch import nn
 
 from flatshare.cache.lease import Lease
-from flatshare.cache.loading import Fetched, Placed
+from flatshare.cache.ledger import Ledger
+from flatshare.cache.loading import Held, Placed, Prepared
 from flatshare.cache.model_cache import ModelCache
-from flatshare.cache.tiers import Receipt, Tier
+from flatshare.cache.tiers import Part, Receipt, Tier
 from flatshare.engine.inference import Inference
 from flatshare.errors import IsolationBroken, ModelFailed
+from flatshare.models.stages import Model
 from flatshare_registry.records import VersionRecord
 
 
@@ -38,26 +40,28 @@ class Broken(nn.Module):
         raise RuntimeError("shapes do not match")
 
 
-class OneModule:
-    def __init__(self, module: nn.Module) -> None:
-        self.module = module
+class OneModel:
+    def __init__(self, model: Model) -> None:
+        self.model = model
 
-    async def fetch(self, record: VersionRecord) -> Fetched:
-        return Fetched(b"", Tier.STORE)
+    def check(self, record: VersionRecord) -> dict[Part, int]:
+        return {}
 
-    def check(self, record: VersionRecord) -> None:
-        pass
+    def hold(self, record: VersionRecord) -> dict[Part, object]:
+        return {}
 
-    async def prepare(self, record: VersionRecord, fetched: Fetched) -> nn.Module:
-        return self.module
+    async def prepare_local(self, record: VersionRecord, held: Held) -> Prepared | None:
+        return Prepared({}, Tier.HOST, self.model)
 
-    async def place(self, record: VersionRecord, module: nn.Module) -> Placed:
-        return Placed(module, 0)
+    async def prepare(self, record: VersionRecord, held: Held, timeout_s: float) -> Prepared:
+        raise AssertionError("it is here")
+
+    async def place(self, record: VersionRecord, prepared: Prepared, held: Held) -> Placed:
+        return Placed(self.model, {})
 
 
-def cache_of(module: nn.Module) -> ModelCache:
-    loader = OneModule(module)
-    return ModelCache(slots=1, source=loader, placer=loader)
+def cache_of(*stages: nn.Module) -> ModelCache:
+    return ModelCache(ledger=Ledger(1, None), loader=OneModel(Model(stages)))
 
 
 RECORD = VersionRecord.model_validate(
@@ -198,6 +202,50 @@ async def test_a_request_cancelled_in_the_queue_leaves_the_batch(inference: Infe
         module.go.set()
         await asyncio.gather(first, later[0], later[2])
     assert module.sizes == [2, 2]
+
+
+class Picky(nn.Module):
+    """Refuses a batch in which any row is all zeros, as a network of an operator's own may."""
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        if (rows.flatten(1) == 0).all(dim=1).any():
+            raise ValueError("a row of zeros")
+        return rows.flatten(1)
+
+
+async def test_one_bad_row_fails_only_itself(inference: Inference) -> None:
+    gate, picky = Gate(), Picky()
+    with await leased(gate, "globex") as other, await leased(picky, "acme") as lease:
+        first = asyncio.create_task(inference.run(other, ROWS))
+        await asyncio.to_thread(gate.entered.wait, 5)
+        bodies = [ROWS[1:], np.zeros_like(ROWS[1:]), ROWS[1:] + 1]
+        later = [asyncio.create_task(inference.run(lease, body)) for body in bodies]
+        await asyncio.sleep(0)
+        gate.go.set()
+        await first
+        good, bad, also_good = await asyncio.gather(*later, return_exceptions=True)
+    assert isinstance(bad, ModelFailed)
+    np.testing.assert_array_equal(good, bodies[0].reshape(1, 4))
+    np.testing.assert_array_equal(also_good, bodies[2].reshape(1, 4))
+
+
+async def test_closing_cancels_who_still_waits() -> None:
+    inference = Inference(torch.device("cpu"))
+    module = Counting(0)
+    with await leased(module, "acme") as lease:
+        first = asyncio.create_task(inference.run(lease, ROWS))
+        await asyncio.to_thread(module.entered.wait, 5)
+        later = asyncio.create_task(inference.run(lease, ROWS))
+        await asyncio.sleep(0)
+        closing = threading.Thread(target=inference.close)
+        closing.start()
+        while not inference._closing:
+            await asyncio.sleep(0)
+        module.go.set()
+        np.testing.assert_array_equal(await first, ROWS.reshape(2, 4))
+        with pytest.raises(asyncio.CancelledError):
+            await later
+        closing.join()
 
 
 async def test_a_pass_has_a_bounded_size(inference: Inference) -> None:

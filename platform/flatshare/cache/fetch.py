@@ -1,0 +1,290 @@
+"""From a version's record to the bytes of its tensors: the host tier first, then the store.
+
+Only what is missing is asked for: neighbouring tensors in one ranged GET, long runs in several that
+go side by side. Each tensor's sha256 is worked out as its bytes arrive and checked before anybody
+sees them (promise 12: every byte that is used was checked; the header of the file is not used).
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import random
+import threading
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from concurrent.futures import Executor, Future
+from dataclasses import dataclass, field
+from typing import Final
+
+from flatshare.cache.host_tier import HostTier, TensorWriter
+from flatshare.cache.tiers import Tier
+from flatshare_registry import layout
+from flatshare_registry.errors import Corrupt, InvalidInput, NotFound, Unavailable
+from flatshare_registry.records import TensorRecord, VersionRecord
+from flatshare_registry.stores.base import BlobStore, ByteRange
+
+__all__ = ["Fetched", "TensorSource"]
+
+logger = logging.getLogger("flatshare.cache")
+
+PART_BYTES: Final = 8 * 1024**2
+"""Longest ranged GET: what one load holds in memory at a time is this for each GET under way."""
+
+GAP_BYTES: Final = 64 * 1024
+"""Missing tensors with at most this much between them share a GET: a request costs more than the gap."""
+
+PART_TRIES: Final = 2
+"""Tries of a part whose answer was cut short; refused requests are tried again by boto3 itself."""
+
+RETRY_S: Final = 0.2
+"""Longest wait before such a try; the wait is drawn evenly from 0 to this, so that replicas spread."""
+
+
+@dataclass(frozen=True, slots=True)
+class Fetched:
+    """Bytes of tensors, by digest, each checked; and the slowest tier that any came from."""
+
+    data: Mapping[str, memoryview]
+    tier: Tier
+
+
+class TensorSource:
+    """Gets tensors' bytes; thread-safe, and each call blocks its thread.
+
+    Parameters
+    ----------
+    store
+        Any blob store; its own time-outs and retries hold.
+    tier
+        The node's host tier, or None to do without.
+    parts
+        Where ranged GETs of one load run side by side; its size bounds them over all loads. None:
+        one after the other.
+    """
+
+    def __init__(
+        self,
+        store: BlobStore,
+        tier: HostTier | None = None,
+        parts: Executor | None = None,
+        *,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.tier = tier
+        self.fetched_bytes = 0
+        self._store = store
+        self._parts = parts
+        self._clock = clock
+        self._counting = threading.Lock()
+
+    def read_local(self, record: VersionRecord, names: Collection[str]) -> Fetched | None:
+        """As :meth:`read`, but only if the host tier has all of them; never asks the store."""
+        if self.tier is None:
+            return None
+        found: dict[str, memoryview] = {}
+        missing = self._look(self.tier, _wanted(record, names), found)
+        return None if missing else Fetched(found, Tier.HOST)
+
+    def read(self, record: VersionRecord, names: Collection[str], timeout_s: float) -> Fetched:
+        """Bytes of some of a version's tensors.
+
+        Raises
+        ------
+        Corrupt
+            They are not what the record says, or are gone.
+        Unavailable
+            The store did not answer, or not within ``timeout_s`` seconds.
+        """
+        deadline = self._clock() + timeout_s
+        wanted = _wanted(record, names)
+        found: dict[str, memoryview] = {}
+        if self.tier is None:
+            return Fetched(self._download(record, wanted.values(), None, deadline), Tier.STORE)
+        missing = self._look(self.tier, wanted, found)
+        came_from = Tier.HOST
+        while missing:
+            # Whoever wants the same tensors finds the same largest one: its lock makes the fetch theirs
+            # together. Who comes second looks again, and fetches what is still missing.
+            largest = max(missing.values(), key=lambda one: (one.size_bytes, one.sha256))
+            with self.tier.fetching(largest.sha256, max(deadline - self._clock(), 0) / 2) as ours:
+                if ours:
+                    missing = self._look(self.tier, missing, found)
+                    if missing and largest.sha256 not in missing:
+                        continue
+                else:
+                    logger.warning("%s: somebody else's fetch takes too long; fetching here", record.name)
+                if missing:
+                    came_from = Tier.STORE
+                    found |= self._download(record, missing.values(), self.tier if ours else None, deadline)
+                    missing = {}
+        return Fetched(found, came_from)
+
+    def _look(
+        self, tier: HostTier, wanted: Mapping[str, TensorRecord], found: dict[str, memoryview]
+    ) -> dict[str, TensorRecord]:
+        """Take from the tier what it has; returns what it has not."""
+        missing: dict[str, TensorRecord] = {}
+        for digest, tensor in wanted.items():
+            data = tier.open(digest, tensor.size_bytes)
+            if data is None:
+                missing[digest] = tensor
+            else:
+                found[digest] = data
+        return missing
+
+    def _download(
+        self, record: VersionRecord, tensors: Collection[TensorRecord], tier: HostTier | None, deadline: float
+    ) -> dict[str, memoryview]:
+        """Fetch tensors from the store, publishing each to the tier as soon as it is complete."""
+        by_start = sorted(tensors, key=lambda one: one.start)
+        pending = list(reversed(by_start))
+        done: dict[str, memoryview] = {}
+        sink: _Sink | None = None
+        try:
+            for start, data in self._read_parts(record, _ranges(by_start), deadline):
+                view = memoryview(data)
+                while pending and pending[-1].start < start + len(view):
+                    tensor = pending[-1]
+                    sink = sink or _Sink(record, tensor, tier)
+                    if sink.write(view[tensor.start + sink.written - start : tensor.end - start]):
+                        done[tensor.sha256] = sink.finish()
+                        sink = None
+                        pending.pop()
+                    else:
+                        break  # the rest of it is in the next part
+        except BaseException:
+            if sink is not None:
+                sink.abort()
+            raise
+        assert not pending, "the ranges cover every tensor that was asked for"
+        return done
+
+    def _read_parts(
+        self, record: VersionRecord, ranges: Sequence[ByteRange], deadline: float
+    ) -> Iterator[tuple[int, bytes]]:
+        """The parts in order. The next ones are fetched while one is being hashed and written."""
+        if self._parts is None or len(ranges) == 1:
+            for part in ranges:
+                yield part.start, self._read_part(record, part, deadline)
+            return
+        futures: list[Future[bytes]] = [
+            self._parts.submit(self._read_part, record, part, deadline) for part in ranges
+        ]
+        try:
+            for part, future in zip(ranges, futures, strict=True):
+                try:
+                    yield part.start, future.result(max(deadline - self._clock(), 0))
+                except TimeoutError:
+                    raise _late(record) from None
+        finally:
+            for future in futures:
+                future.cancel()
+
+    def _read_part(self, record: VersionRecord, part: ByteRange, deadline: float) -> bytes:
+        whole = part.end - part.start == record.size_bytes
+        for left in reversed(range(PART_TRIES)):
+            if self._clock() >= deadline:
+                raise _late(record)
+            try:
+                data = self._store.get(layout.blob_key(record.digest), None if whole else part).data
+            except NotFound as error:
+                raise Corrupt(f"the weights of {record.name} are gone from the store") from error
+            except InvalidInput as error:
+                raise Corrupt(f"the stored weights of {record.name} are shorter than registered") from error
+            except Unavailable:
+                if not left:
+                    raise
+                time.sleep(random.uniform(0, RETRY_S))  # noqa: S311  # jitter, no secret
+                continue
+            with self._counting:
+                self.fetched_bytes += len(data)
+            if len(data) != part.end - part.start:
+                raise Corrupt(f"the stored weights of {record.name} do not have the registered length")
+            return data
+        raise AssertionError("unreachable: the last try returns or raises")
+
+
+@dataclass(slots=True)
+class _Sink:
+    """One tensor on its way from the store into the tier, or into memory where the tier has no room."""
+
+    record: VersionRecord
+    tensor: TensorRecord
+    tier: HostTier | None
+    written: int = 0
+    writer: TensorWriter | None = None
+    memory: bytearray | None = None
+    only: memoryview | None = None
+    hashed: hashlib._Hash = field(default_factory=hashlib.sha256)
+
+    def __post_init__(self) -> None:
+        if self.tier is not None:
+            self.writer = self.tier.writer(self.tensor.sha256, self.tensor.size_bytes)
+
+    def write(self, data: memoryview) -> bool:
+        """Take the next bytes; whether the tensor is complete."""
+        self.hashed.update(data)
+        whole = not self.written and len(data) == self.tensor.size_bytes
+        self.written += len(data)
+        if self.writer is not None and not self.writer.write(data):
+            partial, self.writer = self.writer, None
+            before = self.written - len(data)
+            self.memory = bytearray(partial.read_back()[:before])
+            partial.abort()
+        if self.writer is None:
+            if whole:
+                self.only = data  # no copy: the part itself is the tensor's memory
+            else:
+                self.memory = self.memory if self.memory is not None else bytearray()
+                self.memory += data
+        return self.written == self.tensor.size_bytes
+
+    def finish(self) -> memoryview:
+        """Check the digest, publish, and give the bytes back as the tier has them.
+
+        Raises
+        ------
+        Corrupt
+            The bytes are not the registered ones. Nothing was published.
+        """
+        if self.hashed.hexdigest() != self.tensor.sha256:
+            self.abort()
+            raise Corrupt(f"stored tensor {self.tensor.name} of {self.record.name} does not have its sha256")
+        writer, self.writer = self.writer, None
+        if writer is not None:
+            return writer.publish()
+        if self.only is not None:
+            return self.only
+        assert self.memory is not None, "without a writer the bytes are in memory"
+        return memoryview(self.memory).toreadonly()
+
+    def abort(self) -> None:
+        """Forget it."""
+        writer, self.writer = self.writer, None
+        if writer is not None:
+            writer.abort()
+
+
+def _wanted(record: VersionRecord, names: Collection[str]) -> dict[str, TensorRecord]:
+    """Tensors to get, by digest: equal ones of a version are one."""
+    return {one.sha256: one for one in record.tensors if one.name in names and one.size_bytes}
+
+
+def _ranges(tensors: Sequence[TensorRecord]) -> list[ByteRange]:
+    """GETs that cover these tensors, which are in order of their bytes."""
+    runs: list[tuple[int, int]] = []
+    for tensor in tensors:
+        if runs and tensor.start - runs[-1][1] <= GAP_BYTES:
+            runs[-1] = (runs[-1][0], max(tensor.end, runs[-1][1]))
+        else:
+            runs.append((tensor.start, tensor.end))
+    return [
+        ByteRange(start, min(start + PART_BYTES, end))
+        for first, end in runs
+        for start in range(first, end, PART_BYTES)
+    ]
+
+
+def _late(record: VersionRecord) -> Unavailable:
+    return Unavailable(f"the store did not deliver {record.name} in time")

@@ -1,0 +1,430 @@
+"""The host tier: tensors as files that all replicas of a node share, named by their sha256.
+
+    <folder>/<boot id>/tensors/ab/<sha256>    read-only, exactly the tensor's bytes
+                       tmp/<size>-<name>      being written; its writer holds a lock on it
+                       locks/<sha256>         held by whoever fetches it
+                       usage                  bytes taken, under a lock
+
+- A file appears by rename after its sha256 was checked: readers see all of it or nothing.
+- Every lock is an ``flock``: the kernel lets go of it when a process dies, however it dies, so there
+  is nothing to recover but temporary files, and whoever can lock one of these knows it is an orphan.
+- A mapped file carries a shared lock for as long as it is mapped. Eviction takes the file that was
+  opened longest ago and is not mapped anywhere: removing a mapped one would free nothing.
+- Bytes are set aside in ``usage`` before they are written, so the budget holds at every instant;
+  after a crash the count is too high at worst, and the next eviction counts anew.
+- What a machine crash may leave half-written is under another boot id and is removed, not trusted:
+  that is why nothing needs an fsync.
+
+All methods may be called from several threads and processes at once; they block.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import logging
+import mmap
+import os
+import secrets
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+__all__ = ["HostTier", "HostUsage", "TensorWriter", "open_host_tier"]
+
+logger = logging.getLogger("flatshare.cache")
+
+PAGE: Final = 4096
+"""What a file takes is a multiple of this, in bytes."""
+
+MAP_FROM_BYTES: Final = 64 * 1024
+"""Smaller tensors are read into memory: a mapping and its open file cost more than a copy."""
+
+MAX_DEFAULT_BYTES: Final = 8 * 1024**3
+"""Most that the tier takes without being told."""
+
+LOCK_RETRY_S: Final = 0.005
+"""How often a lock that another process holds is tried again: flock has no deadline of its own."""
+
+
+@dataclass(frozen=True, slots=True)
+class HostUsage:
+    """What the tier holds, for people.
+
+    Attributes
+    ----------
+    used_bytes
+        Files and what is being written, in whole pages.
+    bypassed
+        Tensors that this process kept in its own memory, because the tier was full or the disk was.
+    """
+
+    folder: str
+    budget_bytes: int
+    used_bytes: int
+    bypassed: int
+
+
+class HostTier:
+    """One node's shared files.
+
+    Parameters
+    ----------
+    folder
+        On tmpfs or a local disk; made when missing, readable by this user only.
+    budget_bytes
+        Most bytes of all files, over all processes.
+    """
+
+    def __init__(self, folder: Path, budget_bytes: int) -> None:
+        self.budget_bytes = budget_bytes
+        self.bypassed = 0
+        self._root = folder / _boot_id()
+        self._tensors = self._root / "tensors"
+        self._tmp = self._root / "tmp"
+        self._locks = self._root / "locks"
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.lstat()
+        if status.st_uid != os.getuid() or status.st_mode & 0o022:
+            raise PermissionError(f"{folder} must belong to this user, and nobody else may write there")
+        for part in (self._root, self._tensors, self._tmp, self._locks):
+            part.mkdir(mode=0o700, exist_ok=True)
+        _remove_other_boots(folder, self._root.name)
+        with self._usage_locked() as handle:
+            _write_number(handle, self._count())
+
+    # -- reading
+
+    def open(self, digest: str, size_bytes: int) -> memoryview | None:
+        """The bytes of a tensor if they are here: mapped, or read when small.
+
+        The file was checked against its digest when it was published and can't be written since; here
+        its length is checked. Kept by this process for as long as the view lives.
+        """
+        try:
+            handle = os.open(self.path(digest), os.O_RDONLY | os.O_CLOEXEC)
+        except OSError:
+            return None
+        try:
+            fcntl.flock(handle, fcntl.LOCK_SH)  # waits at most for an eviction's look at this file
+            status = os.fstat(handle)
+            if status.st_size != size_bytes:
+                self._discard(digest)
+                return None
+            if not status.st_nlink:
+                return None  # evicted between the two calls
+            os.utime(handle)
+            return _view(handle)
+        except OSError as error:
+            logger.warning("host tier: %s can't be read: %s", digest[:12], error.strerror)
+            return None
+        finally:
+            os.close(handle)
+
+    # -- writing
+
+    @contextlib.contextmanager
+    def fetching(self, digest: str, timeout_s: float) -> Iterator[bool]:
+        """Hold the right to fetch a tensor, or learn after ``timeout_s`` that somebody else still does.
+
+        The owner may die: then the kernel lets go of the lock and the next one has it.
+        """
+        path = self._locks / digest
+        deadline = time.monotonic() + timeout_s
+        handle = self._lock_file(path, deadline)
+        try:
+            yield handle is not None
+        finally:
+            if handle is not None:
+                with contextlib.suppress(FileNotFoundError):
+                    path.unlink()
+                os.close(handle)
+
+    def writer(self, digest: str, size_bytes: int) -> TensorWriter | None:
+        """A writer for a tensor's bytes; None, and a count, when there is no room for it."""
+        taken = _pages(size_bytes)
+        path = self._tmp / f"{taken}-{os.getpid()}-{secrets.token_hex(8)}"
+        try:
+            # Bytes are set aside and the locked file that stands for them made in one step: whoever
+            # counts sees both or neither.
+            with self._usage_locked() as usage:
+                used = _read_number(usage)
+                if used + taken > self.budget_bytes:
+                    used = self._evict(taken)
+                    _write_number(usage, used)
+                if used + taken <= self.budget_bytes:
+                    handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o400)
+                    fcntl.flock(handle, fcntl.LOCK_EX)
+                    _write_number(usage, used + taken)
+                    return TensorWriter(self, digest, path, handle)
+        except OSError as error:
+            self.note_bypass(f"can't be written: {error.strerror}")
+            return None
+        self.note_bypass(f"has no room for {size_bytes} bytes: {self.budget_bytes} are in use")
+        return None
+
+    # -- looking and cleaning
+
+    def usage(self) -> HostUsage:
+        """What is held."""
+        with self._usage_locked() as handle:
+            used = _read_number(handle)
+        return HostUsage(str(self._root), self.budget_bytes, used, self.bypassed)
+
+    def remove(self, digests: Iterable[str]) -> int:
+        """Remove tensors whether mapped or not, for good (erasure); returns how many were here.
+
+        Mapped bytes stay with those who map them until they let go.
+        """
+        return sum(self._discard(digest) for digest in digests)
+
+    def digests(self) -> list[str]:
+        """What is here."""
+        return sorted(entry.name for entry in self._files())
+
+    def note_bypass(self, why: str) -> None:
+        """Count a tensor that stays in this process; the first time says so in the log."""
+        if not self.bypassed:
+            logger.warning("host tier %s %s: such tensors stay in each replica's own memory", self._root, why)
+        self.bypassed += 1
+
+    # -- inside
+
+    def _lock_file(self, path: Path, deadline: float) -> int | None:
+        while True:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(handle)
+                if time.monotonic() >= deadline:
+                    return None
+                time.sleep(LOCK_RETRY_S)
+                continue
+            with contextlib.suppress(FileNotFoundError):
+                if os.stat(path).st_ino == os.fstat(handle).st_ino:
+                    return handle
+            os.close(handle)  # its owner removed it when it had done: that was another lock
+
+    def _evict(self, taken: int) -> int:
+        """Remove files that nobody maps, the longest unopened first; returns the bytes still taken."""
+        used = self._count()
+        wanted = self.budget_bytes - taken - self.budget_bytes // 20  # some more, so that it is not each time
+        ages: list[tuple[float, os.DirEntry[str]]] = []
+        for entry in self._files():
+            with contextlib.suppress(FileNotFoundError):
+                ages.append((entry.stat().st_mtime, entry))
+        for _, entry in sorted(ages, key=lambda aged: aged[0]):
+            if used <= max(wanted, 0):
+                break
+            used -= _unlink_unless_mapped(entry.path)
+        return used
+
+    def _count(self) -> int:
+        """Bytes of all files and of what living writers have set aside; orphans are removed."""
+        used = 0
+        # What is being written first: a file that is published while we count is then counted twice,
+        # the other way round it would be missed.
+        for entry in os.scandir(self._tmp):
+            if _is_locked(entry.path):
+                used += int(entry.name.partition("-")[0])
+            else:
+                with contextlib.suppress(FileNotFoundError):
+                    os.unlink(entry.path)
+        for entry in self._files():
+            with contextlib.suppress(FileNotFoundError):
+                used += _pages(entry.stat().st_size)
+        return used
+
+    def _files(self) -> Iterator[os.DirEntry[str]]:
+        for folder in os.scandir(self._tensors):
+            with contextlib.suppress(FileNotFoundError):
+                yield from os.scandir(folder.path)
+
+    def _discard(self, digest: str) -> bool:
+        path = self.path(digest)
+        with self._usage_locked() as handle:
+            try:
+                size = path.stat().st_size
+                path.unlink()
+            except FileNotFoundError:
+                return False
+            _write_number(handle, max(_read_number(handle) - _pages(size), 0))
+            return True
+
+    def path(self, digest: str) -> Path:
+        """Where a tensor is, or would be."""
+        return self._tensors / digest[:2] / digest
+
+    def unlink_temporary(self, path: Path) -> None:
+        """Remove what a writer wrote, and give back what was set aside for it."""
+        with self._usage_locked() as usage, contextlib.suppress(FileNotFoundError):
+            path.unlink()
+            _write_number(usage, max(_read_number(usage) - int(path.name.partition("-")[0]), 0))
+
+    @contextlib.contextmanager
+    def _usage_locked(self) -> Iterator[int]:
+        # A handle of its own each time: a lock belongs to the open file, so threads exclude each other too.
+        handle = os.open(self._root / "usage", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX)
+            yield handle
+        finally:
+            os.close(handle)
+
+
+class TensorWriter:
+    """Writes one tensor beside the tier, then publishes it; ends with :meth:`publish` or :meth:`abort`."""
+
+    def __init__(self, tier: HostTier, digest: str, path: Path, handle: int) -> None:
+        self._tier = tier
+        self._digest = digest
+        self._path = path
+        self._handle = handle
+
+    def write(self, data: memoryview) -> bool:
+        """Append; False when the disk is full or failing: read back what is there, then abort."""
+        try:
+            while data:
+                data = data[os.write(self._handle, data) :]
+        except OSError as error:
+            self._tier.note_bypass(f"could not be written: {error.strerror}")
+            return False
+        return True
+
+    def read_back(self) -> bytes:
+        """What was written so far."""
+        return os.pread(self._handle, os.fstat(self._handle).st_size, 0)
+
+    def publish(self) -> memoryview:
+        """Make the file visible under its digest and return its bytes, mapped; ends the writer.
+
+        The bytes must have been checked. When the disk refuses, or somebody was faster and their file
+        is already gone again, the bytes come back in this process's memory.
+        """
+        target = self._tier.path(self._digest)
+        try:
+            target.parent.mkdir(mode=0o700, exist_ok=True)
+            # link, not rename: if somebody was faster their file may be mapped already, and stays.
+            os.link(self._path, target)
+        except OSError as error:
+            data = None
+            if isinstance(error, FileExistsError):
+                data = self._tier.open(self._digest, os.fstat(self._handle).st_size)
+            else:
+                self._tier.note_bypass(f"could not be written: {error.strerror}")
+            data = data if data is not None else memoryview(self.read_back())
+            self.abort()
+            return data
+        os.unlink(self._path)
+        try:
+            fcntl.flock(self._handle, fcntl.LOCK_SH)
+            return _view(self._handle)
+        finally:
+            os.close(self._handle)
+
+    def abort(self) -> None:
+        """Forget what was written."""
+        self._tier.unlink_temporary(self._path)
+        os.close(self._handle)
+
+
+def open_host_tier(folder: str, budget_bytes: int) -> HostTier | None:
+    """The host tier that the settings mean, or None: a replica without one streams from the store.
+
+    Parameters
+    ----------
+    folder
+        A folder, ``auto`` or ``off``.
+    budget_bytes
+        0 for a quarter of the file system, at most 8 GiB.
+    """
+    if folder == "off":
+        return None
+    if folder == "auto":
+        shared = Path("/dev/shm")  # noqa: S108  # the node's tmpfs; our folder in it is private
+        base = shared if shared.is_dir() else Path(tempfile.gettempdir())
+        root = base / f"flatshare-{os.getuid()}"
+    else:
+        root = Path(folder)
+    try:
+        root.mkdir(mode=0o700, parents=True, exist_ok=True)
+        budget = budget_bytes or min(shutil.disk_usage(root).total // 4, MAX_DEFAULT_BYTES)
+        return HostTier(root, budget)
+    except OSError as error:
+        logger.warning(
+            "no host tier in %s (%s): every load comes from the store", root, error.strerror or error
+        )
+        return None
+
+
+def _view(handle: int) -> memoryview:
+    """The bytes of an open file: read when few, else mapped.
+
+    The mapping keeps a duplicate of the handle, and with it the lock, until nobody has the view.
+    """
+    size = os.fstat(handle).st_size
+    if size < MAP_FROM_BYTES:
+        return memoryview(os.pread(handle, size, 0))
+    return memoryview(mmap.mmap(handle, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=mmap.PROT_READ))
+
+
+def _pages(size_bytes: int) -> int:
+    return -(-size_bytes // PAGE) * PAGE
+
+
+def _read_number(handle: int) -> int:
+    text = os.pread(handle, 32, 0)
+    return int(text) if text.strip().isdigit() else 0
+
+
+def _write_number(handle: int, value: int) -> None:
+    # One write of fixed length: a reader never sees half a number, since readers hold the lock.
+    os.pwrite(handle, f"{value:031d}\n".encode(), 0)
+
+
+def _is_locked(path: str) -> bool:
+    """Whether a living process holds this file's lock."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(handle)
+    return False
+
+
+def _unlink_unless_mapped(path: str) -> int:
+    """Remove a file that no process maps; returns the bytes that came free."""
+    try:
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return 0
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        size = os.fstat(handle).st_size
+        os.unlink(path)
+    except (BlockingIOError, FileNotFoundError):
+        return 0
+    finally:
+        os.close(handle)
+    return _pages(size)
+
+
+def _boot_id() -> str:
+    """Names this run of the kernel (proc(5), /proc/sys/kernel/random/boot_id)."""
+    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+
+
+def _remove_other_boots(folder: Path, current: str) -> None:
+    for entry in folder.iterdir():
+        if entry.name != current and entry.is_dir():
+            shutil.rmtree(entry, ignore_errors=True)

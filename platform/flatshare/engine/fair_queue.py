@@ -1,0 +1,140 @@
+"""Who runs next: deficit round robin between tenants, counted in rows.
+
+Shreedhar and Varghese, "Efficient fair queueing using deficit round robin" (SIGCOMM 1995): tenants
+that wait stand in a ring; each turn adds a quantum to a tenant's account, and it runs what it can
+pay for. A tenant that floods waits behind its own requests, not others behind it. Rows that ride
+along in another tenant's pass are paid for too: the account goes below zero and is made up later.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict, deque
+from collections.abc import Hashable
+from typing import Final, Generic, Protocol, TypeVar
+
+__all__ = ["QUANTUM_ROWS", "FairQueue", "Queued"]
+
+QUANTUM_ROWS: Final = 16
+"""Rows that a tenant runs in one turn while others wait: what the next tenant waits for, at most, for
+each tenant before it. On one core 16 rows of ``mnist-cnn`` take 4 ms."""
+
+
+class Queued(Protocol):
+    """Something that waits."""
+
+    @property
+    def tenant(self) -> str:
+        """Whose account pays."""
+        ...
+
+    @property
+    def size(self) -> int:
+        """Rows."""
+        ...
+
+    @property
+    def kind(self) -> Hashable:
+        """Jobs of one kind can share a pass."""
+        ...
+
+    @property
+    def same(self) -> Hashable:
+        """Jobs that are the same in this run on the same model: they go first into a pass."""
+        ...
+
+
+J = TypeVar("J", bound=Queued)
+
+
+class FairQueue(Generic[J]):
+    """A queue of jobs; not safe for several threads without a lock.
+
+    Parameters
+    ----------
+    max_rows
+        Rows of one pass; a single larger job runs alone.
+    quantum_rows
+        Rows that a turn adds to a tenant's account.
+    """
+
+    def __init__(self, max_rows: int, quantum_rows: int = QUANTUM_ROWS) -> None:
+        self.max_rows = max_rows
+        self._quantum = quantum_rows
+        self._waiting: OrderedDict[str, deque[J]] = OrderedDict()
+        self._account: dict[str, int] = {}
+        self._size = 0
+
+    def __len__(self) -> int:
+        return self._size
+
+    def put(self, job: J) -> None:
+        """Wait at the end of the tenant's queue."""
+        jobs = self._waiting.get(job.tenant)
+        if jobs is None:
+            jobs = self._waiting[job.tenant] = deque()
+            self._account[job.tenant] = 0
+        jobs.append(job)
+        self._size += 1
+
+    def remove(self, job: J) -> bool:
+        """Take a job that has not been taken yet out; whether it was there."""
+        jobs = self._waiting.get(job.tenant)
+        if jobs is None or job not in jobs:
+            return False
+        jobs.remove(job)
+        self._size -= 1
+        self._forget_if_empty(job.tenant)
+        return True
+
+    def take(self) -> list[J]:
+        """The next pass: one tenant's turn, and what can share the pass with it; empty when nobody waits."""
+        if not self._waiting:
+            return []
+        tenant = self._next_tenant()
+        alone = len(self._waiting) == 1
+        first = self._waiting[tenant][0]
+        room = self.max_rows if alone else min(self.max_rows, max(self._account[tenant], first.size))
+        batch = [first]
+        self._pay(first)
+        size = first.size
+        # First the tenant's own, as far as its account goes: of the same model, then of those that share
+        # layers with it. Then others' that share layers, in the ring's order: they fill the pass.
+        own = [job for job in self._waiting.get(tenant, ()) if job.kind == first.kind]
+        own.sort(key=lambda job: job.same != first.same)
+        others = [
+            job
+            for other, jobs in self._waiting.items()
+            if other != tenant
+            for job in jobs
+            if job.kind == first.kind
+        ]
+        for jobs, limit in ((own, room), (others, self.max_rows)):
+            for job in jobs:
+                if size + job.size <= limit:
+                    batch.append(job)
+                    self._pay(job)
+                    size += job.size
+        if tenant in self._waiting:
+            self._waiting.move_to_end(tenant)
+        return batch
+
+    def _next_tenant(self) -> str:
+        """Turn the ring until somebody can pay for their first job."""
+        while True:
+            tenant, jobs = next(iter(self._waiting.items()))
+            self._account[tenant] += self._quantum
+            if self._account[tenant] >= min(jobs[0].size, self.max_rows):
+                return tenant
+            self._waiting.move_to_end(tenant)
+
+    def _pay(self, job: J) -> None:
+        self._waiting[job.tenant].remove(job)
+        self._account[job.tenant] -= job.size
+        self._size -= 1
+        self._forget_if_empty(job.tenant)
+
+    def _forget_if_empty(self, tenant: str) -> None:
+        """A tenant with nothing to run saves nothing up, and its debt is forgotten (as in the paper)."""
+        if not self._waiting[tenant]:
+            del self._waiting[tenant]
+            del self._account[tenant]

@@ -1,0 +1,64 @@
+"""Forward passes for rows of several models: what they share runs once.
+
+Models are chains of stages, and equal stages are the same object (``models/stages.py``). Rows whose
+models begin with the same stages go through these together and part where their models differ. The
+plain path, each model alone, is :class:`~flatshare.models.stages.Model` itself; both give the same
+logits to 1e-5 (``tests/unit/flatshare/engine/test_passes.py``).
+
+On CUDA, models that share nothing could still run together with stacked weights (``torch.func`` or
+``bmm``), which may win for small networks. That wants a GPU to measure; its place is :func:`forward`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import groupby
+
+import torch
+
+from flatshare.models.stages import Model
+
+__all__ = ["forward"]
+
+
+def forward(models: Sequence[Model], rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+    """Logits of each model for its rows.
+
+    Parameters
+    ----------
+    models, rows
+        As long as each other; rows ``(N_i, *input.shape)`` on the models' device.
+
+    Returns
+    -------
+    list of Tensor
+        ``(N_i, classes)``, in the order of the models.
+    """
+    logits: list[torch.Tensor] = [torch.empty(0)] * len(models)
+    # Neighbours share the longest prefix; the sort is stable, so equal models keep their order.
+    order = sorted(range(len(models)), key=lambda index: tuple(map(id, models[index].stages)))
+
+    def run(indices: Sequence[int], inputs: torch.Tensor, depth: int) -> None:
+        while True:
+            stages = models[indices[0]].stages
+            last = models[indices[-1]].stages
+            if depth == len(stages) == len(last):
+                sizes = [len(rows[index]) for index in indices]
+                for index, part in zip(indices, torch.split(inputs, sizes), strict=True):
+                    logits[index] = part
+                return
+            if stages[depth] is not last[depth]:  # sorted: if the ends agree, so do all between
+                break
+            inputs = stages[depth](inputs)
+            depth += 1
+        start = 0
+        for _, group in groupby(indices, key=lambda index: id(models[index].stages[depth])):
+            together = list(group)
+            size = sum(len(rows[index]) for index in together)
+            run(together, inputs[start : start + size], depth)
+            start += size
+
+    first = order[0]
+    inputs = rows[first] if len(order) == 1 else torch.cat([rows[index] for index in order])
+    run(order, inputs, 0)
+    return logits

@@ -1,0 +1,98 @@
+"""The probe: one fixed input whose logits are stored at registration and compared after each load.
+
+A model that would answer differently from the one that was registered (damaged memory, an
+architecture whose code changed, a wrong tensor in a slot) is found before it answers anybody.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from flatshare.errors import ModelFailed
+from flatshare.models.architecture import Architecture
+from flatshare.models.stages import Model, device_tensor, plan_of, tensor_view
+from flatshare_registry.records import VersionRecord
+from flatshare_registry.weights import describe
+
+__all__ = ["PROBE_TOLERANCE", "check_probe", "probe_logits", "probe_rows"]
+
+PROBE_TOLERANCE: Final = 1e-3
+"""Largest difference allowed, as a share of the largest logit: other machines and devices sum in other
+orders (about 1e-6 between CPUs, 1e-4 with TF32), while one wrong layer moves logits by their own size."""
+
+
+def probe_rows(network: Architecture) -> NDArray[np.float32]:
+    """The probe of an architecture, ``(1, *input.shape)``: pixels that look like noise, the same for ever."""
+    channels, height, width = network.input.shape
+    count = channels * height * width
+    # Knuth's multiplicative hash: no random generator, whose stream a release may change.
+    pixels = ((np.arange(count, dtype=np.uint64) * 2654435761) >> 16).astype(np.uint8)
+    shape = (1, height, width) if channels == 1 else (1, height, width, channels)
+    return network.preprocess(pixels.reshape(shape))
+
+
+def probe_logits(network: Architecture, weights: bytes | memoryview) -> tuple[float, ...]:
+    """What a version says to the probe: stored with it when it is registered.
+
+    Raises
+    ------
+    InvalidWeights
+        Not a valid safetensors file.
+    ModelFailed
+        The weights do not run in this architecture, or give something that is not finite.
+    """
+    view = memoryview(weights).cast("B")
+    tensors = {
+        one.name: device_tensor(
+            tensor_view(view[one.start : one.end], one), channels_last=network.channels_last
+        )
+        for one in describe(view).tensors
+    }
+    plan = plan_of(network)
+    try:
+        model = Model(tuple(plan.stage(index, tensors) for index in range(len(plan.names))))
+        logits = _run(network, model, torch.device("cpu"))
+    except ModelFailed:
+        raise
+    except Exception as error:  # whatever an operator's own network raises
+        raise ModelFailed(
+            f"the weights do not run in {network.name}: {type(error).__name__}: {error}"
+        ) from error
+    if not np.isfinite(logits).all():
+        raise ModelFailed(
+            f"the weights give logits that are not finite: a damaged or diverged {network.name}"
+        )
+    return tuple(float(value) for value in logits)
+
+
+def check_probe(network: Architecture, record: VersionRecord, model: Model, device: torch.device) -> None:
+    """Compare a loaded model's answer to the probe with the one stored at its registration.
+
+    A version that was registered without one (by a client without torch) is not checked.
+
+    Raises
+    ------
+    ModelFailed
+        It answers something else, or does not run.
+    """
+    if record.probe_logits is None:
+        return
+    try:
+        found = _run(network, model, device)
+    except Exception as error:  # whatever an operator's own network raises
+        raise ModelFailed(f"{record.name} does not run: {type(error).__name__}") from error
+    wanted = np.array(record.probe_logits, dtype=np.float32)
+    if found.shape != wanted.shape or not np.allclose(
+        found, wanted, rtol=0, atol=PROBE_TOLERANCE * max(1.0, float(np.abs(wanted).max()))
+    ):
+        raise ModelFailed(f"{record.name} does not answer its probe as it did when it was registered")
+
+
+def _run(network: Architecture, model: Model, device: torch.device) -> NDArray[np.float32]:
+    with torch.inference_mode():
+        logits: NDArray[np.float32] = model(torch.from_numpy(probe_rows(network)).to(device))[0].cpu().numpy()
+    return logits

@@ -1,0 +1,158 @@
+"""A network as a chain of stages, so that tenants whose first layers are equal can share them.
+
+A stage is a run of layers that begins with one that has tensors. A model is a tuple of stages; two
+models whose tensors of a stage are equal hold the *same* stage object, so "same first layers" is a
+comparison of identities. The first module is built once on the meta device (no memory, no
+initialisation); each stage is a copy of its part with real tensors put in.
+"""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import lru_cache
+from typing import Any, Final
+
+import torch
+from torch import nn
+
+from flatshare.errors import ModelFailed
+from flatshare.models.architecture import Architecture
+from flatshare_registry.records import TensorRecord
+
+__all__ = ["DTYPES", "Model", "Plan", "device_tensor", "plan_of", "tensor_view"]
+
+# The bytes are read-only and so are the parameters (inference only, requires_grad is off):
+# nothing can write through them, which is what torch warns about.
+warnings.filterwarnings("ignore", message="The given buffer is not writable", category=UserWarning)
+
+DTYPES: Final[dict[str, torch.dtype]] = {
+    "BOOL": torch.bool, "U8": torch.uint8, "I8": torch.int8, "I16": torch.int16, "I32": torch.int32,
+    "I64": torch.int64, "F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32,
+    "F64": torch.float64, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+    "U16": torch.uint16, "U32": torch.uint32, "U64": torch.uint64,
+}  # fmt: skip
+"""safetensors' names of element types."""
+
+
+@dataclass(frozen=True, slots=True)
+class Model:
+    """Something that runs: stages, one after the other. Calling it is the plain path, the reference.
+
+    Attributes
+    ----------
+    tensors
+        All that the stages hold, by part: what other models with the same tensors share.
+    """
+
+    stages: tuple[nn.Module, ...]
+    tensors: Mapping[Any, torch.Tensor] = field(default_factory=dict)
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """Logits ``(N, classes)`` of rows ``(N, *input.shape)``."""
+        for stage in self.stages:
+            rows = stage(rows)
+        return rows
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """How an architecture falls into stages.
+
+    Attributes
+    ----------
+    names
+        For each stage, the tensors that it holds.
+    """
+
+    architecture: str
+    names: tuple[tuple[str, ...], ...]
+    _parts: tuple[nn.Module, ...]
+    _local: tuple[Mapping[str, torch.Tensor], ...]
+
+    def stage(self, index: int, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+        """A stage with these tensors (by name) put in; nothing is copied.
+
+        Raises
+        ------
+        ModelFailed
+            The network does not take them (it changed since the registration).
+        """
+        # deepcopy with the meta tensors already "copied": whatever a module refers to comes along.
+        memo: dict[int, object] = {}
+        for name, blank in self._local[index].items():
+            given = tensors[name]
+            if given.shape != blank.shape or given.dtype != blank.dtype:
+                raise ModelFailed(f"tensor {name} does not fit architecture {self.architecture} any more")
+            memo[id(blank)] = (
+                nn.Parameter(given, requires_grad=False) if isinstance(blank, nn.Parameter) else given
+            )
+        return copy.deepcopy(self._parts[index], memo)
+
+
+def plan_of(network: Architecture) -> Plan:
+    """The plan of an architecture; made once a process.
+
+    Raises
+    ------
+    ModelFailed
+        The network has buffers that are not in its state dict: nobody could fill them.
+    """
+    return _plan(network.name, network.build)
+
+
+@lru_cache(maxsize=256)
+def _plan(name: str, build: object) -> Plan:
+    with torch.device("meta"):
+        module: nn.Module = build()  # type: ignore[operator]  # Architecture.build, hashable as an object
+    module.requires_grad_(False).eval()
+    state = {id(tensor) for tensor in module.state_dict(keep_vars=True).values()}
+    if any(id(tensor) not in state for tensor in [*module.parameters(), *module.buffers()]):
+        raise ModelFailed(f"architecture {name} has buffers that no weights file fills (persistent=False)")
+    children = list(module.named_children()) if type(module) is nn.Sequential else []
+    groups: list[list[tuple[str, nn.Module]]] = []
+    for child_name, child in children:
+        if not groups or (child.state_dict() and any(part.state_dict() for _, part in groups[-1])):
+            groups.append([])
+        groups[-1].append((child_name, child))
+    if not groups:
+        local = [dict(module.state_dict(keep_vars=True))]
+        parts = [module]
+    else:
+        parts = [_part([child for _, child in group]) for group in groups]
+        local = [
+            {
+                f"{child_name}.{tensor_name}": tensor
+                for child_name, child in group
+                for tensor_name, tensor in child.state_dict(keep_vars=True).items()
+            }
+            for group in groups
+        ]
+    return Plan(name, tuple(tuple(one) for one in local), tuple(parts), tuple(local))
+
+
+def _part(children: Sequence[nn.Module]) -> nn.Module:
+    return children[0] if len(children) == 1 else nn.Sequential(*children).eval()
+
+
+def tensor_view(data: memoryview, tensor: TensorRecord) -> torch.Tensor:
+    """A tensor over bytes that must not change while it lives; no copy.
+
+    Parameters
+    ----------
+    data
+        Exactly the bytes of the tensor.
+    """
+    dtype = DTYPES[tensor.dtype]
+    if not tensor.size_bytes:
+        return torch.empty(tensor.shape, dtype=dtype)
+    return torch.frombuffer(data, dtype=dtype).reshape(tensor.shape)
+
+
+def device_tensor(tensor: torch.Tensor, *, channels_last: bool) -> torch.Tensor:
+    """A tensor in the memory order in which it runs: a copy for convolutions that ask for it, else itself."""
+    if channels_last and tensor.dim() == 4:
+        return tensor.contiguous(memory_format=torch.channels_last)
+    return tensor

@@ -1,0 +1,233 @@
+"""The host tier: published whole or not at all, bounded at every instant, nothing lost by a dead owner."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import hashlib
+import os
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+
+from flatshare.cache import host_tier as module
+from flatshare.cache.host_tier import PAGE, HostTier, open_host_tier
+
+BIG = 100 * 1024
+
+
+def content(number: int, size: int = BIG) -> bytes:
+    return bytes([number % 256]) * size
+
+
+def name(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()
+
+
+def publish(tier: HostTier, data: bytes) -> memoryview | None:
+    writer = tier.writer(name(data), len(data))
+    if writer is None:
+        return None
+    assert writer.write(memoryview(data))
+    return writer.publish()
+
+
+def files(folder: Path) -> int:
+    return sum(-(-path.stat().st_size // PAGE) * PAGE for path in folder.rglob("tensors/*/*"))
+
+
+@pytest.fixture
+def tier(tmp_path: Path) -> HostTier:
+    return HostTier(tmp_path / "tier", 5 * BIG + 4 * PAGE)
+
+
+@pytest.mark.parametrize("size", [1, 3000, BIG])
+def test_what_was_published_can_be_opened_by_another_process_too(
+    tier: HostTier, tmp_path: Path, size: int
+) -> None:
+    data = content(7, size)
+    view = publish(tier, data)
+    assert view is not None
+    assert bytes(view) == data
+    other = HostTier(tmp_path / "tier", 10 * BIG).open(name(data), size)
+    assert other is not None
+    assert bytes(other) == data
+    assert other.readonly
+
+
+def test_what_is_not_there_or_has_another_length_is_a_miss(tier: HostTier) -> None:
+    data = content(1)
+    assert tier.open(name(data), BIG) is None
+    publish(tier, data)
+    os.chmod(tier.path(name(data)), 0o600)
+    os.truncate(tier.path(name(data)), BIG - 1)
+    assert tier.open(name(data), BIG) is None
+    assert tier.digests() == [], "a damaged file is removed"
+    assert tier.usage().used_bytes == 0
+
+
+def test_nothing_is_visible_before_it_is_published(tier: HostTier) -> None:
+    data = content(1)
+    writer = tier.writer(name(data), BIG)
+    assert writer is not None
+    writer.write(memoryview(data)[:1000])
+    assert (tier.open(name(data), BIG), tier.digests()) == (None, [])
+    assert tier.usage().used_bytes == BIG, "bytes are set aside before they are written"
+    writer.abort()
+    assert tier.usage().used_bytes == 0
+
+
+def test_the_budget_holds_and_the_longest_unopened_goes_first(tier: HostTier, tmp_path: Path) -> None:
+    for number in range(5):
+        publish(tier, content(number))
+        os.utime(tier.path(name(content(number))), (number, number))
+    assert tier.open(name(content(0)), BIG) is not None  # opened just now: not the oldest any more
+    publish(tier, content(5))
+    assert files(tmp_path) <= tier.budget_bytes
+    assert name(content(0)) in tier.digests()
+    assert name(content(1)) not in tier.digests()
+
+
+def test_a_mapped_file_is_not_evicted_and_too_much_is_not_taken(tier: HostTier, tmp_path: Path) -> None:
+    mapped = [publish(tier, content(number)) for number in range(5)]
+    assert publish(tier, content(9)) is None, "all are mapped: removing one would free nothing"
+    assert tier.usage().bypassed == 1
+    assert files(tmp_path) <= tier.budget_bytes
+    mapped.pop()
+    assert publish(tier, content(9)) is not None
+    assert name(content(4)) not in tier.digests()
+
+
+def test_an_orphan_of_a_killed_writer_is_swept_and_a_living_ones_is_not(
+    tier: HostTier, tmp_path: Path
+) -> None:
+    script = f"""
+import sys, os
+from pathlib import Path
+from flatshare.cache.host_tier import HostTier
+tier = HostTier(Path({str(tmp_path / "tier")!r}), {tier.budget_bytes})
+writer = tier.writer("ab" * 32, {3 * BIG})
+writer.write(memoryview(bytes(1000)))
+with tier.fetching("cd" * 32, 1):
+    print("ready", flush=True)
+    sys.stdin.read()
+"""
+    child = subprocess.Popen([sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE)
+    assert child.stdout is not None
+    child.stdout.readline()
+    assert HostTier(tmp_path / "tier", tier.budget_bytes).usage().used_bytes == 3 * BIG + 0
+    with tier.fetching("cd" * 32, 0.02) as ours:
+        assert not ours
+    child.kill()
+    child.wait()
+    with tier.fetching("cd" * 32, 1) as ours:
+        assert ours, "the kernel let go of a dead owner's lock"
+    assert [publish(tier, content(number)) is not None for number in range(5)] == [True] * 5
+    assert list((tmp_path / "tier").rglob("tmp/*")) == []
+
+
+def test_one_fetch_at_a_time_and_the_lock_file_goes(tier: HostTier, tmp_path: Path) -> None:
+    inside = 0
+    most = 0
+    lock = threading.Lock()
+
+    def work() -> None:
+        nonlocal inside, most
+        for _ in range(20):
+            with tier.fetching("ab" * 32, 20) as ours:
+                assert ours
+                with lock:
+                    inside += 1
+                    most = max(most, inside)
+                with lock:
+                    inside -= 1
+
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert most == 1
+    assert list((tmp_path / "tier").rglob("locks/*")) == []
+
+
+def test_a_full_disk_is_survived_and_said(
+    tier: HostTier, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    data = content(3)
+    writer = tier.writer(name(data), BIG)
+    assert writer is not None
+    writer.write(memoryview(data)[:1000])
+
+    def full(handle: int, chunk: object) -> int:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(module.os, "write", full)
+        assert not writer.write(memoryview(data)[1000:])
+    assert writer.read_back() == data[:1000]
+    writer.abort()
+    assert "No space left" in caplog.text
+    assert (tier.usage().used_bytes, tier.usage().bypassed) == (0, 1)
+
+
+def test_who_comes_second_gets_the_first_ones_file(tier: HostTier) -> None:
+    data = content(4)
+    one, two = tier.writer(name(data), BIG), tier.writer(name(data), BIG)
+    assert one is not None
+    assert two is not None
+    for writer in (one, two):
+        writer.write(memoryview(data))
+    assert [bytes(one.publish()), bytes(two.publish())] == [data, data]
+    assert tier.usage().used_bytes == BIG
+
+
+def test_files_of_another_boot_are_removed_not_trusted(tmp_path: Path) -> None:
+    old = tmp_path / "tier" / "00000000-old-boot" / "tensors" / "ab"
+    old.mkdir(parents=True)
+    (old / ("ab" * 32)).write_bytes(b"half written before the power went")
+    (tmp_path / "tier").chmod(0o700)
+    HostTier(tmp_path / "tier", BIG)
+    assert not old.exists()
+
+
+def test_a_folder_that_others_can_write_to_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "open").mkdir(mode=0o777)
+    (tmp_path / "open").chmod(0o777)
+    with pytest.raises(PermissionError, match="nobody else may write"):
+        HostTier(tmp_path / "open", BIG)
+    assert open_host_tier(str(tmp_path / "open"), BIG) is None, "a replica goes on without a host tier"
+    (tmp_path / "real").mkdir(mode=0o700)
+    (tmp_path / "link").symlink_to(tmp_path / "real")
+    with pytest.raises(PermissionError):
+        HostTier(tmp_path / "link", BIG)
+
+
+def test_the_settings_mean_a_tier_or_none(tmp_path: Path) -> None:
+    assert open_host_tier("off", 0) is None
+    tier = open_host_tier(str(tmp_path / "here"), 0)
+    assert tier is not None
+    assert 0 < tier.budget_bytes <= 8 * 1024**3
+
+
+def test_erasing_removes_also_what_is_mapped(tier: HostTier) -> None:
+    view = publish(tier, content(1))
+    assert tier.remove([name(content(1)), "ab" * 32]) == 1
+    assert tier.digests() == []
+    assert view is not None
+    assert bytes(view[:1]) == b"\x01", "who maps it keeps it until they let go"
+    assert tier.usage().used_bytes == 0
+
+
+def test_a_count_that_is_too_high_after_a_crash_is_put_right(tier: HostTier) -> None:
+    publish(tier, content(1))
+    path = tier._root / "usage"
+    handle = os.open(path, os.O_RDWR)
+    fcntl.flock(handle, fcntl.LOCK_EX)
+    os.pwrite(handle, f"{10**12:031d}\n".encode(), 0)
+    os.close(handle)
+    assert publish(tier, content(2)) is not None
+    assert tier.usage().used_bytes == 2 * BIG

@@ -1,0 +1,143 @@
+"""Who runs next: shares between tenants, what shares a pass, and that nothing is lost."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, field
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flatshare.engine.fair_queue import FairQueue
+
+
+@dataclass(eq=False)
+class Job:
+    tenant: str
+    size: int = 1
+    model: str = ""
+    kind: str = ""
+    number: int = field(default=0)
+
+    @property
+    def same(self) -> str:
+        return self.model or self.tenant
+
+    def __post_init__(self) -> None:
+        self.kind = self.kind or self.same
+
+
+def drain(queue: FairQueue[Job]) -> list[list[Job]]:
+    passes = []
+    while batch := queue.take():
+        passes.append(batch)
+    return passes
+
+
+def fill(queue: FairQueue[Job], *jobs: Job) -> None:
+    for job in jobs:
+        queue.put(job)
+
+
+def test_a_lone_tenant_fills_its_passes() -> None:
+    queue: FairQueue[Job] = FairQueue(64)
+    fill(queue, *(Job("a") for _ in range(100)))
+    assert [len(batch) for batch in drain(queue)] == [64, 36]
+
+
+def test_tenants_that_wait_get_equal_rows_whatever_they_ask_for() -> None:
+    queue: FairQueue[Job] = FairQueue(64, quantum_rows=16)
+    fill(
+        queue,
+        *(Job("flood") for _ in range(800)),
+        *(Job("b") for _ in range(100)),
+        *(Job("c") for _ in range(100)),
+    )
+    served: Counter[str] = Counter()
+    while sum(served.values()) < 300:
+        for job in queue.take():
+            served[job.tenant] += job.size
+    assert abs(served["b"] - 100) <= 16
+    assert abs(served["c"] - 100) <= 16
+
+
+def test_large_requests_pay_for_their_size() -> None:
+    queue: FairQueue[Job] = FairQueue(64, quantum_rows=16)
+    fill(queue, *(Job("big", 64) for _ in range(10)), *(Job("small", 1) for _ in range(160)))
+    order = [batch[0].tenant for batch in drain(queue)]
+    # 64 rows of big for every 64 of small: four turns of 16.
+    assert order[:10].count("small") >= 7
+
+
+def test_a_new_tenant_waits_for_one_turn_of_each_other_at_most() -> None:
+    queue: FairQueue[Job] = FairQueue(64, quantum_rows=16)
+    fill(queue, *(Job("flood") for _ in range(500)), Job("b"))
+    waited = 0
+    while (batch := queue.take())[0].tenant != "b":
+        waited += sum(job.size for job in batch)
+    assert waited <= 16
+
+
+def test_a_request_larger_than_a_pass_runs_alone() -> None:
+    queue: FairQueue[Job] = FairQueue(64, quantum_rows=16)
+    fill(queue, Job("a", 1), Job("a", 500), Job("a", 1))
+    assert sorted(sum(job.size for job in batch) for batch in drain(queue)) == [2, 500]
+
+
+def test_those_of_one_model_go_together_then_those_that_share_layers() -> None:
+    queue: FairQueue[Job] = FairQueue(8)
+    a, b, c = (Job(name, kind="base") for name in "abc")
+    fill(queue, a, Job("x"), b, Job("a", kind="base"), c)
+    batch = queue.take()
+    assert [job.tenant for job in batch] == ["a", "a", "b", "c"]
+    assert [job.tenant for job in queue.take()] == ["x"]
+    assert queue.take() == []
+
+
+def test_who_rides_along_pays_for_it_later() -> None:
+    queue: FairQueue[Job] = FairQueue(32, quantum_rows=8)
+    fill(
+        queue,
+        Job("a", 8, kind="base"),
+        *(Job("rider", 8, kind="base") for _ in range(6)),
+        *(Job("x", 8) for _ in range(6)),
+    )
+    order = [[job.tenant for job in batch] for batch in drain(queue)]
+    assert order[0] == ["a", "rider", "rider", "rider"]
+    assert order[1] == ["x"], "the rider ran 24 rows on credit, so x is next"
+    after = [tenant for batch in order[1:5] for tenant in batch]
+    assert after.count("x") > after.count("rider")
+
+
+def test_a_job_can_be_taken_out_once() -> None:
+    queue: FairQueue[Job] = FairQueue(8)
+    one, two = Job("a"), Job("a")
+    fill(queue, one, two)
+    assert queue.remove(one)
+    assert not queue.remove(one)
+    assert queue.take() == [two]
+    assert not queue.remove(two)
+    assert len(queue) == 0
+
+
+@given(
+    st.lists(
+        st.tuples(st.sampled_from("abcd"), st.integers(1, 90), st.sampled_from(["", "base"])), max_size=60
+    ),
+    st.integers(1, 70),
+    st.integers(1, 40),
+)
+def test_everybody_is_served_once_in_order_and_passes_are_bounded(
+    wanted: list[tuple[str, int, str]], max_rows: int, quantum: int
+) -> None:
+    queue: FairQueue[Job] = FairQueue(max_rows, quantum)
+    jobs = [
+        Job(tenant, size, f"{tenant}{kind}", kind, number)
+        for number, (tenant, size, kind) in enumerate(wanted)
+    ]
+    fill(queue, *jobs)
+    passes = drain(queue)
+    assert sorted(job.number for batch in passes for job in batch) == list(range(len(jobs)))
+    for batch in passes:
+        assert len(batch) == 1 or sum(job.size for job in batch) <= max_rows
+        assert len({job.kind for job in batch}) == 1 or len({job.same for job in batch}) == 1
