@@ -12,9 +12,11 @@ import logging
 import random
 import threading
 import time
+from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from dataclasses import dataclass, field
+from itertools import islice
 from typing import Final
 
 from flatshare.cache.host_tier import HostTier, TensorWriter
@@ -29,7 +31,10 @@ __all__ = ["Fetched", "TensorSource"]
 logger = logging.getLogger("flatshare.cache")
 
 PART_BYTES: Final = 8 * 1024**2
-"""Longest ranged GET: what one load holds in memory at a time is this for each GET under way."""
+"""Longest ranged GET, in bytes."""
+
+PARTS_AHEAD: Final = 4
+"""Parts of one load that are under way or wait to be hashed: what it holds in memory is this many."""
 
 GAP_BYTES: Final = 64 * 1024
 """Missing tensors with at most this much between them share a GET: a request costs more than the gap."""
@@ -147,7 +152,8 @@ class TensorSource:
                 while pending and pending[-1].start < start + len(view):
                     tensor = pending[-1]
                     sink = sink or _Sink(record, tensor, tier)
-                    if sink.write(view[tensor.start + sink.written - start : tensor.end - start]):
+                    piece = view[tensor.start + sink.written - start : tensor.end - start]
+                    if sink.write(piece, len(view)):
                         done[tensor.sha256] = sink.finish()
                         sink = None
                         pending.pop()
@@ -168,17 +174,23 @@ class TensorSource:
             for part in ranges:
                 yield part.start, self._read_part(record, part, deadline)
             return
-        futures: list[Future[bytes]] = [
-            self._parts.submit(self._read_part, record, part, deadline) for part in ranges
-        ]
+        ahead: deque[tuple[int, Future[bytes]]] = deque()
+        todo = iter(ranges)
         try:
-            for part, future in zip(ranges, futures, strict=True):
+            while True:
+                for part in islice(todo, PARTS_AHEAD - len(ahead)):
+                    ahead.append((part.start, self._parts.submit(self._read_part, record, part, deadline)))
+                if not ahead:
+                    return
+                start, future = ahead.popleft()
                 try:
-                    yield part.start, future.result(max(deadline - self._clock(), 0))
+                    data = future.result(max(deadline - self._clock(), 0))
                 except TimeoutError:
                     raise _late(record) from None
+                del future  # it would keep the bytes
+                yield start, data
         finally:
-            for future in futures:
+            for _, future in ahead:
                 future.cancel()
 
     def _read_part(self, record: VersionRecord, part: ByteRange, deadline: float) -> bytes:
@@ -222,8 +234,8 @@ class _Sink:
         if self.tier is not None:
             self.writer = self.tier.writer(self.tensor.sha256, self.tensor.size_bytes)
 
-    def write(self, data: memoryview) -> bool:
-        """Take the next bytes; whether the tensor is complete."""
+    def write(self, data: memoryview, part_bytes: int) -> bool:
+        """Take the next bytes, of a part of so many; whether the tensor is complete."""
         self.hashed.update(data)
         whole = not self.written and len(data) == self.tensor.size_bytes
         self.written += len(data)
@@ -233,8 +245,8 @@ class _Sink:
             self.memory = bytearray(partial.read_back()[:before])
             partial.abort()
         if self.writer is None:
-            if whole:
-                self.only = data  # no copy: the part itself is the tensor's memory
+            if whole and 2 * len(data) > part_bytes:
+                self.only = data  # no copy: most of the part is this tensor, and may live as long as it
             else:
                 self.memory = self.memory if self.memory is not None else bytearray()
                 self.memory += data

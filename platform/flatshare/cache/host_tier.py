@@ -91,8 +91,7 @@ class HostTier:
         status = folder.lstat()
         if status.st_uid != os.getuid() or status.st_mode & 0o022:
             raise PermissionError(f"{folder} must belong to this user, and nobody else may write there")
-        for part in (self._root, self._tensors, self._tmp, self._locks):
-            part.mkdir(mode=0o700, exist_ok=True)
+        self._make_folders()
         _remove_other_boots(folder, self._root.name)
         with self._usage_locked() as handle:
             _write_number(handle, self._count())
@@ -113,8 +112,7 @@ class HostTier:
             fcntl.flock(handle, fcntl.LOCK_SH)  # waits at most for an eviction's look at this file
             status = os.fstat(handle)
             if status.st_size != size_bytes:
-                self._discard(digest)
-                return None
+                return None  # the record is wrong, or the file is damaged: publish() puts that right
             if not status.st_nlink:
                 return None  # evicted between the two calls
             os.utime(handle)
@@ -134,8 +132,11 @@ class HostTier:
         The owner may die: then the kernel lets go of the lock and the next one has it.
         """
         path = self._locks / digest
-        deadline = time.monotonic() + timeout_s
-        handle = self._lock_file(path, deadline)
+        try:
+            handle = self._lock_file(path, time.monotonic() + timeout_s)
+        except OSError as error:  # too many open files, or somebody removed our folders
+            self.note_bypass(f"can't be locked: {error.strerror}")
+            handle = None
         try:
             yield handle is not None
         finally:
@@ -148,6 +149,9 @@ class HostTier:
         """A writer for a tensor's bytes; None, and a count, when there is no room for it."""
         taken = _pages(size_bytes)
         path = self._tmp / f"{taken}-{os.getpid()}-{secrets.token_hex(8)}"
+        if taken > self.budget_bytes:
+            self.note_bypass(f"is smaller than one tensor of {size_bytes} bytes")
+            return None
         try:
             # Bytes are set aside and the locked file that stands for them made in one step: whoever
             # counts sees both or neither.
@@ -163,6 +167,8 @@ class HostTier:
                     return TensorWriter(self, digest, path, handle)
         except OSError as error:
             self.note_bypass(f"can't be written: {error.strerror}")
+            with contextlib.suppress(OSError):
+                self._make_folders()  # somebody may have removed them: the next one finds them again
             return None
         self.note_bypass(f"has no room for {size_bytes} bytes: {self.budget_bytes} are in use")
         return None
@@ -170,8 +176,9 @@ class HostTier:
     # -- looking and cleaning
 
     def usage(self) -> HostUsage:
-        """What is held."""
-        with self._usage_locked() as handle:
+        """What is held; waits for whoever counts."""
+        used = 0
+        with contextlib.suppress(OSError), self._usage_locked() as handle:
             used = _read_number(handle)
         return HostUsage(str(self._root), self.budget_bytes, used, self.bypassed)
 
@@ -193,6 +200,10 @@ class HostTier:
         self.bypassed += 1
 
     # -- inside
+
+    def _make_folders(self) -> None:
+        for part in (self._root, self._tensors, self._tmp, self._locks):
+            part.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def _lock_file(self, path: Path, deadline: float) -> int | None:
         while True:
@@ -218,11 +229,16 @@ class HostTier:
         for entry in self._files():
             with contextlib.suppress(FileNotFoundError):
                 ages.append((entry.stat().st_mtime, entry))
+        free: list[tuple[str, int]] = []
         for _, entry in sorted(ages, key=lambda aged: aged[0]):
-            if used <= max(wanted, 0):
+            if used - sum(size for _, size in free) <= max(wanted, 0):
                 break
-            used -= _unlink_unless_mapped(entry.path)
-        return used
+            if not _is_locked(entry.path):
+                with contextlib.suppress(FileNotFoundError):
+                    free.append((entry.path, _pages(entry.stat().st_size)))
+        if used - sum(size for _, size in free) + taken > self.budget_bytes:
+            return used  # what is mapped leaves too little: then nothing goes
+        return used - sum(_unlink_unless_mapped(path) for path, _ in free)
 
     def _count(self) -> int:
         """Bytes of all files and of what living writers have set aside; orphans are removed."""
@@ -315,12 +331,21 @@ class TensorWriter:
             data = None
             if isinstance(error, FileExistsError):
                 data = self._tier.open(self._digest, os.fstat(self._handle).st_size)
+                if data is None:  # damaged: ours takes its place
+                    with contextlib.suppress(OSError):
+                        os.replace(self._path, target)
+                        return self._mapped()
             else:
                 self._tier.note_bypass(f"could not be written: {error.strerror}")
             data = data if data is not None else memoryview(self.read_back())
             self.abort()
             return data
-        os.unlink(self._path)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path)
+        return self._mapped()
+
+    def _mapped(self) -> memoryview:
+        """The published bytes; ends the writer."""
         try:
             fcntl.flock(self._handle, fcntl.LOCK_SH)
             return _view(self._handle)

@@ -69,19 +69,21 @@ class Ledger:
     def choose_victims(
         self,
         candidates: Sequence[Collection[Part]],
-        new_parts: Mapping[Part, int],
+        new_bytes: int,
         *,
         slots: int = 1,
-        reserved_bytes: int = 0,
+        keep: Collection[Part] = (),
     ) -> list[int] | None:
-        """Which candidates must go so that the new parts fit; nothing is changed.
+        """Which candidates must go so that so much fits; nothing is changed.
 
         Parameters
         ----------
         candidates
             Parts of models that may go, the first to go first.
-        slots, reserved_bytes
-            Slots still wanted, and bytes already set aside for the same parts.
+        new_bytes, slots
+            What is wanted.
+        keep
+            Parts that stay, whoever goes: the new model needs them too.
 
         Returns
         -------
@@ -89,7 +91,7 @@ class Ledger:
             Indices into the candidates, empty if there is room; None when all of them together would
             not do. A candidate in front that turns out not to help is spared.
         """
-        trial = _Trial(self, new_parts, slots, reserved_bytes)
+        trial = _Trial(self, new_bytes, slots, keep)
         chosen: list[int] = []
         for index, parts in enumerate(candidates):
             if trial.fits():
@@ -179,36 +181,27 @@ class Ledger:
 class _Trial:
     """What would be free if some models went; a thought, nothing is changed."""
 
-    def __init__(
-        self, ledger: Ledger, new_parts: Mapping[Part, int], slots: int, reserved_bytes: int
-    ) -> None:
+    def __init__(self, ledger: Ledger, new_bytes: int, slots: int, keep: Collection[Part]) -> None:
         self._ledger = ledger
-        self._new_parts = new_parts
-        self._reserved_bytes = reserved_bytes
+        self._keep = keep
         self._slots_short = ledger.slots_taken + slots - ledger.slots
-        self._wanted = ledger.missing_bytes(new_parts)
-        self._freed = 0
+        self._wanted = ledger.held_bytes + ledger.reserved_bytes + new_bytes
         self._drops: Counter[Part] = Counter()
 
     def fits(self) -> bool:
-        if self._slots_short > 0:
-            return False
         budget = self._ledger.budget_bytes
-        taken = self._ledger.held_bytes + self._ledger.reserved_bytes - self._freed
-        return budget is None or taken + max(self._wanted - self._reserved_bytes, 0) <= budget
+        return self._slots_short <= 0 and (budget is None or self._wanted <= budget)
 
     def without(self, parts: Collection[Part]) -> None:
         self._slots_short -= 1
         for part in parts:
             self._drops[part] += 1
-            if self._drops[part] == self._ledger._holders[part]:
-                self._freed += self._ledger._sizes[part]
-                self._wanted += self._new_parts.get(part, 0)  # it would go, and have to come again
+            if self._drops[part] == self._ledger._holders[part] and part not in self._keep:
+                self._wanted -= self._ledger._sizes[part]
 
     def keep(self, parts: Collection[Part]) -> None:
         self._slots_short += 1
         for part in parts:
-            if self._drops[part] == self._ledger._holders[part]:
-                self._freed -= self._ledger._sizes[part]
-                self._wanted -= self._new_parts.get(part, 0)
+            if self._drops[part] == self._ledger._holders[part] and part not in self._keep:
+                self._wanted += self._ledger._sizes[part]
             self._drops[part] -= 1

@@ -213,14 +213,19 @@ class DeviceLoader:
                 new = given[part]
                 assert isinstance(new, torch.Tensor), "hold() gave tensors"
                 shared[part] = self._tensors.setdefault(part, new)
-            named = {name: shared[part] for name, part in parts.items()}
-            stages: list[nn.Module] = []
-            for index, names in enumerate(plan.names):
-                key = (network.name, index, tuple(parts[name] for name in names))
+        named = {name: shared[part] for name, part in parts.items()}
+        stages: list[nn.Module] = []
+        for index, names in enumerate(plan.names):
+            key = (network.name, index, tuple(parts[name] for name in names))
+            with self._sharing:
                 stage = self._stages.get(key)
-                if stage is None:
-                    stage = self._stages[key] = plan.stage(index, named)
-                stages.append(stage)
+            if stage is None:
+                made = plan.stage(
+                    index, named
+                )  # milliseconds: not under the lock, the event loop takes it too
+                with self._sharing:
+                    stage = self._stages.setdefault(key, made)
+            stages.append(stage)
         return Model(tuple(stages), shared)
 
 

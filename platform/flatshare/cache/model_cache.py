@@ -20,13 +20,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+import traceback
 from collections.abc import Awaitable, Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
 from flatshare.cache.failures import FailureMemory
 from flatshare.cache.lease import Lease, Resident
-from flatshare.cache.ledger import Ledger, Reservation
+from flatshare.cache.ledger import Ledger
 from flatshare.cache.loading import Held, Loader, Placed, Prepared
 from flatshare.cache.policy import EvictionPolicy, LeastRecentlyUsed
 from flatshare.cache.room import RoomQueue
@@ -54,6 +55,23 @@ class _Load:
     def abandoned(self) -> bool:
         """Whether all who waited have gone."""
         return all(waiter.done() for waiter in self.waiters)
+
+    def fail(self, error: Exception) -> None:
+        """Tell all who wait."""
+        for waiter in self.waiters:
+            if not waiter.done():
+                waiter.set_exception(_copy(error))
+
+    def check_erased(self, record: VersionRecord) -> None:
+        """Stop a load of something that is gone meanwhile.
+
+        Raises
+        ------
+        NotFound
+            It is.
+        """
+        if self.erased:
+            raise NotFound(f"{record.name} was erased")
 
 
 class ModelCache:
@@ -110,6 +128,7 @@ class ModelCache:
         self._protected: dict[ModelKey, int] = {}
         self._generation = 0
         self._room = RoomQueue()
+        self._closed = False
 
     # -- leasing
 
@@ -184,7 +203,7 @@ class ModelCache:
         if resident is None or not resident.pinned:
             return False
         resident.pinned = False
-        self._room.wake_one()
+        self._room.wake()
         return True
 
     @contextlib.contextmanager
@@ -216,6 +235,12 @@ class ModelCache:
         self._retire(resident_now, evicted=False)
         self._on_change()
         return True
+
+    def withdraw(self, key: ModelKey) -> None:
+        """A version was deleted: free it, and let a load of it that is under way come to nothing."""
+        if key in self._loads:
+            self._loads[key].erased = True
+        self.unload(key)
 
     def quarantine(self, lease: Lease) -> None:
         """Take the slot of a lease out of use: it failed an isolation check.
@@ -256,17 +281,22 @@ class ModelCache:
         self._failures.forget(tenant)
 
     async def close(self, timeout_s: float) -> None:
-        """Stop loads, then free everything; waits up to ``timeout_s`` for leases to end."""
-        tasks = [load.task for load in self._loads.values() if load.task is not None]
+        """Stop loads and begin no more, then free everything; waits up to ``timeout_s`` for leases to end."""
+        self._closed = True
+        loads = list(self._loads.values())
+        tasks = [load.task for load in loads if load.task is not None]
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+        for load in loads:
+            load.fail(NoRoom("the replica is stopping"))  # one that was cancelled before its first step
+        self._loads.clear()
         for resident in list(self._residents.values()):
             self._retire(resident, evicted=False)
         deadline = self._clock() + timeout_s
-        while any(one.leases for one in self._leaving.values()):
-            if not await self._room.wait(deadline - self._clock()):
-                break
+        await self._room.wait(
+            lambda: not any(one.leases for one in self._leaving.values()), deadline - self._clock()
+        )
         self._on_change()
 
     # -- looking
@@ -334,6 +364,8 @@ class ModelCache:
         key = ModelKey.of(record)
         load = self._loads.get(key)
         if load is None or load.erased:
+            if self._closed:
+                raise NoRoom("the replica is stopping")
             self._failures.check(key)
             claimed = self._loader.check(record)
             self._check_ever_fits(record, claimed)
@@ -353,31 +385,50 @@ class ModelCache:
             pass  # nobody waits any more; whoever asks next begins anew
         except BaseException as error:
             self.stats.load_failures += 1
+            _let_go(error)
             failure = error if isinstance(error, Exception) else NoRoom(f"{key}: the replica is stopping")
             self._failures.remember(key, failure)
-            for waiter in load.waiters:
-                if not waiter.done():
-                    waiter.set_exception(_copy(failure))
+            load.fail(failure)
+            del failure
             if not isinstance(error, Exception):
                 raise
         else:
             for waiter in load.waiters:
                 if not waiter.done():
                     waiter.set_result(self._grant(resident, resident.tier))
-            if not resident.leases:
-                self._room.wake_one()  # it can be evicted for a load that waits
             self._on_change()
         finally:
             if self._loads.get(key) is load:
                 del self._loads[key]
+            self._room.wake()  # what this load held, or its resident without a lease, may be room for another
 
     async def _load(self, record: VersionRecord, claimed: Mapping[Part, int], load: _Load) -> Resident:
-        """From the node's own files if they are there, else from the store."""
-        resident = await self._attempt(record, claimed, load, self._loading_local, self._loader.prepare_local)
-        if resident is None:
-            resident = await self._attempt(record, claimed, load, self._loading, self._prepare)
-        assert resident is not None, "the store answers or raises"
-        return resident
+        """Try until there is room, or the time for that is over.
+
+        A load that waits for room holds nothing: neither a place, nor parts that others could free,
+        nor the tensors that it prepared. It begins again when there is room for it, and then finds its
+        bytes on the node.
+        """
+        deadline: float | None = None
+        while True:
+            try:
+                resident = await self._attempt(
+                    record, claimed, load, self._loading_local, self._loader.prepare_local
+                )
+                if resident is None:
+                    resident = await self._attempt(record, claimed, load, self._loading, self._prepare)
+                assert resident is not None, "the store answers or raises"
+                return resident
+            except _NoRoomNow:
+                pass
+            deadline = self._clock() + self._room_timeout_s if deadline is None else deadline
+            if self._clock() >= deadline or not await self._room.wait(
+                lambda: self._could_fit(claimed), deadline - self._clock()
+            ):
+                raise NoRoom(
+                    f"no room for {record.name}: all {self.slots} slots, or their bytes, are in use or "
+                    "pinned; retry, or add slots"
+                )
 
     async def _prepare(self, record: VersionRecord, held: Held) -> Prepared:
         try:
@@ -396,7 +447,13 @@ class ModelCache:
         places: asyncio.Semaphore,
         prepare: Callable[[VersionRecord, Held], Awaitable[Prepared | None]],
     ) -> Resident | None:
-        """One way to load; None when it can't give the bytes. Keeps its place until the model is resident."""
+        """One way to load; None when it can't give the bytes.
+
+        Raises
+        ------
+        _NoRoomNow
+            It is ready, but what is leased or pinned leaves no room.
+        """
         async with places:
             # Callers may have gone while this waited for its turn: a flood of requests that hang up
             # must not fetch, or evict, for nobody. One that has begun is finished (promise 6).
@@ -410,20 +467,17 @@ class ModelCache:
                 prepared = await prepare(record, held)
                 if prepared is None:
                     return None
-                if load.erased:
-                    raise NotFound(f"{record.name} was erased")
-                placed = await self._place(record, prepared, claimed, held)
+                load.check_erased(record)
+                placed = await self._place(record, prepared, claimed, held, counted)
                 if load.erased:
                     self.ledger.drop(placed.parts)
                     self.ledger.free_slot()
-                    self._room.wake_one()
-                    raise NotFound(f"{record.name} was erased")
+                load.check_erased(record)
                 self.stats.loads += 1
                 self.stats.load_times.add(self._clock() - started)
                 return self._admit(record, placed, prepared.tier)
             finally:
-                if self.ledger.drop(counted):
-                    self._room.wake_one()
+                self.ledger.drop(counted)
 
     def _admit(self, record: VersionRecord, placed: Placed, tier: Tier) -> Resident:
         # From here to the grants in _run_load nothing awaits: the slot goes from reserved to resident
@@ -444,52 +498,68 @@ class ModelCache:
         return resident
 
     async def _place(
-        self, record: VersionRecord, prepared: Prepared, claimed: Mapping[Part, int], held: Held
+        self,
+        record: VersionRecord,
+        prepared: Prepared,
+        claimed: Mapping[Part, int],
+        held: Held,
+        counted: Mapping[Part, int],
     ) -> Placed:
         """Make room, put the model there, and count what it really takes."""
-        deadline = self._clock() + self._room_timeout_s
-        await self._make_room(record, claimed, deadline)
-        reservation = self.ledger.reserve(self.ledger.missing_bytes(claimed))
+        # All that will be copied is set aside, also what another model has brought here meanwhile.
+        new_bytes = sum(size for part, size in claimed.items() if part not in counted)
+        self._make_room(new_bytes, slots=1)
+        reservation = self.ledger.reserve(new_bytes)
         try:
             placed = await self._loader.place(record, prepared, held)
             self._check_ever_fits(record, placed.parts)
-            while not self.ledger.grow(reservation, self.ledger.missing_bytes(placed.parts)):
-                await self._make_room(record, placed.parts, deadline, reservation)
+            more = self.ledger.missing_bytes(placed.parts) - reservation.bytes
+            if more > 0:
+                try:
+                    self._make_room(more, slots=0)
+                except _NoRoomNow as error:
+                    raise NoRoom(f"{record.name} takes {more} bytes more than it claimed; retry") from error
+                self.ledger.grow(reservation, reservation.bytes + more)
         except BaseException:
             self.ledger.cancel(reservation)
-            self._room.wake_one()
             raise
         self.ledger.settle(reservation, placed.parts)
         return placed
 
-    async def _make_room(
-        self,
-        record: VersionRecord,
-        parts: Mapping[Part, int],
-        deadline: float,
-        reservation: Reservation | None = None,
-    ) -> None:
-        """Evict until a slot (unless one is reserved) and the parts fit, or wait for leases to end."""
-        slots = 0 if reservation else 1
-        reserved = reservation.bytes if reservation else 0
-        while not self.ledger.fits(slots, self.ledger.missing_bytes(parts) - reserved):
-            keys = [key for key in self._policy.victims() if self._evictable(key)]
-            keys.sort(key=lambda key: key in self._protected)  # stable: protected ones last
-            chosen = self.ledger.choose_victims(
-                [self._residents[key].parts for key in keys], parts, slots=slots, reserved_bytes=reserved
-            )
-            if chosen is not None:
-                for index in chosen:
-                    self._retire(self._residents[keys[index]], evicted=True)
-                    self.stats.evictions += 1
-                if chosen:
-                    self._on_change()
-                return
-            if not await self._room.wait(deadline - self._clock()):
-                raise NoRoom(
-                    f"no room for {record.name}: all {self.slots} slots, or their bytes, are in use or "
-                    "pinned; retry, or add slots"
-                )
+    def _make_room(self, new_bytes: int, *, slots: int) -> None:
+        """Evict what must go so that so much fits, or nothing.
+
+        Raises
+        ------
+        _NoRoomNow
+            What may be evicted would not do.
+        """
+        if self.ledger.fits(slots, new_bytes):
+            return
+        keys = self._candidates()
+        chosen = self.ledger.choose_victims(
+            [self._residents[key].parts for key in keys], new_bytes, slots=slots
+        )
+        if chosen is None:
+            raise _NoRoomNow
+        for index in chosen:
+            self._retire(self._residents[keys[index]], evicted=True)
+            self.stats.evictions += 1
+        self._on_change()
+
+    def _could_fit(self, claimed: Mapping[Part, int]) -> bool:
+        """Whether a new try of a load that waits for room would find it."""
+        new_bytes = self.ledger.missing_bytes(claimed)
+        if self.ledger.fits(1, new_bytes):
+            return True
+        parts = [self._residents[key].parts for key in self._candidates()]
+        return self.ledger.choose_victims(parts, new_bytes, slots=1, keep=claimed) is not None
+
+    def _candidates(self) -> list[ModelKey]:
+        """Who may be evicted, the first to go first; versions whose successor is on the way last."""
+        keys = [key for key in self._policy.victims() if self._evictable(key)]
+        keys.sort(key=lambda key: key in self._protected)
+        return keys
 
     # -- slots
 
@@ -524,7 +594,7 @@ class ModelCache:
         resident.leases -= 1
         if not resident.leases:
             self._free_if_unleased(resident)
-            self._room.wake_one()
+            self._room.wake()
 
     def _retire(self, resident: Resident, *, evicted: bool) -> None:
         """No new leases; freed now, or when the last one ends. Counts until it is freed."""
@@ -543,11 +613,26 @@ class ModelCache:
         del self._leaving[id(resident)]
         self.ledger.drop(resident.parts)
         self.ledger.free_slot()
-        self._room.wake_one()
+        self._room.wake()
 
 
 class _Abandoned(Exception):
     """A load that nobody waits for any more was dropped before it began."""
+
+
+class _NoRoomNow(NoRoom):
+    """A load is ready, but nothing that may be evicted makes room for it at this moment."""
+
+    def __init__(self) -> None:
+        super().__init__("no room now; retry")
+
+
+def _let_go(error: BaseException) -> None:
+    """Clear the frames of a failure: their locals hold tensors, and the error is kept for callers."""
+    seen: BaseException | None = error
+    while seen is not None:
+        traceback.clear_frames(seen.__traceback__)
+        seen = seen.__cause__ or seen.__context__
 
 
 def _copy(error: Exception) -> Exception:

@@ -56,6 +56,7 @@ class _Swap:
     task: asyncio.Task[None] | None = None
     error: str = ""
     retry_at: float = 0.0
+    meant: frozenset[int] = frozenset()
 
 
 class Promotions:
@@ -101,7 +102,7 @@ class Promotions:
                 self._end(key)  # rolled back before it was done
             elif number != swap.number:
                 self._end(key)
-                self._begin(key, swap.old, number)
+                self._begin(key, swap.old, number, new)
         if old is None or new is None:
             return
         for alias, number in new.aliases.items():
@@ -111,7 +112,7 @@ class Promotions:
                 continue
             record = self._cache.record_of(ModelKey(tenant, before))
             if record is not None and not self._cache.is_resident(ModelKey(tenant, number)):
-                self._begin(key, record, number)
+                self._begin(key, record, number, new)
 
     def serving(self, ref: ModelRef) -> VersionRecord | None:
         """The old version that still answers for an alias; None when the ref means what the head says."""
@@ -146,8 +147,8 @@ class Promotions:
         for key in list(self._swaps):
             self._end(key)
 
-    def _begin(self, key: tuple[str, str], old: VersionRecord, number: int) -> None:
-        swap = self._swaps[key] = _Swap(old, number)
+    def _begin(self, key: tuple[str, str], old: VersionRecord, number: int, head: TenantHead) -> None:
+        swap = self._swaps[key] = _Swap(old, number, meant=frozenset(head.aliases.values()))
         swap.task = asyncio.create_task(self._run(key, swap), name=f"swap {key}")
 
     def _end(self, key: tuple[str, str]) -> None:
@@ -176,6 +177,17 @@ class Promotions:
         # The one step of the swap: from here on the alias means what the head says.
         del self._swaps[key]
         self._cache.stats.swaps += 1
-        if self._cache.unpin(old):
-            await self._cache.preload(record, self._timeout_s, pin=True)
         self._on_change()
+        if self._cache.is_pinned(old):
+            await self._move_pin(swap, record)
+
+    async def _move_pin(self, swap: _Swap, record: VersionRecord) -> None:
+        """Who pinned an alias's model wants the alias's model pinned."""
+        old = ModelKey.of(swap.old)
+        try:
+            await self._cache.preload(record, self._timeout_s, pin=True)
+        except Exception as error:  # the old one stays pinned: better one too many than none
+            logger.warning("the pin of %s stays there: %s can't be pinned: %s", old, record.name, error)
+            return
+        if old.version not in swap.meant:
+            self._cache.unpin(old)

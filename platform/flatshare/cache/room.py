@@ -1,42 +1,54 @@
-"""Loads that wait for room, in order: each lease that ends wakes the one that has waited longest."""
+"""Loads that wait for room, in order of their coming."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections import deque
+from collections.abc import Callable
 
 __all__ = ["RoomQueue"]
 
 
 class RoomQueue:
-    """A queue of waiters; must be used on one event loop."""
+    """Waiters, each with the question whether there is room for it; must be used on one event loop.
+
+    Whenever something comes free, :meth:`wake` asks them in order and lets the first go for whom there
+    is room. That one's end is another :meth:`wake`, so nobody sleeps beside room that would do: one that
+    can't use it is passed over, and keeps its place.
+    """
 
     def __init__(self) -> None:
-        self._waiters: deque[asyncio.Future[None]] = deque()
+        self._waiters: list[tuple[asyncio.Future[None], Callable[[], bool]]] = []
 
-    def wake_one(self) -> None:
-        """Room may have come free: let the one that has waited longest look."""
-        while self._waiters:
-            waiter = self._waiters.popleft()
-            if not waiter.done():
+    def wake(self) -> None:
+        """Something may have come free."""
+        for waiter, has_room in self._waiters:
+            if not waiter.done() and has_room():
                 waiter.set_result(None)
                 return
 
-    async def wait(self, timeout_s: float) -> bool:
-        """Wait until room may have come free; False when the time is over."""
+    async def wait(self, has_room: Callable[[], bool], timeout_s: float) -> bool:
+        """Wait until there is room; False when the time is over.
+
+        Parameters
+        ----------
+        has_room
+            Cheap, and without effect: it is asked at each wake.
+        """
+        if has_room():
+            return True
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiters.append(waiter)
+        place = (waiter, has_room)
+        self._waiters.append(place)
+        used = False
         try:
             async with asyncio.timeout(max(timeout_s, 0)):
                 await waiter
+            used = True
         except TimeoutError:
-            return waiter.done() and not waiter.cancelled()  # woken in the very moment
-        except asyncio.CancelledError:
-            if waiter.done() and not waiter.cancelled():
-                self.wake_one()  # the room was meant for us: pass it on
-            raise
+            used = waiter.done() and not waiter.cancelled()  # woken in the very moment
+            return used
         finally:
-            with contextlib.suppress(ValueError):
-                self._waiters.remove(waiter)
+            self._waiters.remove(place)
+            if waiter.done() and not waiter.cancelled() and not used:
+                self.wake()  # cancelled just as it was let go: the room is the next one's
         return True

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
-from collections import deque
+from collections import OrderedDict, deque
 from types import TracebackType
 
 from flatshare.errors import DeadlineExceeded, Overloaded
@@ -13,7 +12,11 @@ __all__ = ["Admission"]
 
 
 class Admission:
-    """Lets ``max_ongoing`` requests in; ``max_queued`` more wait in order; others are refused at once.
+    """Lets ``max_ongoing`` requests in; ``max_queued`` more wait; others are refused at once.
+
+    Fair between tenants: places that come free go round the tenants that wait, and when all waiting
+    places are taken, one of the tenant that has most of them is given to a tenant that has fewer
+    ("longest queue drop", Suter et al., INFOCOM 1998). One that floods fills what nobody else wants.
 
     Must be used on one event loop. :meth:`enter` then :meth:`leave`, or ``async with admission.hold(s)``.
     """
@@ -23,72 +26,100 @@ class Admission:
         self.max_queued = max_queued
         self.ongoing = 0
         self.refused = 0
-        self._waiting: deque[asyncio.Future[None]] = deque()
+        self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
+        self.queued = 0
 
-    @property
-    def queued(self) -> int:
-        """Requests that wait now."""
-        return len(self._waiting)
-
-    def hold(self, timeout_s: float) -> _Hold:
+    def hold(self, timeout_s: float, tenant: str = "") -> _Hold:
         """An async context that is inside while the request is let in."""
-        return _Hold(self, timeout_s)
+        return _Hold(self, timeout_s, tenant)
 
-    async def enter(self, timeout_s: float) -> None:
+    async def enter(self, timeout_s: float, tenant: str = "") -> None:
         """Wait to be let in.
 
         Raises
         ------
         Overloaded
-            ``max_queued`` requests already wait. Raised at once.
+            ``max_queued`` requests already wait, and this tenant has its share of them. Raised at once,
+            or while it waits, when a tenant with fewer comes.
         DeadlineExceeded
             Not let in within ``timeout_s``.
         """
         if self.ongoing < self.max_ongoing:
             self.ongoing += 1
             return
-        if self.queued >= self.max_queued:
+        if self.queued >= self.max_queued and not self._give_up_one_for(tenant):
             self.refused += 1
-            raise Overloaded(
-                f"this replica works on {self.max_ongoing} requests and {self.max_queued} more wait; retry"
-            )
+            raise self._refusal()
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._waiting.append(waiter)
+        self._waiting.setdefault(tenant, deque()).append(waiter)
+        self.queued += 1
         try:
             async with asyncio.timeout(timeout_s):
                 await waiter
         except BaseException as error:
             if waiter.done() and not waiter.cancelled():
-                self.leave()  # let in at the moment of leaving: pass the place on
+                if waiter.exception() is None:
+                    self.leave()  # let in at the moment of leaving: pass the place on
             else:
                 waiter.cancel()
-                with contextlib.suppress(ValueError):
-                    self._waiting.remove(waiter)
+                self._forget(tenant, waiter)
             if isinstance(error, TimeoutError):
                 raise DeadlineExceeded(f"waited {timeout_s:g} s for a free place") from None
             raise
 
     def leave(self) -> None:
-        """Give the place to the request that has waited longest."""
+        """Give the place to the next tenant's request that has waited longest."""
         while self._waiting:
-            waiter = self._waiting.popleft()
+            tenant, waiters = next(iter(self._waiting.items()))
+            self._waiting.move_to_end(tenant)
+            waiter = waiters[0]
+            self._forget(tenant, waiter)
             if not waiter.done():
                 waiter.set_result(None)
                 return
         self.ongoing -= 1
 
+    def _give_up_one_for(self, tenant: str) -> bool:
+        """Refuse the newest request of the tenant that has most waiting, if this one has clearly fewer."""
+        if not self._waiting:
+            return False
+        most = max(self._waiting, key=lambda one: len(self._waiting[one]))
+        if len(self._waiting[most]) <= len(self._waiting.get(tenant, ())) + 1:
+            return False
+        waiter = self._waiting[most][-1]
+        self._forget(most, waiter)
+        if not waiter.done():
+            self.refused += 1
+            waiter.set_exception(self._refusal())
+        return True
+
+    def _forget(self, tenant: str, waiter: asyncio.Future[None]) -> None:
+        waiters = self._waiting.get(tenant)
+        if waiters is None or waiter not in waiters:
+            return
+        waiters.remove(waiter)
+        self.queued -= 1
+        if not waiters:
+            del self._waiting[tenant]
+
+    def _refusal(self) -> Overloaded:
+        return Overloaded(
+            f"this replica works on {self.max_ongoing} requests and {self.max_queued} more wait; retry"
+        )
+
 
 class _Hold:
     """``async with``: enter and leave."""
 
-    __slots__ = ("_admission", "_timeout_s")
+    __slots__ = ("_admission", "_tenant", "_timeout_s")
 
-    def __init__(self, admission: Admission, timeout_s: float) -> None:
+    def __init__(self, admission: Admission, timeout_s: float, tenant: str) -> None:
         self._admission = admission
         self._timeout_s = timeout_s
+        self._tenant = tenant
 
     async def __aenter__(self) -> None:
-        await self._admission.enter(self._timeout_s)
+        await self._admission.enter(self._timeout_s, self._tenant)
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

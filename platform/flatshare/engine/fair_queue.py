@@ -72,7 +72,7 @@ class FairQueue(Generic[J]):
         jobs = self._waiting.get(job.tenant)
         if jobs is None:
             jobs = self._waiting[job.tenant] = deque()
-            self._account[job.tenant] = 0
+            self._account.setdefault(job.tenant, 0)
         jobs.append(job)
         self._size += 1
 
@@ -116,6 +116,8 @@ class FairQueue(Generic[J]):
                     size += job.size
         if tenant in self._waiting:
             self._waiting.move_to_end(tenant)
+            if alone:
+                self._account[tenant] = 0  # nobody waited for it: nothing to make up
         return batch
 
     def _next_tenant(self) -> str:
@@ -123,7 +125,7 @@ class FairQueue(Generic[J]):
         while True:
             tenant, jobs = next(iter(self._waiting.items()))
             self._account[tenant] += self._quantum
-            if self._account[tenant] >= min(jobs[0].size, self.max_rows):
+            if self._account[tenant] >= jobs[0].size:
                 return tenant
             self._waiting.move_to_end(tenant)
 
@@ -134,7 +136,11 @@ class FairQueue(Generic[J]):
         self._forget_if_empty(job.tenant)
 
     def _forget_if_empty(self, tenant: str) -> None:
-        """A tenant with nothing to run saves nothing up, and its debt is forgotten (as in the paper)."""
+        """A tenant with nothing to run saves nothing up, but keeps its debt until nobody waits any more."""
         if not self._waiting[tenant]:
             del self._waiting[tenant]
-            del self._account[tenant]
+            self._account[tenant] = min(self._account[tenant], 0)
+            if not self._account[tenant]:
+                del self._account[tenant]
+        if not self._waiting:
+            self._account.clear()

@@ -9,7 +9,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import threading
+import traceback
 from collections.abc import Hashable, Sequence
 from dataclasses import dataclass, field
 from typing import Final
@@ -24,6 +26,8 @@ from flatshare.engine.passes import forward
 from flatshare.errors import IsolationBroken, ModelFailed, ServeError
 
 __all__ = ["MAX_BATCH_ROWS", "Inference"]
+
+logger = logging.getLogger("flatshare.engine")
 
 MAX_BATCH_ROWS: Final = 64
 """Rows at which a pass is full. On one core ``mnist-cnn`` (channels-last) gives 4,300 images/s at 16 rows,
@@ -225,9 +229,11 @@ def _joined(block: Sequence[_Job]) -> torch.Tensor:
 
 def _failure(job: _Job, error: Exception) -> Exception:
     if isinstance(error, ServeError):
-        return error
+        return error.with_traceback(None)
     failed = ModelFailed(f"{job.lease.record.name} failed in its forward pass")
-    failed.__cause__ = error
+    # Told here, as text, and kept without its frames: they hold the batch, and with it the model.
+    logger.error("%s\n%s", failed.message, "".join(traceback.format_exception(error)))
+    failed.__cause__ = error.with_traceback(None)
     return failed
 
 

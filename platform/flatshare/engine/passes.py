@@ -37,28 +37,25 @@ def forward(models: Sequence[Model], rows: Sequence[torch.Tensor]) -> list[torch
     logits: list[torch.Tensor] = [torch.empty(0)] * len(models)
     # Neighbours share the longest prefix; the sort is stable, so equal models keep their order.
     order = sorted(range(len(models)), key=lambda index: tuple(map(id, models[index].stages)))
-
-    def run(indices: Sequence[int], inputs: torch.Tensor, depth: int) -> None:
-        while True:
-            stages = models[indices[0]].stages
-            last = models[indices[-1]].stages
-            if depth == len(stages) == len(last):
-                sizes = [len(rows[index]) for index in indices]
-                for index, part in zip(indices, torch.split(inputs, sizes), strict=True):
-                    logits[index] = part
-                return
-            if stages[depth] is not last[depth]:  # sorted: if the ends agree, so do all between
-                break
-            inputs = stages[depth](inputs)
+    inputs = rows[order[0]] if len(order) == 1 else torch.cat([rows[index] for index in order])
+    todo = [(order, inputs, 0)]
+    # A loop, not a nested function that calls itself: that would be a cycle, and keep every model that
+    # ever ran alive until the cycle collector comes by.
+    while todo:
+        indices, inputs, depth = todo.pop()
+        first, last = models[indices[0]].stages, models[indices[-1]].stages
+        while depth < len(first) and first[depth] is last[depth]:  # sorted: if the ends agree, so do all
+            inputs = first[depth](inputs)
             depth += 1
+        if depth == len(first):
+            sizes = [len(rows[index]) for index in indices]
+            for index, part in zip(indices, torch.split(inputs, sizes), strict=True):
+                logits[index] = part
+            continue
         start = 0
         for _, group in groupby(indices, key=lambda index: id(models[index].stages[depth])):
             together = list(group)
             size = sum(len(rows[index]) for index in together)
-            run(together, inputs[start : start + size], depth)
+            todo.append((together, inputs[start : start + size], depth))
             start += size
-
-    first = order[0]
-    inputs = rows[first] if len(order) == 1 else torch.cat([rows[index] for index in order])
-    run(order, inputs, 0)
     return logits

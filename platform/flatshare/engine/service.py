@@ -139,7 +139,7 @@ class InferenceService:
                     try:
                         if lease.record.digest != version.digest:
                             raise IsolationBroken(f"the slot of {version.name} holds other weights")
-                        async with self.admission.hold(self._timeout_s):
+                        async with self.admission.hold(self._timeout_s, ref.tenant):
                             logits = await self._inference.run(lease, rows)
                     except IsolationBroken:
                         logger.exception("isolation: %s", lease.receipt)

@@ -56,16 +56,22 @@ def probe_logits(network: Architecture, weights: bytes | memoryview) -> tuple[fl
     try:
         model = Model(tuple(plan.stage(index, tensors) for index in range(len(plan.names))))
         logits = _run(network, model, torch.device("cpu"))
+        if not np.isfinite(logits).all():
+            raise ModelFailed(
+                f"the weights give logits that are not finite: a damaged or diverged {network.name}"
+            )
+        whole = network.build().eval()
+        whole.load_state_dict(tensors)
+        if not _close(logits, _run(network, Model((whole,)), torch.device("cpu"))):
+            raise ModelFailed(
+                f"{network.name} in stages does not answer as {network.name} in one: report this"
+            )
     except ModelFailed:
         raise
     except Exception as error:  # whatever an operator's own network raises
         raise ModelFailed(
             f"the weights do not run in {network.name}: {type(error).__name__}: {error}"
         ) from error
-    if not np.isfinite(logits).all():
-        raise ModelFailed(
-            f"the weights give logits that are not finite: a damaged or diverged {network.name}"
-        )
     return tuple(float(value) for value in logits)
 
 
@@ -85,11 +91,13 @@ def check_probe(network: Architecture, record: VersionRecord, model: Model, devi
         found = _run(network, model, device)
     except Exception as error:  # whatever an operator's own network raises
         raise ModelFailed(f"{record.name} does not run: {type(error).__name__}") from error
-    wanted = np.array(record.probe_logits, dtype=np.float32)
-    if found.shape != wanted.shape or not np.allclose(
-        found, wanted, rtol=0, atol=PROBE_TOLERANCE * max(1.0, float(np.abs(wanted).max()))
-    ):
+    if not _close(found, np.array(record.probe_logits, dtype=np.float32)):
         raise ModelFailed(f"{record.name} does not answer its probe as it did when it was registered")
+
+
+def _close(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> bool:
+    tolerance = PROBE_TOLERANCE * max(1.0, float(np.abs(wanted).max(initial=0)))
+    return found.shape == wanted.shape and bool(np.allclose(found, wanted, rtol=0, atol=tolerance))
 
 
 def _run(network: Architecture, model: Model, device: torch.device) -> NDArray[np.float32]:

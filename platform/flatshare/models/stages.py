@@ -111,9 +111,12 @@ def _plan(name: str, build: object) -> Plan:
     state = {id(tensor) for tensor in module.state_dict(keep_vars=True).values()}
     if any(id(tensor) not in state for tensor in [*module.parameters(), *module.buffers()]):
         raise ModelFailed(f"architecture {name} has buffers that no weights file fills (persistent=False)")
-    children = list(module.named_children()) if type(module) is nn.Sequential else []
+    # Not named_children(): it leaves out a module that comes a second time, a shared ReLU say.
+    children = [*module._modules.items()] if type(module) is nn.Sequential else []
     groups: list[list[tuple[str, nn.Module]]] = []
     for child_name, child in children:
+        if child is None:
+            continue
         if not groups or (child.state_dict() and any(part.state_dict() for _, part in groups[-1])):
             groups.append([])
         groups[-1].append((child_name, child))

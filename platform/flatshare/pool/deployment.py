@@ -194,7 +194,7 @@ class ClassifierPool:
             held_bytes=self._cache.ledger.held_bytes,
             reserved_bytes=self._cache.ledger.reserved_bytes,
             device_memory=self._device.memory(),
-            host=self._host_tier.usage() if self._host_tier is not None else None,
+            host=await asyncio.to_thread(self._host_tier.usage) if self._host_tier is not None else None,
             loading=[str(key) for key in self._cache.loading],
             swaps=self._promotions.snapshot(),
             passes=self._inference.passes,
@@ -216,6 +216,9 @@ class ClassifierPool:
         for record in self._cache.resident_records():
             if record.tenant == parsed and (head is None or record.version not in head.versions):
                 self._cache.unload(ModelKey.of(record))
+        for key in self._cache.loading:
+            if key.tenant == parsed and (head is None or key.version not in head.versions):
+                self._cache.withdraw(key)
         # A promotion is told as done when this replica has swapped, or can't.
         await self._promotions.settled(tenant, SWAP_WAIT_S)
         self._advertiser.changed()

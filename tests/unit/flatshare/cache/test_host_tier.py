@@ -6,6 +6,7 @@ import errno
 import fcntl
 import hashlib
 import os
+import shutil
 import subprocess
 import sys
 import threading
@@ -65,8 +66,10 @@ def test_what_is_not_there_or_has_another_length_is_a_miss(tier: HostTier) -> No
     os.chmod(tier.path(name(data)), 0o600)
     os.truncate(tier.path(name(data)), BIG - 1)
     assert tier.open(name(data), BIG) is None
-    assert tier.digests() == [], "a damaged file is removed"
-    assert tier.usage().used_bytes == 0
+    again = publish(tier, data)  # who fetches it anew puts it right
+    assert again is not None
+    assert bytes(again) == data
+    assert tier.open(name(data), BIG) is not None
 
 
 def test_nothing_is_visible_before_it_is_published(tier: HostTier) -> None:
@@ -99,6 +102,49 @@ def test_a_mapped_file_is_not_evicted_and_too_much_is_not_taken(tier: HostTier, 
     mapped.pop()
     assert publish(tier, content(9)) is not None
     assert name(content(4)) not in tier.digests()
+
+
+def test_a_tensor_that_can_never_fit_and_one_that_mapped_files_leave_no_room_for_evict_nothing(
+    tier: HostTier,
+) -> None:
+    mapped = publish(tier, content(0))
+    for number in range(1, 5):
+        publish(tier, content(number))
+    assert tier.writer("ab" * 32, tier.budget_bytes + 1) is None
+    assert tier.writer("ab" * 32, 5 * BIG) is None
+    assert len(tier.digests()) == 5
+    assert mapped is not None
+
+
+def test_a_tier_whose_folders_were_removed_is_gone_without_and_found_again(
+    tier: HostTier, tmp_path: Path
+) -> None:
+    shutil.rmtree(tmp_path / "tier")
+    with tier.fetching("ab" * 32, 1) as ours:
+        assert not ours
+    assert tier.open("ab" * 32, 1) is None
+    assert publish(tier, content(1)) is None
+    assert tier.usage().bypassed == 2
+    assert publish(tier, content(1)) is not None
+
+
+def test_what_is_published_while_somebody_counts_is_never_missed(
+    tier: HostTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = content(1)
+    writer = tier.writer(name(data), BIG)
+    assert writer is not None
+    writer.write(memoryview(data))
+    files = tier._files
+    kept = []
+
+    def published_meanwhile():  # type: ignore[no-untyped-def]  # as _files
+        if not kept:
+            kept.append(writer.publish())
+        return files()
+
+    monkeypatch.setattr(tier, "_files", published_meanwhile)
+    assert tier._count() >= BIG
 
 
 def test_an_orphan_of_a_killed_writer_is_swept_and_a_living_ones_is_not(

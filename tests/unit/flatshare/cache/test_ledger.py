@@ -47,16 +47,16 @@ def test_a_victim_whose_parts_others_hold_frees_nothing() -> None:
     sharers = [resident(ledger, "xa"), resident(ledger, "xb"), resident(ledger, "xc")]
     assert ledger.held_bytes == 40
     # 30 bytes come free only when all three go: x is held by each of them.
-    assert ledger.choose_victims(sharers, parts("123")) == [0, 1, 2]
-    assert ledger.choose_victims(sharers, parts("12")) == [0, 1]
-    assert ledger.choose_victims(sharers[:1], parts("12")) is None
+    assert ledger.choose_victims(sharers, 40) == [0, 1, 2]
+    assert ledger.choose_victims(sharers, 20) == [0, 1]
+    assert ledger.choose_victims(sharers[:1], 20) is None
 
 
-def test_what_the_new_model_shares_with_a_victim_would_have_to_come_again() -> None:
+def test_what_the_new_model_needs_too_is_not_counted_as_freed() -> None:
     ledger = Ledger(10, 30)
     victim = resident(ledger, "xyz")
-    assert ledger.choose_victims([victim], parts("xab")) == [0]
-    assert ledger.choose_victims([victim], parts("xabc")) is None
+    assert ledger.choose_victims([victim], 20, keep=parts("x")) == [0]
+    assert ledger.choose_victims([victim], 30, keep=parts("x")) is None
 
 
 sets = st.lists(st.sets(st.sampled_from("abcdefgh"), min_size=1, max_size=4), min_size=1, max_size=5)
@@ -84,7 +84,7 @@ def test_the_choice_is_enough_needed_and_found_if_there_is_one(
         together = {part for one in left for part in one} | set(new)
         return len(left) + 1 <= slots and 10 * len(together) <= budget
 
-    chosen = ledger.choose_victims(residents, new)
+    chosen = ledger.choose_victims(residents, ledger.missing_bytes(new), keep=new)
     every = [
         gone for n in range(len(residents) + 1) for gone in itertools.combinations(range(len(residents)), n)
     ]

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import gc
+import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -15,8 +17,11 @@ from flatshare.cache import fetch as fetch_module
 from flatshare.cache.device import CpuDevice, device_budget
 from flatshare.cache.fetch import TensorSource
 from flatshare.cache.host_tier import HostTier
+from flatshare.cache.ledger import Ledger
 from flatshare.cache.loading import DeviceLoader
-from flatshare.cache.tiers import Tier
+from flatshare.cache.model_cache import ModelCache
+from flatshare.cache.tiers import ModelKey, Tier
+from flatshare.engine.inference import Inference
 from flatshare.errors import ModelFailed
 from flatshare.models.architecture import architecture
 from flatshare.models.probe import probe_logits
@@ -212,6 +217,75 @@ async def test_what_nobody_holds_any_more_is_freed(
         assert loader.hold(record) == {}
     finally:
         gc.enable()
+
+
+async def test_what_a_failed_load_had_is_freed_too(
+    store: CountingStore, record: VersionRecord, threads: ThreadPoolExecutor
+) -> None:
+    loader = loader_of(TensorSource(store), threads)
+    cache = ModelCache(ledger=Ledger(2, None), loader=loader)
+    assert record.probe_logits is not None
+    wrong = record.model_copy(update={"probe_logits": tuple(v + 0.5 for v in record.probe_logits)})
+    gc.collect()
+    gc.disable()
+    try:
+        with pytest.raises(ModelFailed, match="probe"):
+            await cache.lease(wrong, 5)
+        assert loader.hold(record) == {}
+    finally:
+        gc.enable()
+
+
+async def test_a_pass_and_a_failed_pass_leave_nothing_behind(
+    store: CountingStore, record: VersionRecord, threads: ThreadPoolExecutor
+) -> None:
+    loader = loader_of(TensorSource(store), threads)
+    cache = ModelCache(ledger=Ledger(2, None), loader=loader)
+    inference = Inference(torch.device("cpu"))
+    gc.collect()
+    gc.disable()
+    try:
+        for good in (True, False):
+            with await cache.lease(record, 5) as lease:
+                if good:
+                    await inference.run(lease, ROWS.numpy())
+                else:
+                    with pytest.raises(ModelFailed):
+                        await inference.run(lease, ROWS.numpy()[:, :, :5, :5])
+            await asyncio.sleep(0)
+            cache.unload(ModelKey.of(record))
+            for _ in range(100):  # the thread lets go of its batch just after it has answered
+                if not loader.hold(record):
+                    break
+                await asyncio.sleep(0.01)
+            assert (loader.hold(record), cache.ledger.held_bytes) == ({}, 0)
+    finally:
+        gc.enable()
+        inference.close()
+
+
+async def test_a_small_tensor_does_not_keep_the_part_it_came_in(
+    store: CountingStore, record: VersionRecord
+) -> None:
+    fetched = TensorSource(store).read(record, [one.name for one in record.tensors], 5)
+    kept = {one.name: fetched.data[one.sha256].nbytes for one in record.tensors}
+    bases = {id(fetched.data[one.sha256].obj): one.name for one in record.tensors}
+    assert kept["fc1.weight"] == 4_718_592
+    assert len(bases) == len(record.tensors), "no two share the memory of one answer"
+
+
+def test_a_large_download_holds_a_few_parts_at_a_time(
+    store: CountingStore, record: VersionRecord, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(fetch_module, "PART_BYTES", 100_000)
+    ahead = []
+    with ThreadPoolExecutor(2) as parts:
+        source = TensorSource(store, None, parts)
+        ranges = fetch_module._ranges(sorted(record.tensors, key=lambda one: one.start))
+        for number, _ in enumerate(source._read_parts(record, ranges, time.monotonic() + 60)):
+            ahead.append(len(store.gets) - number - 1)
+    assert len(ranges) == 48
+    assert max(ahead) <= fetch_module.PARTS_AHEAD
 
 
 async def test_large_weights_come_in_parts_side_by_side_and_tensors_span_them(

@@ -558,6 +558,88 @@ async def test_what_a_load_counts_on_is_not_evicted_under_it(loader: FakeLoader)
     assert (held(cache), cache.ledger.held_bytes) == ({"c", "gated-b"}, 40)
 
 
+async def test_one_lease_that_ends_lets_in_all_for_whom_there_is_room(loader: FakeLoader) -> None:
+    cache = make(loader, slots=10, budget=100, room_timeout_s=5, load_concurrency=8)
+    loader.parts["big"] = dict.fromkeys(share("big"), 100)
+    lease = await cache.lease(version("big"), 5)
+    loader.parts |= {f"small-{n}": share(f"s{n}") for n in range(4)}
+    waiting = [asyncio.create_task(cache.lease(version(f"small-{n}"), 5)) for n in range(4)]
+    await settle()
+    lease.release()
+    for one in await asyncio.wait_for(asyncio.gather(*waiting), 2):
+        one.release()
+
+
+async def test_one_that_does_not_fit_does_not_hold_up_others(loader: FakeLoader) -> None:
+    cache = make(loader, slots=10, budget=100, room_timeout_s=60, load_concurrency=2)
+    loader.parts["leased"] = dict.fromkeys(share("leased"), 50)
+    lease = await cache.lease(version("leased"), 5)
+    for number in range(3):
+        loader.parts[f"large-{number}"] = dict.fromkeys(share(f"l{number}"), 80)
+    large = [asyncio.create_task(use(cache, f"large-{n}")) for n in range(3)]
+    await settle()
+    await asyncio.wait_for(use(cache, "a", "b"), 2)  # there is room for these beside the leased one
+    fetches = len(loader.fetches)
+    await use(cache, "a", "b", "a", "b")
+    assert len(loader.fetches) == fetches, "those that wait do not fetch again and again"
+    lease.release()
+    await asyncio.wait_for(asyncio.gather(*large), 2)
+
+
+async def test_loads_that_wait_for_room_do_not_hold_what_the_other_needs(loader: FakeLoader) -> None:
+    cache = make(loader, slots=10, budget=60, room_timeout_s=5, load_concurrency=4)
+    for name in "xy":
+        loader.parts[name] = {**dict.fromkeys(share(f"base-{name}"), 25), **share(f"head-{name}")}
+        loader.parts[f"{name}2"] = {**loader.parts[name], **dict.fromkeys(share(f"more-{name}"), 20)}
+        del loader.parts[f"{name}2"][Part(f"head-{name}", "F32", (1,))]
+    await use(cache, "x")
+    holder = await cache.lease(version("x"), 5)
+    waiting = [asyncio.create_task(use(cache, name)) for name in ("y", "y2", "x2")]
+    await settle()
+    holder.release()
+    await asyncio.wait_for(asyncio.gather(*waiting), 3)
+
+
+async def test_a_failed_load_wakes_who_waits_for_what_it_held(loader: FakeLoader) -> None:
+    cache = make(loader, slots=10, budget=40, room_timeout_s=5, load_concurrency=4)
+    loader.parts |= {
+        "a": dict.fromkeys(share("base"), 30),
+        "gated-b": {**dict.fromkeys(share("base"), 30), **share("own")},
+        "c": dict.fromkeys(share("c"), 40),
+    }
+    await use(cache, "a")
+    loader.errors["gated-b"] = Corrupt("bad")
+    failing = asyncio.create_task(cache.lease(version("gated-b"), 5))
+    await settle()
+    waiting = asyncio.create_task(cache.lease(version("c"), 5))
+    await settle()
+    loader.gate("gated-b").set()
+    with pytest.raises(Corrupt):
+        await failing
+    (await asyncio.wait_for(waiting, 2)).release()
+
+
+async def test_closing_fails_who_waits_also_for_a_load_that_has_not_begun(loader: FakeLoader) -> None:
+    cache = make(loader)
+    waiter = cache._wait_for_load(version("a"))
+    await cache.close(1)
+    with pytest.raises(NoRoom, match="stopping"):
+        await asyncio.wait_for(waiter, 1)
+    with pytest.raises(NoRoom, match="stopping"):
+        await cache.lease(version("b"), 1)
+
+
+async def test_a_version_withdrawn_while_it_loads_never_becomes_resident(loader: FakeLoader) -> None:
+    cache = make(loader)
+    loading = asyncio.create_task(cache.lease(version("gated-a"), 5))
+    await settle()
+    cache.withdraw(ModelKey("gated-a", 1))
+    loader.gate("gated-a").set()
+    with pytest.raises(NotFound):
+        await loading
+    assert (held(cache), cache.occupied, cache.ledger.held_bytes) == (set(), 0, 0)
+
+
 # -- pins, quarantine, erasure, the node's own files
 
 

@@ -230,6 +230,27 @@ async def test_a_pin_moves_to_the_promoted_version(world: World) -> None:
     assert world.cache.is_pinned(ModelKey("acme", two))
 
 
+async def test_a_pin_stays_where_another_alias_still_needs_it(world: World) -> None:
+    world.register(1)
+    canary = AliasName("canary")
+    await world.promote(1, canary)
+    await world.cache.preload(await world.view.resolve(ModelRef.parse("acme"), 5), 5, pin=True)
+    await world.promote(world.register(2), canary)
+    await world.promotions.settled("acme", 5)
+    assert world.cache.is_pinned(ModelKey("acme", 1)), "production still means it"
+    assert world.cache.is_pinned(ModelKey("acme", 2))
+
+
+@pytest.mark.parametrize("world", [2], indirect=True)
+async def test_a_pin_that_can_not_move_stays(world: World) -> None:
+    world.register(1)
+    await world.cache.preload(await world.view.resolve(ModelRef.parse("acme"), 5), 5, pin=True)
+    await world.promote(world.register(2))
+    await world.promotions.settled("acme", 5)
+    assert await world.serves() == 2
+    assert world.cache.is_pinned(ModelKey("acme", 1))
+
+
 async def test_aliases_swap_apart_from_each_other(world: World) -> None:
     world.register(1)
     canary = AliasName("canary")

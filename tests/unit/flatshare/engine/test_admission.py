@@ -68,3 +68,28 @@ async def test_hold_leaves_on_errors() -> None:
             assert admission.ongoing == 1
             raise ValueError
     assert admission.ongoing == 0
+
+
+async def test_one_tenants_flood_does_not_take_the_places_of_others() -> None:
+    admission = Admission(1, 10)
+    await admission.enter(5, "flood")
+    flood = [asyncio.create_task(admission.enter(5, "flood")) for _ in range(10)]
+    await asyncio.sleep(0)
+    assert admission.queued == 10
+    small = [asyncio.create_task(admission.enter(5, "small")) for _ in range(3)]
+    for _ in range(3):
+        await asyncio.sleep(0)
+    refused = [task for task in flood if task.done()]
+    assert len(refused) == 3
+    assert all(isinstance(task.exception(), Overloaded) for task in refused)
+    with pytest.raises(Overloaded):
+        await admission.enter(5, "flood")
+    for _ in range(2):  # places that come free go round
+        admission.leave()
+        await asyncio.sleep(0)
+    assert sum(task.done() for task in small) == 1
+    for _ in range(9):
+        admission.leave()
+        await asyncio.sleep(0)
+    assert all(task.done() for task in (*small, *flood))
+    assert (admission.queued, admission.ongoing) == (0, 0)

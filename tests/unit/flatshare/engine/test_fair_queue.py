@@ -69,6 +69,28 @@ def test_large_requests_pay_for_their_size() -> None:
     assert order[:10].count("small") >= 7
 
 
+def test_one_huge_request_at_a_time_gets_no_more_than_its_share() -> None:
+    queue: FairQueue[Job] = FairQueue(64, quantum_rows=16)
+    names = ("b", "c", "d")
+    fill(queue, Job("huge", 1024), *(Job(name) for name in names for _ in range(40)))
+    served: Counter[str] = Counter()
+    while served["b"] < 3000:
+        for job in queue.take():
+            served[job.tenant] += job.size
+            queue.put(Job(job.tenant, job.size))  # a closed loop: the next comes when one is done
+    assert served["huge"] <= 3000 + 1024 + 64
+
+
+def test_a_tenant_that_was_alone_for_long_owes_nobody() -> None:
+    queue: FairQueue[Job] = FairQueue(64, quantum_rows=16)
+    fill(queue, *(Job("first") for _ in range(1000)))
+    for _ in range(10):
+        queue.take()
+    fill(queue, *(Job("second") for _ in range(100)))
+    order = [queue.take()[0].tenant for _ in range(4)]
+    assert order.count("first") == 2
+
+
 def test_a_new_tenant_waits_for_one_turn_of_each_other_at_most() -> None:
     queue: FairQueue[Job] = FairQueue(64, quantum_rows=16)
     fill(queue, *(Job("flood") for _ in range(500)), Job("b"))

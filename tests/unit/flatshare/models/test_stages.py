@@ -45,6 +45,21 @@ def test_dense_layers_are_the_tensors_given_and_not_copies() -> None:
     assert stage.get_parameter("0.weight").data_ptr() == tensors["fc1.weight"].data_ptr()
 
 
+def test_a_module_that_comes_twice_runs_twice() -> None:
+    def build() -> nn.Module:
+        act = nn.Tanh()
+        return nn.Sequential(nn.Flatten(), nn.Linear(784, 16), act, nn.Linear(16, 10), act)
+
+    network = replace(architecture("mnist-cnn"), name="twice", build=build)
+    module = build()
+    state = module.state_dict()
+    plan = plan_of(network)
+    model = Model(tuple(plan.stage(index, state) for index in range(len(plan.names))))
+    rows = torch.rand(3, 1, 28, 28)
+    with torch.inference_mode():
+        torch.testing.assert_close(model(rows), module(rows))
+
+
 def test_a_network_that_is_no_sequential_is_one_stage() -> None:
     class Odd(nn.Module):
         def __init__(self) -> None:
