@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import asyncio
 import contextlib
 import itertools
 import json
@@ -22,7 +21,7 @@ import httpx
 import numpy as np
 from numpy.typing import NDArray
 
-from flatshare.bench.load import Load, Outcome, send_all
+from flatshare.bench.load import Load, Outcome, run_load
 from flatshare.bench.report import summarise
 from flatshare.bench.workload import Shot, encode_json, zipf_shares
 from flatshare.cli.fleet import print_fleet
@@ -271,13 +270,11 @@ def send_mix(url: str, customers: list[Customer], count: int) -> list[Outcome]:
             yield Shot(customer.tenant, body, (int(customer.expected[row]),))
 
     with progress_bar("requests") as progress:
-        return asyncio.run(
-            send_all(
-                f"{url}/predict",
-                shots(),
-                Load(requests=count, concurrency=8),
-                lambda done: progress(done, count),
-            )
+        return run_load(
+            f"{url}/predict",
+            shots(),
+            Load(requests=count, concurrency=8),
+            lambda done: progress(done, count),
         )
 
 

@@ -22,10 +22,14 @@ from flatshare.api.http import (
     REQUEST_ID_HEADER,
     install_error_handlers,
     read_body,
+    request_id_of,
 )
 from flatshare.api.identity import identify
+from flatshare.api.oip import add_oip_routes
 from flatshare.api.payload import decode_images, decode_json, decode_pixels
 from flatshare.api.schemas import MODEL_ID_HEADER, PredictReply, PredictRequest
+from flatshare.api.stream import LinesResponse, answers, lines_of
+from flatshare.api.tensors import DTYPE_HEADER, SHAPE_HEADER, decode_npy, decode_octets
 from flatshare.engine.service import Authorize, InferenceService, Prediction
 from flatshare.errors import BadInput
 from flatshare.models.architecture import Architecture
@@ -35,6 +39,8 @@ __all__ = ["create_app"]
 
 _ABOUT: Final = """Many customers, one pool of replicas. Name your model in the
 `serve_multiplexed_model_id` header: `acme` (what is in production), `acme:canary`, or `acme@7`."""
+
+NDJSON: Final = "application/x-ndjson"
 
 _BINARY: Final = {"schema": {"type": "string", "format": "binary"}}
 
@@ -61,7 +67,13 @@ def create_app(service: InferenceService, *, replica: str, max_body_bytes: int, 
     async def predict(request: Request) -> Response:
         ref, authorize, body = await body_for(request)
 
+        kind = request.headers.get("content-type")
+
         def decode(network: Architecture) -> NDArray[np.float32]:
+            if kind == "application/octet-stream":
+                return decode_octets(body, request.headers, network, max_rows)
+            if kind == "application/x-npy":
+                return decode_npy(body, network, max_rows)
             return decode_json(body, network.input, max_rows)
 
         return _reply(await service.predict(ref, authorize, decode), replica)
@@ -73,9 +85,19 @@ def create_app(service: InferenceService, *, replica: str, max_body_bytes: int, 
     body_of_predict = {
         "requestBody": {
             "required": True,
-            "content": {"application/json": {"schema": PredictRequest.model_json_schema()}},
+            "content": {
+                "application/json": {"schema": PredictRequest.model_json_schema()},
+                "application/octet-stream": _BINARY,
+                "application/x-npy": _BINARY,
+            },
         },
-        "parameters": [_model_id_parameter()],
+        "parameters": [
+            _model_id_parameter(),
+            _header_parameter(
+                DTYPE_HEADER, "Of an octet-stream: uint8 pixels (default) or float32.", "float32"
+            ),
+            _header_parameter(SHAPE_HEADER, "Of an octet-stream: its shape.", "64,1,28,28"),
+        ],
     }
     for path, name in (("/predict", "predict"), ("/", "predict_at_root")):
         app.post(path, operation_id=name, openapi_extra=body_of_predict, **documented)(predict)
@@ -120,6 +142,36 @@ def create_app(service: InferenceService, *, replica: str, max_body_bytes: int, 
 
         return _reply(await service.predict(ref, authorize, decode), replica)
 
+    @app.post(
+        "/predict/stream",
+        operation_id="predict_stream",
+        response_class=LinesResponse,
+        responses={200: {"content": {NDJSON: {}}}, **ERROR_REPLIES},
+        openapi_extra={
+            "requestBody": {"required": True, "content": {NDJSON: {"schema": {"type": "string"}}}},
+            "parameters": [_model_id_parameter()],
+        },
+    )
+    async def stream(request: Request) -> LinesResponse:
+        """Many requests in one: a JSON object a line in, a line out for each as it is ready."""
+        ref, caller = ModelRef.parse(model_id_of(request)), identify(request.headers)
+        caller.authorize(ref)
+
+        async def predict_line(line: bytes) -> Prediction:
+            return await service.predict(
+                ref, caller.authorize, lambda network: decode_json(line, network.input, max_rows)
+            )
+
+        lines = lines_of(request.stream(), max_body_bytes)
+        return LinesResponse(answers(lines, predict_line, request_id_of(request)), media_type=NDJSON)
+
+    add_oip_routes(
+        app,
+        service,
+        lambda prediction: _headers_of(prediction, replica),
+        max_body_bytes=max_body_bytes,
+        max_rows=max_rows,
+    )
     return HotRoutes(app, {"/predict": predict, "/": predict})
 
 
@@ -158,18 +210,22 @@ async def _parts(request: Request, body: bytes, max_files: int) -> list[bytes]:
 
 
 def _reply(prediction: Prediction, replica: str) -> Response:
-    version = prediction.version
     return Response(
-        orjson.dumps({"predicted_label": prediction.labels.tolist()}),
-        headers={
-            "x-flatshare-tenant": version.tenant,
-            "x-flatshare-version": str(version.version),
-            "x-flatshare-digest": version.digest,
-            "x-flatshare-tier": prediction.tier.value,
-            "x-flatshare-replica": replica,
-        },
+        orjson.dumps({"predicted_label": prediction.label_list()}),
+        headers=_headers_of(prediction, replica),
         media_type="application/json",
     )
+
+
+def _headers_of(prediction: Prediction, replica: str) -> dict[str, str]:
+    version = prediction.version
+    return {
+        "x-flatshare-tenant": version.tenant,
+        "x-flatshare-version": str(version.version),
+        "x-flatshare-digest": version.digest,
+        "x-flatshare-tier": prediction.tier.value,
+        "x-flatshare-replica": replica,
+    }
 
 
 def _reply_headers() -> dict[str, Any]:
@@ -182,6 +238,11 @@ def _reply_headers() -> dict[str, Any]:
         REQUEST_ID_HEADER: "The request's id: yours if it is safe, else a new one.",
     }
     return {name: {"description": text, "schema": {"type": "string"}} for name, text in about.items()}
+
+
+def _header_parameter(name: str, description: str, example: str) -> dict[str, Any]:
+    schema = {"type": "string"}
+    return {"name": name, "in": "header", "description": description, "schema": schema, "example": example}
 
 
 def _model_id_parameter() -> dict[str, Any]:

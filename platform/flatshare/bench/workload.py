@@ -21,7 +21,7 @@ class Shot:
     model
         The ref in the header.
     body
-        JSON, ready to send.
+        Ready to send.
     expected
         The labels that the answer must have; None to not check.
     """
@@ -29,6 +29,7 @@ class Shot:
     model: str
     body: bytes
     expected: tuple[int, ...] | None = None
+    content_type: str = "application/json"
 
 
 def zipf_shares(count: int, exponent: float) -> NDArray[np.float64]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 from typing import Annotated, Any, Final
 
@@ -44,7 +43,7 @@ def bench(
     Exit code 1 when not one request was answered.
     """
     need_serve_extra()
-    from flatshare.bench.load import Load, Outcome, send_all
+    from flatshare.bench.load import Load, Outcome, run_load
     from flatshare.bench.report import compare_hits, summarise
     from flatshare.bench.workload import digit_shots
     from flatshare.models.architecture import architecture
@@ -61,8 +60,8 @@ def bench(
     load = Load(requests=requests, duration_s=duration, concurrency=concurrency, rate=rate)
     before = call("GET", f"{base}/admin/replicas").json()
     with progress_bar("requests") as progress:
-        outcomes: list[Outcome] = asyncio.run(
-            send_all(f"{base}/predict", shots, load, lambda done: progress(done, requests))
+        outcomes: list[Outcome] = run_load(
+            f"{base}/predict", shots, load, lambda done: progress(done, requests)
         )
     after = call("GET", f"{base}/admin/replicas").json()
 

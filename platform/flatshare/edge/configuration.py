@@ -143,10 +143,14 @@ frontend edge
     {_refuse(400, options)} if !{{ path_beg / }} or {{ req.hdr(upgrade) -m found }}
     {_refuse(405, options)} if !{{ method GET HEAD POST PUT PATCH DELETE OPTIONS }}
     # A body is taken in, as far as it fits the buffer, before a replica is bothered; then it can be sent again.
-    http-request wait-for-body time 15s
+    # Not a stream of lines: these are answered while more of them come.
+    http-request wait-for-body time 15s unless {{ path /predict/stream }}
     {_refuse(413, options)} if {{ req.body_size gt {options.max_body_bytes} }}
     # '-' and '_' are the same in this header, and acme:production is acme: one home for each model.
     http-request set-header serve_multiplexed_model_id %[req.hdr(serve-multiplexed-model-id)] if {{ req.hdr(serve-multiplexed-model-id) -m found }} !{{ req.hdr(serve_multiplexed_model_id) -m found }}
+    # The Open Inference Protocol names the model in its path.
+    http-request set-header serve_multiplexed_model_id %[path,field(4,/),url_dec] if {{ path_beg /v2/models/ }}
+    {_refuse(400, options)} if {{ path_beg /v2/models/ }} {{ req.hdr(serve_multiplexed_model_id) -m reg '[^ -~]' }}
     http-request set-var(txn.home) req.hdr(serve_multiplexed_model_id),regsub(:production$,)
     use_backend control if {{ path /admin }} or {{ path_beg /admin/ }}
     default_backend pool

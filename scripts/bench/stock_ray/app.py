@@ -9,12 +9,13 @@ import json
 import os
 
 import boto3
+import numpy as np
 import torch
 from ray import serve
 from starlette.requests import Request
 
-SLOTS = int(os.environ.get("STOCK_SLOTS", "10"))
-REPLICAS = int(os.environ.get("STOCK_REPLICAS", "2"))
+SLOTS = int(os.environ.get("BENCH_SLOTS", "10"))
+REPLICAS = int(os.environ.get("BENCH_REPLICAS", "2"))
 
 
 @serve.deployment(num_replicas=REPLICAS, max_ongoing_requests=64)
@@ -29,11 +30,15 @@ class ModelInferencer:
         return torch.jit.load(io.BytesIO(body.read())).eval()
 
     async def __call__(self, request: Request) -> dict:
-        batch = await request.json()
-        if isinstance(batch, str):
-            batch = json.loads(batch)
+        if request.headers.get("content-type") == "application/octet-stream":
+            pixels = np.frombuffer(await request.body(), dtype=np.uint8).reshape(-1, 1, 28, 28)
+            images = torch.from_numpy((pixels.astype(np.float32) / 255 - 0.5) / 0.5)
+        else:
+            batch = await request.json()
+            if isinstance(batch, str):
+                batch = json.loads(batch)
+            images = torch.tensor(batch["image"]).float()
         model = await self.get_model(serve.get_multiplexed_model_id())
-        images = torch.tensor(batch["image"]).float()
         with torch.no_grad():
             logits = model(images)
         return {"predicted_label": logits.argmax(dim=1).tolist()}

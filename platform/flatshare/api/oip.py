@@ -1,0 +1,247 @@
+"""Open Inference Protocol v2 (github.com/kserve/open-inference-protocol), with its binary-data extension.
+
+The model's name in the path is a model ref; ``/versions/<n>`` in the path means ``<tenant>@<n>``.
+Errors are the protocol's ``{"error": "<message>"}``, with our code and request id beside it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from importlib.metadata import version
+from typing import Any, Final
+
+import numpy as np
+import orjson
+from fastapi import FastAPI, Request, Response
+from numpy.typing import NDArray
+
+from flatshare.api.error_table import describe_error
+from flatshare.api.http import error_reply, read_body, request_id_of
+from flatshare.api.identity import identify
+from flatshare.api.payload import decode_array
+from flatshare.api.tensors import rows_of, tensor_of
+from flatshare.engine.service import InferenceService, Prediction
+from flatshare.errors import BadInput
+from flatshare.models.architecture import Architecture, architecture
+from flatshare_registry.ids import ModelRef, parse_version
+from flatshare_registry.records import VersionRecord
+
+__all__ = ["add_oip_routes"]
+
+HEADER_LENGTH: Final = "inference-header-content-length"
+_INPUT_TYPES: Final[Mapping[str, np.dtype[Any]]] = {"FP32": np.dtype("<f4"), "UINT8": np.dtype("u1")}
+_OUTPUTS: Final = ("logits", "predicted_label")
+
+
+def add_oip_routes(
+    app: FastAPI, service: InferenceService, headers_of: Any, *, max_body_bytes: int, max_rows: int
+) -> None:
+    """Add the protocol's routes to the data plane.
+
+    Parameters
+    ----------
+    headers_of
+        Makes the reply headers that name tenant, version and replica, of a prediction.
+    """
+
+    @app.get("/v2", operation_id="oip_server")
+    async def server() -> dict[str, Any]:
+        """Server metadata."""
+        return {"name": "flatshare", "version": version("flatshare"), "extensions": ["binary_tensor_data"]}
+
+    @app.get("/v2/health/live", operation_id="oip_live")
+    async def live() -> Response:
+        """The replica answers."""
+        return Response()
+
+    @app.get("/v2/health/ready", operation_id="oip_ready")
+    async def ready() -> Response:
+        """The replica can answer for models."""
+        return Response()
+
+    async def described(request: Request) -> tuple[ModelRef, VersionRecord]:
+        ref = _ref(request)
+        return ref, await service.describe(ref, identify(request.headers).authorize)
+
+    async def metadata(request: Request) -> Response:
+        """A model's inputs and outputs; loads nothing."""
+        try:
+            ref, version = await described(request)
+            return Response(orjson.dumps(_metadata(ref, version)), media_type="application/json")
+        except Exception as error:  # in the protocol's form, whatever it is
+            return _error(request, error)
+
+    async def model_ready(request: Request) -> Response:
+        """Whether the model can be asked for; it is loaded when it is."""
+        try:
+            await described(request)
+            return Response()
+        except Exception as error:
+            return _error(request, error)
+
+    async def infer(request: Request) -> Response:
+        """Predict: JSON tensors, or binary ones after the JSON."""
+        try:
+            ref, caller = _ref(request), identify(request.headers)
+            caller.authorize(ref)
+            if request.headers.get("content-encoding", "identity") != "identity":
+                raise BadInput("a compressed body is not read here")
+            body = await read_body(request, max_body_bytes)
+            document, binary = _split(body, request.headers.get(HEADER_LENGTH))
+
+            def decode(network: Architecture) -> NDArray[np.float32]:
+                return _input_rows(document, binary, network, max_rows)
+
+            prediction = await service.predict(ref, caller.authorize, decode)
+            return _reply(prediction, document, str(ref), headers_of(prediction))
+        except Exception as error:
+            return _error(request, error)
+
+    for prefix, suffix in (("/v2/models/{ref}", ""), ("/v2/models/{ref}/versions/{version}", "_of_version")):
+        app.get(prefix, operation_id=f"oip_metadata{suffix}")(metadata)
+        app.get(f"{prefix}/ready", operation_id=f"oip_model_ready{suffix}")(model_ready)
+        app.post(f"{prefix}/infer", operation_id=f"oip_infer{suffix}")(infer)
+
+
+def _ref(request: Request) -> ModelRef:
+    ref = ModelRef.parse(request.path_params["ref"])
+    version = request.path_params.get("version")
+    return ref if version is None else ModelRef(ref.tenant, parse_version(version))
+
+
+def _metadata(ref: ModelRef, version: VersionRecord) -> dict[str, Any]:
+    network = architecture(version.architecture)
+    return {
+        "name": str(ref),
+        "versions": [str(version.version)],
+        "platform": network.name,
+        "inputs": [{"name": network.input.name, "datatype": "FP32", "shape": [-1, *network.input.shape]}],
+        "outputs": [
+            {"name": "logits", "datatype": "FP32", "shape": [-1, network.classes]},
+            {"name": "predicted_label", "datatype": "INT64", "shape": [-1]},
+        ],
+    }
+
+
+def _split(body: bytes, header_length: str | None) -> tuple[dict[str, Any], memoryview]:
+    """The JSON part of a body and the binary data after it."""
+    end = len(body)
+    if header_length is not None:
+        if not header_length.isascii() or not header_length.isdigit() or int(header_length[:20]) > len(body):
+            raise BadInput(f"{HEADER_LENGTH} is not a length within the body")
+        end = int(header_length)
+    try:
+        document = orjson.loads(body[:end])
+    except orjson.JSONDecodeError as error:
+        raise BadInput(f"the inference request is not JSON: {error}") from None
+    if not isinstance(document, dict):
+        raise BadInput("the inference request is not a JSON object")
+    return document, memoryview(body)[end:]
+
+
+def _input_rows(
+    document: dict[str, Any], binary: memoryview, network: Architecture, max_rows: int
+) -> NDArray[np.float32]:
+    inputs = document.get("inputs")
+    if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(inputs[0], dict):
+        raise BadInput(f'"inputs" must be a list of one tensor, "{network.input.name}"')
+    tensor = inputs[0]
+    if tensor.get("name") != network.input.name:
+        raise BadInput(f'the input must be named "{network.input.name}"')
+    dtype = _INPUT_TYPES.get(str(tensor.get("datatype")))
+    if dtype is None:
+        raise BadInput(f"the input's datatype must be {' or '.join(_INPUT_TYPES)}")
+    shape = tensor.get("shape")
+    if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 2**31 for size in shape):
+        raise BadInput("the input's shape must be a list of whole numbers")
+    parameters = tensor.get("parameters") or {}
+    size = parameters.get("binary_data_size") if isinstance(parameters, dict) else None
+    if size is not None:
+        if type(size) is not int or size != len(binary):
+            raise BadInput(f"binary_data_size is not the {len(binary)} bytes that follow the JSON")
+        return rows_of(tensor_of(binary, dtype, tuple(shape), network, max_rows), network, max_rows)
+    return _json_rows(tensor.get("data"), dtype, shape, network, max_rows)
+
+
+def _json_rows(
+    data: Any, dtype: np.dtype[Any], shape: Sequence[int], network: Architecture, max_rows: int
+) -> NDArray[np.float32]:
+    """Rows of JSON data, nested or flat (the protocol allows both)."""
+    if isinstance(data, list) and data and not isinstance(data[0], list):
+        if len(data) != math.prod(shape):
+            raise BadInput(f"the input has {len(data)} numbers; its shape takes {math.prod(shape)}")
+        rows = len(data) // network.input.row_values
+        if rows * network.input.row_values != len(data):
+            raise BadInput(f"the input has {len(data)} numbers: not a whole number of rows")
+        size = network.input.row_values
+        data = [data[start : start + size] for start in range(0, len(data), size)]
+        channels, height, width = network.input.shape
+        data = [
+            [[row[(c * height + h) * width :][:width] for h in range(height)] for c in range(channels)]
+            for row in data
+        ]
+    rows_found = decode_array(data, network.input, max_rows)
+    if dtype != np.uint8:
+        return rows_found
+    if ((rows_found < 0) | (rows_found > 255) | (rows_found != np.floor(rows_found))).any():
+        raise BadInput("a UINT8 input holds a number that is not a whole one of 0 to 255")
+    return rows_of(rows_found.astype(np.uint8), network, max_rows)
+
+
+def _reply(prediction: Prediction, document: dict[str, Any], name: str, headers: dict[str, str]) -> Response:
+    values: dict[str, tuple[str, NDArray[Any]]] = {
+        "logits": ("FP32", np.ascontiguousarray(prediction.logits, dtype="<f4")),
+        "predicted_label": ("INT64", np.ascontiguousarray(prediction.labels, dtype="<i8")),
+    }
+    outputs: list[dict[str, Any]] = []
+    blobs: list[bytes] = []
+    for output, binary in _wanted_outputs(document):
+        datatype, array = values[output]
+        described: dict[str, Any] = {"name": output, "datatype": datatype, "shape": list(array.shape)}
+        if binary:
+            blobs.append(array.tobytes())
+            described["parameters"] = {"binary_data_size": len(blobs[-1])}
+        else:
+            described["data"] = array.ravel().tolist()
+        outputs.append(described)
+    reply: dict[str, Any] = {
+        "model_name": name,
+        "model_version": str(prediction.version.version),
+        "outputs": outputs,
+    }
+    if isinstance(document.get("id"), str):
+        reply["id"] = document["id"][:256]
+    text = orjson.dumps(reply)
+    if not blobs:
+        return Response(text, headers=headers, media_type="application/json")
+    headers = {**headers, HEADER_LENGTH: str(len(text))}
+    return Response(text + b"".join(blobs), headers=headers, media_type="application/octet-stream")
+
+
+def _wanted_outputs(document: dict[str, Any]) -> list[tuple[str, bool]]:
+    """Names of outputs, and whether each is wanted as binary data."""
+    parameters = document.get("parameters")
+    everything = isinstance(parameters, dict) and parameters.get("binary_data_output") is True
+    outputs = document.get("outputs")
+    if outputs is None:
+        return [(name, everything) for name in _OUTPUTS]
+    if not isinstance(outputs, list) or not all(isinstance(one, dict) for one in outputs):
+        raise BadInput('"outputs" must be a list of objects with a name')
+    found: list[tuple[str, bool]] = []
+    for one in outputs:
+        if one.get("name") not in _OUTPUTS:
+            raise BadInput(f"an output must be {' or '.join(_OUTPUTS)}")
+        own = one.get("parameters")
+        binary = own.get("binary_data") if isinstance(own, dict) else None
+        found.append((one["name"], everything if binary is None else binary is True))
+    return found
+
+
+def _error(request: Request, error: Exception) -> Response:
+    """The protocol's form: ``error`` is a string."""
+    described = describe_error(error)
+    reply = error_reply(request, error)
+    body = {"error": described.message, "code": described.code, "request_id": request_id_of(request)}
+    headers = {name: value for name, value in reply.headers.items() if name == "retry-after"}
+    return Response(orjson.dumps(body), described.status, headers, media_type="application/json")

@@ -1,0 +1,134 @@
+"""``POST /predict/stream``: many requests in one, a line of JSON each; answers as they are ready.
+
+Lines are read as they arrive and at most ``IN_FLIGHT`` are worked on at a time, so memory is bounded by
+these and not by the stream. An answer names its line by ``index``; one bad line fails only itself.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from typing import Any, Final
+
+import orjson
+from starlette.responses import StreamingResponse
+from starlette.types import Receive, Scope, Send
+
+from flatshare.api.error_table import describe_error
+from flatshare.engine.service import Prediction
+from flatshare.errors import TooLarge
+
+__all__ = ["IN_FLIGHT", "LinesResponse", "answers", "lines_of"]
+
+IN_FLIGHT: Final = 16
+"""Lines worked on at a time: enough to fill passes, few enough that one stream is not a flood."""
+
+
+class LinesResponse(StreamingResponse):
+    """A streaming response that leaves the request's body to its own generator.
+
+    Starlette's listens for the client's going away by reading messages, where the server speaks an
+    older ASGI: these would be the body's. Here the body's reader meets the disconnect.
+    """
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI's entry point."""
+        source = self.body_iterator
+        try:
+            await self.stream_response(send)
+        finally:
+            if isinstance(source, AsyncGenerator):
+                await source.aclose()  # a client that went away ends what runs for it
+
+
+async def lines_of(chunks: AsyncIterator[bytes], limit_bytes: int) -> AsyncIterator[bytes]:
+    """Lines of a body, without their ends; empty ones are skipped.
+
+    Raises
+    ------
+    TooLarge
+        A line is longer than the limit.
+    """
+    rest = b""
+    async for chunk in chunks:
+        rest += chunk
+        *whole, rest = rest.split(b"\n")
+        for line in whole:
+            if len(line) > limit_bytes:
+                break
+            if line.strip():
+                yield line
+        if max(len(rest), *(len(line) for line in whole), 0) > limit_bytes:
+            raise TooLarge(f"a line is longer than the limit of {limit_bytes} bytes")
+    if rest.strip():
+        yield rest
+
+
+async def answers(
+    lines: AsyncIterator[bytes], predict: Callable[[bytes], Awaitable[Prediction]], request_id: str
+) -> AsyncGenerator[bytes, None]:
+    """Lines of answers, each as soon as it is ready; ends what is under way when it is closed.
+
+    Parameters
+    ----------
+    predict
+        Answers one line.
+    """
+    running: set[asyncio.Task[bytes]] = set()
+    index = 0
+    source = aiter(lines)
+    reading: asyncio.Task[bytes] | None = asyncio.ensure_future(_next(source))
+
+    async def one(number: int, line: bytes) -> bytes:
+        try:
+            prediction = await predict(line)
+        except Exception as error:  # one line's failure is its own answer
+            return _failure(number, error, request_id)
+        return _line({
+            "index": number,
+            "predicted_label": prediction.label_list(),
+            "version": prediction.version.version,
+            "tier": prediction.tier.value,
+        })  # fmt: skip
+
+    try:
+        while reading is not None or running:
+            waiting: set[asyncio.Task[Any]] = set(running)
+            if reading is not None and len(running) < IN_FLIGHT:
+                waiting.add(reading)
+            done, _ = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:
+                if task is not reading:
+                    running.discard(task)
+                    yield task.result()
+            if reading is not None and reading in done:
+                try:
+                    line = reading.result()
+                except StopAsyncIteration:
+                    reading = None
+                except Exception as error:  # the body can't be read on: say so, and answer what came before
+                    reading = None
+                    yield _failure(index, error, request_id)
+                else:
+                    running.add(asyncio.create_task(one(index, line)))
+                    index += 1
+                    reading = asyncio.ensure_future(_next(source))
+    finally:
+        rest = [*running, *([reading] if reading is not None else [])]
+        for task in rest:
+            task.cancel()
+        await asyncio.gather(*rest, return_exceptions=True)
+
+
+async def _next(source: AsyncIterator[bytes]) -> bytes:
+    return await anext(source)
+
+
+def _failure(index: int, error: Exception, request_id: str) -> bytes:
+    described = describe_error(error)
+    details = {"code": described.code, "message": described.message, "request_id": request_id}
+    return _line({"index": index, "error": details})
+
+
+def _line(document: dict[str, Any]) -> bytes:
+    return orjson.dumps(document, option=orjson.OPT_APPEND_NEWLINE)

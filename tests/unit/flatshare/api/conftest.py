@@ -1,0 +1,97 @@
+"""A data plane over ASGI, with a real service on a store in memory."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save
+from torch import nn
+
+from flatshare.api.app import create_app
+from flatshare.cache.device import CpuDevice
+from flatshare.cache.fetch import TensorSource
+from flatshare.cache.ledger import Ledger
+from flatshare.cache.loading import DeviceLoader
+from flatshare.cache.model_cache import ModelCache
+from flatshare.cache.promotions import Promotions
+from flatshare.cache.view import RegistryView
+from flatshare.engine.admission import Admission
+from flatshare.engine.inference import Inference
+from flatshare.engine.service import InferenceService
+from flatshare.models.architecture import architecture
+from flatshare_registry.catalog import Registry
+from flatshare_registry.errors import Unavailable
+from flatshare_registry.ids import TenantId
+from flatshare_registry.stores.memory import MemoryStore
+from flatshare_registry.testing.faults import FaultyStore
+
+NETWORK = architecture("mnist-cnn")
+
+
+class World:
+    def __init__(self, threads: ThreadPoolExecutor) -> None:
+        self.down = False
+        store = MemoryStore()
+        self.registry = Registry(store)
+        self.modules: dict[str, nn.Module] = {}
+        faulty = FaultyStore(store, before=self._before)
+        view = RegistryView(Registry(faulty), threads, ttl_s=2)
+        self.cache = ModelCache(
+            ledger=Ledger(2, None),
+            loader=DeviceLoader(TensorSource(faulty), CpuDevice(), threads, threads),
+        )
+        self.inference = Inference(torch.device("cpu"))
+        self.admission = Admission(8, 8)
+        self.cold = Admission(16, 0)
+        self.service = InferenceService(
+            view=view,
+            cache=self.cache,
+            promotions=Promotions(self.cache, view.record, timeout_s=5),
+            inference=self.inference,
+            admission=self.admission,
+            cold=self.cold,
+            timeout_s=5,
+        )
+        self.app = create_app(self.service, replica="r1", max_body_bytes=150_000, max_rows=8)
+
+    def _before(self, operation: str, key: str) -> None:
+        if self.down:
+            raise Unavailable("s3://secret-bucket is down")
+
+    def add(self, tenant: str, seed: int) -> None:
+        torch.manual_seed(seed)
+        module = self.modules[tenant] = NETWORK.build()
+        self.registry.create_tenant(TenantId(tenant))
+        self.registry.register(
+            TenantId(tenant), save(dict(module.state_dict())), NETWORK.name, NETWORK.tensors
+        )
+
+    def logits(self, tenant: str, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        with torch.inference_mode():
+            return self.modules[tenant](torch.from_numpy(rows)).numpy()  # type: ignore[no-any-return]  # an array
+
+    def right(self, tenant: str, rows: NDArray[np.float32]) -> list[int]:
+        return self.logits(tenant, rows).argmax(axis=1).tolist()  # type: ignore[no-any-return]  # ints
+
+
+@pytest.fixture
+def world() -> Iterator[World]:
+    with ThreadPoolExecutor(2) as threads:
+        world = World(threads)
+        for seed, tenant in enumerate(("acme", "globex", "initech")):
+            world.add(tenant, seed)
+        yield world
+        world.inference.close()
+
+
+@pytest.fixture
+async def client(world: World) -> AsyncIterator[httpx.AsyncClient]:
+    transport = httpx.ASGITransport(app=world.app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        yield client
