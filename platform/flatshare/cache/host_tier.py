@@ -29,7 +29,7 @@ import secrets
 import shutil
 import tempfile
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -78,11 +78,17 @@ class HostTier:
         On tmpfs or a local disk; made when missing, readable by this user only.
     budget_bytes
         Most bytes of all files, over all processes.
+
+    Attributes
+    ----------
+    on_pressure
+        Called before files are evicted: whoever keeps some mapped without need lets go of them.
     """
 
     def __init__(self, folder: Path, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
         self.bypassed = 0
+        self.on_pressure: Callable[[], None] = lambda: None
         self._root = folder / _boot_id()
         self._tensors = self._root / "tensors"
         self._tmp = self._root / "tmp"
@@ -158,6 +164,7 @@ class HostTier:
             with self._usage_locked() as usage:
                 used = _read_number(usage)
                 if used + taken > self.budget_bytes:
+                    self.on_pressure()
                     used = self._evict(taken)
                     _write_number(usage, used)
                 if used + taken <= self.budget_bytes:

@@ -23,6 +23,8 @@ class Resident:
         What it holds, with device bytes; other residents may hold the same.
     state
         Only ``resident`` ones can be leased.
+    probe_due
+        It must answer its probe together with its first rows.
     """
 
     record: VersionRecord
@@ -35,6 +37,7 @@ class Resident:
     hits: int = 0
     leases: int = 0
     pinned: bool = False
+    probe_due: bool = False
     state: State = State.RESIDENT
 
     @property

@@ -257,6 +257,14 @@ class ModelCache:
         self.stats.quarantined += 1
         self._on_change()
 
+    def condemn(self, lease: Lease, error: Exception) -> None:
+        """A model failed its probe with its first rows: free it, and remember why it can't be served."""
+        key = ModelKey.of(lease.record)
+        if lease.resident is not None and self._residents.get(key) is lease.resident:
+            self._retire(lease.resident, evicted=False)
+            self._on_change()
+        self._failures.remember(key, error)
+
     def erase(self, tenant: str) -> int:
         """Free all of a tenant's models and let none of its loads under way become resident.
 
@@ -490,6 +498,7 @@ class ModelCache:
             parts=placed.parts,
             tier=tier,
             receipt=Receipt(record.tenant, record.version, record.digest, self._generation),
+            probe_due=not placed.proven,
             loaded_at=now,
             last_used_at=now,
         )

@@ -77,7 +77,7 @@ class EdgeOptions:
     max_body_bytes: int
     retry_body_bytes: int
     request_timeout_s: float
-    balance_factor: int = 150
+    balance_factor: int = 175
     max_connections: int = 4096
 
 

