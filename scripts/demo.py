@@ -68,6 +68,8 @@ def main() -> int:
         os.environ["AWS_ENDPOINT_URL"], s3 = start_s3()
         keep.callback(stop_process, s3)
         os.environ["FLATSHARE_STORE"] = "s3://models/demo"
+        if not arguments.keep:
+            os.environ["FLATSHARE_HOST_DIR"] = str(folder / "host")  # goes with the demo
         port = arguments.port or free_port()
         starting = start_platform(arguments, port)
         keep.callback(lambda: run_cli("down", "--port", str(port)))

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import os
 import socket
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -21,7 +23,6 @@ from flatshare.bench.workload import Shot, encode_json
 HERE = Path(__file__).parent
 BIN = Path(sys.executable).parent
 START_TIMEOUT_S = 180
-BOUNDARY = b"flatshare-bench"
 
 
 @dataclass(frozen=True)
@@ -52,14 +53,9 @@ def body_json(model: str, rows: NDArray[np.float32], expected: tuple[int, ...]) 
     return Shot(model, body, expected)
 
 
-def form_binary(model: str, pixels: NDArray[np.uint8], expected: tuple[int, ...]) -> Shot:
-    parts = [
-        b'--%b\r\ncontent-disposition: form-data; name="model"\r\n\r\n%b\r\n' % (BOUNDARY, model.encode()),
-        b'--%b\r\ncontent-disposition: form-data; name="pixels"; filename="p"\r\n'
-        b"content-type: application/octet-stream\r\n\r\n%b\r\n" % (BOUNDARY, pixels.tobytes()),
-        b"--%b--\r\n" % BOUNDARY,
-    ]
-    return Shot(model, b"".join(parts), expected, f"multipart/form-data; boundary={BOUNDARY.decode()}")
+def base64_binary(model: str, pixels: NDArray[np.uint8], expected: tuple[int, ...]) -> Shot:
+    text = base64.b64encode(pixels.tobytes()).decode()
+    return Shot(model, orjson.dumps({"model": model, "pixels": text}), expected)
 
 
 @contextlib.contextmanager
@@ -119,18 +115,24 @@ def flatshare(capacity: Capacity) -> Iterator[str]:
         str(BIN / "flatshare"), "up", "--detach", "--ray", "local", "--port", str(port),
         "--serve-port", str(free_port()), "--replicas", str(capacity.replicas), "--slots", str(capacity.slots),
     ]  # fmt: skip
-    subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=START_TIMEOUT_S)
-    try:
-        yield f"http://127.0.0.1:{port}/predict"
-    finally:
-        down = [str(BIN / "flatshare"), "down", "--port", str(port)]
-        subprocess.run(down, check=True, stdout=subprocess.DEVNULL, timeout=START_TIMEOUT_S)
+    # A host tier of its own for each turn: nothing is left from the last one.
+    shared = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with tempfile.TemporaryDirectory(prefix="flatshare-bench-", dir=shared) as folder:
+        environment = {**os.environ, "FLATSHARE_HOST_DIR": folder}
+        subprocess.run(
+            command, check=True, stdout=subprocess.DEVNULL, timeout=START_TIMEOUT_S, env=environment
+        )
+        try:
+            yield f"http://127.0.0.1:{port}/predict"
+        finally:
+            down = [str(BIN / "flatshare"), "down", "--port", str(port)]
+            subprocess.run(down, check=True, stdout=subprocess.DEVNULL, timeout=START_TIMEOUT_S)
 
 
 CONTENDERS = {
     "stock": Contender(stock, header_json, header_binary),
     "fastapi": Contender(fastapi, header_json, header_binary),
-    "litserve": Contender(litserve, body_json, form_binary),
+    "litserve": Contender(litserve, body_json, base64_binary),
     "flatshare": Contender(flatshare, header_json, header_binary),
 }
 

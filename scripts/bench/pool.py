@@ -19,6 +19,7 @@ import statistics
 import subprocess
 import sys
 import time
+import warnings
 from collections.abc import Iterator
 from importlib.metadata import version
 from pathlib import Path
@@ -42,6 +43,8 @@ from flatshare_registry import Registry, TenantId, layout
 from flatshare_registry.settings import RegistrySettings
 from flatshare_registry.testing.s3_server import CREDENTIALS
 
+warnings.filterwarnings("ignore", "`torch.jit", FutureWarning)  # TorchScript is what the contenders load
+
 NETWORK = architecture("mnist-cnn")
 BATCH = 64
 
@@ -55,6 +58,9 @@ def main() -> int:
     parser.add_argument("--tenants", type=int, default=100, help="tenants of the Zipf mix")
     parser.add_argument("--cold", type=int, default=20, help="cold models asked for in each turn")
     parser.add_argument("--slots", type=int, default=10)
+    parser.add_argument(
+        "--warm-up", type=float, default=12, help="seconds of the Zipf mix before it is measured"
+    )
     parser.add_argument("--only", choices=sorted(CONTENDERS), action="append", help="only these (repeatable)")
     arguments = parser.parse_args()
     names = [name for name in CONTENDERS if not arguments.only or name in arguments.only]
@@ -146,7 +152,7 @@ def one_turn(
         hot_report = run(url, itertools.cycle(singles), **timed)
         run(url, itertools.cycle(batches), duration_s=2, concurrency=arguments.concurrency)
         batch_report = run(url, itertools.cycle(batches), **timed)
-        run(url, mix, duration_s=6, concurrency=arguments.concurrency)
+        run(url, mix, duration_s=arguments.warm_up, concurrency=arguments.concurrency)
         zipf_report = run(url, mix, **timed)
         cold = measure_cold(url, contender, models, turn, arguments.cold)
     return {
@@ -309,7 +315,12 @@ def results(
         "s3_get_ms_p50": ours["s3_get_ms_p50"],
         "forward_ms_p50": ours["forward_ms_p50"],
         "ratios": {name: round(value, 3) for name, value in ratios.items()},
-        "load": {**vars(arguments), "json": None, "client": "flatshare.bench.client on the same cores"},
+        "load": {
+            **vars(arguments),
+            "json": None,
+            "images_hot": 1,
+            "client": "flatshare.bench.client on the same cores",
+        },
         "versions": versions,
         "machine": {"cpu": cpu_name(), "cores": os.cpu_count(), "python": platform.python_version()},
         "measured_at": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -130,6 +130,7 @@ def start(folder: Path, s3_url: str, prefix: str, *options: str) -> Platform:
         "AWS_ENDPOINT_URL": s3_url,
         "FLATSHARE_STORE": store,
         "XDG_STATE_HOME": str(folder),
+        "FLATSHARE_HOST_DIR": str(folder / "host"),
     }
     platform = Platform(
         f"http://127.0.0.1:{port}",

@@ -17,6 +17,7 @@ from .conftest import FLATSHARE, free_ports, processes_of, start
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     clean = {name: value for name, value in os.environ.items() if not name.startswith(("FLATSHARE_", "RAY_"))}
+    clean["FLATSHARE_HOST_DIR"] = "off"
     return subprocess.run(
         [FLATSHARE, *arguments], env={**clean, **environment}, capture_output=True, text=True, timeout=180
     )
@@ -87,6 +88,7 @@ def test_ctrl_c_in_the_foreground_leaves_nothing(tmp_path: Path) -> None:
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith(("FLATSHARE_", "RAY_"))},
         "XDG_STATE_HOME": str(tmp_path),
+        "FLATSHARE_HOST_DIR": str(tmp_path / "host"),
     }
     up = subprocess.Popen(
         [FLATSHARE, "up", "--store", f"file://{tmp_path}/s", "--ray", "local", "--replicas", "1",
@@ -137,6 +139,7 @@ def test_on_somebody_elses_cluster_down_ends_what_is_ours_and_nothing_else(tmp_p
         "RAY_AUTH_MODE": "disabled",
         "RAY_USAGE_STATS_ENABLED": "0",
         "XDG_STATE_HOME": str(tmp_path),
+        "FLATSHARE_HOST_DIR": str(tmp_path / "host"),
     }
     before = {one.pid for one in psutil.process_iter()}
     subprocess.run(

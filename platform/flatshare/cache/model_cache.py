@@ -371,7 +371,9 @@ class ModelCache:
         """Join the load of a version, beginning it if there is none."""
         key = ModelKey.of(record)
         load = self._loads.get(key)
-        if load is None or load.erased:
+        if load is not None:
+            load.check_erased(record)
+        else:
             if self._closed:
                 raise NoRoom("the replica is stopping")
             self._failures.check(key)

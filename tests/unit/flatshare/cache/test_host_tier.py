@@ -277,3 +277,48 @@ def test_a_count_that_is_too_high_after_a_crash_is_put_right(tier: HostTier) -> 
     os.close(handle)
     assert publish(tier, content(2)) is not None
     assert tier.usage().used_bytes == 2 * BIG
+
+
+def test_replicas_that_map_a_file_hold_its_bytes_once(tmp_path: Path) -> None:
+    size = 32 * 1024**2
+    data = os.urandom(size)
+    publish(HostTier(tmp_path / "tier", 2 * size), data)
+    script = f"""
+import sys
+from pathlib import Path
+from flatshare.cache.host_tier import HostTier
+view = HostTier(Path({str(tmp_path / "tier")!r}), {2 * size}).open({name(data)!r}, {size})
+assert sum(view[::4096]) > 0
+print("ready", flush=True)
+sys.stdin.readline()
+pss = rss = 0
+for line in open("/proc/self/smaps"):
+    field, _, value = line.partition(":")
+    if line[:1] in "0123456789abcdef" and "-" in field.split()[0]:
+        ours = {name(data)!r} in line
+    elif ours and field in ("Pss", "Rss"):
+        kb = int(value.split()[0])
+        pss, rss = (pss + kb, rss) if field == "Pss" else (pss, rss + kb)
+print(pss * 1024, rss * 1024, flush=True)
+sys.stdin.readline()
+"""
+    replicas = [
+        subprocess.Popen(
+            [sys.executable, "-c", script], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(4)
+    ]
+    for replica in replicas:
+        assert replica.stdout is not None
+        assert replica.stdout.readline() == "ready\n"
+    measured = []
+    for replica in replicas:
+        assert replica.stdin is not None
+        assert replica.stdout is not None
+        replica.stdin.write("measure\n")
+        replica.stdin.flush()
+        measured.append([int(value) for value in replica.stdout.readline().split()])
+    for replica in replicas:
+        replica.communicate("end\n")
+    assert all(rss == size for _, rss in measured), "each has all of it mapped"
+    assert sum(pss for pss, _ in measured) == pytest.approx(size, rel=0.02), "together they hold it once"

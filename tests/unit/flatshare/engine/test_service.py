@@ -1,0 +1,124 @@
+"""The story of a request where its parts meet: probes of reloaded models, quarantine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import save
+
+from flatshare.cache.device import CpuDevice
+from flatshare.cache.fetch import TensorSource
+from flatshare.cache.host_tier import HostTier
+from flatshare.cache.ledger import Ledger
+from flatshare.cache.loading import DeviceLoader
+from flatshare.cache.model_cache import ModelCache
+from flatshare.cache.promotions import Promotions
+from flatshare.cache.tiers import ModelKey, Receipt, State, Tier
+from flatshare.cache.view import RegistryView
+from flatshare.engine.admission import Admission
+from flatshare.engine.inference import Inference
+from flatshare.engine.service import InferenceService, Prediction
+from flatshare.errors import IsolationBroken, ModelFailed
+from flatshare.models.architecture import architecture
+from flatshare.models.probe import probe_logits
+from flatshare_registry.catalog import Registry
+from flatshare_registry.ids import ModelRef, TenantId
+from flatshare_registry.stores.memory import MemoryStore
+
+NETWORK = architecture("mnist-cnn")
+ROWS = NETWORK.preprocess(torch.randint(0, 256, (3, 28, 28), dtype=torch.uint8).numpy())
+ACME = ModelKey("acme", 1)
+
+
+class World:
+    def __init__(self, threads: ThreadPoolExecutor, folder: Path) -> None:
+        store = MemoryStore()
+        registry = Registry(store)
+        registry.create_tenant(TenantId("acme"))
+        torch.manual_seed(4)
+        self.module = NETWORK.build()
+        registry.register(
+            TenantId("acme"), save(dict(self.module.state_dict())), NETWORK.name, NETWORK.tensors,
+            probe=lambda weights: probe_logits(NETWORK, weights),
+        )  # fmt: skip
+        view = RegistryView(registry, threads, ttl_s=60)
+        source = TensorSource(store, HostTier(folder, 10**9))
+        self.loader = DeviceLoader(source, CpuDevice(), threads, threads)
+        self.cache = ModelCache(ledger=Ledger(4, None), loader=self.loader)
+        self.inference = Inference(torch.device("cpu"))
+        self.service = InferenceService(
+            view=view, cache=self.cache, promotions=Promotions(self.cache, view.record, timeout_s=5),
+            inference=self.inference, admission=Admission(8, 8), cold=Admission(8, 0), timeout_s=10,
+        )  # fmt: skip
+
+    async def ask(self) -> Prediction:
+        return await self.service.predict(ModelRef.parse("acme"), lambda ref: None, lambda network: ROWS)
+
+    def right(self) -> torch.Tensor:
+        with torch.inference_mode():
+            logits: torch.Tensor = self.module(torch.from_numpy(ROWS))
+            return logits
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    with ThreadPoolExecutor(2) as threads:
+        world = World(threads, tmp_path)
+        yield world
+        world.inference.close()
+
+
+async def test_a_reload_answers_its_probe_with_its_first_rows_and_rightly(world: World) -> None:
+    first = await world.ask()
+    world.cache.unload(ACME)
+    again = await world.ask()
+    assert (first.tier, again.tier) == (Tier.STORE, Tier.HOST)
+    assert world.inference.rows == 6, "the probe's row is nobody's"
+    for prediction in (first, again, await world.ask()):
+        torch.testing.assert_close(torch.from_numpy(prediction.logits), world.right(), rtol=1e-5, atol=1e-5)
+
+
+async def test_a_model_whose_memory_was_damaged_never_answers(world: World) -> None:
+    await world.ask()
+    world.cache.unload(ACME)
+    for part, tensor in world.loader._warm._tensors.items():
+        if part.shape == (64, 32, 3, 3):
+            tensor += 0.1  # this process's own copy, in channels-last order
+    with pytest.raises(ModelFailed, match="does not answer its probe"):
+        await world.ask()
+    assert not world.cache.is_resident(ACME)
+    with pytest.raises(ModelFailed, match="does not answer its probe"):
+        await world.ask()  # remembered
+    # An operator says that it is mended: it is loaded anew, from checked bytes.
+    world.loader._warm.clear()
+    world.cache.forget_failures("acme")
+    torch.testing.assert_close(
+        torch.from_numpy((await world.ask()).logits), world.right(), rtol=1e-5, atol=1e-5
+    )
+
+
+async def test_a_slot_that_fails_an_isolation_check_is_quarantined_and_the_next_request_is_served(
+    world: World,
+) -> None:
+    await world.ask()
+    original = world.cache._grant
+
+    def swapped(one, tier):  # type: ignore[no-untyped-def]  # as _grant
+        held = original(one, tier)
+        one.receipt = Receipt("initech", 1, "1" * 64, 100)
+        return held
+
+    world.cache._grant = swapped  # type: ignore[method-assign]  # a slot changes hands under a lease
+    with pytest.raises(IsolationBroken):
+        await world.ask()
+    world.cache._grant = original  # type: ignore[method-assign]
+    assert world.cache.stats.quarantined == 1
+    assert [info.state for info in world.cache.snapshot()] == [State.QUARANTINED]
+    torch.testing.assert_close(
+        torch.from_numpy((await world.ask()).logits), world.right(), rtol=1e-5, atol=1e-5
+    )
+    assert world.cache.occupied == 2
