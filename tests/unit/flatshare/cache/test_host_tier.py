@@ -179,6 +179,7 @@ def test_one_fetch_at_a_time_and_the_lock_file_goes(tier: HostTier, tmp_path: Pa
     inside = 0
     most = 0
     lock = threading.Lock()
+    pause = threading.Event()
 
     def work() -> None:
         nonlocal inside, most
@@ -188,6 +189,7 @@ def test_one_fetch_at_a_time_and_the_lock_file_goes(tier: HostTier, tmp_path: Pa
                 with lock:
                     inside += 1
                     most = max(most, inside)
+                pause.wait(0.002)  # never set: long enough for another to come in, if it could
                 with lock:
                     inside -= 1
 

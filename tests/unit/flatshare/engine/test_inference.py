@@ -190,6 +190,37 @@ async def test_promise_1_models_are_never_mixed_in_a_pass(inference: Inference) 
         np.testing.assert_array_equal(logits, ROWS[:1].reshape(1, 4) + (100, 200)[number % 2])
 
 
+class Head(nn.Module):
+    def __init__(self, mark: float) -> None:
+        super().__init__()
+        self.mark = mark
+
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        return rows + self.mark
+
+
+async def test_promise_1_models_that_share_layers_keep_their_own_heads(inference: Inference) -> None:
+    base = Counting(0)
+    marks = {"acme": 100.0, "globex": 200.0, "initech": 300.0}
+    leases = {}
+    for tenant, mark in marks.items():
+        record = RECORD.model_copy(update={"tenant": tenant})
+        leases[tenant] = await cache_of(base, Head(mark)).lease(record, 5)
+    first = asyncio.create_task(inference.run(leases["acme"], ROWS))
+    await asyncio.to_thread(base.entered.wait, 5)
+    asked = [("globex", ROWS[:1]), ("acme", ROWS[1:]), ("initech", ROWS), ("globex", ROWS[1:])]
+    later = [asyncio.create_task(inference.run(leases[tenant], rows)) for tenant, rows in asked]
+    await asyncio.sleep(0)
+    base.go.set()
+    await first
+    answers = await asyncio.gather(*later)
+    assert base.sizes == [2, 5], "what they share ran once for all their rows"
+    for (tenant, rows), logits in zip(asked, answers, strict=True):
+        np.testing.assert_array_equal(logits, rows.reshape(len(rows), 4) + marks[tenant])
+    for lease in leases.values():
+        lease.release()
+
+
 async def test_a_request_cancelled_in_the_queue_leaves_the_batch(inference: Inference) -> None:
     module = Counting(0)
     with await leased(module, "acme") as lease:
