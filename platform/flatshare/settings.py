@@ -116,7 +116,7 @@ class Settings(RegistrySettings):
         description="Rows at which a forward pass is full. 64 suits a CPU core's cache; a GPU takes more.",
     )
     view_ttl_s: float = Field(
-        default=2.0,
+        default=5.0,
         gt=0,
         description="Seconds that a replica believes what it read of a tenant; a promote through the "
         "control plane is seen at once.",
