@@ -33,6 +33,7 @@ TENANTS = 200
 IMAGES = 4
 CLIENTS = 12
 KILL_EVERY_S = 15.0
+FIRST_KILL_S = 3.0
 PROMOTE_EVERY_S = 0.3
 
 
@@ -70,7 +71,7 @@ class World:
 def disturb(world: World, stop: threading.Event, done: Counter[str]) -> None:
     """Promote now this, now that tenant; kill a replica with SIGKILL every few seconds."""
     random = np.random.default_rng(7)
-    killed_at = time.monotonic()
+    killed_at = time.monotonic() - KILL_EVERY_S + FIRST_KILL_S
     moved: Counter[str] = Counter()
     with httpx.Client(base_url=world.platform.url, timeout=30) as client:
         while not stop.wait(PROMOTE_EVERY_S):
@@ -85,7 +86,7 @@ def disturb(world: World, stop: threading.Event, done: Counter[str]) -> None:
                 if len(running) == 2:
                     psutil.Process(running[int(random.integers(0, 2))]["pid"]).kill()
                     done["kills"] += 1
-                    killed_at = time.monotonic()
+                    killed_at = time.monotonic() - KILL_EVERY_S + FIRST_KILL_S
 
 
 async def ask_all(world: World, done: Counter[str]) -> None:
@@ -99,11 +100,14 @@ async def ask_all(world: World, done: Counter[str]) -> None:
         for tenant, index in chosen:
             name = world.names[tenant]
             headers = {MODEL: name, "content-type": "application/json"}
+            request = target.request(headers, world.bodies[index])
             try:
-                reply = await connection.post(target.request(headers, world.bodies[index]), 60)
-            except NoAnswer:
-                done["no answer"] += 1
-                continue
+                reply = await connection.post(request, 60)
+            except (
+                NoAnswer
+            ):  # the edge closed a kept connection just as we used it: a prediction can be repeated
+                done["sent again"] += 1
+                reply = await connection.post(request, 60)
             if reply.status != 200:
                 done[f"status {reply.status}"] += 1
             else:
@@ -135,5 +139,6 @@ def test_no_wrong_answer_under_eviction_promotion_and_kills(tmp_path: Path, s3_u
     assert done["WRONG"] == 0, dict(done)
     assert done["right"] == ANSWERS, f"every request was answered: {dict(done)}"
     assert done["kills"] >= 1
+    assert done["sent again"] <= 2 * done["kills"], dict(done)
     assert done["promotions"] > 10
     assert min(done["version 1"], done["version 2"], done["tier device"], done["tier host"]) > ANSWERS // 100
