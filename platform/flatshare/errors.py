@@ -8,7 +8,8 @@
     ├── DeadlineExceeded        it was accepted but not answered in time; retry
     ├── FleetUnavailable        not all replicas answered in time; retry
     ├── ModelFailed             this version can't be served (corrupt, or does not load); tell an operator
-    │   └── NeverFits           it is larger than the whole budget of a replica; no waiting helps
+    │   ├── NeverFits           it is larger than the whole budget of a replica; no waiting helps
+    │   └── ProbeFailed         it does not answer its probe as it did when it was registered
     ├── IsolationBroken         a receipt did not match: the request failed rather than mix two tenants
     ├── SettingsError           contradictory settings; refused when the program starts
     └── LocalError              something on this machine is in the way: a taken port, a dead process
@@ -30,6 +31,7 @@ __all__ = [
     "NeverFits",
     "NoRoom",
     "Overloaded",
+    "ProbeFailed",
     "ServeError",
     "SettingsError",
     "TooLarge",
@@ -87,6 +89,10 @@ class ModelFailed(ServeError):
 
 class NeverFits(ModelFailed):
     """The version is larger than all that a replica may hold."""
+
+
+class ProbeFailed(ModelFailed):
+    """The version is loaded but would answer wrongly."""
 
 
 class IsolationBroken(ServeError):

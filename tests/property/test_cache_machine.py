@@ -83,6 +83,9 @@ class Loader:
     def hold(self, record: VersionRecord) -> dict[Part, object]:
         return dict.fromkeys(parts_of(record))
 
+    def distrust(self, record: VersionRecord) -> None:
+        pass  # keeps nothing between loads
+
     async def prepare_local(self, record: VersionRecord, held: Held) -> Prepared | None:
         return self._prepared(record, Tier.HOST) if record.name in self.local else None
 

@@ -80,6 +80,9 @@ class HostileLoader:
     def hold(self, record: VersionRecord) -> dict[Part, object]:
         return dict.fromkeys(parts_of(record))
 
+    def distrust(self, record: VersionRecord) -> None:
+        pass  # keeps nothing between loads
+
     async def prepare_local(self, record: VersionRecord, held: Held) -> Prepared | None:
         if record.name not in self.local:
             return None

@@ -49,6 +49,7 @@ TABLE: Final[Mapping[type[Exception], HttpError]] = {
     errors.DeadlineExceeded: HttpError(504, "deadline_exceeded", retry_after_s=1),
     errors.FleetUnavailable: HttpError(503, "fleet_unavailable", retry_after_s=1),
     errors.NeverFits: HttpError(507, "model_too_large"),
+    errors.ProbeFailed: HttpError(500, "probe_failed"),
     errors.ModelFailed: HttpError(500, "model_failed"),
     errors.IsolationBroken: HttpError(500, "isolation_broken"),
 }

@@ -9,7 +9,7 @@ from typing import Final
 from cachetools import TTLCache
 
 from flatshare.cache.tiers import ModelKey
-from flatshare.errors import ModelFailed, NeverFits
+from flatshare.errors import ModelFailed, NeverFits, ProbeFailed
 from flatshare_registry.errors import Corrupt, Unavailable
 
 __all__ = ["REMEMBER_S", "FailureMemory"]
@@ -18,6 +18,7 @@ REMEMBER_S: Final[Mapping[type[Exception], float]] = {
     Corrupt: 60.0,
     ModelFailed: 60.0,
     NeverFits: 60.0,
+    ProbeFailed: 60.0,
     Unavailable: 1.0,
 }
 """Seconds that a failed load is answered from memory, by kind. A version is immutable, so a corrupt

@@ -5,7 +5,7 @@
                        locks/<sha256>         held by whoever fetches it
                        usage                  bytes taken, under a lock
 
-- A file appears by rename after its sha256 was checked: readers see all of it or nothing.
+- A file gets its name (a hard link) after its sha256 was checked: readers see all of it or nothing.
 - Every lock is an ``flock``: the kernel lets go of it when a process dies, however it dies, so there
   is nothing to recover but temporary files, and whoever can lock one of these knows it is an orphan.
 - A mapped file carries a shared lock for as long as it is mapped. Eviction takes the file that was
@@ -236,16 +236,18 @@ class HostTier:
         for entry in self._files():
             with contextlib.suppress(FileNotFoundError):
                 ages.append((entry.stat().st_mtime, entry))
-        free: list[tuple[str, int]] = []
+        chosen: list[str] = []
+        left = used
         for _, entry in sorted(ages, key=lambda aged: aged[0]):
-            if used - sum(size for _, size in free) <= max(wanted, 0):
+            if left <= max(wanted, 0):
                 break
             if not _is_locked(entry.path):
                 with contextlib.suppress(FileNotFoundError):
-                    free.append((entry.path, _pages(entry.stat().st_size)))
-        if used - sum(size for _, size in free) + taken > self.budget_bytes:
+                    left -= _pages(entry.stat().st_size)
+                    chosen.append(entry.path)
+        if left + taken > self.budget_bytes:
             return used  # what is mapped leaves too little: then nothing goes
-        return used - sum(_unlink_unless_mapped(path) for path, _ in free)
+        return used - sum(_unlink_unless_mapped(path) for path in chosen)
 
     def _count(self) -> int:
         """Bytes of all files and of what living writers have set aside; orphans are removed."""

@@ -157,16 +157,13 @@ class Ledger:
         self.hold(present)
         return present
 
-    def drop(self, parts: Iterable[Part]) -> list[Part]:
-        """One holder less of each part; returns those that nobody holds any more."""
-        gone: list[Part] = []
+    def drop(self, parts: Iterable[Part]) -> None:
+        """One holder less of each part; bytes of those that nobody holds any more are free."""
         for part in parts:
             self._holders[part] -= 1
             if not self._holders[part]:
                 del self._holders[part]
                 self.held_bytes -= self._sizes.pop(part)
-                gone.append(part)
-        return gone
 
     def free_slot(self) -> None:
         """A model went."""

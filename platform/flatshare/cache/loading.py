@@ -22,7 +22,7 @@ from flatshare.cache.fetch import Fetched, TensorSource
 from flatshare.cache.threads import in_thread
 from flatshare.cache.tiers import Part, Tier
 from flatshare.cache.warm import WarmTensors
-from flatshare.errors import ModelFailed
+from flatshare.errors import ModelFailed, NoRoom
 from flatshare.models.architecture import Architecture, architecture
 from flatshare.models.probe import check_probe
 from flatshare.models.stages import Model, device_tensor, plan_of, tensor_view
@@ -91,6 +91,10 @@ class Loader(Protocol):
         """Those of a version's parts that the device has, whoever's they are."""
         ...
 
+    def distrust(self, record: VersionRecord) -> None:
+        """A version answered its probe wrongly: whatever this process kept of it is not to be used again."""
+        ...
+
     async def prepare_local(self, record: VersionRecord, held: Held) -> Prepared | None:
         """As :meth:`prepare`, from this node only; None when something must come from the store."""
         ...
@@ -112,8 +116,10 @@ class Loader(Protocol):
 
         Raises
         ------
+        NoRoom
+            The device is out of memory now.
         ModelFailed
-            The device refused (out of memory, say).
+            The device refused it otherwise.
         """
         ...
 
@@ -169,6 +175,11 @@ class DeviceLoader:
             found = {part: self._tensors.get(part) for part in map(part_of, record.tensors)}
         return {part: tensor for part, tensor in found.items() if tensor is not None}
 
+    def distrust(self, record: VersionRecord) -> None:
+        """See :class:`Loader`."""
+        self._proven.pop((record.digest, record.architecture), None)
+        self._warm.clear()  # all of it: memory that went wrong once is not asked which part of it did
+
     async def prepare_local(self, record: VersionRecord, held: Held) -> Prepared | None:
         """See :class:`Loader`."""
         if self.source.tier is None:
@@ -177,6 +188,7 @@ class DeviceLoader:
             # Here and now: handing this to a thread would cost more than doing it (measured: a reload in a
             # thread took 12 ms under load, for 1 ms of work, because each of its many small steps waits
             # for the interpreter lock).
+            self._warm.touch(map(part_of, record.tensors))
             warm = self._warm.get(part for part in map(part_of, record.tensors) if part not in held)
             if warm is not None:
                 return Prepared(warm, Tier.HOST, self._build(record, warm, held, prove=False), proven=False)
@@ -200,9 +212,9 @@ class DeviceLoader:
         if model is None:
             try:
                 tensors = await self.device.place(prepared.tensors)
-            except (
-                Exception
-            ) as error:  # CUDA raises RuntimeError of several kinds, OutOfMemoryError among them
+            except torch.OutOfMemoryError as error:  # not the model's fault, and perhaps over in a moment
+                raise NoRoom(f"the device has no memory for {record.name} now; retry") from error
+            except Exception as error:  # CUDA raises RuntimeErrors of several kinds
                 raise ModelFailed(f"{record.name} could not be placed on {self.device.name}") from error
             model = await in_thread(self._threads, lambda: self._build(record, tensors, held))
         sizes = {part: self.device.footprint(tensor.nbytes) for part, tensor in model.tensors.items()}
@@ -262,9 +274,8 @@ class DeviceLoader:
             with self._sharing:
                 stage = self._stages.get(key)
             if stage is None:
-                made = plan.stage(
-                    index, named
-                )  # milliseconds: not under the lock, the event loop takes it too
+                # Not under the lock: it may take milliseconds, and the event loop takes the lock too.
+                made = plan.stage(index, named)
                 with self._sharing:
                     stage = self._stages.setdefault(key, made)
             stages.append(stage)

@@ -263,6 +263,7 @@ class ModelCache:
         if lease.resident is not None and self._residents.get(key) is lease.resident:
             self._retire(lease.resident, evicted=False)
             self._on_change()
+        self._loader.distrust(lease.record)
         self._failures.remember(key, error)
 
     def erase(self, tenant: str) -> int:

@@ -34,9 +34,15 @@ class WarmTensors:
                 tensor = self._tensors.get(part)
                 if tensor is None:
                     return None
-                self._tensors.move_to_end(part)
                 found[part] = tensor
         return found
+
+    def touch(self, parts: Iterable[Part]) -> None:
+        """These are in use: they go later than others, whoever holds them."""
+        with self._lock:
+            for part in parts:
+                if part in self._tensors:
+                    self._tensors.move_to_end(part)
 
     def keep(self, tensors: Mapping[Part, torch.Tensor]) -> None:
         """Keep these too, and let go of the longest unused."""

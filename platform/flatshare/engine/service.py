@@ -20,7 +20,7 @@ from flatshare.cache.promotions import Promotions
 from flatshare.cache.tiers import Tier
 from flatshare.cache.view import RegistryView
 from flatshare.engine.admission import Admission
-from flatshare.errors import DeadlineExceeded, IsolationBroken, ModelFailed
+from flatshare.errors import DeadlineExceeded, IsolationBroken, ModelFailed, ProbeFailed
 from flatshare.models.architecture import Architecture, architecture
 from flatshare_registry.errors import InvalidInput
 from flatshare_registry.ids import ModelRef
@@ -151,9 +151,8 @@ class InferenceService:
                             raise IsolationBroken(f"the slot of {version.name} holds other weights")
                         async with self.admission.hold(self._timeout_s, ref.tenant):
                             logits = await self._inference.run(lease, rows)
-                    except ModelFailed as error:
-                        if lease.resident is not None and lease.resident.probe_due:
-                            self.cache.condemn(lease, error)
+                    except ProbeFailed as error:
+                        self.cache.condemn(lease, error)
                         raise
                     except IsolationBroken:
                         logger.exception("isolation: %s", lease.receipt)

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flatshare.errors import ModelFailed
+from flatshare.errors import ModelFailed, ProbeFailed
 from flatshare.models.architecture import Architecture
 from flatshare.models.stages import Model, device_tensor, plan_of, tensor_view
 from flatshare_registry.records import VersionRecord
@@ -105,11 +105,11 @@ def check_probe_logits(record: VersionRecord, found: NDArray[np.float32]) -> Non
 
     Raises
     ------
-    ModelFailed
+    ProbeFailed
         They differ.
     """
     if not _close(found, np.array(record.probe_logits, dtype=np.float32)):
-        raise ModelFailed(f"{record.name} does not answer its probe as it did when it was registered")
+        raise ProbeFailed(f"{record.name} does not answer its probe as it did when it was registered")
 
 
 def _close(found: NDArray[np.float32], wanted: NDArray[np.float32]) -> bool:

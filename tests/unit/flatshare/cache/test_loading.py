@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -20,9 +20,9 @@ from flatshare.cache.host_tier import HostTier
 from flatshare.cache.ledger import Ledger
 from flatshare.cache.loading import DeviceLoader
 from flatshare.cache.model_cache import ModelCache
-from flatshare.cache.tiers import ModelKey, Tier
+from flatshare.cache.tiers import ModelKey, Part, Tier
 from flatshare.engine.inference import Inference
-from flatshare.errors import ModelFailed
+from flatshare.errors import ModelFailed, NoRoom
 from flatshare.models.architecture import architecture
 from flatshare.models.probe import probe_logits
 from flatshare.models.stages import Model
@@ -345,6 +345,24 @@ async def test_a_model_that_does_not_answer_its_probe_is_never_served(
     with pytest.raises(ModelFailed, match="does not answer its probe"):
         await load(loader, other.model_copy(update={"probe_logits": record.probe_logits}))
     await load(loader, record.model_copy(update={"probe_logits": None}))  # registered without torch
+
+
+async def test_a_device_that_is_out_of_memory_is_no_fault_of_the_model(
+    store: CountingStore, record: VersionRecord, threads: ThreadPoolExecutor
+) -> None:
+    class FullDevice(CpuDevice):
+        computes_in_host_memory = False
+
+        async def place(self, tensors: Mapping[Part, torch.Tensor]) -> Mapping[Part, torch.Tensor]:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    loader = DeviceLoader(TensorSource(store), FullDevice(), threads, threads)
+    cache = ModelCache(ledger=Ledger(2, None), loader=loader)
+    with pytest.raises(NoRoom, match="no memory for acme@1 now"):
+        await cache.lease(record, 5)
+    assert (cache.occupied, cache.ledger.held_bytes, cache.ledger.reserved_bytes) == (0, 0, 0)
+    loader.device = CpuDevice()
+    (await cache.lease(record, 5)).release()  # not remembered: a moment later there may be room
 
 
 @pytest.mark.parametrize("name", ["gone", "mnist-resnet18"])

@@ -68,6 +68,9 @@ class FakeLoader:
     def hold(self, record: VersionRecord) -> dict[Part, object]:
         return dict.fromkeys(self.check(record))
 
+    def distrust(self, record: VersionRecord) -> None:
+        pass  # keeps nothing between loads
+
     async def prepare_local(self, record: VersionRecord, held: Held) -> Prepared | None:
         if record.tenant not in self.local:
             return None

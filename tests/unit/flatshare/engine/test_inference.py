@@ -50,6 +50,9 @@ class OneModel:
     def hold(self, record: VersionRecord) -> dict[Part, object]:
         return {}
 
+    def distrust(self, record: VersionRecord) -> None:
+        pass  # keeps nothing between loads
+
     async def prepare_local(self, record: VersionRecord, held: Held) -> Prepared | None:
         return Prepared({}, Tier.HOST, self.model)
 

@@ -93,9 +93,20 @@ async def test_a_model_whose_memory_was_damaged_never_answers(world: World) -> N
     assert not world.cache.is_resident(ACME)
     with pytest.raises(ModelFailed, match="does not answer its probe"):
         await world.ask()  # remembered
-    # An operator says that it is mended: it is loaded anew, from checked bytes.
-    world.loader._warm.clear()
+    # Asked to try again, it is loaded anew from the node's checked files, not from the damaged memory.
     world.cache.forget_failures("acme")
+    torch.testing.assert_close(
+        torch.from_numpy((await world.ask()).logits), world.right(), rtol=1e-5, atol=1e-5
+    )
+
+
+async def test_a_bad_row_does_not_condemn_a_model_that_still_owes_its_probe(world: World) -> None:
+    await world.ask()
+    world.cache.unload(ACME)
+    small = ROWS[:, :, :5, :5].copy()  # no network of this shape takes it
+    with pytest.raises(ModelFailed, match="failed in its forward pass"):
+        await world.service.predict(ModelRef.parse("acme"), lambda ref: None, lambda network: small)
+    assert world.cache.is_resident(ACME), "a caller's input must not take the model away from the others"
     torch.testing.assert_close(
         torch.from_numpy((await world.ask()).logits), world.right(), rtol=1e-5, atol=1e-5
     )
