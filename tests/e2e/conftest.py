@@ -26,7 +26,7 @@ from flatshare_registry.catalog import Registry
 from flatshare_registry.ids import PRODUCTION, TenantId
 from flatshare_registry.stores.open import open_store
 from flatshare_registry.stores.s3 import S3Options
-from flatshare_registry.testing.s3_server import CREDENTIALS, local_s3
+from flatshare_registry.testing.s3_server import CREDENTIALS
 
 NETWORK = architecture("mnist-cnn")
 MODEL = "serve_multiplexed_model_id"
@@ -167,9 +167,17 @@ def end(platform: Platform) -> None:
 
 @pytest.fixture(scope="package")
 def s3_url_e2e() -> Iterator[str]:
+    """An S3 server in a process of its own: in this one it would share the interpreter lock with clients."""
     os.environ |= CREDENTIALS
-    with local_s3(bucket="models") as url:
-        yield url
+    server = subprocess.Popen(
+        [sys.executable, "-m", "flatshare_registry.testing.s3_server", "--bucket", "models"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    assert server.stdout is not None
+    yield server.stdout.readline().strip()
+    server.terminate()
+    server.wait(10)
 
 
 @pytest.fixture(scope="package")

@@ -32,7 +32,7 @@ ANSWERS = int(os.environ.get("FLATSHARE_TEST_ANSWERS", "10000"))
 TENANTS = 200
 IMAGES = 4
 CLIENTS = 12
-KILL_EVERY_S = 15.0
+KILL_EVERY_S = 30.0  # a replica that starts takes ten seconds of most of two cores
 FIRST_KILL_S = 3.0
 PROMOTE_EVERY_S = 0.3
 
@@ -86,7 +86,8 @@ def disturb(world: World, stop: threading.Event, done: Counter[str]) -> None:
                 if len(running) == 2:
                     psutil.Process(running[int(random.integers(0, 2))]["pid"]).kill()
                     done["kills"] += 1
-                    killed_at = time.monotonic() - KILL_EVERY_S + FIRST_KILL_S
+                    print(f"\nkill {done['kills']}: {dict(done)}", flush=True)
+                    killed_at = time.monotonic()
 
 
 async def ask_all(world: World, done: Counter[str]) -> None:
@@ -119,7 +120,7 @@ async def ask_all(world: World, done: Counter[str]) -> None:
     await asyncio.gather(*[client() for _ in range(CLIENTS)])
 
 
-@pytest.mark.timeout(1200)
+@pytest.mark.timeout(600 + ANSWERS // 40)
 def test_no_wrong_answer_under_eviction_promotion_and_kills(tmp_path: Path, s3_url_e2e: str) -> None:
     platform = start(tmp_path, s3_url_e2e, "correctness", "--replicas", "2", "--slots", "10")
     done: Counter[str] = Counter()

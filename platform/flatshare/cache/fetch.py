@@ -40,7 +40,7 @@ GAP_BYTES: Final = 64 * 1024
 """Missing tensors with at most this much between them share a GET: a request costs more than the gap."""
 
 PART_TRIES: Final = 2
-"""Tries of a part whose answer was cut short; refused requests are tried again by boto3 itself."""
+"""GETs of a part whose answers were cut short; refused requests are tried again by boto3 itself."""
 
 RETRY_S: Final = 0.2
 """Longest wait before such a try; the wait is drawn evenly from 0 to this, so that replicas spread."""
@@ -169,10 +169,10 @@ class TensorSource:
     def _read_parts(
         self, record: VersionRecord, ranges: Sequence[ByteRange], deadline: float
     ) -> Iterator[tuple[int, bytes]]:
-        """The parts in order. The next ones are fetched while one is being hashed and written."""
+        """The bytes in order. What comes next is on its way while one piece is being hashed and written."""
         if self._parts is None or len(ranges) == 1:
             for part in ranges:
-                yield part.start, self._read_part(record, part, deadline)
+                yield from self._stream_part(record, part, deadline)
             return
         ahead: deque[tuple[int, Future[bytes]]] = deque()
         todo = iter(ranges)
@@ -194,27 +194,37 @@ class TensorSource:
                 future.cancel()
 
     def _read_part(self, record: VersionRecord, part: ByteRange, deadline: float) -> bytes:
-        whole = part.end - part.start == record.size_bytes
-        for left in reversed(range(PART_TRIES)):
-            if self._clock() >= deadline:
-                raise _late(record)
+        return b"".join(piece for _, piece in self._stream_part(record, part, deadline))
+
+    def _stream_part(
+        self, record: VersionRecord, part: ByteRange, deadline: float
+    ) -> Iterator[tuple[int, bytes]]:
+        """One GET's bytes as they arrive. An answer that is cut short goes on where it stopped."""
+        key, at, tries = layout.blob_key(record.digest), part.start, PART_TRIES
+        while at < part.end:
+            rest = ByteRange(at, part.end)
+            whole = rest.end - rest.start == record.size_bytes
             try:
-                data = self._store.get(layout.blob_key(record.digest), None if whole else part).data
+                for piece in self._store.chunks(key, None if whole else rest):
+                    if self._clock() >= deadline:
+                        raise _late(record)
+                    with self._counting:
+                        self.fetched_bytes += len(piece)
+                    if at + len(piece) > part.end:
+                        break
+                    yield at, piece
+                    at += len(piece)
+                if at != part.end:
+                    raise Corrupt(f"the stored weights of {record.name} do not have the registered length")
             except NotFound as error:
                 raise Corrupt(f"the weights of {record.name} are gone from the store") from error
             except InvalidInput as error:
                 raise Corrupt(f"the stored weights of {record.name} are shorter than registered") from error
             except Unavailable:
-                if not left:
+                tries -= 1
+                if not tries or self._clock() >= deadline:
                     raise
                 time.sleep(random.uniform(0, RETRY_S))  # noqa: S311  # jitter, no secret
-                continue
-            with self._counting:
-                self.fetched_bytes += len(data)
-            if len(data) != part.end - part.start:
-                raise Corrupt(f"the stored weights of {record.name} do not have the registered length")
-            return data
-        raise AssertionError("unreachable: the last try returns or raises")
 
 
 @dataclass(slots=True)

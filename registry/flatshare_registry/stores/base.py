@@ -9,6 +9,7 @@ from typing import Final, Protocol
 from flatshare_registry.errors import InvalidInput
 
 __all__ = [
+    "CHUNK_BYTES",
     "BlobMeta",
     "BlobStore",
     "ByteRange",
@@ -22,6 +23,11 @@ __all__ = [
 
 MAX_KEY_CHARS: Final = 512
 """Longest key in characters: S3 allows 1,024 bytes with the prefix, file systems 255 a segment."""
+
+
+CHUNK_BYTES: Final = 256 * 1024
+"""Longest piece of :meth:`BlobStore.chunks`: fits a core's cache, so that who hashes a piece as it comes
+reads it from there."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +114,14 @@ class BlobStore(Protocol):
             There is no such object.
         InvalidInput
             The range does not lie within the object.
+        """
+        ...
+
+    def chunks(self, key: str, byte_range: ByteRange | None = None) -> Iterator[bytes]:
+        """Read an object, or a range of it, in pieces of at most ``CHUNK_BYTES``, each as it arrives.
+
+        Raises as :meth:`get`, before the first piece or between two: then what was given is right and what
+        is missing can be asked for as a range. Pieces that end without an error are the whole of it.
         """
         ...
 

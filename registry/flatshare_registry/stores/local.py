@@ -13,6 +13,7 @@ from typing import Final
 
 from flatshare_registry.errors import AlreadyExists, Conflict, InvalidInput, NotFound, Unavailable
 from flatshare_registry.stores.base import (
+    CHUNK_BYTES,
     BlobMeta,
     ByteRange,
     Create,
@@ -63,6 +64,20 @@ class LocalStore:
             return StoredBlob(
                 os.pread(file.fileno(), byte_range.end - byte_range.start, byte_range.start), meta
             )
+
+    def chunks(self, key: str, byte_range: ByteRange | None = None) -> Iterator[bytes]:
+        """See :class:`BlobStore`."""
+        with _translated(key), self._path(key).open("rb", buffering=0) as file:
+            size = os.fstat(file.fileno()).st_size
+            start, end = (0, size) if byte_range is None else (byte_range.start, byte_range.end)
+            if end > size:
+                raise InvalidInput(f"range ends at {end}, {key} has {size} bytes")
+            while start < end:
+                piece = os.pread(file.fileno(), min(CHUNK_BYTES, end - start), start)
+                if not piece:
+                    raise Unavailable(f"{key} became shorter while it was read")
+                yield piece
+                start += len(piece)
 
     def get_unless(self, key: str, etag: str) -> StoredBlob | None:
         """See :class:`BlobStore`."""

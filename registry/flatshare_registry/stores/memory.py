@@ -8,6 +8,7 @@ from collections.abc import Callable, Iterator
 
 from flatshare_registry.errors import AlreadyExists, Conflict, InvalidInput, NotFound
 from flatshare_registry.stores.base import (
+    CHUNK_BYTES,
     BlobMeta,
     ByteRange,
     Create,
@@ -47,6 +48,12 @@ class MemoryStore:
         if byte_range.end > blob.meta.size_bytes:
             raise InvalidInput(f"range ends at {byte_range.end}, {key} has {blob.meta.size_bytes} bytes")
         return StoredBlob(blob.data[byte_range.start : byte_range.end], blob.meta)
+
+    def chunks(self, key: str, byte_range: ByteRange | None = None) -> Iterator[bytes]:
+        """See :class:`BlobStore`."""
+        data = self.get(key, byte_range).data
+        for start in range(0, len(data), CHUNK_BYTES):
+            yield data[start : start + CHUNK_BYTES]
 
     def get_unless(self, key: str, etag: str) -> StoredBlob | None:
         """See :class:`BlobStore`."""

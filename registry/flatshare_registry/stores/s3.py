@@ -7,7 +7,7 @@ Amazon S3 has them since 2024; MinIO, Ceph and moto too.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -18,6 +18,7 @@ from botocore.config import Config
 
 from flatshare_registry.errors import AlreadyExists, Conflict, InvalidInput, NotFound, Unavailable
 from flatshare_registry.stores.base import (
+    CHUNK_BYTES,
     BlobMeta,
     ByteRange,
     Create,
@@ -117,13 +118,22 @@ class S3Store:
 
     def get(self, key: str, byte_range: ByteRange | None = None) -> StoredBlob:
         """See :class:`BlobStore`."""
-        extra: dict[str, str] = {}
-        if byte_range is not None:
-            extra["Range"] = f"bytes={byte_range.start}-{byte_range.end - 1}"
-        blob = self._get(key, extra)
+        blob = self._get(key, _range_header(byte_range))
         if byte_range is not None and byte_range.end > blob.meta.size_bytes:
             raise InvalidInput(f"range ends at {byte_range.end}, {key} has {blob.meta.size_bytes} bytes")
         return blob
+
+    def chunks(self, key: str, byte_range: ByteRange | None = None) -> Iterator[bytes]:
+        """See :class:`BlobStore`."""
+        with self._translated(key):
+            reply = self._client.get_object(
+                Bucket=self._bucket, Key=self._key(key), **cast("Any", _range_header(byte_range))
+            )
+            with contextlib.closing(reply["Body"]) as body:
+                size = _whole_size(reply)
+                if byte_range is not None and size is not None and byte_range.end > size:
+                    raise InvalidInput(f"range ends at {byte_range.end}, {key} has {size} bytes")
+                yield from body.iter_chunks(CHUNK_BYTES)
 
     def get_unless(self, key: str, etag: str) -> StoredBlob | None:
         """See :class:`BlobStore`."""
@@ -197,9 +207,9 @@ class S3Store:
         with self._translated(key):
             reply = self._client.get_object(Bucket=self._bucket, Key=self._key(key), **cast("Any", extra))
             data = reply["Body"].read()
-        whole = reply.get("ContentRange", "").rpartition("/")[2]
-        size = int(whole) if whole.isdigit() else len(data)
-        return StoredBlob(data, BlobMeta(key, reply["ETag"], size, reply["LastModified"].timestamp()))
+        size = _whole_size(reply)
+        modified_s = reply["LastModified"].timestamp()
+        return StoredBlob(data, BlobMeta(key, reply["ETag"], len(data) if size is None else size, modified_s))
 
     @contextlib.contextmanager
     def _translated(self, what: str, mode: PutMode | None = None) -> Iterator[None]:
@@ -230,6 +240,16 @@ class S3Store:
 
 class _NotModified(Exception):
     """S3 answered 304; stays within this module."""
+
+
+def _range_header(byte_range: ByteRange | None) -> dict[str, str]:
+    return {} if byte_range is None else {"Range": f"bytes={byte_range.start}-{byte_range.end - 1}"}
+
+
+def _whole_size(reply: Mapping[str, Any]) -> int | None:
+    """Length of the object of which a reply holds a range; None when the reply does not say."""
+    whole = str(reply.get("ContentRange", "")).rpartition("/")[2]
+    return int(whole) if whole.isdigit() else None
 
 
 def _first_line(error: BaseException) -> str:

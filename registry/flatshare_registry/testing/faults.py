@@ -57,6 +57,11 @@ class FaultyStore:
         self.after("get", key)
         return blob
 
+    def chunks(self, key: str, byte_range: ByteRange | None = None) -> Iterator[bytes]:
+        self.before("get", key)
+        yield from self.inner.chunks(key, byte_range)
+        self.after("get", key)
+
     def get_unless(self, key: str, etag: str) -> StoredBlob | None:
         self.before("get", key)
         blob = self.inner.get_unless(key, etag)
