@@ -24,6 +24,7 @@ from numpy.typing import NDArray
 from flatshare.bench.load import Load, Outcome, run_load
 from flatshare.bench.report import summarise
 from flatshare.bench.workload import Shot, encode_json, zipf_shares
+from flatshare.cli.context import credentials
 from flatshare.cli.fleet import print_fleet
 from flatshare.cli.output import out, print_table, progress_bar
 from flatshare.models.architecture import architecture
@@ -87,7 +88,7 @@ def main() -> int:
         served = send_held_out(url, customers)
         out.rule("a mix of customers, one digit a request, by Zipf(1.0)", align="left")
         mixed = send_mix(url, customers, arguments.requests)
-        fleet = httpx.get(f"{url}/admin/replicas", timeout=30).json()
+        fleet = httpx.get(f"{url}/admin/replicas", timeout=30, headers=credentials(url)).json()
         document = report(customers, served, mixed, fleet)
         show(document, fleet)
         out.print(f"\n{time.monotonic() - started:.0f} s in all")
@@ -232,7 +233,7 @@ def send_held_out(url: str, customers: list[Customer]) -> dict[str, float]:
     with progress_bar("requests") as progress:
         total = sum(-(-len(one.rows) // BATCH) for one in customers)
         done = 0
-        with httpx.Client(timeout=60) as client:
+        with httpx.Client(timeout=60, headers=credentials(url)) as client:
             for customer in customers:
                 labels: list[int] = []
                 for start in range(0, len(customer.rows), BATCH):
@@ -275,7 +276,7 @@ def send_mix(url: str, customers: list[Customer], count: int) -> list[Outcome]:
         return run_load(
             f"{url}/predict",
             shots(),
-            Load(requests=count, concurrency=8),
+            Load(requests=count, concurrency=8, headers=credentials(url)),
             lambda done: progress(done, count),
         )
 

@@ -3,6 +3,16 @@
     ServeError                  anything below
     ├── BadInput                the request can never work: body, shape, header; do not retry as it is
     │   └── TooLarge            the body or the batch is over its stated limit
+    │       ├── BodyOverQuota   ... over this tenant's own limit
+    │       └── RowsOverQuota
+    ├── Unauthenticated         no key, or one that is not good: unknown, expired or revoked
+    ├── Forbidden               a good key that may not do this
+    ├── Suspended               the tenant is suspended; its operator can resume it
+    ├── OverQuota               more than the tenant's share; retry later
+    │   ├── TooManyRequests     requests_per_s
+    │   ├── TooManyAtOnce       concurrent_requests
+    │   ├── TooManyColdLoads    cold_loads_per_min
+    │   └── ResidentOverQuota   resident_bytes: all that the tenant may keep on a device is in use
     ├── Overloaded              no room now; retry after ``retry_after_s``
     │   └── NoRoom              every slot is leased and none came free before the deadline
     ├── DeadlineExceeded        it was accepted but not answered in time; retry
@@ -23,18 +33,28 @@ from __future__ import annotations
 
 __all__ = [
     "BadInput",
+    "BodyOverQuota",
     "DeadlineExceeded",
     "FleetUnavailable",
+    "Forbidden",
     "IsolationBroken",
     "LocalError",
     "ModelFailed",
     "NeverFits",
     "NoRoom",
+    "OverQuota",
     "Overloaded",
     "ProbeFailed",
+    "ResidentOverQuota",
+    "RowsOverQuota",
     "ServeError",
     "SettingsError",
+    "Suspended",
     "TooLarge",
+    "TooManyAtOnce",
+    "TooManyColdLoads",
+    "TooManyRequests",
+    "Unauthenticated",
 ]
 
 
@@ -59,6 +79,50 @@ class BadInput(ServeError):
 
 class TooLarge(BadInput):
     """The request is over a stated limit."""
+
+
+class BodyOverQuota(TooLarge):
+    """The body is longer than this tenant may send."""
+
+
+class RowsOverQuota(TooLarge):
+    """The batch is larger than this tenant may send."""
+
+
+class Unauthenticated(ServeError):
+    """Who calls is not known."""
+
+
+class Forbidden(ServeError):
+    """Who calls is known, and may not do this."""
+
+
+class Suspended(ServeError):
+    """The tenant is suspended; nothing of it is deleted."""
+
+
+class OverQuota(ServeError):
+    """The tenant is over a limit of its own; others are not concerned."""
+
+    retry_after_s = 1
+
+
+class TooManyRequests(OverQuota):
+    """Faster than ``requests_per_s``."""
+
+
+class TooManyAtOnce(OverQuota):
+    """More than ``concurrent_requests`` under way."""
+
+
+class TooManyColdLoads(OverQuota):
+    """More loads than ``cold_loads_per_min``."""
+
+    retry_after_s = 5
+
+
+class ResidentOverQuota(OverQuota):
+    """All that the tenant may keep on the device is in use."""
 
 
 class Overloaded(ServeError):

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 from typing import Final, Literal, Self
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, SecretStr, ValidationError, model_validator
 
 from flatshare.errors import SettingsError
+from flatshare_registry.records import Quotas
 from flatshare_registry.settings import RegistrySettings
 
 __all__ = ["LOOPBACK_HOSTS", "Settings", "load_settings"]
@@ -24,7 +25,7 @@ class Settings(RegistrySettings):
     # -- addresses
     host: str = Field(
         default="127.0.0.1",
-        description="Address that the edge listens on. Only loopback until authentication is there.",
+        description="Address that the edge listens on. With auth=off only loopback.",
     )
     port: int = Field(default=8000, ge=1, le=65535, description="Port of the edge: both planes.")
     serve_port: int = Field(
@@ -37,6 +38,54 @@ class Settings(RegistrySettings):
         default="haproxy",
         description="haproxy: our HAProxy configuration, one hop. serve: Ray Serve's Python proxy with our "
         "router; several times slower, needs no extra process.",
+    )
+
+    tls_cert: str = Field(
+        default="",
+        description="PEM file of certificate chain and private key; TLS ends at the edge. Empty: plain HTTP.",
+    )
+    max_connections_per_address: int = Field(
+        default=1024,
+        ge=1,
+        description="Connections that the edge takes from one address at a time; more are closed at once. "
+        "Raise it behind a load balancer.",
+    )
+
+    # -- who may call
+    auth: Literal["on", "off"] = Field(
+        default="on", description="off: everybody who reaches the port is the operator. For trying things."
+    )
+    admin_key: SecretStr = Field(
+        default=SecretStr(""),
+        description="The operator's key for both planes. Empty: made at the first `up` and kept in a file.",
+    )
+    viewer_key: SecretStr = Field(
+        default=SecretStr(""), description="The same for a key that may only look at the control plane."
+    )
+    api_key: SecretStr = Field(
+        default=SecretStr(""), description="What client commands show; by default the admin key's file."
+    )
+    erasure_key_file: str = Field(
+        default="",
+        description="File of the Ed25519 key that signs erasure records, on the control plane's node; made "
+        "when missing. Empty: beside the admin key.",
+    )
+    jwt_issuer: str = Field(
+        default="",
+        description="Also take JSON Web Tokens of this issuer (their `iss`). Empty: only API keys.",
+    )
+    jwt_audience: str = Field(default="flatshare", description="What a token's `aud` must be.")
+    jwt_jwks: str = Field(default="", description="The issuer's public keys: an https:// URL or a file.")
+    jwt_tenant_claim: str = Field(default="tenant", description="The claim that names the tenant.")
+    jwt_scope_claim: str = Field(
+        default="scope", description="The claim that lists scopes: predict, manage, or both."
+    )
+
+    # -- how much each may use
+    plans: dict[str, Quotas] = Field(
+        default_factory=dict,
+        description='Limits by plan, as JSON: {"default": {"requests_per_s": 50, "resident_bytes": 5e7}}. '
+        "What is left out has no limit of its own.",
     )
 
     # -- the pool
@@ -153,11 +202,16 @@ class Settings(RegistrySettings):
             raise ValueError("device=cpu with gpus_per_replica above 0 would reserve GPUs and not use them")
         if self.retry_body_bytes > self.max_body_bytes:
             raise ValueError("retry_body_bytes is larger than max_body_bytes")
-        if self.host not in LOOPBACK_HOSTS:
+        if self.host not in LOOPBACK_HOSTS and self.auth == "off":
             raise ValueError(
-                f"host {self.host!a} is not loopback: there is no authentication yet, so flatshare only "
-                "listens on 127.0.0.1; put your own authenticating proxy in front of it"
+                f"host {self.host!a} is not loopback, and auth=off lets everybody in: use auth=on"
             )
+        if self.host not in LOOPBACK_HOSTS and self.edge == "serve":
+            raise ValueError("edge=serve listens on loopback only; edge=haproxy takes other addresses")
+        if self.tls_cert and self.edge == "serve":
+            raise ValueError("tls_cert needs edge=haproxy")
+        if bool(self.jwt_issuer) != bool(self.jwt_jwks):
+            raise ValueError("jwt_issuer and jwt_jwks go together")
         return self
 
 

@@ -17,7 +17,8 @@ from flatshare_registry.errors import (
     Unavailable,
 )
 from flatshare_registry.ids import PRODUCTION, AliasName, ModelRef, TenantId
-from flatshare_registry.records import AuditEntry, TenantHead, TensorRecord, VersionRecord
+from flatshare_registry.keys import NewKey
+from flatshare_registry.records import AuditEntry, Quotas, Scope, TenantHead, TensorRecord, VersionRecord
 from flatshare_registry.registration import Registered
 from flatshare_registry.stores.base import BlobStore
 from flatshare_registry.stores.open import open_store
@@ -35,10 +36,13 @@ __all__ = [
     "InvalidRef",
     "InvalidWeights",
     "ModelRef",
+    "NewKey",
     "NotFound",
+    "Quotas",
     "Registered",
     "Registry",
     "RegistryError",
+    "Scope",
     "StillReferenced",
     "TenantHead",
     "TenantId",

@@ -13,11 +13,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 from flatshare_registry import layout
-from flatshare_registry.errors import (
-    AlreadyExists,
-    NotFound,
-    StillReferenced,
-)
+from flatshare_registry.erasure import Eraser
+from flatshare_registry.errors import AlreadyExists, NotFound, StillReferenced
 from flatshare_registry.heads import HeadStore
 from flatshare_registry.ids import PRODUCTION, AliasName, ModelRef, TenantId
 from flatshare_registry.records import (
@@ -27,9 +24,11 @@ from flatshare_registry.records import (
     TenantState,
     VersionRecord,
     utc,
+    with_past,
 )
 from flatshare_registry.registration import Probe, Registered, Registrar
 from flatshare_registry.stores.base import BlobStore
+from flatshare_registry.tenancy import EMPTY, Tenancy
 from flatshare_registry.weights import TensorSpec
 
 __all__ = ["Registry"]
@@ -48,10 +47,17 @@ class Registry:
     ----------
     store
         Where the objects are.
-    actor
-        Who is named in audit entries.
+    actor, request_id
+        Who is named in audit entries, and by which request.
     clock
         POSIX seconds.
+
+    Attributes
+    ----------
+    tenancy
+        Keys, quotas, suspension.
+    eraser
+        Erasure, as far as the store goes.
 
     Notes
     -----
@@ -60,13 +66,23 @@ class Registry:
     """
 
     def __init__(
-        self, store: BlobStore, *, actor: str = "unknown", clock: Callable[[], float] = time.time
+        self,
+        store: BlobStore,
+        *,
+        actor: str = "unknown",
+        request_id: str | None = None,
+        clock: Callable[[], float] = time.time,
     ) -> None:
         self.store = store
-        self._actor = actor
         self._clock = clock
-        self._heads = HeadStore(store, actor, clock)
+        self._heads = HeadStore(store, actor, clock, request_id)
         self._registrar = Registrar(store, self._heads, actor, clock)
+        self.tenancy = Tenancy(self._heads)
+        self.eraser = Eraser(store, self._heads)
+
+    def acting_as(self, actor: str, request_id: str | None = None) -> Registry:
+        """The same registry, for changes that somebody else makes."""
+        return Registry(self.store, actor=actor, request_id=request_id, clock=self._clock)
 
     # -- tenants
 
@@ -76,7 +92,8 @@ class Registry:
         Raises
         ------
         AlreadyExists
-            There is an active tenant of this id.
+            There is a tenant of this id, or one was erased: who still holds a ref of that one must not
+            reach somebody else.
         """
         try:
             return self._heads.create(tenant)
@@ -84,21 +101,34 @@ class Registry:
             now = utc(self._clock())
 
             def revive(head: TenantHead) -> TenantHead:
-                if head.state is TenantState.ACTIVE:
+                if head.state.exists:
                     raise AlreadyExists(f"tenant {tenant} already exists")
-                return head.model_copy(
-                    update={"state": TenantState.ACTIVE, "versions": {}, "aliases": {}, "created_at": now}
-                )
+                if head.state is TenantState.ERASED:
+                    raise AlreadyExists(f"a tenant {tenant} was erased; its id is not given out again")
+                return head.model_copy(update={**EMPTY, "state": TenantState.ACTIVE, "created_at": now})
 
             return self._heads.change(tenant, Action.TENANT_CREATED, revive, also_deleted=True)
 
     def list_tenants(self) -> list[TenantHead]:
-        """Heads of all active tenants, by id. One GET a tenant, ``LIST_THREADS`` at a time."""
-        texts = (layout.tenant_of_head(meta.key) for meta in self.store.list(layout.TENANTS))
-        tenants = sorted(TenantId(text) for text in texts if text is not None)
+        """Heads of all tenants, suspended ones too, by id. One GET each, ``LIST_THREADS`` at a time."""
         with ThreadPoolExecutor(LIST_THREADS) as threads:
-            heads = threads.map(self._active_head, tenants)
+            heads = threads.map(self._active_head, self.all_ids())
             return [head for head in heads if head is not None]
+
+    def all_ids(self) -> list[TenantId]:
+        """Ids of all tenants that there ever were, deleted and erased ones too."""
+        texts = (layout.tenant_of_head(meta.key) for meta in self.store.list(layout.TENANTS))
+        return sorted(TenantId(text) for text in texts if text is not None)
+
+    def last_entry(self, tenant: TenantId) -> AuditEntry:
+        """The newest entry of a tenant's log, also of one that was deleted or erased.
+
+        Raises
+        ------
+        NotFound
+            There has never been such a tenant.
+        """
+        return self._heads.read_any(tenant).last_entry
 
     def head(self, tenant: TenantId) -> TenantHead:
         """A tenant's aliases and versions as of now.
@@ -131,13 +161,17 @@ class Registry:
         NotFound
             No such tenant, and nothing of it left over.
         """
-        leftovers = [meta.key for meta in self.store.list(layout.versions_prefix(tenant))]
+        leftovers = [
+            meta.key
+            for prefix in (layout.versions_prefix(tenant), layout.used_prefix(tenant))
+            for meta in self.store.list(prefix)
+        ]
         try:
             self._heads.change(
                 tenant,
                 Action.TENANT_DELETED,
-                lambda head: head.model_copy(
-                    update={"state": TenantState.DELETED, "versions": {}, "aliases": {}}
+                lambda head: with_past(head, head.versions.values()).model_copy(
+                    update={**EMPTY, "state": TenantState.DELETED}
                 ),
             )
         except NotFound:
@@ -247,7 +281,7 @@ class Registry:
                     f"{tenant}@{version} is what {', '.join(names)} names; move the alias first"
                 )
             kept = {number: digest for number, digest in head.versions.items() if number != version}
-            return head.model_copy(update={"versions": kept})
+            return with_past(head, [head.versions[version]]).model_copy(update={"versions": kept})
 
         self._heads.change(tenant, Action.VERSION_DELETED, remove, from_version=version)
         self.store.delete(layout.version_key(tenant, version))
@@ -317,6 +351,16 @@ class Registry:
             There has never been such a tenant.
         """
         return self._heads.audit(tenant)
+
+    def verify_audit(self, tenant: TenantId) -> list[str]:
+        """What is wrong with a tenant's audit log, in words; empty when its chain is whole.
+
+        Raises
+        ------
+        NotFound
+            There has never been such a tenant.
+        """
+        return self._heads.verify(tenant)
 
     # -- how it is done
 

@@ -15,7 +15,7 @@ from typing import Final
 
 from flatshare_registry import layout
 from flatshare_registry.errors import InvalidInput, NotFound
-from flatshare_registry.records import TenantHead, TenantState
+from flatshare_registry.records import TenantHead
 from flatshare_registry.registration import BLOB_REFRESH_S
 from flatshare_registry.stores.base import BlobMeta, BlobStore
 
@@ -79,7 +79,7 @@ def collect(
     for meta in tenant_objects:
         if layout.tenant_of_head(meta.key) is not None:
             head = TenantHead.decode(store.get(meta.key).data, meta.key)
-            if head.state is TenantState.ACTIVE:
+            if head.state.exists:
                 live_digests.update(head.versions.values())
                 live_versions.update((head.tenant, number) for number in head.versions)
     unnamed = [meta for meta in blobs if layout.digest_of(meta.key) not in live_digests]

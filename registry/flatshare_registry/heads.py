@@ -8,7 +8,9 @@ the head next, in case the writer died in between.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator
+import json
+from collections.abc import Callable, Iterator, Mapping
+from datetime import datetime
 from typing import Final
 
 from flatshare_registry import layout
@@ -19,7 +21,6 @@ from flatshare_registry.records import (
     Action,
     AuditEntry,
     TenantHead,
-    TenantState,
     VersionRecord,
     new_ulid,
     next_ulid_time,
@@ -41,19 +42,26 @@ class HeadStore:
     ----------
     store
         Where the objects are.
-    actor
-        Who is named in audit entries.
+    actor, request_id
+        Who is named in audit entries, and by which request.
     clock
         POSIX seconds.
     """
 
-    def __init__(self, store: BlobStore, actor: str, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, store: BlobStore, actor: str, clock: Callable[[], float], request_id: str | None = None
+    ) -> None:
+        self.actor = actor
         self._store = store
-        self._actor = actor
         self._clock = clock
+        self._request_id = request_id
+
+    def now(self) -> datetime:
+        """The time that changes are written with."""
+        return utc(self._clock())
 
     def read(self, tenant: TenantId) -> TenantHead:
-        """An active tenant's head.
+        """A tenant's head, also of one that is suspended.
 
         Raises
         ------
@@ -61,12 +69,22 @@ class HeadStore:
             No such tenant.
         """
         head, _ = self._read_any(tenant)
-        if head.state is not TenantState.ACTIVE:
+        if not head.state.exists:
             raise NotFound(f"there is no tenant {tenant}")
         return head
 
+    def read_any(self, tenant: TenantId) -> TenantHead:
+        """A tenant's head, also of one that was deleted or erased.
+
+        Raises
+        ------
+        NotFound
+            There has never been such a tenant.
+        """
+        return self._read_any(tenant)[0]
+
     def read_unless(self, tenant: TenantId, etag: str | None) -> tuple[TenantHead, str] | None:
-        """An active tenant's head and its ETag; None when it still has this ETag (one cheap request).
+        """A tenant's head and its ETag; None when it still has this ETag (one cheap request).
 
         Raises
         ------
@@ -81,7 +99,7 @@ class HeadStore:
         if blob is None:
             return None
         head = decode_head(tenant, blob.data)
-        if head.state is not TenantState.ACTIVE:
+        if not head.state.exists:
             raise NotFound(f"there is no tenant {tenant}")
         return head, blob.meta.etag
 
@@ -132,6 +150,7 @@ class HeadStore:
         alias: AliasName | None = None,
         from_version: int | None = None,
         to_version: int | None = None,
+        tell: Callable[[TenantHead, TenantHead], Mapping[str, str]] = lambda old, new: {},
     ) -> TenantHead:
         """Change a head; every change passes here.
 
@@ -144,6 +163,8 @@ class HeadStore:
             Whether ``edit`` also wants the heads of deleted tenants.
         alias, from_version, to_version
             For the audit entry; the versions of an alias are filled in from the two heads.
+        tell
+            Makes the entry's ``detail`` of the old head and the new one.
 
         Raises
         ------
@@ -159,7 +180,7 @@ class HeadStore:
             if head.last_entry.id.endswith(mark):
                 # An earlier try landed although its answer was lost (a put that boto3 retried).
                 return head
-            if head.state is not TenantState.ACTIVE and not also_deleted:
+            if not head.state.exists and not also_deleted:
                 raise NotFound(f"there is no tenant {tenant}")
             wanted = edit(head)
             if wanted == head:
@@ -173,6 +194,8 @@ class HeadStore:
                 alias=alias,
                 from_version=from_version if alias is None else head.aliases.get(alias),
                 to_version=to_version if alias is None else wanted.aliases.get(alias),
+                detail=tell(head, wanted),
+                previous=head.last_entry.link,
             )
             changed = wanted.model_copy(update={"revision": entry.revision, "last_entry": entry})
             try:
@@ -200,6 +223,55 @@ class HeadStore:
             entry = AuditEntry.decode(self._store.get(meta.key).data, meta.key)
             entries[entry.revision] = entry
         return [entries[revision] for revision in sorted(entries)]
+
+    def last_used(self, tenant: TenantId) -> dict[str, datetime]:
+        """When each of a tenant's keys was used last, as the replicas have noted it."""
+        used: dict[str, datetime] = {}
+        for meta in self._store.list(layout.used_prefix(tenant)):
+            key_id = meta.key.rpartition("/")[2].removesuffix(".json")
+            # A note that can't be read is no reason to show nobody's.
+            with contextlib.suppress(NotFound, ValueError, KeyError, TypeError):
+                used[key_id] = utc(float(json.loads(self._store.get(meta.key).data)["used_at"]))
+        return used
+
+    def verify(self, tenant: TenantId) -> list[str]:
+        """What is wrong with a tenant's log, in words; empty when it is whole.
+
+        Finds an entry that was altered, removed, added or put in another place. Who can write the whole
+        store could make a new chain from the beginning: keep the last entry's ``link`` elsewhere too.
+
+        Raises
+        ------
+        NotFound
+            There has never been such a tenant.
+        """
+        head, _ = self._read_any(tenant)
+        problems: list[str] = []
+        entries: dict[int, AuditEntry] = {head.last_entry.revision: head.last_entry}
+        for meta in self._store.list(layout.log_prefix(tenant)):
+            try:
+                entry = AuditEntry.decode(self._store.get(meta.key).data, meta.key)
+            except Corrupt as error:
+                problems.append(error.message)
+                continue
+            if meta.key != layout.log_key(tenant, entry.id) or entry.tenant != tenant:
+                problems.append(f"{meta.key} holds another entry, {entry.id} of {entry.tenant}")
+            known = entries.setdefault(entry.revision, entry)
+            if known != entry:
+                what = "the head says" if known is head.last_entry else f"{known.id} says"
+                problems.append(f"entry {entry.id} of revision {entry.revision} is not what {what}")
+        if head.revision != head.last_entry.revision:
+            problems.append(f"the head is at revision {head.revision}, its last entry at another")
+        for revision in range(1, head.revision + 1):
+            entry_now, before = entries.get(revision), entries.get(revision - 1)
+            if entry_now is None:
+                problems.append(f"the entry of revision {revision} is missing")
+            elif revision == 1 and entry_now.previous is not None:
+                problems.append("the first entry names one before it")
+            elif before is not None and entry_now.previous != before.link:
+                problems.append(f"the entry of revision {revision - 1} was altered, or that of {revision}")
+        problems += [f"there is an entry of revision {one}" for one in entries if one > head.revision]
+        return problems
 
     def newest_first(self, tenant: TenantId, head: TenantHead) -> Iterator[AuditEntry]:
         """Changes of a tenant, the newest first, read one by one: for whoever needs only the last few."""
@@ -229,6 +301,8 @@ class HeadStore:
         alias: AliasName | None = None,
         from_version: int | None = None,
         to_version: int | None = None,
+        detail: Mapping[str, str] | None = None,
+        previous: str | None = None,
     ) -> AuditEntry:
         now_s = self._clock()
         return AuditEntry(
@@ -236,11 +310,14 @@ class HeadStore:
             tenant=tenant,
             revision=revision,
             at=utc(now_s),
-            actor=self._actor,
+            actor=self.actor,
             action=action,
             alias=alias,
             from_version=from_version,
             to_version=to_version,
+            request_id=self._request_id,
+            detail=dict(detail or {}),
+            previous=previous,
         )
 
     def _write_log(self, entry: AuditEntry) -> None:

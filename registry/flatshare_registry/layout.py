@@ -5,6 +5,8 @@
     tenants/<tenant>/head.json                  TenantHead, changed only by compare-and-swap
     tenants/<tenant>/versions/<00000007>.json   VersionRecord, immutable, created if absent
     tenants/<tenant>/log/<ulid>.json            AuditEntry, immutable, created if absent
+    tenants/<tenant>/used/<key id>.json         when a key was used last, to the hour
+    erasures/<tenant>/<ulid>.json               what was erased of a tenant, signed
     blobs/sha256/<ab>/<digest>.safetensors      weights, named by content, shared by equal versions
 """
 
@@ -48,6 +50,26 @@ def log_prefix(tenant: TenantId) -> str:
 def log_key(tenant: TenantId, entry_id: str) -> str:
     """Key of one audit entry."""
     return f"{log_prefix(tenant)}{entry_id}.json"
+
+
+def used_prefix(tenant: TenantId) -> str:
+    """Prefix of the notes on when keys were used."""
+    return f"{TENANTS}{tenant}/used/"
+
+
+def used_key(tenant: TenantId, key_id: str) -> str:
+    """Key of the note on when one API key was used."""
+    return f"{used_prefix(tenant)}{key_id}.json"
+
+
+def erasures_prefix(tenant: TenantId) -> str:
+    """Prefix of a tenant's erasure records."""
+    return f"erasures/{tenant}/"
+
+
+def erasure_key(tenant: TenantId, record_id: str) -> str:
+    """Key of one erasure record."""
+    return f"{erasures_prefix(tenant)}{record_id}.json"
 
 
 def blob_key(digest: str) -> str:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from enum import StrEnum
 from typing import Annotated, Final, Literal, Self
@@ -12,7 +14,19 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from flatshare_registry.errors import Corrupt
 
-__all__ = ["Action", "AuditEntry", "TenantHead", "TenantState", "TensorRecord", "VersionRecord", "new_ulid"]
+__all__ = [
+    "DEFAULT_PLAN",
+    "Action",
+    "ApiKey",
+    "AuditEntry",
+    "Quotas",
+    "Scope",
+    "TenantHead",
+    "TenantState",
+    "TensorRecord",
+    "VersionRecord",
+    "new_ulid",
+]
 
 Digest = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 """A sha256 in lower-case hex."""
@@ -133,13 +147,31 @@ class Action(StrEnum):
     ALIAS_SET = "alias.set"
     ALIAS_ROLLED_BACK = "alias.rolled-back"
     ALIAS_REMOVED = "alias.removed"
+    KEY_CREATED = "key.created"
+    KEY_CHANGED = "key.changed"
+    KEY_REVOKED = "key.revoked"
+    QUOTAS_SET = "quotas.set"
+    TENANT_SUSPENDED = "tenant.suspended"
+    TENANT_RESUMED = "tenant.resumed"
+    TENANT_ERASED = "tenant.erased"
 
 
 class AuditEntry(_Record):
-    """Who changed what, when, from which version to which.
+    """Who changed what, when, from what to what.
 
-    ``revision`` is the head's revision that the change made: entries of a tenant are totally
-    ordered by it, whatever the writers' clocks say.
+    Attributes
+    ----------
+    revision
+        The head's revision that the change made: entries of a tenant are totally ordered by it, whatever
+        the writers' clocks say.
+    actor
+        Who: ``cli:<user>``, ``operator:<key id>``, ``key:<key id>``.
+    request_id
+        Of the control plane's request that made the change.
+    detail
+        What a version number does not say, as short strings; never a secret.
+    previous
+        :attr:`link` of the tenant's entry before this one; None for the first. So the entries are a chain.
     """
 
     id: str
@@ -151,13 +183,105 @@ class AuditEntry(_Record):
     alias: str | None = None
     from_version: int | None = None
     to_version: int | None = None
+    request_id: str | None = None
+    detail: dict[str, str] = Field(default_factory=dict)
+    previous: Digest | None = None
+
+    @property
+    def link(self) -> str:
+        """sha256 of all that the entry says. Fields at their default don't count, so that one which a later
+        release adds leaves the links of older entries as they are.
+        """
+        return hashlib.sha256(self.model_dump_json(exclude_defaults=True).encode()).hexdigest()
+
+
+class Scope(StrEnum):
+    """What an API key may do, within its tenant."""
+
+    PREDICT = "predict"
+    MANAGE = "manage"
+
+
+class ApiKey(BaseModel):
+    """A key of a tenant, without its secret.
+
+    Attributes
+    ----------
+    id
+        Public part of the key; names it in logs and audit entries.
+    sha256
+        Of the secret part.
+    expires_at
+        From then on it is refused; None for never.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    id: str
+    sha256: Digest
+    scopes: tuple[Scope, ...]
+    label: str = Field(default="", max_length=100)
+    created_at: datetime
+    created_by: str
+    expires_at: datetime | None = None
+
+
+class Quotas(BaseModel):
+    """A tenant's limits. None in a tenant's: as its plan says; None in a plan: no limit of its own.
+
+    Rates and counts hold for each replica: a tenant's traffic goes to one home, and to another only when
+    that one is busy.
+
+    Attributes
+    ----------
+    requests_per_s, burst
+        A token bucket: the rate that it refills at, and what it holds (at least one second's worth).
+    concurrent_requests
+        Requests under way at a time, waiting included.
+    rows_per_request, body_bytes
+        Size of one request.
+    cold_loads_per_min
+        Loads of models that were not on the device.
+    resident_bytes
+        What its models may take on one device, each counted whole: beyond it the tenant evicts its own.
+    resident_floor_bytes
+        What other tenants can't evict of it.
+    """
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    requests_per_s: float | None = Field(default=None, gt=0, le=1e9, allow_inf_nan=False)
+    burst: int | None = Field(default=None, ge=1, le=10**9)
+    concurrent_requests: int | None = Field(default=None, ge=1, le=10**9)
+    rows_per_request: int | None = Field(default=None, ge=1, le=10**9)
+    body_bytes: int | None = Field(default=None, ge=1, le=2**50)
+    cold_loads_per_min: float | None = Field(default=None, gt=0, le=1e9, allow_inf_nan=False)
+    resident_bytes: int | None = Field(default=None, ge=1, le=2**50)
+    resident_floor_bytes: int | None = Field(default=None, ge=0, le=2**50)
+
+    def over(self, plan: Quotas) -> Quotas:
+        """These where they are set, else the plan's."""
+        return plan.model_copy(update=self.model_dump(exclude_none=True))
+
+
+DEFAULT_PLAN: Final = "default"
 
 
 class TenantState(StrEnum):
-    """Whether a tenant can be resolved."""
+    """What may be done with a tenant.
+
+    A deleted id can be created again, and goes on counting versions; an erased one never comes back.
+    """
 
     ACTIVE = "active"
+    SUSPENDED = "suspended"
     DELETED = "deleted"
+    ERASED = "erased"
+
+    @property
+    def exists(self) -> bool:
+        """Whether there is such a tenant, for readers."""
+        return self in (TenantState.ACTIVE, TenantState.SUSPENDED)
 
 
 class TenantHead(_Record):
@@ -174,6 +298,12 @@ class TenantHead(_Record):
     versions
         Committed versions and their digests. A version record that is not named here does not
         exist for readers: that makes a registration visible in one step.
+    plan, quotas
+        Name of a plan in the platform's settings, and what of it is different for this tenant.
+    keys
+        API keys by id.
+    past_digests
+        Blobs that the tenant named once: what is left of them in the store goes with its erasure.
     last_entry
         The audit entry of the change that made this revision. It travels inside the swap, so a
         change and its entry are one step; the log object is written after, and again by whoever
@@ -186,8 +316,17 @@ class TenantHead(_Record):
     next_version: int = 1
     versions: dict[int, Digest] = Field(default_factory=dict)
     aliases: dict[str, int] = Field(default_factory=dict)
+    plan: str = DEFAULT_PLAN
+    quotas: Quotas = Quotas()
+    keys: dict[str, ApiKey] = Field(default_factory=dict)
+    past_digests: tuple[Digest, ...] = ()
     created_at: datetime
     last_entry: AuditEntry
+
+
+def with_past(head: TenantHead, digests: Iterable[str]) -> TenantHead:
+    """A head that remembers having named these blobs."""
+    return head.model_copy(update={"past_digests": tuple(sorted({*head.past_digests, *digests}))})
 
 
 def utc(now_s: float) -> datetime:

@@ -35,6 +35,7 @@ from safetensors.torch import save
 from flatshare.bench.load import Load, run_load
 from flatshare.bench.report import summarise
 from flatshare.bench.workload import Shot, zipf_shares
+from flatshare.cli.context import credentials
 from flatshare.cli.output import err, out, print_table, progress_bar
 from flatshare.models.architecture import architecture
 from flatshare.models.probe import probe_logits
@@ -141,7 +142,7 @@ def one_turn(
     reports: list[dict[str, Any]] = []
 
     def run(url: str, shots: Iterator[Shot], **load: Any) -> dict[str, Any]:
-        report = summarise(run_load(url, shots, Load(**load)))
+        report = summarise(run_load(url, shots, Load(**load, headers=shown(url))))
         reports.append(report)
         return report
 
@@ -167,6 +168,11 @@ def one_turn(
         "errors": sum(one["errors"] for one in reports),
         "wrong_answers": sum(one["wrong_answers"] for one in reports) + cold["cold_wrong"],
     }
+
+
+def shown(url: str) -> dict[str, str]:
+    """The key that flatshare wants to see; the others ask for none."""
+    return credentials(url)
 
 
 def zipf_shots(contender: Contender, models: Models, seed: int) -> Iterator[Shot]:
@@ -199,7 +205,7 @@ def measure_cold(url: str, contender: Contender, models: Models, turn: int, coun
     forwards: list[float] = []
     wrong = 0
     base = url.removesuffix("/predict") if url.endswith("/predict") else None
-    with httpx.Client(timeout=60) as client:
+    with httpx.Client(timeout=60, headers=shown(url)) as client:
         for tenant in models.cold[turn * count : (turn + 1) * count]:
             if base is not None:
                 client.post(f"{base}/admin/tenants/{tenant}/refresh").raise_for_status()

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from torch import nn
 from flatshare.models.architecture import architecture
 from flatshare_registry.catalog import Registry
 from flatshare_registry.ids import PRODUCTION, TenantId
+from flatshare_registry.records import Scope
 from flatshare_registry.stores.open import open_store
 from flatshare_registry.stores.s3 import S3Options
 from flatshare_registry.testing.s3_server import CREDENTIALS
@@ -58,6 +60,27 @@ class Platform:
     registry: Registry
     modules: dict[str, nn.Module] = field(default_factory=dict)
 
+    @cached_property
+    def admin_key(self) -> str:
+        """Made by ``up``, in a file of its own."""
+        return (Path(self.environment["XDG_STATE_HOME"]) / "flatshare" / "admin.key").read_text().strip()
+
+    @property
+    def admin(self) -> dict[str, str]:
+        """The header that shows it."""
+        return {"authorization": f"Bearer {self.admin_key}"}
+
+    @cached_property
+    def http(self) -> httpx.Client:
+        """A client that shows it."""
+        return httpx.Client(headers=self.admin, timeout=60)
+
+    def key(self, tenant: str, *scopes: Scope) -> str:
+        """A new key of a tenant, known to every replica."""
+        made = self.registry.tenancy.create_key(TenantId(tenant), scopes or (Scope.PREDICT,))
+        self.http.post(f"{self.url}/admin/tenants/{tenant}/refresh").raise_for_status()
+        return made.text
+
     def cli(self, *arguments: str, check: bool = True) -> subprocess.CompletedProcess[str]:
         done = subprocess.run(
             [FLATSHARE, *arguments],
@@ -88,7 +111,7 @@ class Platform:
             alias=PRODUCTION if promote else None,
         ).version
         self.modules[record.name] = module
-        httpx.post(f"{self.url}/admin/tenants/{tenant}/refresh").raise_for_status()
+        self.http.post(f"{self.url}/admin/tenants/{tenant}/refresh").raise_for_status()
         return record.version
 
     def right(self, name: str, rows: NDArray[np.float32]) -> list[int]:
@@ -98,12 +121,10 @@ class Platform:
             return labels
 
     def predict(self, model: str, rows: NDArray[np.float32]) -> httpx.Response:
-        return httpx.post(
-            f"{self.url}/predict", json={"image": rows.tolist()}, headers={MODEL: model}, timeout=60
-        )
+        return self.http.post(f"{self.url}/predict", json={"image": rows.tolist()}, headers={MODEL: model})
 
     def fleet(self) -> Any:
-        return httpx.get(f"{self.url}/admin/replicas", timeout=30).raise_for_status().json()
+        return self.http.get(f"{self.url}/admin/replicas").raise_for_status().json()
 
     def residents(self) -> dict[str, set[str]]:
         """Models by replica."""

@@ -45,9 +45,11 @@ class World:
         self.names = [f"tenant-{number:03}" for number in range(TENANTS)]
         self.batches = [random_rows(IMAGES, seed) for seed in range(8)]
         self.bodies = [encode_json(rows) for rows in self.batches]
+        self.keys: dict[str, str] = {}
         self.right: dict[tuple[str, int, int], list[int]] = {}
         for number, tenant in enumerate(self.names):
             platform.registry.create_tenant(TenantId(tenant))
+            self.keys[tenant] = platform.registry.tenancy.create_key(TenantId(tenant)).text
             for version in (1, 2):
                 torch.manual_seed(1000 * version + number)
                 module = NETWORK.build()
@@ -73,7 +75,7 @@ def disturb(world: World, stop: threading.Event, done: Counter[str]) -> None:
     random = np.random.default_rng(7)
     killed_at = time.monotonic() - KILL_EVERY_S + FIRST_KILL_S
     moved: Counter[str] = Counter()
-    with httpx.Client(base_url=world.platform.url, timeout=30) as client:
+    with httpx.Client(base_url=world.platform.url, timeout=30, headers=world.platform.admin) as client:
         while not stop.wait(PROMOTE_EVERY_S):
             tenant = world.names[int(random.integers(0, 30))]  # among those that are asked for
             moved[tenant] += 1
@@ -100,7 +102,7 @@ async def ask_all(world: World, done: Counter[str]) -> None:
         connection = Connection(target)
         for tenant, index in chosen:
             name = world.names[tenant]
-            headers = {MODEL: name, "content-type": "application/json"}
+            headers = {MODEL: name, "content-type": "application/json", "x-api-key": world.keys[name]}
             request = target.request(headers, world.bodies[index])
             try:
                 reply = await connection.post(request, 60)

@@ -50,7 +50,7 @@ def test_a_taken_port_is_a_clear_error(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        (["--host", "0.0.0.0"], "not loopback"),
+        (["--host", "0.0.0.0", "--auth", "off"], "not loopback"),
         (["--replicas", "0"], "replicas"),
         (["--device", "cuda"], "gpus_per_replica"),
         (["--gpus-per-replica", "1.5"], "whole number"),

@@ -8,7 +8,6 @@ import threading
 import time
 from pathlib import Path
 
-import httpx
 import numpy as np
 import psutil
 import requests
@@ -65,8 +64,8 @@ def test_the_notebooks_client(platform: Platform) -> None:
     platform.add("notebook", 3)
     images = random_rows(2)
     url = f"{platform.url}/"
-    headers = {MODEL: "notebook"}
-    # Verbatim from the notebook, with the header added.
+    headers = {MODEL: "notebook", "authorization": f"Bearer {platform.key('notebook')}"}
+    # Verbatim from the notebook, with the headers added.
     json_request = json.dumps({"image": images.tolist()})
     response = requests.post(url, json=json_request, headers=headers)
     assert response.json()["predicted_label"] == platform.right("notebook@1", images)
@@ -87,7 +86,11 @@ def test_more_tenants_than_slots_and_every_answer_right(platform: Platform) -> N
             tenant, row = int(random.integers(9)), int(random.integers(40))
             yield Shot(f"many-{tenant}", encode_json(rows[row : row + 1]), (expected[tenant][row],))
 
-    outcomes = asyncio.run(send_all(f"{platform.url}/predict", shots(), Load(requests=400, concurrency=12)))  # type: ignore[arg-type]  # a generator
+    outcomes = asyncio.run(
+        send_all(
+            f"{platform.url}/predict", shots(), Load(requests=400, concurrency=12, headers=platform.admin)
+        )
+    )  # type: ignore[arg-type]  # a generator
     assert [one.code for one in outcomes if one.code != "ok"] == []
     assert all(one.right for one in outcomes)
     after = platform.fleet()
@@ -153,28 +156,30 @@ def test_header_hygiene_and_limits_at_the_edge(platform: Platform) -> None:
     platform.add("edge", 500)
     rows = random_rows(1)
     # A client must not be able to switch Serve's time-outs or routing.
-    reply = httpx.post(
+    reply = platform.http.post(
         f"{platform.url}/predict",
         json={"image": rows.tolist()},
         headers={MODEL: "edge", "x-request-timeout-seconds": "0.000001", "x-serve-router-x": "y"},
     )
     assert reply.status_code == 200
     assert (
-        httpx.post(
+        platform.http.post(
             f"{platform.url}/predict", content=b"x", headers={MODEL: "edge", "x-request-id": "mine-1"}
         ).json()["error"]["request_id"]
         == "mine-1"
     )
-    huge = httpx.post(f"{platform.url}/predict", content=b"x" * (9 * 1024**2), headers={MODEL: "edge"})
+    huge = platform.http.post(
+        f"{platform.url}/predict", content=b"x" * (9 * 1024**2), headers={MODEL: "edge"}
+    )
     assert (huge.status_code, huge.json()["error"]["code"]) == (413, "too_large")
 
     def chunks() -> object:
         for _ in range(9):
             yield b"x" * 1024**2
 
-    chunked = httpx.post(f"{platform.url}/predict", content=chunks(), headers={MODEL: "edge"})  # type: ignore[arg-type]  # a generator
+    chunked = platform.http.post(f"{platform.url}/predict", content=chunks(), headers={MODEL: "edge"})  # type: ignore[arg-type]  # a generator
     assert (chunked.status_code, chunked.json()["error"]["code"]) == (413, "too_large")
-    ids = httpx.get(f"{platform.url}/nope").headers.get_list("x-request-id")
+    ids = platform.http.get(f"{platform.url}/nope").headers.get_list("x-request-id")
     assert len(ids) == 1
 
 
@@ -204,7 +209,11 @@ def test_a_replica_killed_under_load_costs_no_request(platform: Platform) -> Non
             tenant, row = int(random.integers(4)), int(random.integers(16))
             yield Shot(f"steady-{tenant}", encode_json(rows[row : row + 1]), (expected[tenant][row],))
 
-    outcomes = asyncio.run(send_all(f"{platform.url}/predict", shots(), Load(requests=1500, concurrency=8)))  # type: ignore[arg-type]  # a generator
+    outcomes = asyncio.run(
+        send_all(
+            f"{platform.url}/predict", shots(), Load(requests=1500, concurrency=8, headers=platform.admin)
+        )
+    )  # type: ignore[arg-type]  # a generator
     assert killed.is_set()
     failed = [(one.status, one.code) for one in outcomes if one.status != 200]
     assert failed == []
@@ -216,7 +225,7 @@ def wait_for_replicas(platform: Platform, count: int) -> None:
     """Until so many run again (Serve replaces a dead one at its next health check)."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        reply = httpx.get(f"{platform.url}/admin/replicas", timeout=30)
+        reply = platform.http.get(f"{platform.url}/admin/replicas", timeout=30)
         if reply.status_code == 200:
             running = [one for one in reply.json()["replicas"] if one["state"] == "RUNNING"]
             if len(running) == count and not reply.json()["not_answering"]:

@@ -73,11 +73,9 @@ def test_models_keep_their_home_replica(portable: Platform) -> None:
 
 
 def test_errors_and_limits_are_the_same_without_haproxy(portable: Platform) -> None:
-    import httpx
-
     reply = portable.predict("nobody", random_rows(1))
     assert (reply.status_code, reply.json()["error"]["code"]) == (404, "not_found")
-    huge = httpx.post(
+    huge = portable.http.post(
         f"{portable.url}/predict",
         content=b"x" * (9 * 1024**2),
         headers={"serve_multiplexed_model_id": "home-0"},

@@ -8,6 +8,7 @@ what it says is held must be what the ledger says, at every step and at every ch
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
 from datetime import UTC, datetime
 from typing import Any
 
@@ -85,6 +86,9 @@ class Loader:
 
     def distrust(self, record: VersionRecord) -> None:
         pass  # keeps nothing between loads
+
+    def scrub(self, model: Model, parts: Collection[Part]) -> int:
+        return 0
 
     async def prepare_local(self, record: VersionRecord, held: Held) -> Prepared | None:
         return self._prepared(record, Tier.HOST) if record.name in self.local else None

@@ -11,7 +11,7 @@ import os
 import random
 import selectors
 from collections import Counter
-from collections.abc import Coroutine
+from collections.abc import Collection, Coroutine
 from typing import Any
 
 from torch import nn
@@ -82,6 +82,9 @@ class HostileLoader:
 
     def distrust(self, record: VersionRecord) -> None:
         pass  # keeps nothing between loads
+
+    def scrub(self, model: Model, parts: Collection[Part]) -> int:
+        return 0
 
     async def prepare_local(self, record: VersionRecord, held: Held) -> Prepared | None:
         if record.name not in self.local:

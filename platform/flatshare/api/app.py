@@ -24,13 +24,13 @@ from flatshare.api.http import (
     read_body,
     request_id_of,
 )
-from flatshare.api.identity import identify
+from flatshare.api.identity import Identities
 from flatshare.api.oip import add_oip_routes
 from flatshare.api.payload import decode_images, decode_json, decode_pixels
 from flatshare.api.schemas import MODEL_ID_HEADER, PredictReply, PredictRequest
 from flatshare.api.stream import LinesResponse, answers, lines_of
 from flatshare.api.tensors import DTYPE_HEADER, SHAPE_HEADER, decode_npy, decode_octets
-from flatshare.engine.service import Authorize, InferenceService, Prediction
+from flatshare.engine.service import InferenceService, Prediction, Ticket
 from flatshare.errors import BadInput
 from flatshare.models.architecture import Architecture
 from flatshare_registry.ids import ModelRef
@@ -45,11 +45,20 @@ NDJSON: Final = "application/x-ndjson"
 _BINARY: Final = {"schema": {"type": "string", "format": "binary"}}
 
 
-def create_app(service: InferenceService, *, replica: str, max_body_bytes: int, max_rows: int) -> HotRoutes:
+def create_app(
+    service: InferenceService,
+    identities: Identities,
+    *,
+    replica: str,
+    max_body_bytes: int,
+    max_rows: int,
+) -> HotRoutes:
     """Build the data plane of one replica, an ASGI app.
 
     Parameters
     ----------
+    identities
+        Tells who calls.
     replica
         Named in the ``x-flatshare-replica`` reply header.
     max_body_bytes, max_rows
@@ -58,25 +67,24 @@ def create_app(service: InferenceService, *, replica: str, max_body_bytes: int, 
     app = FastAPI(title="flatshare", description=_ABOUT, version="1")
     install_error_handlers(app)
 
-    async def body_for(request: Request) -> tuple[ModelRef, Authorize, bytes]:
-        """The ref, parsed and allowed before a byte of the body is read; and the body."""
-        ref, caller = ModelRef.parse(model_id_of(request)), identify(request.headers)
-        caller.authorize(ref)
-        return ref, caller.authorize, await read_body(request, max_body_bytes)
+    async def enter(request: Request) -> Ticket:
+        """The caller known, the ref parsed and the request let in, before a byte of the body is read."""
+        caller = await identities.identify(request.headers)
+        return await service.enter(caller, ModelRef.parse(model_id_of(request)))
 
     async def predict(request: Request) -> Response:
-        ref, authorize, body = await body_for(request)
+        with await enter(request) as ticket:
+            body = await read_body(request, max_body_bytes, ticket.limits.body_bytes)
+            kind = request.headers.get("content-type")
 
-        kind = request.headers.get("content-type")
+            def decode(network: Architecture) -> NDArray[np.float32]:
+                if kind == "application/octet-stream":
+                    return decode_octets(body, request.headers, network, max_rows)
+                if kind == "application/x-npy":
+                    return decode_npy(body, network, max_rows)
+                return decode_json(body, network.input, max_rows)
 
-        def decode(network: Architecture) -> NDArray[np.float32]:
-            if kind == "application/octet-stream":
-                return decode_octets(body, request.headers, network, max_rows)
-            if kind == "application/x-npy":
-                return decode_npy(body, network, max_rows)
-            return decode_json(body, network.input, max_rows)
-
-        return _reply(await service.predict(ref, authorize, decode), replica)
+            return _reply(await service.predict(ticket, decode), replica)
 
     documented: dict[str, Any] = {
         "response_model": PredictReply,
@@ -132,15 +140,16 @@ def create_app(service: InferenceService, *, replica: str, max_body_bytes: int, 
                 "Content-Type must be image/png, image/jpeg, multipart/form-data "
                 "or application/octet-stream (raw pixels)"
             )
-        ref, authorize, body = await body_for(request)
-        files = await _parts(request, body, max_rows) if kind == "multipart/form-data" else [body]
+        with await enter(request) as ticket:
+            body = await read_body(request, max_body_bytes, ticket.limits.body_bytes)
+            files = await _parts(request, body, max_rows) if kind == "multipart/form-data" else [body]
 
-        def decode(network: Architecture) -> NDArray[np.float32]:
-            if kind == "application/octet-stream":
-                return decode_pixels(body, network, max_rows)
-            return decode_images(files, network, max_rows)
+            def decode(network: Architecture) -> NDArray[np.float32]:
+                if kind == "application/octet-stream":
+                    return decode_pixels(body, network, max_rows)
+                return decode_images(files, network, max_rows)
 
-        return _reply(await service.predict(ref, authorize, decode), replica)
+            return _reply(await service.predict(ticket, decode), replica)
 
     @app.post(
         "/predict/stream",
@@ -154,20 +163,23 @@ def create_app(service: InferenceService, *, replica: str, max_body_bytes: int, 
     )
     async def stream(request: Request) -> LinesResponse:
         """Many requests in one: a JSON object a line in, a line out for each as it is ready."""
-        ref, caller = ModelRef.parse(model_id_of(request)), identify(request.headers)
-        caller.authorize(ref)
+        with await enter(request) as first:
+            limit = min(max_body_bytes, first.limits.body_bytes or max_body_bytes)
 
         async def predict_line(line: bytes) -> Prediction:
-            return await service.predict(
-                ref, caller.authorize, lambda network: decode_json(line, network.input, max_rows)
-            )
+            # Each line is a request: a key that is revoked, or a quota that is full, ends the stream's luck.
+            with await enter(request) as ticket:
+                return await service.predict(
+                    ticket, lambda network: decode_json(line, network.input, max_rows)
+                )
 
-        lines = lines_of(request.stream(), max_body_bytes)
+        lines = lines_of(request.stream(), limit)
         return LinesResponse(answers(lines, predict_line, request_id_of(request)), media_type=NDJSON)
 
     add_oip_routes(
         app,
         service,
+        identities,
         lambda prediction: _headers_of(prediction, replica),
         max_body_bytes=max_body_bytes,
         max_rows=max_rows,

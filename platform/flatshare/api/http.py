@@ -13,7 +13,7 @@ from starlette.exceptions import HTTPException
 
 from flatshare.api.error_table import HttpError, describe_error
 from flatshare.api.schemas import ErrorReply
-from flatshare.errors import BadInput, ServeError, TooLarge
+from flatshare.errors import BadInput, BodyOverQuota, ServeError, TooLarge
 from flatshare_registry.errors import RegistryError
 from flatshare_registry.records import new_ulid
 
@@ -35,8 +35,11 @@ ERROR_REPLIES: Final[dict[int | str, dict[str, Any]]] = {
     status: {"model": ErrorReply, "description": description}
     for status, description in {
         400: "The request is wrong; do not retry it as it is.",
-        404: "No such tenant, alias or version.",
+        401: "No API key, or not a good one.",
+        403: "The key may not do this, or the tenant is suspended.",
+        404: "No such tenant, alias or version; or not this key's.",
         413: "Over a stated limit.",
+        429: "Over a limit of the tenant's, which the code names; Retry-After says when to try again.",
         500: "The model or the service failed; tell the operator.",
         503: "No room, or the store is down; Retry-After says when to try again.",
         504: "Not answered in time; retry.",
@@ -50,28 +53,36 @@ def request_id_of(request: Request) -> str:
     return given if _SAFE_ID.fullmatch(given) else new_ulid()
 
 
-async def read_body(request: Request, limit_bytes: int) -> bytes:
+async def read_body(request: Request, limit_bytes: int, quota_bytes: int | None = None) -> bytes:
     """A request's body, never holding more than the limit.
+
+    Parameters
+    ----------
+    quota_bytes
+        The tenant's own limit.
 
     Raises
     ------
-    TooLarge
+    TooLarge, BodyOverQuota
         It claims, or turns out, to be longer.
     BadInput
         Its Content-Length is not a number.
     """
+    refusal: type[TooLarge] = TooLarge
+    if quota_bytes is not None and quota_bytes < limit_bytes:
+        limit_bytes, refusal = quota_bytes, BodyOverQuota
     claimed = request.headers.get("content-length")
     if claimed is not None:
         if not claimed.isascii() or not claimed.isdigit():
             raise BadInput("Content-Length is not a number")
         if int(claimed[:20]) > limit_bytes:
-            raise TooLarge(f"the body has {claimed[:20]} bytes; the limit is {limit_bytes}")
+            raise refusal(f"the body has {claimed[:20]} bytes; the limit is {limit_bytes}")
     parts: list[bytes] = []
     size = 0
     async for part in request.stream():
         size += len(part)
         if size > limit_bytes:
-            raise TooLarge(f"the body is longer than the limit of {limit_bytes} bytes")
+            raise refusal(f"the body is longer than the limit of {limit_bytes} bytes")
         parts.append(part)
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
@@ -80,6 +91,8 @@ def error_response(error: HttpError, request_id: str) -> Response:
     """The JSON reply for an error."""
     # Serve itself puts the x-request-id header on every reply.
     headers = {} if error.retry_after_s is None else {"retry-after": str(error.retry_after_s)}
+    if error.status == 401:
+        headers["www-authenticate"] = "Bearer"
     body = {"error": {"code": error.code, "message": error.message, "request_id": request_id}}
     return Response(orjson.dumps(body), error.status, headers, media_type="application/json")
 

@@ -1,38 +1,217 @@
-"""Who calls. Authentication comes with tenancy; until then every caller on loopback is the operator.
+"""Who calls, and what they may do. Decided in each replica and in the control plane, before a body is read.
 
-Its place is here and in ``InferenceService.predict``: the caller is known before the body is read
-or anything is looked up, and one who goes round the edge to a replica's own port still meets it.
+A caller shows an API key, as ``Authorization: Bearer`` or ``x-api-key``. The key names its owner, and
+only that tenant's head is read to check it. What a tenant's key may not touch looks the same whether it
+is somebody else's or does not exist: the same 404, made without looking, so that there is no oracle.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
+import time
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from enum import StrEnum
+from typing import Final, Protocol
 
-from flatshare_registry.ids import ModelRef
+from flatshare.api.tokens import TokenVerifier
+from flatshare.errors import Forbidden, Unauthenticated
+from flatshare_registry.errors import InvalidInput, NotFound
+from flatshare_registry.ids import ModelRef, TenantId
+from flatshare_registry.keys import PresentedKey, is_valid, parse_key
+from flatshare_registry.records import ApiKey, Scope, TenantHead
 
-__all__ = ["Caller", "identify"]
+__all__ = ["LOCAL_OPERATOR", "Caller", "Heads", "Identities", "OperatorKeys", "Role"]
+
+REFUSAL_S: Final = 0.05
+"""A key that is not good is refused no sooner than this many seconds after it came: whether the tenant in
+it is known here, in the store, or not at all, then takes the same time. It also slows down guessing."""
+
+
+class Role(StrEnum):
+    """What an operator may do."""
+
+    ADMIN = "admin"
+    VIEWER = "viewer"
 
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Somebody who may use models.
+    """Somebody who is known.
 
     Attributes
     ----------
     name
-        For audit entries.
+        For audit entries: ``operator:<key id>``, ``key:<key id>``, ``token:<subject>``.
+    role
+        Of an operator; None for a tenant.
+    tenant, scopes
+        Of a tenant's key; an operator has none.
     """
 
     name: str
+    role: Role | None = None
+    tenant: TenantId | None = None
+    scopes: frozenset[Scope] = frozenset()
 
-    def authorize(self, ref: ModelRef) -> None:
-        """Allow the use of a ref; the operator may use all."""
+    def may_predict(self, ref: ModelRef) -> None:
+        """Return if this caller may use a model.
+
+        Raises
+        ------
+        NotFound
+            It is not the caller's tenant; says what an unknown tenant gets.
+        Forbidden
+            The key has another scope.
+        """
+        self.may(ref.tenant, Scope.PREDICT)
+
+    def may(self, tenant: TenantId, scope: Scope) -> None:
+        """Return if this caller may do what a scope allows, with a tenant. Raises as :meth:`may_predict`."""
+        if self.role is Role.ADMIN:
+            return
+        if self.role is Role.VIEWER:
+            raise Forbidden("a viewer's key may look, and change or predict nothing")
+        if self.tenant != tenant:
+            raise NotFound(f"there is no tenant {tenant}")
+        if scope not in self.scopes:
+            raise Forbidden(f"this key does not have the scope {scope.value}")
 
 
-OPERATOR = Caller("operator")
+LOCAL_OPERATOR: Final = Caller("local", Role.ADMIN)
+"""Everybody, where authentication is off: only loopback is listened on then."""
 
 
-def identify(headers: Mapping[str, str]) -> Caller:
-    """The caller that a request's headers stand for."""
-    return OPERATOR
+@dataclass(frozen=True, slots=True)
+class OperatorKeys:
+    """Operators' keys, without their secrets: sha256 by key id. The id's owner is the role in capitals."""
+
+    digests: Mapping[str, str]
+
+    @staticmethod
+    def of(keys: Mapping[Role, str]) -> OperatorKeys:
+        """From whole keys, by role.
+
+        Raises
+        ------
+        InvalidInput
+            One is not a key of that role.
+        """
+        digests: dict[str, str] = {}
+        for role, text in keys.items():
+            presented = parse_key(text)
+            if presented.owner != role.name:
+                raise InvalidInput(f"key {presented.id} is not a key of the role {role.value}")
+            digests[presented.id] = presented.sha256
+        return OperatorKeys(digests)
+
+    def caller(self, presented: PresentedKey) -> Caller | None:
+        """The operator whose key this is; None when it is nobody's."""
+        if not is_valid(presented, self.digests.get(presented.id)):
+            return None
+        return Caller(f"operator:{presented.id}", Role[presented.owner])
+
+
+class Heads(Protocol):
+    """Where tenants' heads come from: a replica's view, or the registry itself."""
+
+    def head_now(self, tenant: TenantId) -> TenantHead | None:
+        """A tenant's head if it is known well enough without waiting."""
+        ...
+
+    async def head(self, tenant: TenantId) -> TenantHead:
+        """A tenant's head.
+
+        Raises
+        ------
+        NotFound
+            No such tenant.
+        Unavailable
+            It is not known, and the store does not answer.
+        """
+        ...
+
+
+class Identities:
+    """Tells who calls.
+
+    Parameters
+    ----------
+    heads
+        Whose keys count.
+    operators
+        None: authentication is off, everybody is the operator.
+    tokens
+        Verifies JSON Web Tokens of an issuer, for those who have one.
+    used
+        Called with each key that was found good, on every request: must be quick.
+    """
+
+    def __init__(
+        self,
+        heads: Heads,
+        operators: OperatorKeys | None,
+        tokens: TokenVerifier | None = None,
+        *,
+        used: Callable[[TenantId, ApiKey], None] = lambda tenant, key: None,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._heads = heads
+        self._operators = operators
+        self._tokens = tokens
+        self._used = used
+        self._clock = clock
+
+    async def identify(self, headers: Mapping[str, str]) -> Caller:
+        """The caller that a request's headers stand for. Waits for nothing when its tenant is known.
+
+        Raises
+        ------
+        Unauthenticated
+            There is no key, or not a good one.
+        Unavailable
+            The tenant is not known here, and the store does not answer.
+        """
+        if self._operators is None:
+            return LOCAL_OPERATOR
+        came = time.monotonic()
+        text = _credential(headers)
+        if text is None:
+            raise Unauthenticated("name yourself: Authorization: Bearer <API key>, or x-api-key")
+        try:
+            return await self._caller(text)
+        except InvalidInput as error:
+            raise Unauthenticated(error.message) from None
+        except (Unauthenticated, NotFound):
+            await asyncio.sleep(came + REFUSAL_S - time.monotonic())
+            raise Unauthenticated("this API key is not good: unknown, expired or revoked") from None
+
+    async def _caller(self, text: str) -> Caller:
+        assert self._operators is not None
+        if self._tokens is not None and text.count(".") == 2 and not text.startswith("fs_"):
+            verified = await self._tokens.verify(text)
+            return Caller(f"token:{verified.subject}", None, verified.tenant, verified.scopes)
+        presented = parse_key(text)
+        tenant = presented.tenant
+        if tenant is None:
+            operator = self._operators.caller(presented)
+            if operator is None:
+                raise Unauthenticated("")
+            return operator
+        head = self._heads.head_now(tenant) or await self._heads.head(tenant)
+        key = head.keys.get(presented.id)
+        if not is_valid(presented, key.sha256 if key is not None else None) or key is None:
+            raise Unauthenticated("")
+        if key.expires_at is not None and self._clock() >= key.expires_at.timestamp():
+            raise Unauthenticated("")
+        self._used(tenant, key)
+        return Caller(f"key:{key.id}", None, tenant, frozenset(key.scopes))
+
+
+def _credential(headers: Mapping[str, str]) -> str | None:
+    """What the caller shows, if anything. ``Authorization`` wins."""
+    given = headers.get("authorization")
+    if given is not None:
+        scheme, _, text = given.partition(" ")
+        return text.strip() if scheme.lower() == "bearer" else ""
+    return headers.get("x-api-key")

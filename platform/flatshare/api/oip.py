@@ -18,10 +18,10 @@ from numpy.typing import NDArray
 
 from flatshare.api.error_table import describe_error
 from flatshare.api.http import error_reply, read_body, request_id_of
-from flatshare.api.identity import identify
+from flatshare.api.identity import Identities
 from flatshare.api.payload import decode_array
 from flatshare.api.tensors import rows_of, tensor_of
-from flatshare.engine.service import InferenceService, Prediction
+from flatshare.engine.service import InferenceService, Prediction, Ticket
 from flatshare.errors import BadInput
 from flatshare.models.architecture import Architecture, architecture
 from flatshare_registry.ids import ModelRef, parse_version
@@ -35,7 +35,13 @@ _OUTPUTS: Final = ("logits", "predicted_label")
 
 
 def add_oip_routes(
-    app: FastAPI, service: InferenceService, headers_of: Any, *, max_body_bytes: int, max_rows: int
+    app: FastAPI,
+    service: InferenceService,
+    identities: Identities,
+    headers_of: Any,
+    *,
+    max_body_bytes: int,
+    max_rows: int,
 ) -> None:
     """Add the protocol's routes to the data plane.
 
@@ -60,9 +66,13 @@ def add_oip_routes(
         """The replica can answer for models."""
         return Response()
 
+    async def enter(request: Request) -> Ticket:
+        caller = await identities.identify(request.headers)
+        return await service.enter(caller, _ref(request))
+
     async def described(request: Request) -> tuple[ModelRef, VersionRecord]:
-        ref = _ref(request)
-        return ref, await service.describe(ref, identify(request.headers).authorize)
+        with await enter(request) as ticket:
+            return ticket.ref, await service.describe(ticket)
 
     async def metadata(request: Request) -> Response:
         """A model's inputs and outputs; loads nothing."""
@@ -83,18 +93,17 @@ def add_oip_routes(
     async def infer(request: Request) -> Response:
         """Predict: JSON tensors, or binary ones after the JSON."""
         try:
-            ref, caller = _ref(request), identify(request.headers)
-            caller.authorize(ref)
-            if request.headers.get("content-encoding", "identity") != "identity":
-                raise BadInput("a compressed body is not read here")
-            body = await read_body(request, max_body_bytes)
-            document, binary = _split(body, request.headers.get(HEADER_LENGTH))
+            with await enter(request) as ticket:
+                if request.headers.get("content-encoding", "identity") != "identity":
+                    raise BadInput("a compressed body is not read here")
+                body = await read_body(request, max_body_bytes, ticket.limits.body_bytes)
+                document, binary = _split(body, request.headers.get(HEADER_LENGTH))
 
-            def decode(network: Architecture) -> NDArray[np.float32]:
-                return _input_rows(document, binary, network, max_rows)
+                def decode(network: Architecture) -> NDArray[np.float32]:
+                    return _input_rows(document, binary, network, max_rows)
 
-            prediction = await service.predict(ref, caller.authorize, decode)
-            return _reply(prediction, document, str(ref), headers_of(prediction))
+                prediction = await service.predict(ticket, decode)
+                return _reply(prediction, document, str(ticket.ref), headers_of(prediction))
         except Exception as error:
             return _error(request, error)
 
@@ -243,5 +252,7 @@ def _error(request: Request, error: Exception) -> Response:
     described = describe_error(error)
     reply = error_reply(request, error)
     body = {"error": described.message, "code": described.code, "request_id": request_id_of(request)}
-    headers = {name: value for name, value in reply.headers.items() if name == "retry-after"}
+    headers = {
+        name: value for name, value in reply.headers.items() if name in ("retry-after", "www-authenticate")
+    }
     return Response(orjson.dumps(body), described.status, headers, media_type="application/json")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Awaitable, Callable, Iterator
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Iterator, Mapping
+from dataclasses import dataclass, field
 from typing import Final
 
 import orjson
@@ -42,12 +42,15 @@ class Load:
     rate
         Open loop: requests a second, whatever the answers; None for closed loop. Latency then
         counts from when a request was due, so a stall is not hidden by the waiting it causes.
+    headers
+        Sent with every request: an API key.
     """
 
     requests: int | None = None
     duration_s: float | None = None
     concurrency: int = 16
     rate: float | None = None
+    headers: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
 @dataclass(frozen=True, slots=True)
@@ -101,7 +104,7 @@ async def send_all(
     async def send(shot: Shot, due_s: float) -> None:
         request = requests.get((shot.model, id(shot.body)))
         if request is None:
-            headers = {MODEL_ID_HEADER: shot.model, "content-type": shot.content_type}
+            headers = {**load.headers, MODEL_ID_HEADER: shot.model, "content-type": shot.content_type}
             request = target.request(headers, shot.body)
             if len(requests) < MAX_KEPT_REQUESTS:
                 kept.append(shot.body)  # so that its id stays its own

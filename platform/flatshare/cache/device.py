@@ -1,12 +1,12 @@
 """Devices: how tensors get onto one, what they take there, and how much there is.
 
-``CudaDevice`` is the only code that CUDA alone runs: :meth:`~CudaDevice.stage`, ``place`` and
-``memory``. Everything above is the same on both, and its tests run on ``CpuDevice``.
+``CudaDevice`` is the only code that CUDA alone runs: :meth:`~CudaDevice.stage`, ``place``, ``scrub``
+and ``memory``. Everything above is the same on both, and its tests run on ``CpuDevice``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Final, Protocol
 
@@ -61,6 +61,10 @@ class Device(Protocol):
         """Put staged tensors on the device; when this returns they can be used by any stream."""
         ...
 
+    def scrub(self, tensors: Iterable[torch.Tensor]) -> int:
+        """Overwrite tensors that nobody uses any more; returns how many bytes."""
+        ...
+
     def memory(self) -> DeviceMemory:
         """The device's own accounts."""
         ...
@@ -84,6 +88,13 @@ class CpuDevice:
     async def place(self, tensors: Mapping[Part, torch.Tensor]) -> Mapping[Part, torch.Tensor]:
         """See :class:`Device`: nothing to wait for, so a load commits in the step in which it evicts."""
         return tensors
+
+    def scrub(self, tensors: Iterable[torch.Tensor]) -> int:
+        """See :class:`Device`: what torch itself allocated. Views of files can't be written, and must not."""
+        own = [tensor for tensor in tensors if tensor.untyped_storage().resizable()]
+        for tensor in own:
+            tensor.zero_()
+        return sum(tensor.nbytes for tensor in own)
 
     def memory(self) -> DeviceMemory:
         """See :class:`Device`."""
@@ -118,6 +129,15 @@ class CudaDevice:
     async def place(self, tensors: Mapping[Part, torch.Tensor]) -> Mapping[Part, torch.Tensor]:
         """See :class:`Device`: the event loop goes on while the copies run; a thread waits for the event."""
         return await in_thread(None, lambda: self._copy(tensors))
+
+    def scrub(self, tensors: Iterable[torch.Tensor]) -> int:
+        """See :class:`Device`: on inference's stream, after all passes that were queued before."""
+        size = 0
+        for tensor in tensors:
+            tensor.zero_()
+            size += tensor.nbytes
+        torch.cuda.current_stream(self.torch_device).synchronize()  # the record says that it is done
+        return size
 
     def memory(self) -> DeviceMemory:
         """See :class:`Device`."""

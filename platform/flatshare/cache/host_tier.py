@@ -34,7 +34,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-__all__ = ["HostTier", "HostUsage", "TensorWriter", "open_host_tier"]
+__all__ = ["HostTier", "HostUsage", "Scrubbed", "TensorWriter", "open_host_tier"]
 
 logger = logging.getLogger("flatshare.cache")
 
@@ -67,6 +67,15 @@ class HostUsage:
     budget_bytes: int
     used_bytes: int
     bypassed: int
+
+
+@dataclass(frozen=True, slots=True)
+class Scrubbed:
+    """What an erasure did to the tier: digests of tensors, and bytes that were overwritten."""
+
+    removed: tuple[str, ...] = ()
+    kept: tuple[str, ...] = ()
+    overwritten_bytes: int = 0
 
 
 class HostTier:
@@ -195,6 +204,31 @@ class HostTier:
         Mapped bytes stay with those who map them until they let go.
         """
         return sum(self._discard(digest) for digest in digests)
+
+    def scrub(self, digests: Iterable[str]) -> Scrubbed:
+        """Overwrite and remove tensors that no process maps (erasure).
+
+        One that is mapped is somebody else's too, once the tenant's own leases have ended: it stays.
+        """
+        removed: list[str] = []
+        kept: list[str] = []
+        size = 0
+        for digest in digests:
+            path = self.path(digest)
+            try:
+                handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+            except FileNotFoundError:
+                continue
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                size += _overwrite(path, handle)
+                self._discard(digest)
+                removed.append(digest)
+            except BlockingIOError:
+                kept.append(digest)
+            finally:
+                os.close(handle)
+        return Scrubbed(tuple(removed), tuple(kept), size)
 
     def digests(self) -> list[str]:
         """What is here."""
@@ -451,6 +485,22 @@ def _unlink_unless_mapped(path: str) -> int:
     finally:
         os.close(handle)
     return _pages(size)
+
+
+def _overwrite(path: Path, locked: int) -> int:
+    """Write zeros over a file that is locked and that nobody maps; returns its length."""
+    os.fchmod(locked, 0o600)
+    size = os.fstat(locked).st_size
+    handle = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    try:
+        zeros = bytes(min(size, 1024**2))
+        done = 0
+        while done < size:
+            done += os.pwrite(handle, zeros[: size - done], done)
+        os.fsync(handle)  # where the tier is on a disk: the old bytes must not come back from there
+    finally:
+        os.close(handle)
+    return size
 
 
 def _boot_id() -> str:

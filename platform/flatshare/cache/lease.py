@@ -10,7 +10,23 @@ from flatshare.errors import ServeError
 from flatshare.models.stages import Model
 from flatshare_registry.records import VersionRecord
 
-__all__ = ["Lease", "Resident"]
+__all__ = ["Erased", "Lease", "Resident"]
+
+
+@dataclass(slots=True)
+class Erased:
+    """What a replica has erased of a tenant so far.
+
+    Attributes
+    ----------
+    models
+        Residents that went.
+    overwritten_bytes
+        Of their memory; the rest were files of the host tier, or other tenants' too.
+    """
+
+    models: int = 0
+    overwritten_bytes: int = 0
 
 
 @dataclass(slots=True, eq=False)
@@ -25,6 +41,8 @@ class Resident:
         Only ``resident`` ones can be leased.
     probe_due
         It must answer its probe together with its first rows.
+    erased
+        Set when its tenant is erased: its memory is overwritten when it is freed, and counted here.
     """
 
     record: VersionRecord
@@ -39,6 +57,7 @@ class Resident:
     pinned: bool = False
     probe_due: bool = False
     state: State = State.RESIDENT
+    erased: Erased | None = None
 
     @property
     def size_bytes(self) -> int:

@@ -64,7 +64,11 @@ class Ledger:
 
     def own_bytes(self, parts: Collection[Part]) -> int:
         """Bytes of those parts that have one holder."""
-        return sum(self._sizes[part] for part in parts if self._holders.get(part) == 1)
+        return sum(self._sizes[part] for part in self.own_parts(parts))
+
+    def own_parts(self, parts: Collection[Part]) -> list[Part]:
+        """Those parts that have one holder."""
+        return [part for part in parts if self._holders.get(part) == 1]
 
     def choose_victims(
         self,

@@ -92,7 +92,17 @@ class Loader(Protocol):
         ...
 
     def distrust(self, record: VersionRecord) -> None:
-        """A version answered its probe wrongly: whatever this process kept of it is not to be used again."""
+        """Whatever this process kept of a version is not to be used again: it is wrong, or erased."""
+        ...
+
+    def scrub(self, model: Model, parts: Collection[Part]) -> int:
+        """Overwrite a model's parts that no other model has, just before it is let go of (erasure).
+
+        Returns
+        -------
+        int
+            Bytes overwritten; what is a mapped file is not (the host tier sees to these).
+        """
         ...
 
     async def prepare_local(self, record: VersionRecord, held: Held) -> Prepared | None:
@@ -157,6 +167,8 @@ class DeviceLoader:
         self._stages: WeakValueDictionary[tuple[str, int, tuple[Part, ...]], nn.Module] = (
             WeakValueDictionary()
         )
+        # What each living model holds, placed or not: who wants to overwrite a tensor must know them all.
+        self._users: WeakValueDictionary[int, _Tensors] = WeakValueDictionary()
         self._sharing = threading.Lock()
         tier = source.tier
         self._warm = WarmTensors(tier.budget_bytes // WARM_SHARE if tier is not None else 0)
@@ -179,6 +191,19 @@ class DeviceLoader:
         """See :class:`Loader`."""
         self._proven.pop((record.digest, record.architecture), None)
         self._warm.clear()  # all of it: memory that went wrong once is not asked which part of it did
+
+    def scrub(self, model: Model, parts: Collection[Part]) -> int:
+        """See :class:`Loader`. No load under way can have these tensors, or come by them later."""
+        self._warm.clear()
+        with self._sharing:
+            others = {part for user in self._users.values() if user is not model.tensors for part in user}
+            going = {part: model.tensors[part] for part in parts if part not in others}
+            for part in going:
+                self._tensors.pop(part, None)
+            for key in list(self._stages):
+                if not going.keys().isdisjoint(key[2]):
+                    self._stages.pop(key, None)
+        return self.device.scrub(going.values())
 
     async def prepare_local(self, record: VersionRecord, held: Held) -> Prepared | None:
         """See :class:`Loader`."""
@@ -262,11 +287,12 @@ class DeviceLoader:
         plan = plan_of(network)
         parts = {one.name: part_of(one) for one in record.tensors}
         with self._sharing:
-            shared: dict[Part, torch.Tensor] = {}
+            shared = _Tensors()
             for part in parts.values():
                 new = given[part]
                 assert isinstance(new, torch.Tensor), "hold() gave tensors"
                 shared[part] = self._tensors.setdefault(part, new)
+            self._users[id(shared)] = shared
         named = {name: shared[part] for name, part in parts.items()}
         stages: list[nn.Module] = []
         for index, names in enumerate(plan.names):
@@ -280,6 +306,10 @@ class DeviceLoader:
                     stage = self._stages.setdefault(key, made)
             stages.append(stage)
         return Model(tuple(stages), shared)
+
+
+class _Tensors(dict[Part, torch.Tensor]):
+    """A dict that can be referred to weakly."""
 
 
 _checked: LRUCache[tuple[str, str], Architecture] = LRUCache(10_000)

@@ -11,6 +11,8 @@ Rules, each with a test:
   nothing can evict it in between.
 - What is taken, in slots and in bytes, never exceeds what there is (``ledger.py``).
 - Loads from the node's own files have places of their own: a store that hangs holds up none of them.
+- Places for loads go round the tenants that wait; a tenant that is over its share evicts its own models, and
+  nobody evicts another below its floor (``shares.py``).
 
 All methods must be called on one event loop; nothing in here blocks it.
 """
@@ -26,13 +28,15 @@ from dataclasses import dataclass, field
 from typing import Final
 
 from flatshare.cache.failures import FailureMemory
-from flatshare.cache.lease import Lease, Resident
+from flatshare.cache.lease import Erased, Lease, Resident
 from flatshare.cache.ledger import Ledger
 from flatshare.cache.loading import Held, Loader, Placed, Prepared
 from flatshare.cache.policy import EvictionPolicy, LeastRecentlyUsed
 from flatshare.cache.room import RoomQueue
+from flatshare.cache.shares import NO_SHARE, ShareOf, own_victims, spare_floors
 from flatshare.cache.stats import CacheStats
 from flatshare.cache.tiers import ModelKey, Part, Receipt, ResidentInfo, State, Tier
+from flatshare.cache.turns import Turns
 from flatshare.errors import DeadlineExceeded, NeverFits, NoRoom
 from flatshare_registry.errors import NotFound, Unavailable
 from flatshare_registry.records import VersionRecord
@@ -91,6 +95,8 @@ class ModelCache:
         Seconds that the store may take for one version; then it counts as unavailable.
     policy
         Who is evicted first.
+    share_of
+        A tenant's share of the device.
     on_change
         Called after the set of residents changed; must not raise.
     clock, wall_clock
@@ -106,6 +112,7 @@ class ModelCache:
         room_timeout_s: float = 30.0,
         fetch_timeout_s: float = 10.0,
         policy: EvictionPolicy | None = None,
+        share_of: ShareOf = lambda tenant: NO_SHARE,
         on_change: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
@@ -116,16 +123,18 @@ class ModelCache:
         self._room_timeout_s = room_timeout_s
         self._fetch_timeout_s = fetch_timeout_s
         self._policy = policy or LeastRecentlyUsed()
+        self._share_of = share_of
         self._on_change = on_change
         self._clock = clock
         self._wall_clock = wall_clock
         self._failures = FailureMemory(clock)
-        self._loading = asyncio.Semaphore(load_concurrency)
-        self._loading_local = asyncio.Semaphore(LOCAL_CONCURRENCY)
+        self._loading = Turns(load_concurrency)
+        self._loading_local = Turns(LOCAL_CONCURRENCY)
         self._residents: dict[ModelKey, Resident] = {}
         self._loads: dict[ModelKey, _Load] = {}
         self._leaving: dict[int, Resident] = {}
         self._protected: dict[ModelKey, int] = {}
+        self._erasures: dict[str, Erased] = {}
         self._generation = 0
         self._room = RoomQueue()
         self._closed = False
@@ -266,24 +275,45 @@ class ModelCache:
         self._loader.distrust(lease.record)
         self._failures.remember(key, error)
 
-    def erase(self, tenant: str) -> int:
-        """Free all of a tenant's models and let none of its loads under way become resident.
+    def erase(self, tenant: str) -> Erased:
+        """Free and overwrite all of a tenant's models, and let none of its loads under way become resident.
 
         Returns
         -------
-        int
-            Residents that went; their memory is free when their leases have ended.
+        Erased
+            What went and what was overwritten; both grow while leases end (:meth:`erased`).
         """
         for key, load in self._loads.items():
             if key.tenant == tenant:
                 load.erased = True
-        gone = [one for key, one in self._residents.items() if key.tenant == tenant]
-        for resident in gone:
-            self._retire(resident, evicted=False)
+        told = self._erasures.setdefault(tenant, Erased())
+        for resident in [*self._residents.values(), *self._leaving.values()]:
+            if resident.record.tenant == tenant and resident.erased is None:
+                resident.erased = told
+                told.models += 1
+                self._loader.distrust(resident.record)
+                if resident.state is State.RESIDENT:
+                    self._retire(resident, evicted=False)
+                elif resident.state is State.QUARANTINED:
+                    resident.state = State.DRAINING
+                    self._free_if_unleased(resident)
         self._failures.forget(tenant)
-        if gone:
-            self._on_change()
-        return len(gone)
+        self._on_change()
+        return told
+
+    async def erased(self, tenant: str, timeout_s: float) -> bool:
+        """Wait until nothing of an erased tenant is left, loads under way included; whether that is so."""
+        deadline = self._clock() + timeout_s
+
+        def gone() -> bool:
+            held = [*self._residents.values(), *self._leaving.values()]
+            return not any(one.record.tenant == tenant for one in held)
+
+        while loads := [load.task for key, load in self._loads.items() if key.tenant == tenant and load.task]:
+            done, _ = await asyncio.wait(loads, timeout=max(deadline - self._clock(), 0))
+            if not done:
+                return False
+        return gone() or await self._room.wait(gone, deadline - self._clock())
 
     def forget_failures(self, tenant: str) -> None:
         """Try a tenant's failed versions again at the next request."""
@@ -324,6 +354,10 @@ class ModelCache:
     def loading(self) -> list[ModelKey]:
         """Versions that are being loaded, or wait for their turn."""
         return list(self._loads)
+
+    def is_loading(self, record: VersionRecord) -> bool:
+        """Whether a load of a version is under way that others can join."""
+        return ModelKey.of(record) in self._loads
 
     def is_resident(self, key: ModelKey) -> bool:
         """Whether a version can be leased at once."""
@@ -434,7 +468,7 @@ class ModelCache:
                 pass
             deadline = self._clock() + self._room_timeout_s if deadline is None else deadline
             if self._clock() >= deadline or not await self._room.wait(
-                lambda: self._could_fit(claimed), deadline - self._clock()
+                lambda: self._could_fit(record.tenant, claimed), deadline - self._clock()
             ):
                 raise NoRoom(
                     f"no room for {record.name}: all {self.slots} slots, or their bytes, are in use or "
@@ -455,7 +489,7 @@ class ModelCache:
         record: VersionRecord,
         claimed: Mapping[Part, int],
         load: _Load,
-        places: asyncio.Semaphore,
+        places: Turns,
         prepare: Callable[[VersionRecord, Held], Awaitable[Prepared | None]],
     ) -> Resident | None:
         """One way to load; None when it can't give the bytes.
@@ -465,7 +499,7 @@ class ModelCache:
         _NoRoomNow
             It is ready, but what is leased or pinned leaves no room.
         """
-        async with places:
+        async with places.hold(record.tenant):
             # Callers may have gone while this waited for its turn: a flood of requests that hang up
             # must not fetch, or evict, for nobody. One that has begun is finished (promise 6).
             if load.abandoned:
@@ -520,7 +554,7 @@ class ModelCache:
         """Make room, put the model there, and count what it really takes."""
         # All that will be copied is set aside, also what another model has brought here meanwhile.
         new_bytes = sum(size for part, size in claimed.items() if part not in counted)
-        self._make_room(new_bytes, slots=1)
+        self._make_room(record.tenant, new_bytes, slots=1, whole_bytes=sum(claimed.values()))
         reservation = self.ledger.reserve(new_bytes)
         try:
             placed = await self._loader.place(record, prepared, held)
@@ -528,7 +562,7 @@ class ModelCache:
             more = self.ledger.missing_bytes(placed.parts) - reservation.bytes
             if more > 0:
                 try:
-                    self._make_room(more, slots=0)
+                    self._make_room(record.tenant, more, slots=0, whole_bytes=more)
                 except _NoRoomNow as error:
                     raise NoRoom(f"{record.name} takes {more} bytes more than it claimed; retry") from error
                 self.ledger.grow(reservation, reservation.bytes + more)
@@ -538,40 +572,50 @@ class ModelCache:
         self.ledger.settle(reservation, placed.parts)
         return placed
 
-    def _make_room(self, new_bytes: int, *, slots: int) -> None:
+    def _make_room(self, tenant: str, new_bytes: int, *, slots: int, whole_bytes: int) -> None:
         """Evict what must go so that so much fits, or nothing.
+
+        Parameters
+        ----------
+        whole_bytes
+            What counts for the tenant's share.
 
         Raises
         ------
         _NoRoomNow
             What may be evicted would not do.
+        ResidentOverQuota
+            The tenant's share is in use.
         """
-        if self.ledger.fits(slots, new_bytes):
+        cap = self._share_of(tenant).cap_bytes
+        if cap is None and self.ledger.fits(slots, new_bytes):
             return
-        keys = self._candidates()
+        keys = self._candidates(tenant)
+        own = own_victims(tenant, whole_bytes, cap, keys, self._residents, self._leaving.values())
+        keys = [*own, *(key for key in keys if key not in own)]
         chosen = self.ledger.choose_victims(
             [self._residents[key].parts for key in keys], new_bytes, slots=slots
         )
         if chosen is None:
             raise _NoRoomNow
-        for index in chosen:
-            self._retire(self._residents[keys[index]], evicted=True)
+        for key in dict.fromkeys([*own, *(keys[index] for index in chosen)]):
+            self._retire(self._residents[key], evicted=True)
             self.stats.evictions += 1
         self._on_change()
 
-    def _could_fit(self, claimed: Mapping[Part, int]) -> bool:
+    def _could_fit(self, tenant: str, claimed: Mapping[Part, int]) -> bool:
         """Whether a new try of a load that waits for room would find it."""
         new_bytes = self.ledger.missing_bytes(claimed)
         if self.ledger.fits(1, new_bytes):
             return True
-        parts = [self._residents[key].parts for key in self._candidates()]
+        parts = [self._residents[key].parts for key in self._candidates(tenant)]
         return self.ledger.choose_victims(parts, new_bytes, slots=1, keep=claimed) is not None
 
-    def _candidates(self) -> list[ModelKey]:
-        """Who may be evicted, the first to go first; versions whose successor is on the way last."""
+    def _candidates(self, tenant: str) -> list[ModelKey]:
+        """Who may go for a model of this tenant, in order; versions whose successor is on the way last."""
         keys = [key for key in self._policy.victims() if self._evictable(key)]
         keys.sort(key=lambda key: key in self._protected)
-        return keys
+        return spare_floors(keys, self._residents, self._share_of, tenant)
 
     # -- slots
 
@@ -620,6 +664,10 @@ class ModelCache:
     def _free_if_unleased(self, resident: Resident) -> None:
         if resident.leases or resident.state is not State.DRAINING:
             return
+        if resident.erased is not None and resident.model is not None:
+            resident.erased.overwritten_bytes += self._loader.scrub(
+                resident.model, self.ledger.own_parts(resident.parts)
+            )
         # Dropping the last reference frees the tensors; nobody else holds the model.
         resident.model = None
         del self._leaving[id(resident)]

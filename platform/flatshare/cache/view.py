@@ -110,21 +110,28 @@ class RegistryView:
         NotFound
             It is known that there is none.
         """
-        known = self._heads.get(ref.tenant)
+        head = self.head_now(ref.tenant)
+        if head is None:
+            return None
+        try:
+            number = select(head, ref)
+        except NotFound:
+            if self._age_s(ref.tenant) > RECHECK_S:
+                return None
+            raise
+        return self._records.get((ref.tenant, number, head.versions[number]))
+
+    def head_now(self, tenant: TenantId) -> TenantHead | None:
+        """A tenant's head if it is known well enough without waiting; read anew behind when it is due."""
+        known = self._heads.get(tenant)
         if known is None:
             return None
         age_s = self._clock() - known.checked_at
         if age_s > self._ttl_s:
             if age_s > self._ttl_s * STALE_AFTER_TTLS:
                 return None
-            self._read_behind(ref.tenant)
-        try:
-            number = select(known.head, ref)
-        except NotFound:
-            if age_s > RECHECK_S:
-                return None
-            raise
-        return self._records.get((ref.tenant, number, known.head.versions[number]))
+            self._read_behind(tenant)
+        return known.head
 
     async def resolve(self, ref: ModelRef, timeout_s: float) -> VersionRecord:
         """The version that a ref means.
@@ -143,7 +150,7 @@ class RegistryView:
             return found
         try:
             async with asyncio.timeout(timeout_s):
-                head = await self._head(ref.tenant)
+                head = await self.head(ref.tenant)
                 try:
                     number = select(head, ref)
                 except NotFound:
@@ -165,13 +172,13 @@ class RegistryView:
         Unavailable, Corrupt
             The store does not answer, or holds what can't be read.
         """
-        head = await self._head(tenant)
+        head = await self.head(tenant)
         if number not in head.versions:
             raise NotFound(f"tenant {tenant} has no version {number}")
         return await self._record(head, number)
 
-    def head_now(self, tenant: TenantId) -> TenantHead | None:
-        """A tenant's head as last read, if any."""
+    def last_head(self, tenant: TenantId) -> TenantHead | None:
+        """A tenant's head as last read, if any, however old."""
         known = self._heads.get(tenant)
         return known.head if known is not None else None
 
@@ -202,12 +209,31 @@ class RegistryView:
                 await self._record(head, production)
         return head
 
+    def forget(self, tenant: TenantId) -> None:
+        """Remember nothing of a tenant that is erased: whoever asks next is told by the store."""
+        gone = self._heads.pop(tenant, None)
+        self._epochs[tenant] = self._epochs.get(tenant, 0) + 1
+        self._reads.pop(tenant, None)
+        for key in [key for key in self._records if key[0] == tenant]:
+            self._records.pop(key, None)
+        if gone is not None:
+            self._on_change(gone.head, None)
+
     def _age_s(self, tenant: TenantId) -> float:
         """Seconds since a tenant's head was last seen to be current."""
         known = self._heads.get(tenant)
         return self._clock() - known.checked_at if known is not None else float("inf")
 
-    async def _head(self, tenant: TenantId) -> TenantHead:
+    async def head(self, tenant: TenantId) -> TenantHead:
+        """A tenant's head, from memory when it is known well enough.
+
+        Raises
+        ------
+        NotFound
+            No such tenant.
+        Unavailable
+            It is not known, and the store does not answer.
+        """
         if tenant in self._missing:
             raise NotFound(f"there is no tenant {tenant}")
         known = self._heads.get(tenant)

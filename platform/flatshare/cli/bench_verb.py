@@ -7,7 +7,7 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from flatshare.cli.context import UrlOption, call, need_serve_extra, platform_url
+from flatshare.cli.context import UrlOption, call, credentials, need_serve_extra, platform_url
 from flatshare.cli.output import AsJson, out, print_json, print_table, progress_bar
 from flatshare_registry.errors import InvalidInput, NotFound
 
@@ -57,7 +57,9 @@ def bench(
         duration = 10.0
     images = architecture("mnist-cnn").preprocess(load_digits().test_images)
     shots = digit_shots(models, images, exponent=zipf, batch=batch, seed=seed)
-    load = Load(requests=requests, duration_s=duration, concurrency=concurrency, rate=rate)
+    load = Load(
+        requests=requests, duration_s=duration, concurrency=concurrency, rate=rate, headers=credentials(base)
+    )
     before = call("GET", f"{base}/admin/replicas").json()
     with progress_bar("requests") as progress:
         outcomes: list[Outcome] = run_load(

@@ -11,7 +11,14 @@ from typing import Annotated, Any, Final
 import httpx
 import typer
 
-from flatshare.errors import BadInput, ServeError, SettingsError
+from flatshare.errors import (
+    BadInput,
+    Forbidden,
+    OverQuota,
+    ServeError,
+    SettingsError,
+    Unauthenticated,
+)
 from flatshare.models.architecture import Architecture
 from flatshare.settings import load_settings
 from flatshare_registry.catalog import Registry
@@ -23,6 +30,7 @@ __all__ = [
     "StoreOption",
     "UrlOption",
     "call",
+    "credentials",
     "need_serve_extra",
     "open_registry",
     "platform_url",
@@ -107,8 +115,9 @@ def call(method: str, url: str, **options: Any) -> httpx.Response:
     NotFound, BadInput, ServeError
         What it answered.
     """
+    headers = {**credentials(url), **options.pop("headers", {})}
     try:
-        reply = httpx.request(method, url, timeout=CLIENT_TIMEOUT_S, **options)
+        reply = httpx.request(method, url, timeout=CLIENT_TIMEOUT_S, headers=headers, **options)
     except (httpx.InvalidURL, httpx.UnsupportedProtocol, httpx.LocalProtocolError, UnicodeError) as error:
         raise InvalidInput(f"{url[:80]!a} is not a URL of a platform: {error}") from error
     except httpx.TransportError as error:
@@ -120,11 +129,32 @@ def call(method: str, url: str, **options: Any) -> httpx.Response:
         text = f"{problem['message']} (request {problem['request_id']})"
     except (ValueError, KeyError, TypeError):
         text = f"{url} answered {reply.status_code}"
+    if reply.status_code == 401:
+        raise Unauthenticated(f"{text}; set FLATSHARE_API_KEY (flatshare keys create makes one)")
+    if reply.status_code == 403:
+        raise Forbidden(text)
     if reply.status_code == 404:
         raise NotFound(text)
+    if reply.status_code == 429:
+        raise OverQuota(text)
     if reply.status_code in (503, 504):
         raise Unavailable(text)
     raise (BadInput if reply.status_code < 500 else ServeError)(text)
+
+
+def credentials(url: str) -> dict[str, str]:
+    """What to show to a platform: ``FLATSHARE_API_KEY``; to one that this user runs here, its admin key.
+
+    The admin key goes nowhere else, whatever ``--url`` says.
+    """
+    key = load_settings().api_key.get_secret_value()
+    if not key and importlib.util.find_spec("psutil") is not None:
+        from flatshare.local.keys import read_key
+        from flatshare.local.state import find_states
+
+        own = any(url == state.url or url.startswith(f"{state.url}/") for state in find_states())
+        key = (load_settings().admin_key.get_secret_value() or read_key("admin") or "") if own else ""
+    return {"authorization": f"Bearer {key}"} if key else {}
 
 
 def ensure_tenant(registry: Registry, tenant: TenantId) -> None:

@@ -19,6 +19,10 @@ EXIT_CODES: Final[Mapping[type[Exception], int]] = {
     registry_errors.Conflict: 4,
     registry_errors.StillReferenced: 4,
     registry_errors.Unavailable: 5,
+    errors.Unauthenticated: 4,
+    errors.Forbidden: 4,
+    errors.Suspended: 4,
+    errors.OverQuota: 5,
     errors.Overloaded: 5,
     errors.DeadlineExceeded: 5,
     errors.FleetUnavailable: 5,
@@ -29,7 +33,7 @@ EXIT_CODES: Final[Mapping[type[Exception], int]] = {
     registry_errors.RegistryError: 1,
     errors.ServeError: 1,
 }
-"""2 wrong use, 3 not found, 4 refused by what is there, 5 try again later, 6 damaged,
+"""2 wrong use, 3 not found, 4 refused by what is there or for want of a right, 5 try again later, 6 damaged,
 7 something on this machine, 1 else."""
 
 

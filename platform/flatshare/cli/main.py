@@ -6,7 +6,14 @@ import sys
 
 import typer
 
-from flatshare.cli import bench_verb, fleet, platform_verbs, registry_verbs, training_verbs
+from flatshare.cli import (
+    bench_verb,
+    fleet,
+    platform_verbs,
+    registry_verbs,
+    tenancy_verbs,
+    training_verbs,
+)
 from flatshare.cli.errors import exit_code
 from flatshare.cli.output import err
 from flatshare.errors import ServeError
@@ -26,6 +33,7 @@ platform_verbs.add_to(app)
 fleet.add_to(app)
 bench_verb.add_to(app)
 registry_verbs.add_to(app)
+tenancy_verbs.add_to(app, registry_verbs.tenants_app)
 training_verbs.add_to(app)
 
 

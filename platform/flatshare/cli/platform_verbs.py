@@ -14,10 +14,11 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from flatshare.cli.context import StoreOption, need_serve_extra
+from flatshare.cli.context import StoreOption, call, need_serve_extra
 from flatshare.cli.output import AsJson, err, out, print_json, print_table
-from flatshare.errors import LocalError, SettingsError
+from flatshare.errors import LocalError, ServeError, SettingsError
 from flatshare.settings import Settings, load_settings
+from flatshare_registry.errors import RegistryError
 
 STOP_TIMEOUT_S: Final = 60.0
 READY_FD_VARIABLE: Final = "FLATSHARE_READY_FD"
@@ -54,7 +55,15 @@ def up(
     edge_kind: Annotated[
         str | None, typer.Option("--edge", show_default="haproxy", help="haproxy, or serve (slower).")
     ] = None,
-    host: Annotated[str | None, typer.Option(show_default="127.0.0.1", help="Only loopback for now.")] = None,
+    host: Annotated[
+        str | None, typer.Option(show_default="127.0.0.1", help="Address that the edge listens on.")
+    ] = None,
+    auth: Annotated[
+        str | None, typer.Option(show_default="on", help="off lets everybody in; only on loopback.")
+    ] = None,
+    tls_cert: Annotated[
+        str | None, typer.Option(help="PEM file of certificate and key: TLS ends at the edge.")
+    ] = None,
     port: PortOption = None,
     serve_port: Annotated[
         int | None, typer.Option(show_default="8500", help="Port of Ray Serve's own proxy, on loopback.")
@@ -74,6 +83,8 @@ def up(
         max_queued_requests=max_queued_requests,
         edge=edge_kind,
         host=host,
+        auth=auth,
+        tls_cert=tls_cert,
         port=port,
         serve_port=serve_port,
     )
@@ -105,8 +116,10 @@ def _up_here(settings: Settings, ray_address: str) -> None:
     environment = prepare(settings.edge)
 
     # Only now: ray reads its flags when it is imported.
+    from flatshare.local.operators import operators_of
     from flatshare.local.platform import check_ports, running_platform
 
+    settings, operators = operators_of(settings)
     check_ports(settings)
     stop = threading.Event()
 
@@ -122,7 +135,12 @@ def _up_here(settings: Settings, ray_address: str) -> None:
         with (
             err.status("starting ...") as spinner,
             running_platform(
-                settings, environment, ray_address, log=log, report=lambda text: spinner.update(f"{text} ...")
+                settings,
+                operators,
+                environment,
+                ray_address,
+                log=log,
+                report=lambda text: spinner.update(f"{text} ..."),
             ) as (state, watch),
         ):
             spinner.stop()
@@ -242,8 +260,6 @@ def down(port: PortOption = None) -> None:
 def status(port: PortOption = None, as_json: AsJson = False) -> None:
     """What runs on this machine, and whether it answers. Exit code 3 when nothing does."""
     need_serve_extra()
-    import httpx
-
     from flatshare.local.state import find_states
 
     states = [state for state in find_states() if port in (None, state.port)]
@@ -251,14 +267,14 @@ def status(port: PortOption = None, as_json: AsJson = False) -> None:
     for state in states:
         row: dict[str, Any] = {"url": state.url, "pid": state.pid, "edge": state.edge, "store": state.store}
         try:
-            fleet = httpx.get(f"{state.url}/admin/replicas", timeout=15).raise_for_status().json()
+            fleet = call("GET", f"{state.url}/admin/replicas").json()
             row["answers"] = True
             row["replicas"] = {
                 "running": sum(one["state"] == "RUNNING" for one in fleet["replicas"]),
                 "wanted": state.replicas,
             }
             row["models"] = sum(len(one["models"]) for one in fleet["replicas"])
-        except (httpx.HTTPError, ValueError, KeyError):
+        except (ServeError, RegistryError, ValueError, KeyError):
             row.update(answers=False, replicas={"running": 0, "wanted": state.replicas}, models=0)
         rows.append(row)
     if as_json:

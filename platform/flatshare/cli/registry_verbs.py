@@ -17,7 +17,7 @@ from flatshare.cli.context import (
 )
 from flatshare.cli.output import AsJson, out, print_json, print_table, size, when
 from flatshare.models.architecture import architecture
-from flatshare_registry.errors import InvalidInput
+from flatshare_registry.errors import Corrupt, InvalidInput
 from flatshare_registry.gc import DEFAULT_GRACE_S, collect
 from flatshare_registry.ids import PRODUCTION, AliasName, ModelRef, TenantId, parse_version
 from flatshare_registry.records import TenantHead, VersionRecord
@@ -53,10 +53,11 @@ def list_tenants(store: StoreOption = None, as_json: AsJson = False) -> None:
         return
     print_table(
         "",
-        ["tenant", "production#", "versions#", "aliases", "created"],
+        ["tenant", "state", "production#", "versions#", "aliases", "created"],
         [
             (
                 head.tenant,
+                head.state.value,
                 head.aliases.get("production", "-"),
                 len(head.versions),
                 _aliases(head),
@@ -79,6 +80,9 @@ def show_tenant(tenant: TenantArgument, store: StoreOption = None, as_json: AsJs
         ["tenant", head.tenant],
         [
             ("created", when(head.created_at)),
+            ("state", head.state.value),
+            ("plan", head.plan),
+            ("keys", str(len(head.keys))),
             ("aliases", _aliases(head) or "-"),
             ("versions", ", ".join(str(number) for number in sorted(head.versions)) or "-"),
         ],
@@ -208,15 +212,30 @@ def remove_alias(
     out.print(f"removed {tenant}:{alias}; {tell_replicas(TenantId(tenant), url)}")
 
 
-def audit(tenant: TenantArgument, store: StoreOption = None, as_json: AsJson = False) -> None:
-    """Who changed what of a tenant, oldest first; also of one that was deleted."""
+def audit(
+    tenant: Annotated[str, typer.Argument(metavar="TENANT | verify", help="Whose log; or the word verify.")],
+    verified: Annotated[
+        str | None, typer.Argument(metavar="[TENANT]", help="After verify: whose; everybody's by default.")
+    ] = None,
+    store: StoreOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """Who changed what of a tenant, oldest first; also of one that was deleted or erased.
+
+    `audit verify` checks that no entry was altered, removed or added (exit code 6 if one was).
+    """
+    if tenant == "verify" or verified is not None:
+        if tenant != "verify":
+            raise InvalidInput("write: flatshare audit TENANT, or flatshare audit verify [TENANT]")
+        _verify_audit(verified, store, as_json=as_json)
+        return
     entries = open_registry(store).audit(TenantId(tenant))
     if as_json:
         print_json([entry.model_dump(mode="json") for entry in entries])
         return
     print_table(
         "",
-        ["revision#", "when", "who", "what", "alias", "from#", "to#"],
+        ["revision#", "when", "who", "what", "alias", "from#", "to#", "detail"],
         [
             (
                 e.revision,
@@ -226,10 +245,33 @@ def audit(tenant: TenantArgument, store: StoreOption = None, as_json: AsJson = F
                 e.alias or "",
                 e.from_version or "",
                 e.to_version or "",
+                " ".join(f"{name}={value}" for name, value in e.detail.items() if value),
             )
             for e in entries
         ],
     )
+
+
+def _verify_audit(tenant: str | None, store: str | None, *, as_json: bool) -> None:
+    registry = open_registry(store)
+    tenants = [TenantId(tenant)] if tenant is not None else registry.all_ids()
+    problems: dict[str, list[str]] = {}
+    entries = 0
+    for one in tenants:
+        found = registry.verify_audit(one)
+        entries += registry.last_entry(one).revision
+        if found:
+            problems[one] = found
+    if as_json:
+        print_json({"whole": not problems, "tenants": len(tenants), "entries": entries, "problems": problems})
+    else:
+        for name, lines in problems.items():
+            for line in lines:
+                out.print(f"{name}: {line}", soft_wrap=True)
+    if problems:
+        raise Corrupt(f"the audit log of {', '.join(problems)} is not whole")
+    if not as_json:
+        out.print(f"whole: {entries} entries of {len(tenants)} tenants")
 
 
 def gc(
@@ -283,6 +325,8 @@ def _tenant_document(head: TenantHead) -> dict[str, object]:
     return {
         "id": head.tenant,
         "production": head.aliases.get("production"),
+        "state": head.state.value,
+        "plan": head.plan,
         "aliases": head.aliases,
         "versions": sorted(head.versions),
         "created_at": head.created_at.isoformat(),

@@ -3,41 +3,95 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any, Final
 
-from fastapi import FastAPI
+from fastapi import FastAPI, Request
 
-from flatshare.api.http import ERROR_REPLIES, install_error_handlers
+from flatshare.api.http import ERROR_REPLIES, install_error_handlers, request_id_of
+from flatshare.api.identity import Identities
+from flatshare.control.access import Gate, caller_of
+from flatshare.control.erasure import Erasure, Signer
 from flatshare.control.fleet import Fleet
 from flatshare.control.schemas import (
     AliasChange,
     AliasChanged,
     AuditReply,
+    AuditVerified,
     FleetReply,
+    KeyReply,
     ModelRequest,
+    NewKeyReply,
+    NewKeyRequest,
     NewTenant,
     PreloadRequest,
+    QuotasReply,
+    QuotasRequest,
     Refreshed,
+    RotateRequest,
     TenantReply,
     VersionReply,
 )
+from flatshare.errors import ServeError
 from flatshare_registry.catalog import Registry
+from flatshare_registry.errors import InvalidInput
 from flatshare_registry.ids import AliasName, ModelRef, TenantId
+from flatshare_registry.records import DEFAULT_PLAN, Quotas, TenantHead
 
-__all__ = ["create_control_app"]
+__all__ = ["RegistryHeads", "create_control_app"]
 
 _ABOUT: Final = "Tenants, versions, aliases, and which replica holds what."
 
 
-def create_control_app(registry: Registry, fleet: Fleet) -> FastAPI:
-    """Build the control plane over a registry and a fleet; mounted under ``/admin``."""
+class RegistryHeads:
+    """Heads for checking keys, read anew for each request: a key that was revoked is refused at once."""
+
+    def __init__(self, registry: Registry) -> None:
+        self._registry = registry
+
+    def head_now(self, tenant: TenantId) -> TenantHead | None:
+        """None is known without asking."""
+        return None
+
+    async def head(self, tenant: TenantId) -> TenantHead:
+        """See :class:`flatshare.api.identity.Heads`."""
+        return await asyncio.to_thread(self._registry.head, tenant)
+
+
+def create_control_app(
+    registry: Registry,
+    fleet: Fleet,
+    identities: Identities,
+    plans: Mapping[str, Quotas] | None = None,
+    erasure_key_file: Path | None = None,
+) -> Gate:
+    """Build the control plane over a registry and a fleet; mounted under ``/admin``.
+
+    Parameters
+    ----------
+    identities
+        Tells who calls; :mod:`flatshare.control.access` says who may.
+    plans
+        Limits by plan, to check names against.
+    erasure_key_file
+        Where the key that signs erasure records is, or will be; None: nothing can be erased.
+    """
     app = FastAPI(title="flatshare control plane", description=_ABOUT, version="1", responses=ERROR_REPLIES)
     install_error_handlers(app)
     _add_tenants(app, registry, fleet)
+    _add_leaving(app, registry, fleet, erasure_key_file)
+    _add_keys(app, registry, fleet)
+    _add_quotas(app, registry, fleet, plans or {})
     _add_versions(app, registry, fleet)
     _add_aliases(app, registry, fleet)
     _add_fleet(app, fleet)
-    return app
+    return Gate(app, identities)
+
+
+def _for(registry: Registry, request: Request) -> Registry:
+    """The registry, for changes in the name of whoever calls."""
+    return registry.acting_as(caller_of(request).name, request_id_of(request))
 
 
 def _add_tenants(app: FastAPI, registry: Registry, fleet: Fleet) -> None:
@@ -47,10 +101,10 @@ def _add_tenants(app: FastAPI, registry: Registry, fleet: Fleet) -> None:
         return [TenantReply.of(head) for head in registry.list_tenants()]
 
     @app.post("/tenants", status_code=201, tags=["tenants"])
-    async def create_tenant(body: NewTenant) -> TenantReply:
+    async def create_tenant(body: NewTenant, request: Request) -> TenantReply:
         """Create a tenant."""
         tenant = TenantId(body.id)
-        head = await asyncio.to_thread(registry.create_tenant, tenant)
+        head = await asyncio.to_thread(_for(registry, request).create_tenant, tenant)
         await fleet.refresh(tenant)  # replicas may remember that it did not exist
         return TenantReply.of(head)
 
@@ -60,10 +114,10 @@ def _add_tenants(app: FastAPI, registry: Registry, fleet: Fleet) -> None:
         return TenantReply.of(registry.head(TenantId(tenant)))
 
     @app.delete("/tenants/{tenant}", tags=["tenants"])
-    async def delete_tenant(tenant: str) -> Refreshed:
-        """Delete a tenant, its versions and aliases; replicas free its models as their leases end."""
+    async def delete_tenant(tenant: str, request: Request) -> Refreshed:
+        """Delete a tenant, its versions, aliases and keys; replicas free its models as their leases end."""
         parsed = TenantId(tenant)
-        await asyncio.to_thread(registry.delete_tenant, parsed)
+        await asyncio.to_thread(_for(registry, request).delete_tenant, parsed)
         return Refreshed(refreshed=await fleet.refresh(parsed))
 
     @app.post("/tenants/{tenant}/refresh", tags=["tenants"])
@@ -75,6 +129,105 @@ def _add_tenants(app: FastAPI, registry: Registry, fleet: Fleet) -> None:
     def audit(tenant: str) -> AuditReply:
         """Who changed what, oldest first."""
         return AuditReply(entries=registry.audit(TenantId(tenant)))
+
+    @app.get("/tenants/{tenant}/audit/verify", tags=["tenants"])
+    def verify_audit(tenant: str) -> AuditVerified:
+        """Whether no entry of the log was altered, removed or added."""
+        parsed = TenantId(tenant)
+        problems = registry.verify_audit(parsed)
+        last = registry.last_entry(parsed)
+        return AuditVerified(
+            whole=not problems, problems=problems, entries=last.revision, last_link=last.link
+        )
+
+
+def _add_leaving(app: FastAPI, registry: Registry, fleet: Fleet, erasure_key_file: Path | None) -> None:
+    @app.post("/tenants/{tenant}/suspend", tags=["tenants"])
+    async def suspend(tenant: str, request: Request) -> Refreshed:
+        """Refuse the tenant's requests from now on; nothing is deleted."""
+        parsed = TenantId(tenant)
+        await asyncio.to_thread(_for(registry, request).tenancy.suspend, parsed)
+        return Refreshed(refreshed=await fleet.refresh(parsed))
+
+    @app.post("/tenants/{tenant}/resume", tags=["tenants"])
+    async def resume(tenant: str, request: Request) -> Refreshed:
+        """Answer a suspended tenant's requests again."""
+        parsed = TenantId(tenant)
+        await asyncio.to_thread(_for(registry, request).tenancy.resume, parsed)
+        return Refreshed(refreshed=await fleet.refresh(parsed))
+
+    @app.post("/tenants/{tenant}/erase", tags=["tenants"])
+    async def erase(tenant: str, request: Request) -> dict[str, Any]:
+        """Erase a tenant from store, nodes and replicas; the signed record of it. Run again to finish."""
+        if erasure_key_file is None:
+            raise ServeError("this control plane has no key to sign erasure records with")
+        signer = await asyncio.to_thread(Signer, erasure_key_file)
+        erasure = Erasure(_for(registry, request), fleet, signer)
+        return await erasure.run(TenantId(tenant), caller_of(request).name)
+
+
+def _add_keys(app: FastAPI, registry: Registry, fleet: Fleet) -> None:
+    @app.get("/tenants/{tenant}/keys", tags=["keys"])
+    def list_keys(tenant: str) -> list[KeyReply]:
+        """A tenant's API keys, without their secrets."""
+        parsed = TenantId(tenant)
+        head, used = registry.head(parsed), registry.tenancy.last_used(parsed)
+        return [KeyReply.of(key, used.get(key.id)) for key in head.keys.values()]
+
+    @app.post("/tenants/{tenant}/keys", status_code=201, tags=["keys"])
+    async def create_key(tenant: str, body: NewKeyRequest, request: Request) -> NewKeyReply:
+        """Make an API key. The answer has its secret, which is stored nowhere."""
+        parsed = TenantId(tenant)
+        made = await asyncio.to_thread(
+            _for(registry, request).tenancy.create_key,
+            parsed,
+            body.scopes,
+            label=body.label,
+            lifetime_s=body.lifetime_s,
+        )
+        return NewKeyReply(id=made.id, key=made.text, refreshed=await fleet.refresh(parsed))
+
+    @app.post("/tenants/{tenant}/keys/{key_id}/rotate", status_code=201, tags=["keys"])
+    async def rotate_key(tenant: str, key_id: str, body: RotateRequest, request: Request) -> NewKeyReply:
+        """Make a key like this one, which goes on being good for a while."""
+        parsed = TenantId(tenant)
+        made = await asyncio.to_thread(
+            _for(registry, request).tenancy.rotate_key, parsed, key_id, grace_s=body.grace_s
+        )
+        return NewKeyReply(id=made.id, key=made.text, refreshed=await fleet.refresh(parsed))
+
+    @app.delete("/tenants/{tenant}/keys/{key_id}", tags=["keys"])
+    async def revoke_key(tenant: str, key_id: str, request: Request) -> Refreshed:
+        """Take a key away, at once on every replica that answers."""
+        parsed = TenantId(tenant)
+        await asyncio.to_thread(_for(registry, request).tenancy.revoke_key, parsed, key_id)
+        return Refreshed(refreshed=await fleet.refresh(parsed))
+
+
+def _add_quotas(app: FastAPI, registry: Registry, fleet: Fleet, plans: Mapping[str, Quotas]) -> None:
+    def reply(head: TenantHead, refreshed: list[str] | None = None) -> QuotasReply:
+        plan = plans.get(head.plan) or plans.get(DEFAULT_PLAN) or Quotas()
+        return QuotasReply(
+            plan=head.plan, own=head.quotas, effective=head.quotas.over(plan), refreshed=refreshed or []
+        )
+
+    @app.get("/tenants/{tenant}/quotas", tags=["quotas"])
+    def show_quotas(tenant: str) -> QuotasReply:
+        """A tenant's plan, what of it is different, and what holds."""
+        return reply(registry.head(TenantId(tenant)))
+
+    @app.put("/tenants/{tenant}/quotas", tags=["quotas"])
+    async def set_quotas(tenant: str, body: QuotasRequest, request: Request) -> QuotasReply:
+        """Set the plan, and all that is different from it."""
+        if body.plan is not None and body.plan not in {DEFAULT_PLAN, *plans}:
+            raise InvalidInput(
+                f"there is no plan {body.plan[:80]!a}; there are {sorted({DEFAULT_PLAN, *plans})}"
+            )
+        parsed = TenantId(tenant)
+        head = await asyncio.to_thread(
+            _for(registry, request).tenancy.set_quotas, parsed, body.quotas, plan=body.plan
+        )
+        return reply(head, await fleet.refresh(parsed))
 
 
 def _add_versions(app: FastAPI, registry: Registry, fleet: Fleet) -> None:
@@ -89,10 +242,10 @@ def _add_versions(app: FastAPI, registry: Registry, fleet: Fleet) -> None:
         return VersionReply.of(registry.version(TenantId(tenant), version))
 
     @app.delete("/tenants/{tenant}/versions/{version}", tags=["versions"])
-    async def delete_version(tenant: str, version: int) -> Refreshed:
+    async def delete_version(tenant: str, version: int, request: Request) -> Refreshed:
         """Delete a version that no alias names."""
         parsed = TenantId(tenant)
-        await asyncio.to_thread(registry.delete_version, parsed, version)
+        await asyncio.to_thread(_for(registry, request).delete_version, parsed, version)
         return Refreshed(refreshed=await fleet.refresh(parsed))
 
 
@@ -102,19 +255,20 @@ def _add_aliases(app: FastAPI, registry: Registry, fleet: Fleet) -> None:
         return AliasChanged(tenant=TenantReply.of(head), refreshed=await fleet.refresh(tenant))
 
     @app.put("/tenants/{tenant}/aliases/{alias}", tags=["aliases"])
-    async def set_alias(tenant: str, alias: str, body: AliasChange) -> AliasChanged:
+    async def set_alias(tenant: str, alias: str, body: AliasChange, request: Request) -> AliasChanged:
         """Point an alias at a version: promote, when the alias is production."""
-        return await changed(TenantId(tenant), registry.set_alias, AliasName(alias), body.version)
+        acting = _for(registry, request)
+        return await changed(TenantId(tenant), acting.set_alias, AliasName(alias), body.version)
 
     @app.delete("/tenants/{tenant}/aliases/{alias}", tags=["aliases"])
-    async def remove_alias(tenant: str, alias: str) -> AliasChanged:
+    async def remove_alias(tenant: str, alias: str, request: Request) -> AliasChanged:
         """Remove an alias."""
-        return await changed(TenantId(tenant), registry.remove_alias, AliasName(alias))
+        return await changed(TenantId(tenant), _for(registry, request).remove_alias, AliasName(alias))
 
     @app.post("/tenants/{tenant}/aliases/{alias}/rollback", tags=["aliases"])
-    async def rollback(tenant: str, alias: str) -> AliasChanged:
+    async def rollback(tenant: str, alias: str, request: Request) -> AliasChanged:
         """Point an alias back at what it named before its last move."""
-        return await changed(TenantId(tenant), registry.rollback, AliasName(alias))
+        return await changed(TenantId(tenant), _for(registry, request).rollback, AliasName(alias))
 
 
 def _add_fleet(app: FastAPI, fleet: Fleet) -> None:

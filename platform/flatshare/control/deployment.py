@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Final, cast
 
-from fastapi import FastAPI
 from ray import serve
 
-from flatshare.control.app import create_control_app
+from flatshare.api.identity import Identities, OperatorKeys
+from flatshare.control.access import Gate
+from flatshare.control.app import RegistryHeads, create_control_app
 from flatshare.control.fleet import Fleet
 from flatshare.pool.controller import read_details
-from flatshare.pool.deployment import POOL_APP, POOL_DEPLOYMENT, pool_handle
+from flatshare.pool.deployment import POOL_APP, POOL_DEPLOYMENT, pool_handle, token_verifier
 from flatshare.pool.details import ReplicaState, replica_states
 from flatshare.settings import Settings
 from flatshare_registry.catalog import Registry
@@ -28,16 +30,23 @@ def _pool_states() -> list[ReplicaState]:
 class ControlPlane:
     """Composition root of the control plane."""
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, operators: OperatorKeys | None) -> None:
         self._settings = settings
+        self._operators = operators
 
-    def __serve_build_asgi_app__(self) -> FastAPI:
+    def __serve_build_asgi_app__(self) -> Gate:
         """Called by Serve after the constructor."""
         registry = Registry(self._settings.open_store(), actor="control-plane")
-        return create_control_app(registry, Fleet(pool_handle(), _pool_states))
+        fleet = Fleet(pool_handle(), _pool_states)
+        identities = Identities(RegistryHeads(registry), self._operators, token_verifier(self._settings))
+        return create_control_app(
+            registry, fleet, identities, self._settings.plans, Path(self._settings.erasure_key_file)
+        )
 
 
-def control_application(settings: Settings, environment: dict[str, str]) -> serve.Application:
+def control_application(
+    settings: Settings, operators: OperatorKeys | None, environment: dict[str, str]
+) -> serve.Application:
     """The control plane as a Serve application; the pool must be deployed first."""
     # serve.deployment is typed for use as a decorator only.
     deployment = cast("Any", serve.deployment)(
@@ -52,5 +61,5 @@ def control_application(settings: Settings, environment: dict[str, str]) -> serv
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=5,
     )
-    application: serve.Application = deployment.bind(settings)
+    application: serve.Application = deployment.bind(settings, operators)
     return application

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
@@ -10,6 +11,7 @@ from typing import Any, Final, Protocol
 from flatshare.cache.stats import CacheStats
 from flatshare.errors import FleetUnavailable
 from flatshare.pool.details import ReplicaState
+from flatshare.pool.receipt import EraseReceipt, HostReceipt
 from flatshare.pool.snapshot import ReplicaSnapshot
 
 __all__ = ["Fleet", "FleetView"]
@@ -89,6 +91,34 @@ class Fleet:
         except FleetUnavailable:
             return []
 
+    async def fence(self, tenant: str) -> None:
+        """Have every replica refuse a tenant for a while, requests under way included. Never fails."""
+        with contextlib.suppress(FleetUnavailable):
+            await self._broadcast("fence", tenant)
+
+    async def erase(self, tenant: str) -> list[EraseReceipt]:
+        """Have every replica erase a tenant; receipts of those that answered."""
+        try:
+            return [one for one in await self._broadcast("erase", tenant) if isinstance(one, EraseReceipt)]
+        except FleetUnavailable:
+            return []
+
+    async def erase_host(self, digests: list[str]) -> list[HostReceipt]:
+        """Have every node overwrite and remove tensors; a receipt of each replica that answered.
+
+        Raises
+        ------
+        FleetUnavailable
+            Not all answered in time.
+        """
+        found = await self._broadcast("erase_host", digests)
+        return [one for one in found if isinstance(one, HostReceipt)]
+
+    async def running(self) -> list[str]:
+        """Names of the replicas that take requests, in Serve's word."""
+        states = await asyncio.to_thread(self._read_states)
+        return [one.replica for one in states if one.state == "RUNNING"]
+
     async def preload(self, model_ref: str, *, pin: bool = False) -> list[str]:
         """Make a model resident on every replica, and keep it there if ``pin``; names of those that did.
 
@@ -109,7 +139,7 @@ class Fleet:
         """Free a model everywhere; on how many replicas it was resident. Raises as :meth:`preload`."""
         return sum(_all_well(await self._broadcast("unload", model_ref)))
 
-    async def _broadcast(self, method: str, *arguments: str | bool) -> list[Any]:
+    async def _broadcast(self, method: str, *arguments: str | bool | list[str]) -> list[Any]:
         """Every replica's result, or the exception that it raised."""
         try:
             async with asyncio.timeout(BROADCAST_TIMEOUT_S):

@@ -11,17 +11,32 @@ from flatshare.cache.stats import CacheStats
 from flatshare.cache.tiers import State, Tier
 from flatshare.control.fleet import FleetView
 from flatshare.pool.snapshot import ReplicaSnapshot
-from flatshare_registry.records import AuditEntry, TenantHead, VersionRecord
+from flatshare_registry.records import (
+    ApiKey,
+    AuditEntry,
+    Quotas,
+    Scope,
+    TenantHead,
+    TenantState,
+    VersionRecord,
+)
 
 __all__ = [
     "AliasChange",
     "AliasChanged",
     "AuditReply",
+    "AuditVerified",
     "FleetReply",
+    "KeyReply",
     "ModelRequest",
+    "NewKeyReply",
+    "NewKeyRequest",
     "NewTenant",
     "PreloadRequest",
+    "QuotasReply",
+    "QuotasRequest",
     "Refreshed",
+    "RotateRequest",
     "TenantReply",
     "VersionReply",
 ]
@@ -57,6 +72,8 @@ class TenantReply(BaseModel):
     """A tenant."""
 
     id: str
+    state: TenantState
+    plan: str
     production: int | None = Field(description="What a bare id means; null before the first version.")
     aliases: dict[str, int]
     versions: list[int]
@@ -67,6 +84,8 @@ class TenantReply(BaseModel):
         """From the stored head."""
         return cls(
             id=head.tenant,
+            state=head.state,
+            plan=head.plan,
             production=head.aliases.get("production"),
             aliases=head.aliases,
             versions=sorted(head.versions),
@@ -111,10 +130,76 @@ class AuditReply(BaseModel):
     entries: list[AuditEntry]
 
 
+class AuditVerified(BaseModel):
+    """What a check of the log's chain found."""
+
+    whole: bool
+    problems: list[str] = Field(description="In words; empty when the log is whole.")
+    entries: int
+    last_link: str = Field(
+        description="sha256 of the last entry. Who keeps it elsewhere can tell later that the log only grew."
+    )
+
+
+class KeyReply(BaseModel):
+    """An API key, without its secret."""
+
+    id: str
+    scopes: list[Scope]
+    label: str
+    created_at: datetime
+    created_by: str
+    expires_at: datetime | None
+    last_used_at: datetime | None = Field(description="To the hour; null when it was never used.")
+
+    @classmethod
+    def of(cls, key: ApiKey, used: datetime | None) -> KeyReply:
+        """From the stored key."""
+        return cls(**key.model_dump(exclude={"sha256"}), last_used_at=used)
+
+
+class NewKeyRequest(BaseModel):
+    """A key to make."""
+
+    scopes: list[Scope] = Field(default_factory=lambda: [Scope.PREDICT], max_length=8)
+    label: str = Field(default="", max_length=100, examples=["checkout service"])
+    lifetime_s: float | None = Field(default=None, gt=0, description="Seconds; null for no end.")
+
+
+class RotateRequest(BaseModel):
+    """How long the old key goes on."""
+
+    grace_s: float = Field(default=86_400, ge=0, description="Seconds that the old key goes on being good.")
+
+
+class QuotasRequest(BaseModel):
+    """A tenant's limits."""
+
+    plan: str | None = Field(default=None, description="Null leaves the plan as it is.")
+    quotas: Quotas = Field(
+        default_factory=Quotas, description="All that is different from the plan; null: as the plan says."
+    )
+
+
 class Refreshed(BaseModel):
     """Which replicas read the tenant anew; the others do within their view's TTL."""
 
     refreshed: list[str]
+
+
+class NewKeyReply(Refreshed):
+    """A key just made: the only time that its secret is seen."""
+
+    id: str
+    key: str = Field(description="Give it to its owner; it can't be shown again.")
+
+
+class QuotasReply(Refreshed):
+    """A tenant's limits."""
+
+    plan: str
+    own: Quotas = Field(description="What is different from the plan.")
+    effective: Quotas = Field(description="What holds; null: no limit of the tenant's own.")
 
 
 class AliasChanged(Refreshed):

@@ -68,6 +68,10 @@ class EdgeOptions:
         Longest body that is sent again when a replica dies.
     request_timeout_s
         A replica's own limit; the edge waits a little longer.
+    tls_cert
+        PEM file with which TLS ends here; empty for plain HTTP.
+    max_connections_per_address
+        Connections of one client at a time; more are closed at once.
     """
 
     host: str
@@ -77,6 +81,8 @@ class EdgeOptions:
     max_body_bytes: int
     retry_body_bytes: int
     request_timeout_s: float
+    tls_cert: str = ""
+    max_connections_per_address: int = 1024
     balance_factor: int = 175
     max_connections: int = 4096
 
@@ -128,6 +134,10 @@ defaults
 
 frontend edge
     bind {_bind_address(options)}
+    # One client that opens connections and says nothing must not take them all.
+    stick-table type ipv6 size 100k expire 2m store conn_cur
+    tcp-request connection track-sc0 src
+    tcp-request connection reject if {{ sc0_conn_cur gt {options.max_connections_per_address} }}
     http-request set-var(txn.id) req.hdr(x-request-id) if {{ req.hdr(x-request-id) -m reg ^[A-Za-z0-9._:-]{{1,64}}$ }}
     http-request set-var(txn.id) uuid() unless {{ var(txn.id) -m found }}
     http-request set-header x-request-id %[var(txn.id)]
@@ -180,7 +190,10 @@ backend control
 
 def _bind_address(options: EdgeOptions) -> str:
     host = "127.0.0.1" if options.host == "localhost" else options.host
-    return f"[{host}]:{options.port}" if ":" in host else f"{host}:{options.port}"
+    address = f"[{host}]:{options.port}" if ":" in host else f"{host}:{options.port}"
+    if not options.tls_cert:
+        return address
+    return f"{address} ssl crt {options.tls_cert} alpn h2,http/1.1 ssl-min-ver TLSv1.2"
 
 
 def _servers(found: Sequence[Target]) -> str:

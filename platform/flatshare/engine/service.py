@@ -1,4 +1,4 @@
-"""The whole story of a request: authenticate, resolve, decode, lease, admit, predict, release.
+"""The whole story of a request: allow, count, resolve, decode, lease, admit, predict, release.
 
 Knows no protocol: HTTP and handles are thin shells around :meth:`InferenceService.predict`.
 """
@@ -7,8 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Callable
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Final, Protocol
 
 import numpy as np
@@ -20,13 +23,21 @@ from flatshare.cache.promotions import Promotions
 from flatshare.cache.tiers import Tier
 from flatshare.cache.view import RegistryView
 from flatshare.engine.admission import Admission
-from flatshare.errors import DeadlineExceeded, IsolationBroken, ModelFailed, ProbeFailed
+from flatshare.engine.quotas import QuotaKeeper
+from flatshare.errors import (
+    DeadlineExceeded,
+    IsolationBroken,
+    ModelFailed,
+    ProbeFailed,
+    RowsOverQuota,
+    Suspended,
+)
 from flatshare.models.architecture import Architecture, architecture
-from flatshare_registry.errors import InvalidInput
-from flatshare_registry.ids import ModelRef
-from flatshare_registry.records import VersionRecord
+from flatshare_registry.errors import InvalidInput, NotFound, Unavailable
+from flatshare_registry.ids import ModelRef, TenantId
+from flatshare_registry.records import Quotas, TenantHead, TenantState, VersionRecord
 
-__all__ = ["Authorize", "Decode", "InferenceService", "Prediction"]
+__all__ = ["Decode", "InferenceService", "MayPredict", "Prediction", "Ticket"]
 
 logger = logging.getLogger("flatshare.engine")
 
@@ -37,12 +48,52 @@ Decode = Callable[[Architecture], NDArray[np.float32]]
 """Makes the rows ``(N, *input.shape)`` of a request for an architecture; raises ``BadInput``."""
 
 
-class Authorize(Protocol):
-    """Whether a caller may use a ref: the place of authentication; raises to refuse."""
+class MayPredict(Protocol):
+    """A caller who is known."""
 
-    def __call__(self, ref: ModelRef) -> None:
-        """Return to allow."""
+    def may_predict(self, ref: ModelRef) -> None:
+        """Return if the caller may use a model; raises ``NotFound`` or ``Forbidden``."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """The right to one request for a model: its caller was allowed and its tenant's limits were checked.
+
+    Attributes
+    ----------
+    head
+        The tenant, as known when the request came.
+    limits
+        What holds for its size.
+    """
+
+    ref: ModelRef
+    head: TenantHead
+    limits: Quotas
+    under_way: AbstractContextManager[None]
+
+    def __enter__(self) -> Ticket:
+        """Begin."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """The request is over: it counts no longer."""
+        self.under_way.__exit__(kind, error, trace)
+
+    def check_rows(self, rows: int) -> None:
+        """Refuse a batch that is larger than the tenant may send.
+
+        Raises
+        ------
+        RowsOverQuota
+            It is.
+        """
+        limit = self.limits.rows_per_request
+        if limit is not None and rows > limit:
+            raise RowsOverQuota(f"there are {rows} rows; tenant {self.ref.tenant} may send {limit} at a time")
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +148,8 @@ class InferenceService:
         store that is slow or down does not stop the models that are here (promise 11).
     promotions
         Which old version still answers for an alias that was moved.
+    quotas
+        What each tenant may use.
     timeout_s
         Seconds that a request may take, waiting included.
     """
@@ -110,23 +163,59 @@ class InferenceService:
         inference: Runs,
         admission: Admission,
         cold: Admission,
+        quotas: QuotaKeeper,
         timeout_s: float,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._clock = clock
+        self._fences: dict[TenantId, float] = {}
         self.view = view
         self.cache = cache
         self.promotions = promotions
         self.admission = admission
         self.cold = cold
+        self.quotas = quotas
         self._inference = inference
         self._timeout_s = timeout_s
 
-    async def predict(self, ref: ModelRef, authorize: Authorize, decode: Decode) -> Prediction:
+    async def enter(self, caller: MayPredict, ref: ModelRef) -> Ticket:
+        """Let a request in, before anything of it is read: a context that lasts as long as the request.
+
+        Waits for nothing when the tenant is known.
+
+        Raises
+        ------
+        NotFound
+            There is no such tenant, or it is none of the caller's.
+        Forbidden, Suspended
+            The caller may not, or nobody may now.
+        OverQuota
+            The tenant is over its rate, or has too many requests under way.
+        Unavailable
+            The tenant is not known here, and the store does not answer.
+        """
+        caller.may_predict(ref)
+        self._check_fence(ref)
+        head = self.view.head_now(ref.tenant)
+        if head is None:
+            try:
+                async with asyncio.timeout(self._timeout_s), self.cold.hold(self._timeout_s):
+                    head = await self.view.head(ref.tenant)
+            except TimeoutError:
+                raise Unavailable(f"the registry did not answer within {self._timeout_s:g} s") from None
+        if head.state is TenantState.SUSPENDED:
+            raise Suspended(f"tenant {ref.tenant} is suspended; ask your operator")
+        return Ticket(ref, head, self.quotas.limits(head), self.quotas.request(head))
+
+    async def predict(self, ticket: Ticket, decode: Decode) -> Prediction:
         """Answer one request.
 
         Raises
         ------
         BadInput
             The request is wrong; nothing was loaded.
+        OverQuota
+            The tenant loads too many models, or keeps too many on the device.
         NotFound
             No such tenant, alias or version.
         Overloaded, DeadlineExceeded
@@ -136,13 +225,16 @@ class InferenceService:
         IsolationBroken
             The slot does not hold what the ref resolved to.
         """
-        authorize(ref)
+        ref = ticket.ref
         try:
             async with asyncio.timeout(self._timeout_s):
                 version = await self._resolve(ref)
                 rows = decode(_installed(version))
+                ticket.check_rows(len(rows))
                 lease = self.cache.try_lease(version)
                 if lease is None:
+                    if not self.cache.is_loading(version):  # to join a load costs nothing
+                        self.quotas.cold_load(ticket.head)
                     async with self.cold.hold(self._timeout_s):
                         lease = await self.cache.lease(version, self._timeout_s)
                 with lease:
@@ -158,14 +250,26 @@ class InferenceService:
                         logger.exception("isolation: %s", lease.receipt)
                         self.cache.quarantine(lease)
                         raise
+                self._check_fence(ref)  # it may have come while this was under way
                 return Prediction(logits, version, lease.tier)
         except TimeoutError:
             raise DeadlineExceeded(f"not answered within {self._timeout_s:g} s") from None
 
-    async def describe(self, ref: ModelRef, authorize: Authorize) -> VersionRecord:
+    def fence(self, tenant: TenantId, seconds: float) -> None:
+        """Answer nothing for a tenant, for so long, whatever the registry's view says: it is being erased."""
+        self._fences[tenant] = self._clock() + seconds
+
+    def _check_fence(self, ref: ModelRef) -> None:
+        if self._fences:
+            until = self._fences.get(ref.tenant)
+            if until is not None:
+                if self._clock() < until:
+                    raise NotFound(f"there is no tenant {ref.tenant}")
+                del self._fences[ref.tenant]
+
+    async def describe(self, ticket: Ticket) -> VersionRecord:
         """The version that a ref means now; loads nothing. Raises as :meth:`predict` does."""
-        authorize(ref)
-        return await self._resolve(ref)
+        return await self._resolve(ticket.ref)
 
     async def _resolve(self, ref: ModelRef) -> VersionRecord:
         # The head moves the registry's view, which may begin a swap: look at it first.

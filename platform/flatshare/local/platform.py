@@ -21,6 +21,7 @@ import psutil
 import ray
 from ray import serve
 
+from flatshare.api.identity import OperatorKeys
 from flatshare.control.deployment import CONTROL_APP, CONTROL_PREFIX, control_application
 from flatshare.edge.configuration import EdgeOptions
 from flatshare.edge.process import HaproxyProcess
@@ -72,12 +73,20 @@ def check_ports(settings: Settings) -> None:
 
 @contextlib.contextmanager
 def running_platform(
-    settings: Settings, environment: dict[str, str], ray_address: str, *, log: str, report: Report
+    settings: Settings,
+    operators: OperatorKeys | None,
+    environment: dict[str, str],
+    ray_address: str,
+    *,
+    log: str,
+    report: Report,
 ) -> Iterator[tuple[PlatformState, Callable[[threading.Event], None]]]:
     """Everything up inside the block, everything down after it.
 
     Parameters
     ----------
+    operators
+        Who may do everything; None when authentication is off.
     environment
         What ``pool.environment.prepare`` returned.
     ray_address
@@ -97,12 +106,12 @@ def running_platform(
         report("starting Ray")
         address, own = stack.enter_context(_ray(ray_address, environment))
         report(f"starting {settings.replicas} replicas and the control plane")
-        stack.enter_context(_applications(settings, environment, keep_cluster=not own))
+        stack.enter_context(_applications(settings, operators, environment, keep_cluster=not own))
         watch = _watch_nothing
         if settings.edge == "haproxy":
             report("starting the edge")
             watch = stack.enter_context(_edge(settings)).run
-        url = f"http://{'127.0.0.1' if settings.host == 'localhost' else settings.host}:{settings.port}"
+        url = _url(settings)
         report("waiting for the first answers")
         _wait_until_answers(url)
         state = PlatformState(
@@ -196,7 +205,9 @@ def running_edge(settings: Settings, ray_address: str) -> Iterator[EdgeSuperviso
 
 
 @contextlib.contextmanager
-def _applications(settings: Settings, environment: dict[str, str], *, keep_cluster: bool) -> Iterator[None]:
+def _applications(
+    settings: Settings, operators: OperatorKeys | None, environment: dict[str, str], *, keep_cluster: bool
+) -> Iterator[None]:
     """Both Serve applications, running."""
     try:
         details = read_details()
@@ -214,8 +225,8 @@ def _applications(settings: Settings, environment: dict[str, str], *, keep_clust
         },
     )
     try:
-        _deploy(pool_application(settings, environment), POOL_APP, "/")
-        _deploy(control_application(settings, environment), CONTROL_APP, CONTROL_PREFIX)
+        _deploy(pool_application(settings, operators, environment), POOL_APP, "/")
+        _deploy(control_application(settings, operators, environment), CONTROL_APP, CONTROL_PREFIX)
         yield
     finally:
         if keep_cluster:  # else everything ends with the cluster, and nobody need wait for its draining
@@ -254,6 +265,8 @@ def edge_options(settings: Settings, admin_socket: Path) -> EdgeOptions:
         max_body_bytes=settings.max_body_bytes,
         retry_body_bytes=settings.retry_body_bytes,
         request_timeout_s=settings.request_timeout_s,
+        tls_cert=settings.tls_cert,
+        max_connections_per_address=settings.max_connections_per_address,
     )
 
 
@@ -274,16 +287,24 @@ def _watch_nothing(stop: threading.Event) -> None:
     stop.wait()
 
 
+def _url(settings: Settings) -> str:
+    """Where clients on this machine reach the edge."""
+    everywhere = {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104  # names only
+    host = everywhere.get(settings.host, f"[{settings.host}]" if ":" in settings.host else settings.host)
+    return f"{'https' if settings.tls_cert else 'http'}://{host}:{settings.port}"
+
+
 def _wait_until_answers(url: str) -> None:
     """Until both planes answer through the edge."""
-    transport = httpx.HTTPTransport(retries=0)
+    # It is our own edge on this machine; its certificate names the machine as clients know it.
+    transport = httpx.HTTPTransport(retries=0, verify=False)
     deadline = threading.Event()
     timer = threading.Timer(READY_TIMEOUT_S, deadline.set)
     timer.daemon = True
     timer.start()
     last = "no answer"
     with httpx.Client(transport=transport, timeout=5) as client:
-        for path in ("/openapi.json", f"{CONTROL_PREFIX}/replicas"):
+        for path in ("/openapi.json", f"{CONTROL_PREFIX}/openapi.json"):
             while True:
                 try:
                     reply = client.get(url + path)

@@ -21,11 +21,12 @@ from ray.serve.handle import DeploymentHandle
 
 from flatshare.api.app import create_app
 from flatshare.api.hot import HotRoutes
-from flatshare.api.identity import OPERATOR
+from flatshare.api.identity import LOCAL_OPERATOR, Identities, OperatorKeys
 from flatshare.api.payload import decode_array
+from flatshare.api.tokens import TokenVerifier
 from flatshare.cache.device import device_budget, open_device
 from flatshare.cache.fetch import TensorSource
-from flatshare.cache.host_tier import open_host_tier
+from flatshare.cache.host_tier import Scrubbed, open_host_tier
 from flatshare.cache.ledger import Ledger
 from flatshare.cache.loading import DeviceLoader
 from flatshare.cache.model_cache import LOCAL_CONCURRENCY, ModelCache
@@ -35,10 +36,13 @@ from flatshare.cache.tiers import ModelKey
 from flatshare.cache.view import RegistryView
 from flatshare.engine.admission import Admission
 from flatshare.engine.inference import Inference
+from flatshare.engine.quotas import QuotaKeeper
 from flatshare.engine.service import InferenceService
 from flatshare.errors import BadInput
 from flatshare.models.architecture import Architecture
+from flatshare.pool.key_use import KeyUse
 from flatshare.pool.multiplex import NEVER_EVICT, Advertiser
+from flatshare.pool.receipt import EraseReceipt, HostReceipt
 from flatshare.pool.router import HomeReplicaRouter
 from flatshare.pool.snapshot import ReplicaSnapshot
 from flatshare.settings import Settings
@@ -46,7 +50,7 @@ from flatshare_registry.catalog import Registry
 from flatshare_registry.ids import ModelRef, TenantId
 from flatshare_registry.records import TenantHead
 
-__all__ = ["POOL_APP", "POOL_DEPLOYMENT", "pool_application", "pool_handle"]
+__all__ = ["POOL_APP", "POOL_DEPLOYMENT", "pool_application", "pool_handle", "token_verifier"]
 
 logger = logging.getLogger("flatshare.pool")
 
@@ -59,6 +63,12 @@ VIEW_THREADS: Final = 4
 SWAP_WAIT_S: Final = 8.0
 """Seconds that ``refresh`` waits for a promotion's swap: less than the control plane waits for replicas."""
 
+FENCE_S: Final = 60.0
+"""Seconds that a fence stands: longer than it takes to write a tombstone."""
+
+ERASE_WAIT_S: Final = 8.0
+"""Seconds that one ``erase`` waits for leases and loads to end; the control plane asks again."""
+
 DRAIN_S: Final = 5.0
 """Seconds that a stopping replica waits for leases to end."""
 
@@ -69,10 +79,12 @@ class ClassifierPool:
     Parameters
     ----------
     settings
-        All settings, already validated.
+        All settings, already validated, without operators' keys.
+    operators
+        Digests of these; None when authentication is off.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, operators: OperatorKeys | None) -> None:
         context = serve.get_replica_context()
         self._settings = settings
         self.replica = context.replica_id.unique_id
@@ -90,6 +102,7 @@ class ClassifierPool:
         ]
         load_threads, local_threads, part_threads, view_threads = self._threads
         store = settings.open_store()
+        self._quotas = QuotaKeeper(settings.plans)
         self._advertiser = Advertiser(self, self.load_model, self._held_ids)
         self._view = RegistryView(
             Registry(store), view_threads, ttl_s=settings.view_ttl_s, on_change=self._head_changed
@@ -112,6 +125,7 @@ class ClassifierPool:
             room_timeout_s=settings.request_timeout_s,
             fetch_timeout_s=settings.fetch_timeout_s,
             policy=POLICIES[settings.eviction](),
+            share_of=lambda tenant: self._quotas.share(self._view.last_head(TenantId(tenant))),
             on_change=self._advertiser.changed,
         )
         self._promotions = Promotions(
@@ -129,7 +143,11 @@ class ClassifierPool:
             inference=self._inference,
             admission=Admission(settings.max_ongoing_requests, settings.max_queued_requests),
             cold=Admission(settings.max_queued_requests + 1, 0),
+            quotas=self._quotas,
             timeout_s=settings.request_timeout_s,
+        )
+        self._identities = Identities(
+            self._view, operators, token_verifier(settings), used=KeyUse(store, view_threads)
         )
         logger.info("replica %s on %s with %d slots", self.replica, device.name, settings.slots)
 
@@ -137,6 +155,7 @@ class ClassifierPool:
         """Called by Serve after the constructor: the data plane over this replica's service."""
         return create_app(
             self._service,
+            self._identities,
             replica=self.replica,
             max_body_bytes=self._settings.max_body_bytes,
             max_rows=self._settings.max_rows,
@@ -169,8 +188,9 @@ class ClassifierPool:
                 raise BadInput(f'the batch must be a dict with the key "{network.input.name}"')
             return decode_array(batch[network.input.name], network.input, self._settings.max_rows)
 
-        ref = ModelRef.parse(model_ref)
-        prediction = await self._service.predict(ref, OPERATOR.authorize, decode)
+        # Who has a handle is inside the cluster, which is one trust domain: the operator's.
+        with await self._service.enter(LOCAL_OPERATOR, ModelRef.parse(model_ref)) as ticket:
+            prediction = await self._service.predict(ticket, decode)
         return {**batch, "predicted_label": prediction.labels}
 
     @serve.multiplexed(max_num_models_per_replica=NEVER_EVICT)  # type: ignore[untyped-decorator]  # Ray's
@@ -185,7 +205,7 @@ class ClassifierPool:
         return ReplicaSnapshot(
             replica=self.replica,
             node=os.uname().nodename,
-            node_id=ray.get_runtime_context().get_node_id(),
+            node_id=self._node_id(),
             pid=os.getpid(),
             device=str(self._inference.device),
             slots=self._cache.slots,
@@ -241,6 +261,32 @@ class ClassifierPool:
         record = await self._view.resolve(ModelRef.parse(model_ref), self._settings.request_timeout_s)
         return self._cache.unload(ModelKey.of(record))
 
+    async def fence(self, tenant: str) -> str:
+        """Answer nothing for a tenant that is being erased, for a while; returns this replica's name."""
+        self._service.fence(TenantId(tenant), FENCE_S)
+        return self.replica
+
+    async def erase(self, tenant: str) -> EraseReceipt:
+        """End, free and overwrite all of a tenant, whose tombstone stands; asked again until it is clean."""
+        parsed = TenantId(tenant)
+        self._view.forget(parsed)
+        told = self._cache.erase(parsed)
+        clean = await self._cache.erased(parsed, ERASE_WAIT_S)
+        self._advertiser.changed()
+        return EraseReceipt(
+            self.replica, self._node_id(), told.models, told.overwritten_bytes, clean, time.time()
+        )
+
+    async def erase_host(self, digests: list[str]) -> HostReceipt:
+        """Overwrite and remove tensors of this node's files, but for what is mapped."""
+        found = Scrubbed()
+        if self._host_tier is not None:
+            found = await asyncio.to_thread(self._host_tier.scrub, digests)
+        return HostReceipt(
+            self.replica, self._node_id(), os.uname().nodename,
+            found.removed, found.kept, found.overwritten_bytes, time.time(),
+        )  # fmt: skip
+
     async def __del__(self) -> None:
         """Serve calls this when the replica stops."""
         if not hasattr(self, "_inference"):
@@ -250,6 +296,9 @@ class ClassifierPool:
         await asyncio.to_thread(self._inference.close)
         for threads in self._threads:
             threads.shutdown(wait=False, cancel_futures=True)
+
+    def _node_id(self) -> str:
+        return str(ray.get_runtime_context().get_node_id())
 
     def _head_changed(self, old: TenantHead | None, new: TenantHead | None) -> None:
         self._promotions.moved(old, new)
@@ -261,7 +310,7 @@ class ClassifierPool:
         for record in self._cache.resident_records():
             tenant = TenantId(record.tenant)
             held.add(record.name)
-            head = self._view.head_now(tenant)
+            head = self._view.last_head(tenant)
             if head is not None:
                 for alias, number in head.aliases.items():
                     ref = ModelRef.parse(f"{tenant}:{alias}")
@@ -271,7 +320,22 @@ class ClassifierPool:
         return held
 
 
-def pool_application(settings: Settings, environment: dict[str, str]) -> serve.Application:
+def token_verifier(settings: Settings) -> TokenVerifier | None:
+    """What verifies an issuer's tokens, if the settings name one."""
+    if not settings.jwt_issuer:
+        return None
+    return TokenVerifier(
+        issuer=settings.jwt_issuer,
+        audience=settings.jwt_audience,
+        jwks=settings.jwt_jwks,
+        tenant_claim=settings.jwt_tenant_claim,
+        scope_claim=settings.jwt_scope_claim,
+    )
+
+
+def pool_application(
+    settings: Settings, operators: OperatorKeys | None, environment: dict[str, str]
+) -> serve.Application:
     """The pool as a Serve application.
 
     Parameters
@@ -306,7 +370,7 @@ def pool_application(settings: Settings, environment: dict[str, str]) -> serve.A
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=20,
     )
-    application: serve.Application = deployment.bind(settings)
+    application: serve.Application = deployment.bind(settings, operators)
     return application
 
 

@@ -165,6 +165,25 @@ class BlobStore(Protocol):
         """Remove an object; no error when there is none."""
         ...
 
+    def purge(self, key: str, *, keep_latest: bool = False) -> int:
+        """Remove an object for good, with every earlier version that the store has kept of it.
+
+        Parameters
+        ----------
+        keep_latest
+            Remove only the earlier versions.
+
+        Returns
+        -------
+        int
+            Versions that went, without marks of deletion.
+        """
+        ...
+
+    def purge_all(self, prefix: str) -> int:
+        """As :meth:`purge`, for all objects under a prefix (ending with ``/``), hidden ones too."""
+        ...
+
 
 def check_key(key: str) -> str:
     """Return ``key`` if it is safe to use as a path in any backend.

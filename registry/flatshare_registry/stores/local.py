@@ -133,6 +133,23 @@ class LocalStore:
         with _translated(key), self._locked():
             path.unlink(missing_ok=True)
 
+    def purge(self, key: str, *, keep_latest: bool = False) -> int:
+        """See :class:`BlobStore`: no versions are kept here."""
+        if keep_latest:
+            check_key(key)
+            return 0
+        path = self._path(key)
+        with _translated(key), self._locked():
+            try:
+                path.unlink()
+            except FileNotFoundError:
+                return 0
+            return 1
+
+    def purge_all(self, prefix: str) -> int:
+        """See :class:`BlobStore`."""
+        return sum(self.purge(meta.key) for meta in list(self.list(prefix)))
+
     def _path(self, key: str) -> Path:
         return self._root / check_key(key)
 

@@ -92,6 +92,16 @@ class MemoryStore:
         with self._lock:
             self._objects.pop(key, None)
 
+    def purge(self, key: str, *, keep_latest: bool = False) -> int:
+        """See :class:`BlobStore`: no versions are kept here."""
+        check_key(key)
+        with self._lock:
+            return 0 if keep_latest else int(self._objects.pop(key, None) is not None)
+
+    def purge_all(self, prefix: str) -> int:
+        """See :class:`BlobStore`."""
+        return sum(self.purge(meta.key) for meta in list(self.list(prefix)))
+
     def _find(self, key: str) -> StoredBlob:
         check_key(key)
         with self._lock:

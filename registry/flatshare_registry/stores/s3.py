@@ -7,7 +7,7 @@ Amazon S3 has them since 2024; MinIO, Ceph and moto too.
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -199,6 +199,38 @@ class S3Store:
         """See :class:`BlobStore`."""
         with self._translated(key):
             self._client.delete_object(Bucket=self._bucket, Key=self._key(key))
+
+    def purge(self, key: str, *, keep_latest: bool = False) -> int:
+        """See :class:`BlobStore`: in a bucket with versioning a plain delete only hides an object."""
+        name = self._key(key)
+        return self._purge(
+            name, key, lambda one: one["Key"] == name and not (keep_latest and one["IsLatest"])
+        )
+
+    def purge_all(self, prefix: str) -> int:
+        """See :class:`BlobStore`."""
+        if not check_prefix(prefix):
+            raise InvalidInput("name a prefix: a whole store is not purged")
+        return self._purge(self._prefix + prefix, prefix, lambda one: True)
+
+    def _purge(self, start: str, what: str, wanted: Callable[[Mapping[str, Any]], bool]) -> int:
+        """Remove versions, and marks of deletion, of objects whose names start so."""
+        removed = 0
+        with self._translated(what):
+            pages = self._client.get_paginator("list_object_versions").paginate(
+                Bucket=self._bucket, Prefix=start
+            )
+            found = [
+                (one["Key"], one["VersionId"], kind == "Versions")
+                for page in pages
+                for kind in ("Versions", "DeleteMarkers")
+                for one in cast("Any", page).get(kind, [])
+                if wanted(one)
+            ]
+            for name, version, is_version in found:
+                self._client.delete_object(Bucket=self._bucket, Key=name, VersionId=version)
+                removed += is_version
+        return removed
 
     def _key(self, key: str) -> str:
         return self._prefix + check_key(key)

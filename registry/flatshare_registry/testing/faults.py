@@ -87,6 +87,18 @@ class FaultyStore:
         self.inner.delete(key)
         self.after("delete", key)
 
+    def purge_all(self, prefix: str) -> int:
+        self.before("delete", prefix)
+        removed = self.inner.purge_all(prefix)
+        self.after("delete", prefix)
+        return removed
+
+    def purge(self, key: str, *, keep_latest: bool = False) -> int:
+        self.before("delete", key)
+        removed = self.inner.purge(key, keep_latest=keep_latest)
+        self.after("delete", key)
+        return removed
+
 
 class CrashAtStep:
     """A ``before`` or ``after`` hook that fails the n-th write, counted from 0."""

@@ -151,6 +151,22 @@ class BlobStoreSuite:
         with pytest.raises(NotFound):
             store.get("k")
 
+    def test_purge_leaves_nothing(self, store: BlobStore) -> None:
+        store.put("k", b"1", Create())
+        store.put("k/below", b"other", Create()) if "file:" not in store.url else None
+        assert store.purge("k") == 1
+        assert store.purge("k") == 0
+        with pytest.raises(NotFound):
+            store.get("k")
+        store.put("kept", b"1", Create())
+        assert store.purge("kept", keep_latest=True) == 0
+        assert store.get("kept").data == b"1"
+        store.put("tree/a", b"1", Create())
+        store.put("tree/b/c", b"1", Create())
+        store.put("treehouse", b"1", Create())
+        assert store.purge_all("tree/") == 2
+        assert [meta.key for meta in store.list("")][-2:] == ["kept", "treehouse"]
+
     @pytest.mark.parametrize(
         "key",
         ["", "/", "/abs", "a//b", "a/", "../up", "a/../../etc/passwd", "a/./b", "a\\b", "nul\0", "new\nline",
@@ -163,6 +179,7 @@ class BlobStoreSuite:
             lambda: store.head(key),
             lambda: store.put(key, b"", Overwrite()),
             lambda: store.delete(key),
+            lambda: store.purge(key),
         ):
             with pytest.raises(InvalidInput):
                 call()

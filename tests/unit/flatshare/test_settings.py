@@ -26,8 +26,13 @@ def test_options_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
 @pytest.mark.parametrize(
     ("given", "says"),
     [
-        ({"host": "0.0.0.0"}, "not loopback"),
-        ({"host": "192.168.1.5"}, "not loopback"),
+        ({"host": "0.0.0.0", "auth": "off"}, "not loopback"),
+        ({"host": "192.168.1.5", "auth": "off"}, "not loopback"),
+        ({"host": "192.168.1.5", "edge": "serve"}, "loopback only"),
+        ({"tls_cert": "/x.pem", "edge": "serve"}, "edge=haproxy"),
+        ({"jwt_issuer": "https://i"}, "go together"),
+        ({"jwt_jwks": "/x"}, "go together"),
+        ({"plans": {"gold": {"speed": 3}}}, "plans.gold.speed"),
         ({"port": 8500}, "both 8500"),
         ({"port": 0}, "port"),
         ({"port": 99999}, "port"),

@@ -14,6 +14,8 @@ from safetensors.torch import save
 from torch import nn
 
 from flatshare.api.app import create_app
+from flatshare.api.hot import HotRoutes
+from flatshare.api.identity import Identities, OperatorKeys, Role
 from flatshare.cache.device import CpuDevice
 from flatshare.cache.fetch import TensorSource
 from flatshare.cache.ledger import Ledger
@@ -23,13 +25,15 @@ from flatshare.cache.promotions import Promotions
 from flatshare.cache.view import RegistryView
 from flatshare.engine.admission import Admission
 from flatshare.engine.inference import Inference
+from flatshare.engine.quotas import QuotaKeeper
 from flatshare.engine.service import InferenceService
 from flatshare.models.architecture import architecture
 from flatshare_registry.catalog import Registry
 from flatshare_registry.errors import Unavailable
 from flatshare_registry.ids import TenantId
+from flatshare_registry.keys import new_key
 from flatshare_registry.stores.memory import MemoryStore
-from flatshare_registry.testing.faults import FaultyStore
+from flatshare_registry.testing.faults import FaultyStore, ManualClock
 
 NETWORK = architecture("mnist-cnn")
 
@@ -37,8 +41,9 @@ NETWORK = architecture("mnist-cnn")
 class World:
     def __init__(self, threads: ThreadPoolExecutor) -> None:
         self.down = False
+        self.clock, self.wall_clock = ManualClock(0.0), ManualClock()
         store = MemoryStore()
-        self.registry = Registry(store)
+        self.registry = Registry(store, clock=self.wall_clock)
         self.modules: dict[str, nn.Module] = {}
         faulty = FaultyStore(store, before=self._before)
         view = RegistryView(Registry(faulty), threads, ttl_s=2)
@@ -56,9 +61,21 @@ class World:
             inference=self.inference,
             admission=self.admission,
             cold=self.cold,
+            quotas=QuotaKeeper(clock=self.clock),
             timeout_s=5,
         )
-        self.app = create_app(self.service, replica="r1", max_body_bytes=150_000, max_rows=8)
+        self.operators = {role: new_key(role.name).text for role in Role}
+        self.app = self.secured(None)
+
+    def secured(self, operators: OperatorKeys | None) -> HotRoutes:
+        """The same data plane with authentication on, or off for None."""
+        return create_app(
+            self.service,
+            Identities(self.service.view, operators, clock=self.wall_clock),
+            replica="r1",
+            max_body_bytes=150_000,
+            max_rows=8,
+        )
 
     def _before(self, operation: str, key: str) -> None:
         if self.down:

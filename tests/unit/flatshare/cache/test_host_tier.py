@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import gc
 import hashlib
 import os
 import shutil
@@ -324,3 +325,24 @@ sys.stdin.readline()
         replica.communicate("end\n")
     assert all(rss == size for _, rss in measured), "each has all of it mapped"
     assert sum(pss for pss, _ in measured) == pytest.approx(size, rel=0.02), "together they hold it once"
+
+
+def test_scrubbing_overwrites_what_nobody_maps_and_leaves_the_rest(tmp_path: Path) -> None:
+    tier = HostTier(tmp_path / "tier", 10**8)
+    big, shared, small = (os.urandom(size) for size in (200_000, 100_000, 5_000))
+    views = {name(data): publish(tier, data) for data in (big, shared, small)}
+    inodes = os.open(tier.path(name(big)), os.O_RDONLY)  # what was on the disk, whatever it is named
+    kept = views[name(shared)]
+    views.clear()
+    gc.collect()
+    done = tier.scrub([name(big), name(shared), name(small), "f" * 64])
+    assert (set(done.removed), done.kept) == ({name(big), name(small)}, (name(shared),))
+    assert done.overwritten_bytes == len(big) + len(small)
+    assert os.pread(inodes, 10**6, 0) == bytes(len(big))
+    os.close(inodes)
+    assert bytes(kept) == shared
+    assert tier.digests() == [name(shared)]
+    assert tier.usage().used_bytes == 102_400, "whole pages of what is left"
+    del kept
+    gc.collect()
+    assert tier.scrub([name(shared)]).removed == (name(shared),)

@@ -387,3 +387,43 @@ def test_the_budget_of_a_device() -> None:
     assert device_budget(Gpu(), 0, 10, 0.25) == 15
     with pytest.raises(SettingsError, match="leaves nothing"):
         device_budget(Gpu(), 0, 25, 0.25)
+
+
+async def test_scrubbing_a_model_leaves_those_alone_that_share_with_it(
+    store: CountingStore, threads: ThreadPoolExecutor
+) -> None:
+    base, own = state(1), state(2)
+    acme = register(store, "acme", base)
+    globex = register(store, "globex", {**base, "fc2.weight": own["fc2.weight"], "fc2.bias": own["fc2.bias"]})
+    loader = DeviceLoader(TensorSource(store), CpuDevice(), threads, threads)
+    cache = ModelCache(ledger=Ledger(4, None), loader=loader)
+    lease = await cache.lease(acme, 5)
+    (await cache.lease(globex, 5)).release()
+    part = {one.name: Part(one.sha256, one.dtype, one.shape) for one in acme.tensors}
+    convolution = lease.model.tensors[part["conv2.weight"]]
+    cache.erase("acme")
+    lease.release()
+    assert convolution.abs().sum() > 0, "globex has it too"
+    other = await cache.lease(globex, 5)
+    rows = torch.rand(3, 1, 28, 28)
+    wanted = NETWORK.build()
+    wanted.load_state_dict({**base, "fc2.weight": own["fc2.weight"], "fc2.bias": own["fc2.bias"]})
+    with torch.inference_mode():
+        torch.testing.assert_close(other.model(rows), wanted(rows), rtol=1e-5, atol=1e-5)
+    alone = other.model.tensors[part["conv2.weight"]]
+    told = cache.erase("globex")
+    other.release()
+    assert alone.abs().sum() == 0, "torch's own memory is overwritten"
+    assert told.overwritten_bytes >= alone.nbytes
+    # Who loads the same tensors later gets them from the store, not the zeros.
+    again = register(store, "initech", base)
+    with torch.inference_mode(), await cache.lease(again, 5) as loaded:
+        assert loaded.model.tensors[part["conv2.weight"]].abs().sum() > 0
+
+
+def test_views_of_files_are_never_written(store: CountingStore, tmp_path: Path) -> None:
+    device = CpuDevice()
+    mapped = torch.frombuffer(bytearray(b"1234"), dtype=torch.uint8)
+    own = torch.ones(4)
+    assert device.scrub([mapped, own]) == own.nbytes
+    assert (mapped.tolist(), own.tolist()) == ([49, 50, 51, 52], [0.0] * 4)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import pytest
 from torch import nn
@@ -14,8 +14,9 @@ from flatshare.cache.ledger import Ledger
 from flatshare.cache.loading import Held, Placed, Prepared
 from flatshare.cache.model_cache import ModelCache
 from flatshare.cache.policy import Sieve
+from flatshare.cache.shares import NO_SHARE, Share, ShareOf
 from flatshare.cache.tiers import ModelKey, Part, State, Tier
-from flatshare.errors import DeadlineExceeded, ModelFailed, NeverFits, NoRoom, ServeError
+from flatshare.errors import DeadlineExceeded, ModelFailed, NeverFits, NoRoom, ResidentOverQuota, ServeError
 from flatshare.models.stages import Model
 from flatshare_registry.errors import Corrupt, NotFound, Unavailable
 from flatshare_registry.records import VersionRecord, utc
@@ -56,6 +57,7 @@ class FakeLoader:
         self.measured: dict[str, dict[Part, int]] = {}
         self.running = 0
         self.most_running = 0
+        self.scrubbed: list[str] = []
 
     def gate(self, tenant: str) -> asyncio.Event:
         return self.gates.setdefault(tenant, asyncio.Event())
@@ -70,6 +72,10 @@ class FakeLoader:
 
     def distrust(self, record: VersionRecord) -> None:
         pass  # keeps nothing between loads
+
+    def scrub(self, model: Model, parts: Collection[Part]) -> int:
+        self.scrubbed += [part.digest for part in parts]
+        return 7
 
     async def prepare_local(self, record: VersionRecord, held: Held) -> Prepared | None:
         if record.tenant not in self.local:
@@ -689,14 +695,87 @@ async def test_an_erased_tenant_is_gone_and_its_load_under_way_never_arrives(loa
     lease = await cache.lease(version("gone", 2), 5)
     loading = asyncio.create_task(cache.lease(version("gated-gone"), 5))
     await settle()
-    assert cache.erase("gone") == 2
-    assert cache.erase("gated-gone") == 0
+    assert cache.erase("gone").models == 2
+    assert cache.erase("gated-gone").models == 0
     loader.gate("gated-gone").set()
     with pytest.raises(NotFound, match="erased"):
         await loading
     assert (held(cache), cache.occupied) == (set(), 1)
     lease.release()
     assert cache.occupied == 0
+
+
+def shares(**given: Share) -> ShareOf:
+    return lambda tenant: given.get(tenant.partition("-")[0], NO_SHARE)
+
+
+async def test_nobody_is_evicted_below_its_floor(loader: FakeLoader) -> None:
+    size = sum(loader.check(version("kept")).values())
+    cache = make(loader, slots=4, share_of=shares(kept=Share(floor_bytes=2 * size)))
+    for number in (1, 2, 3):
+        (await cache.lease(version("kept", number), 5)).release()
+    for number in range(12):
+        (await cache.lease(version(f"flood-{number}"), 5)).release()
+    kept = [one for one in cache.resident_records() if one.tenant == "kept"]
+    assert sorted(one.version for one in kept) == [2, 3], "the third was above the floor"
+    assert cache.occupied == 4
+
+
+async def test_a_tenant_may_evict_below_its_own_floor(loader: FakeLoader) -> None:
+    size = sum(loader.check(version("kept")).values())
+    cache = make(loader, slots=2, share_of=shares(kept=Share(floor_bytes=2 * size)), room_timeout_s=0.05)
+    for number in (1, 2, 3):
+        (await cache.lease(version("kept", number), 5)).release()
+    assert sorted(one.version for one in cache.resident_records()) == [2, 3]
+    with pytest.raises(NoRoom):  # others can't
+        await cache.lease(version("other"), 5)
+
+
+async def test_a_tenant_at_its_cap_evicts_its_own_models_only(loader: FakeLoader) -> None:
+    size = sum(loader.check(version("many")).values())
+    cache = make(loader, slots=6, share_of=shares(many=Share(cap_bytes=2 * size)))
+    await use(cache, "other-1", "other-2")
+    for number in range(1, 8):
+        (await cache.lease(version("many", number), 5)).release()
+    assert sorted(one.version for one in cache.resident_records() if one.tenant == "many") == [6, 7]
+    assert {"other-1", "other-2"} <= held(cache)
+    with await cache.lease(version("many", 6), 5), await cache.lease(version("many", 7), 5):
+        with pytest.raises(ResidentOverQuota, match="in use"):
+            await cache.lease(version("many", 8), 5)
+    (await cache.lease(version("many", 8), 5)).release()  # it was not remembered
+    tiny = make(loader, slots=6, share_of=shares(many=Share(cap_bytes=size - 1)))
+    with pytest.raises(ResidentOverQuota, match="may keep"):
+        await tiny.lease(version("many", 1), 5)
+    assert tiny.occupied == 0
+
+
+async def test_a_flood_of_loads_does_not_hold_up_another_tenants(loader: FakeLoader) -> None:
+    cache = make(loader, slots=40, load_concurrency=1)
+    flood = [asyncio.create_task(cache.lease(version("gated-x", number), 60)) for number in range(1, 30)]
+    await settle()
+    victim = asyncio.create_task(cache.lease(version("victim"), 60))
+    await settle()
+    loader.gate("gated-x").set()
+    for task in [victim, *flood]:
+        (await task).release()
+    assert loader.fetches.index("victim@1") <= 2, "it waited behind one or two of them, not behind all"
+
+
+async def test_what_is_erased_is_overwritten_when_its_last_lease_ends(loader: FakeLoader) -> None:
+    cache = make(loader, slots=4)
+    lease = await cache.lease(version("gone"), 5)
+    await use(cache, "stays")
+    told = cache.erase("gone")
+    assert not await cache.erased("gone", 0.01)
+    assert loader.scrubbed == []
+    waiting = asyncio.create_task(cache.erased("gone", 5))
+    await settle()
+    lease.release()
+    assert await waiting
+    assert loader.scrubbed == [version("gone").digest]
+    assert (told.models, told.overwritten_bytes) == (1, 7)
+    assert held(cache) == {"stays"}
+    assert cache.erase("gone") is told, "asked again, it tells the same"
 
 
 async def test_promise_11_a_store_that_hangs_does_not_hold_up_the_nodes_own_files(loader: FakeLoader) -> None:

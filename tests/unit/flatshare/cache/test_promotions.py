@@ -9,6 +9,7 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from flatshare.api.identity import LOCAL_OPERATOR
 from flatshare.cache.device import CpuDevice
 from flatshare.cache.fetch import TensorSource
 from flatshare.cache.ledger import Ledger
@@ -19,6 +20,7 @@ from flatshare.cache.tiers import ModelKey
 from flatshare.cache.view import RegistryView
 from flatshare.engine.admission import Admission
 from flatshare.engine.inference import Inference
+from flatshare.engine.quotas import QuotaKeeper
 from flatshare.engine.service import InferenceService, Prediction
 from flatshare.models.architecture import architecture
 from flatshare_registry import layout
@@ -55,7 +57,7 @@ class World:
         self.inference = Inference(torch.device("cpu"))
         self.service = InferenceService(
             view=self.view, cache=self.cache, promotions=self.promotions, inference=self.inference,
-            admission=Admission(8, 8), cold=Admission(8, 0), timeout_s=5,
+            admission=Admission(8, 8), cold=Admission(8, 0), quotas=QuotaKeeper(), timeout_s=5,
         )  # fmt: skip
 
     def _before(self, operation: str, key: str) -> None:
@@ -72,7 +74,8 @@ class World:
         await self.view.refresh(ACME)
 
     async def ask(self, ref: str = "acme") -> Prediction:
-        return await self.service.predict(ModelRef.parse(ref), lambda ref: None, lambda network: ROWS)
+        with await self.service.enter(LOCAL_OPERATOR, ModelRef.parse(ref)) as ticket:
+            return await self.service.predict(ticket, lambda network: ROWS)
 
     async def serves(self, ref: str = "acme") -> int:
         return (await self.ask(ref)).version.version

@@ -8,15 +8,15 @@ from typing import Any
 
 import httpx
 import pytest
-from fastapi import FastAPI
 
+from flatshare.api.identity import Identities
 from flatshare.cache.device import DeviceMemory
 from flatshare.cache.host_tier import HostUsage
 from flatshare.cache.promotions import SwapInfo
 from flatshare.cache.stats import CacheStats
 from flatshare.cache.tiers import ResidentInfo, State, Tier
 from flatshare.control import fleet as fleet_module
-from flatshare.control.app import create_control_app
+from flatshare.control.app import RegistryHeads, create_control_app
 from flatshare.pool.details import ReplicaState
 from flatshare.pool.snapshot import ReplicaSnapshot
 from flatshare_registry.catalog import Registry
@@ -73,8 +73,10 @@ class World:
         self.registry = Registry(MemoryStore())
         self.replicas = Replicas()
         states = [ReplicaState("r1", "RUNNING", "127.0.0.1"), ReplicaState("r9", "STARTING", "127.0.0.1")]
-        self.app: FastAPI = create_control_app(
-            self.registry, fleet_module.Fleet(self.replicas, lambda: states)
+        self.app = create_control_app(
+            self.registry,
+            fleet_module.Fleet(self.replicas, lambda: states),
+            Identities(RegistryHeads(self.registry), None),
         )
 
     def register(self, value: float) -> None:

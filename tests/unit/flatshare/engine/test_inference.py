@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import numpy as np
 import pytest
@@ -52,6 +52,9 @@ class OneModel:
 
     def distrust(self, record: VersionRecord) -> None:
         pass  # keeps nothing between loads
+
+    def scrub(self, model: Model, parts: Collection[Part]) -> int:
+        return 0
 
     async def prepare_local(self, record: VersionRecord, held: Held) -> Prepared | None:
         return Prepared({}, Tier.HOST, self.model)

@@ -6,10 +6,13 @@ from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from numpy.typing import NDArray
 from safetensors.torch import save
 
+from flatshare.api.identity import LOCAL_OPERATOR
 from flatshare.cache.device import CpuDevice
 from flatshare.cache.fetch import TensorSource
 from flatshare.cache.host_tier import HostTier
@@ -21,6 +24,7 @@ from flatshare.cache.tiers import ModelKey, Receipt, State, Tier
 from flatshare.cache.view import RegistryView
 from flatshare.engine.admission import Admission
 from flatshare.engine.inference import Inference
+from flatshare.engine.quotas import QuotaKeeper
 from flatshare.engine.service import InferenceService, Prediction
 from flatshare.errors import IsolationBroken, ModelFailed
 from flatshare.models.architecture import architecture
@@ -52,11 +56,12 @@ class World:
         self.inference = Inference(torch.device("cpu"))
         self.service = InferenceService(
             view=view, cache=self.cache, promotions=Promotions(self.cache, view.record, timeout_s=5),
-            inference=self.inference, admission=Admission(8, 8), cold=Admission(8, 0), timeout_s=10,
+            inference=self.inference, admission=Admission(8, 8), cold=Admission(8, 0), quotas=QuotaKeeper(), timeout_s=10,
         )  # fmt: skip
 
-    async def ask(self) -> Prediction:
-        return await self.service.predict(ModelRef.parse("acme"), lambda ref: None, lambda network: ROWS)
+    async def ask(self, rows: NDArray[np.float32] = ROWS) -> Prediction:
+        with await self.service.enter(LOCAL_OPERATOR, ModelRef.parse("acme")) as ticket:
+            return await self.service.predict(ticket, lambda network: rows)
 
     def right(self) -> torch.Tensor:
         with torch.inference_mode():
@@ -105,7 +110,7 @@ async def test_a_bad_row_does_not_condemn_a_model_that_still_owes_its_probe(worl
     world.cache.unload(ACME)
     small = ROWS[:, :, :5, :5].copy()  # no network of this shape takes it
     with pytest.raises(ModelFailed, match="failed in its forward pass"):
-        await world.service.predict(ModelRef.parse("acme"), lambda ref: None, lambda network: small)
+        await world.ask(small)
     assert world.cache.is_resident(ACME), "a caller's input must not take the model away from the others"
     torch.testing.assert_close(
         torch.from_numpy((await world.ask()).logits), world.right(), rtol=1e-5, atol=1e-5

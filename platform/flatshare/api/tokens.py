@@ -1,0 +1,145 @@
+"""Optional: callers who show a JSON Web Token of their own issuer (OIDC) instead of an API key.
+
+PyJWT does the cryptography. Only signatures of public keys count (RS, PS, ES, EdDSA): a shared secret
+would let every verifier sign, and ``none`` is nobody's signature.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import math
+import threading
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Final
+
+import jwt
+
+from flatshare.errors import SettingsError, Unauthenticated
+from flatshare_registry.errors import InvalidRef
+from flatshare_registry.ids import TenantId
+from flatshare_registry.records import Scope
+
+__all__ = ["TokenVerifier", "Verified"]
+
+ALGORITHMS: Final = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA")
+LEEWAY_S: Final = 30
+KEYS_LIFE_S: Final = 300.0
+REREAD_S: Final = 10.0
+"""A token of an unknown key has the issuer's keys read anew, at most this often: junk must not flood it."""
+
+READ_TIMEOUT_S: Final = 5
+MAX_TOKEN_CHARS: Final = 8192
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """What a token says, after its signature, issuer, audience and times were checked."""
+
+    subject: str
+    tenant: TenantId
+    scopes: frozenset[Scope]
+
+
+class TokenVerifier:
+    """Verifies tokens of one issuer.
+
+    Parameters
+    ----------
+    issuer, audience
+        What the token's ``iss`` and ``aud`` must be.
+    jwks
+        The issuer's public keys: an ``https://`` (or loopback ``http://``) URL, read again every five
+        minutes, or a file.
+    tenant_claim, scope_claim
+        Which claims name the tenant, and the scopes (a list, or words with spaces between).
+
+    Raises
+    ------
+    SettingsError
+        The file can't be read, or holds no keys.
+    """
+
+    def __init__(
+        self,
+        *,
+        issuer: str,
+        audience: str,
+        jwks: str,
+        tenant_claim: str = "tenant",
+        scope_claim: str = "scope",
+    ) -> None:
+        self._issuer = issuer
+        self._audience = audience
+        self._tenant_claim = tenant_claim
+        self._scope_claim = scope_claim
+        self._remote: jwt.PyJWKClient | None = None
+        self._keys: jwt.PyJWKSet | None = None
+        self._read_at = -math.inf
+        self._reading = threading.Lock()
+        if jwks.startswith(("https://", "http://127.0.0.1:", "http://localhost:")):
+            self._remote = jwt.PyJWKClient(jwks, cache_jwk_set=False, timeout=READ_TIMEOUT_S)
+        elif "://" in jwks:
+            raise SettingsError("jwt_jwks must be an https:// URL or a file")
+        else:
+            try:
+                self._keys = jwt.PyJWKSet.from_dict(json.loads(Path(jwks).read_text()))
+            except (OSError, ValueError, jwt.PyJWTError) as error:
+                raise SettingsError(f"jwt_jwks: {jwks} can't be read as a JWKS: {error}") from error
+
+    async def verify(self, token: str) -> Verified:
+        """Check a token.
+
+        Raises
+        ------
+        Unauthenticated
+            It is not good, or names no tenant.
+        """
+        if len(token) > MAX_TOKEN_CHARS:
+            raise Unauthenticated("the token is too long")
+        if self._remote is None:
+            return self._decode(token)
+        return await asyncio.to_thread(self._decode, token)  # may fetch the issuer's keys
+
+    def _decode(self, token: str) -> Verified:
+        try:
+            claims = jwt.decode(
+                token,
+                self._key(token),
+                algorithms=list(ALGORITHMS),
+                audience=self._audience,
+                issuer=self._issuer,
+                leeway=LEEWAY_S,
+                options={"require": ["exp", "iss", "aud", "sub"]},
+            )
+            tenant = TenantId(str(claims.get(self._tenant_claim, "")))
+        except (jwt.PyJWTError, InvalidRef) as error:
+            raise Unauthenticated("the token is not good") from error
+        found: Any = claims.get(self._scope_claim, [])
+        words = found.split() if isinstance(found, str) else found if isinstance(found, list) else []
+        scopes = frozenset(scope for scope in Scope if scope.value in words)
+        return Verified(ascii(str(claims["sub"]))[1:-1][:100], tenant, scopes)
+
+    def _key(self, token: str) -> Any:
+        kid = jwt.get_unverified_header(token).get("kid")
+        for life_s in (KEYS_LIFE_S, REREAD_S):
+            for key in self._current(life_s).keys:
+                if kid is None or key.key_id == kid:
+                    return key.key
+        raise jwt.InvalidKeyError("no key of this id")
+
+    def _current(self, life_s: float) -> jwt.PyJWKSet:
+        """The issuer's keys, read again when what is known is older than this."""
+        with self._reading:
+            if self._remote is not None and time.monotonic() - self._read_at > life_s:
+                try:
+                    self._keys = self._remote.get_jwk_set(refresh=True)
+                except jwt.PyJWTError:
+                    if self._keys is None:
+                        raise  # with keys from before, an issuer that is down locks nobody out
+                finally:
+                    self._read_at = time.monotonic()
+            assert self._keys is not None, "a file was read at the start, a URL just now"
+            return self._keys

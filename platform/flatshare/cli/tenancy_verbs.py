@@ -1,0 +1,323 @@
+"""Verbs of tenancy: API keys, quotas, suspension, erasure, moving a tenant to another registry."""
+
+from __future__ import annotations
+
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+
+from flatshare.cli.context import StoreOption, UrlOption, call, open_registry, platform_url, tell_replicas
+from flatshare.cli.output import AsJson, err, out, print_json, print_table, progress_bar, size, when
+from flatshare_registry.errors import Corrupt, InvalidInput
+from flatshare_registry.ids import TenantId
+from flatshare_registry.keys import NewKey
+from flatshare_registry.records import Quotas, Scope
+from flatshare_registry.transfer import export_tenant, import_tenant
+
+keys_app = typer.Typer(help="Make, list, rotate and revoke tenants' API keys.", no_args_is_help=True)
+quotas_app = typer.Typer(help="Show and set what a tenant may use.", no_args_is_help=True)
+erasure_app = typer.Typer(help="Records of erased tenants.", no_args_is_help=True)
+
+TenantArgument = Annotated[str, typer.Argument(metavar="TENANT")]
+KeyArgument = Annotated[str, typer.Argument(metavar="KEY_ID", help="As `keys list` shows it.")]
+
+HOUR_S = 3600.0
+DAY_S = 86_400.0
+
+
+def add_to(app: typer.Typer, tenants_app: typer.Typer) -> None:
+    """Add these verbs to the command, and to its `tenants`."""
+    app.add_typer(keys_app, name="keys", rich_help_panel="Tenancy")
+    app.add_typer(quotas_app, name="quotas", rich_help_panel="Tenancy")
+    app.add_typer(erasure_app, name="erasure", rich_help_panel="Tenancy")
+    for name, function in (
+        ("suspend", suspend), ("resume", resume), ("erase", erase), ("export", export), ("import", import_),
+    ):  # fmt: skip
+        tenants_app.command(name)(function)
+
+
+# -- keys
+
+
+@keys_app.command("create")
+def create_key(
+    tenant: TenantArgument,
+    scope: Annotated[
+        list[Scope] | None, typer.Option(help="predict (default) or manage; repeatable.")
+    ] = None,
+    label: Annotated[str, typer.Option(help="What it is for.")] = "",
+    days: Annotated[
+        float | None, typer.Option(min=0, help="Days until it expires; never by default.")
+    ] = None,
+    store: StoreOption = None,
+    url: UrlOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make an API key. It is shown once and stored nowhere."""
+    made = open_registry(store).tenancy.create_key(
+        TenantId(tenant),
+        scope or [Scope.PREDICT],
+        label=label,
+        lifetime_s=None if days is None else days * DAY_S,
+    )
+    _show_new(made, tell_replicas(TenantId(tenant), url), as_json=as_json)
+
+
+@keys_app.command("rotate")
+def rotate_key(
+    key_id: KeyArgument,
+    grace_hours: Annotated[float, typer.Option(min=0, help="How long the old key goes on being good.")] = 24,
+    store: StoreOption = None,
+    url: UrlOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """Make a key like another one, which ends after a grace period."""
+    tenant = _tenant_of(key_id)
+    made = open_registry(store).tenancy.rotate_key(tenant, key_id, grace_s=grace_hours * HOUR_S)
+    _show_new(made, tell_replicas(tenant, url), as_json=as_json)
+
+
+@keys_app.command("revoke")
+def revoke_key(key_id: KeyArgument, store: StoreOption = None, url: UrlOption = None) -> None:
+    """Take a key away, at once where a platform runs."""
+    tenant = _tenant_of(key_id)
+    open_registry(store).tenancy.revoke_key(tenant, key_id)
+    out.print(f"revoked {key_id}; {tell_replicas(tenant, url)}")
+
+
+@keys_app.command("list")
+def list_keys(tenant: TenantArgument, store: StoreOption = None, as_json: AsJson = False) -> None:
+    """List a tenant's keys, without their secrets."""
+    registry = open_registry(store)
+    head = registry.head(TenantId(tenant))
+    used = registry.tenancy.last_used(TenantId(tenant))
+    if as_json:
+        print_json(
+            [
+                {**key.model_dump(mode="json", exclude={"sha256"}), "last_used_at": _iso(used.get(key.id))}
+                for key in head.keys.values()
+            ]
+        )
+        return
+    now = datetime.now(UTC)
+    print_table(
+        "",
+        ["key", "scopes", "label", "created", "by", "expires", "used (hour)"],
+        [
+            (
+                key.id,
+                " ".join(key.scopes),
+                key.label,
+                when(key.created_at),
+                key.created_by,
+                "never"
+                if key.expires_at is None
+                else when(key.expires_at) + (" (over)" if key.expires_at <= now else ""),
+                when(used[key.id]) if key.id in used else "never",
+            )
+            for key in head.keys.values()
+        ],
+    )
+
+
+def _show_new(made: NewKey, told: str, *, as_json: bool) -> None:
+    if as_json:
+        print_json({"id": made.id, "key": made.text})
+        return
+    out.print(made.text, soft_wrap=True)
+    err.print(f"key {made.id}; {told}. It is not stored: keep it now.", soft_wrap=True)
+
+
+def _tenant_of(key_id: str) -> TenantId:
+    """The tenant in a key's id; refuses a whole key, which must not stand in a shell's history."""
+    if key_id.startswith("fs_"):
+        raise InvalidInput("name the key's id (acme.q3v7k2m9d1), not the key itself")
+    return TenantId(key_id.partition(".")[0])
+
+
+# -- quotas
+
+
+@quotas_app.command("show")
+def show_quotas(tenant: TenantArgument, url: UrlOption = None, as_json: AsJson = False) -> None:
+    """Show a tenant's plan, what of it is different, and what holds (asks the running platform)."""
+    found = call("GET", f"{platform_url(url)}/admin/tenants/{TenantId(tenant)}/quotas").json()
+    if as_json:
+        print_json({name: found[name] for name in ("plan", "own", "effective")})
+        return
+    print_table(
+        f"{tenant}, plan {found['plan']}",
+        ["limit", "own#", "holds#"],
+        [
+            (
+                name,
+                *(
+                    "-" if found[whose][name] is None else f"{found[whose][name]:g}"
+                    for whose in ("own", "effective")
+                ),
+            )
+            for name in Quotas.model_fields
+        ],
+    )
+
+
+@quotas_app.command("set")
+def set_quotas(
+    tenant: TenantArgument,
+    limits: Annotated[
+        list[str] | None,
+        typer.Argument(metavar="[LIMIT=VALUE]...", help="requests_per_s=50 ...; LIMIT=- takes it away."),
+    ] = None,
+    plan: Annotated[str | None, typer.Option(help="Also put the tenant on this plan.")] = None,
+    store: StoreOption = None,
+    url: UrlOption = None,
+) -> None:
+    """Change what is different from the plan; limits that are not named stay as they are."""
+    parsed = TenantId(tenant)
+    registry = open_registry(store)
+    quotas = _changed(registry.head(parsed).quotas, limits or [])
+    head = registry.tenancy.set_quotas(parsed, quotas, plan=plan)
+    own = head.quotas.model_dump(exclude_none=True)
+    shown = ", ".join(f"{name}={value:g}" for name, value in own.items()) or "as the plan says"
+    out.print(f"{tenant}: plan {head.plan}, {shown}; {tell_replicas(parsed, url)}", soft_wrap=True)
+
+
+def _changed(quotas: Quotas, limits: list[str]) -> Quotas:
+    document: dict[str, Any] = quotas.model_dump()
+    for text in limits:
+        name, equals, value = text.partition("=")
+        if name not in Quotas.model_fields or not equals:
+            raise InvalidInput(f"{text[:80]!a} is not LIMIT=VALUE; limits: {', '.join(Quotas.model_fields)}")
+        document[name] = None if value == "-" else value
+    try:
+        return Quotas.model_validate(document)
+    except ValidationError as error:
+        first = error.errors()[0]
+        raise InvalidInput(f"{first['loc'][0]}: {first['msg']}") from None
+
+
+# -- suspend, resume
+
+
+def suspend(tenant: TenantArgument, store: StoreOption = None, url: UrlOption = None) -> None:
+    """Refuse a tenant's requests from now on; nothing is deleted."""
+    open_registry(store).tenancy.suspend(TenantId(tenant))
+    out.print(f"{tenant} is suspended; {tell_replicas(TenantId(tenant), url)}")
+
+
+def resume(tenant: TenantArgument, store: StoreOption = None, url: UrlOption = None) -> None:
+    """Answer a suspended tenant's requests again."""
+    open_registry(store).tenancy.resume(TenantId(tenant))
+    out.print(f"{tenant} is active; {tell_replicas(TenantId(tenant), url)}")
+
+
+# -- leaving
+
+
+def erase(
+    tenant: TenantArgument,
+    yes: Annotated[bool, typer.Option("--yes", help="Do not ask.")] = False,
+    url: UrlOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """Erase a tenant for good: from replicas, nodes and the store. Run again, it finishes."""
+    parsed = TenantId(tenant)
+    if not yes:
+        typer.confirm(f"Erase tenant {tenant}, its weights and keys, everywhere and for good?", abort=True)
+    with err.status("erasing ..."):
+        record = call("POST", f"{platform_url(url)}/admin/tenants/{parsed}/erase").json()
+    if as_json:
+        print_json(record)
+        return
+    kept = [one["digest"][:12] for one in record["store"]["kept_blobs"]]
+    out.print(
+        f"erased {tenant}: {len(record['versions'])} versions; "
+        f"{len(record['store']['removed_blobs'])} blobs, {record['store']['objects']} objects of the store; "
+        f"{sum(one['models'] for one in record['replicas'])} models "
+        f"on {len(record['replicas'])} replicas; "
+        f"{sum(len(one['removed_tensors']) for one in record['nodes'])} files "
+        f"on {len(record['nodes'])} nodes",
+        soft_wrap=True,
+    )
+    if kept:
+        out.print(f"kept, because another tenant has registered the same weights: {', '.join(kept)}")
+    out.print(f"record {record['id']}, signed with {record['signature']['public_key'][:16]}")
+
+
+@erasure_app.command("verify")
+def verify_erasure(
+    tenant: TenantArgument,
+    public_key: Annotated[
+        str | None, typer.Option(help="Whose signature it must be, in hex; any good one by default.")
+    ] = None,
+    store: StoreOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """Check the records of an erased tenant, and that nothing of it is in the store (else exit code 6)."""
+    from flatshare.control.erasure import read_records, verify_record
+    from flatshare_registry import layout
+
+    parsed = TenantId(tenant)
+    registry = open_registry(store)
+    records = read_records(registry.store, parsed)
+    problems = [
+        f"record {record.get('id')}: {why}"
+        for record in records
+        if (why := verify_record(record, public_key)) is not None
+    ]
+    for prefix in (layout.versions_prefix(parsed), layout.used_prefix(parsed)):
+        problems += [f"{meta.key} is still in the store" for meta in registry.store.list(prefix)]
+    kept = {one["digest"] for record in records for one in record["store"]["kept_blobs"]}
+    removed = {digest for record in records for digest in record["store"]["removed_blobs"]} - kept
+    there = {layout.digest_of(meta.key) for meta in registry.store.list(layout.BLOBS)}
+    notes = [f"blob {digest[:12]} is in the store again: another tenant's" for digest in removed & there]
+    if as_json:
+        print_json({"good": not problems, "problems": problems, "notes": notes, "records": records})
+    else:
+        for record in records:
+            out.print(
+                f"record {record.get('id')}: {when(float(record.get('finished_at', 0)))}, "
+                f"signed with {str(record.get('signature', {}).get('public_key', '?'))[:16]}",
+            )
+        for note in notes:
+            out.print(note)
+        if not problems:
+            out.print(f"good: {len(records)} records of {tenant}, and nothing of it is in the store")
+    if problems:
+        raise Corrupt("; ".join(problems))
+
+
+def export(
+    tenant: TenantArgument,
+    folder: Annotated[Path, typer.Argument(help="A new folder.")],
+    store: StoreOption = None,
+) -> None:
+    """Write all that the registry has of a tenant into a folder: weights, records, log, hashes of keys."""
+    with progress_bar("versions") as progress:
+        done = export_tenant(open_registry(store).store, TenantId(tenant), folder, progress)
+    out.print(
+        f"exported {tenant} to {folder}: {done['versions']} versions, {done['blobs']} blobs "
+        f"({size(done['blob_bytes'])}), {done['log']} log entries"
+    )
+
+
+def import_(
+    folder: Annotated[Path, typer.Argument(help="What `export` wrote.")],
+    store: StoreOption = None,
+    url: UrlOption = None,
+) -> None:
+    """Bring an exported tenant into this registry, byte for byte."""
+    registry = open_registry(store)
+    with progress_bar("blobs") as progress:
+        done = import_tenant(registry.store, folder, progress)
+    out.print(
+        f"imported {done['versions']} versions, {done['blobs']} blobs ({size(done['blob_bytes'])}), "
+        f"{done['log']} log entries"
+    )
+
+
+def _iso(moment: datetime | None) -> str | None:
+    return None if moment is None else moment.isoformat()

@@ -1,0 +1,161 @@
+"""Who may use which route of the control plane: one row a route, and nothing without a row.
+
+Decided before a byte of the body is read. A tenant's key that may manage sees and changes its own tenant;
+whatever else it names is not there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from enum import Enum
+from typing import Final
+
+from fastapi import FastAPI, Request
+from starlette.requests import ClientDisconnect
+from starlette.routing import BaseRoute, Match, Route
+from starlette.types import Message, Receive, Scope, Send
+
+from flatshare.api.http import error_reply, read_body
+from flatshare.api.identity import Caller, Identities, Role
+from flatshare.errors import Forbidden, ServeError
+from flatshare_registry.ids import TenantId
+from flatshare_registry.records import Scope as KeyScope
+
+__all__ = ["RULES", "Access", "Gate", "caller_of"]
+
+MAX_BODY_BYTES: Final = 64 * 1024
+"""Longest body of a control-plane request: the largest has a tenant's quotas in it."""
+
+_CALLER: Final = "flatshare.caller"
+
+
+class Access(Enum):
+    """Who a route is for."""
+
+    OPEN = "everybody, without a key"
+    VIEW = "admins and viewers"
+    CHANGE = "admins"
+    VIEW_OWN = "admins, viewers, and keys of the tenant in the path that may manage"
+    CHANGE_OWN = "admins, and keys of the tenant in the path that may manage"
+
+
+RULES: Final[Mapping[tuple[str, str], Access]] = {
+    ("GET", "/docs"): Access.OPEN,
+    ("GET", "/docs/oauth2-redirect"): Access.OPEN,
+    ("GET", "/redoc"): Access.OPEN,
+    ("GET", "/openapi.json"): Access.OPEN,
+    ("GET", "/tenants"): Access.VIEW,
+    ("POST", "/tenants"): Access.CHANGE,
+    ("GET", "/tenants/{tenant}"): Access.VIEW_OWN,
+    ("DELETE", "/tenants/{tenant}"): Access.CHANGE,
+    ("POST", "/tenants/{tenant}/erase"): Access.CHANGE,
+    ("POST", "/tenants/{tenant}/suspend"): Access.CHANGE,
+    ("POST", "/tenants/{tenant}/resume"): Access.CHANGE,
+    ("POST", "/tenants/{tenant}/refresh"): Access.CHANGE_OWN,
+    ("GET", "/tenants/{tenant}/audit"): Access.VIEW_OWN,
+    ("GET", "/tenants/{tenant}/audit/verify"): Access.VIEW_OWN,
+    ("GET", "/tenants/{tenant}/keys"): Access.VIEW_OWN,
+    ("POST", "/tenants/{tenant}/keys"): Access.CHANGE_OWN,
+    ("POST", "/tenants/{tenant}/keys/{key_id}/rotate"): Access.CHANGE_OWN,
+    ("DELETE", "/tenants/{tenant}/keys/{key_id}"): Access.CHANGE_OWN,
+    ("GET", "/tenants/{tenant}/quotas"): Access.VIEW_OWN,
+    ("PUT", "/tenants/{tenant}/quotas"): Access.CHANGE,
+    ("GET", "/tenants/{tenant}/versions"): Access.VIEW_OWN,
+    ("GET", "/tenants/{tenant}/versions/{version}"): Access.VIEW_OWN,
+    ("DELETE", "/tenants/{tenant}/versions/{version}"): Access.CHANGE_OWN,
+    ("PUT", "/tenants/{tenant}/aliases/{alias}"): Access.CHANGE_OWN,
+    ("DELETE", "/tenants/{tenant}/aliases/{alias}"): Access.CHANGE_OWN,
+    ("POST", "/tenants/{tenant}/aliases/{alias}/rollback"): Access.CHANGE_OWN,
+    ("GET", "/replicas"): Access.VIEW,
+    ("POST", "/preload"): Access.CHANGE,
+    ("POST", "/unpin"): Access.CHANGE,
+    ("POST", "/unload"): Access.CHANGE,
+}
+"""By method and path, as the application has them."""
+
+
+class Gate:
+    """An ASGI app before the control plane's: lets in who may, and notes who it is.
+
+    Raises
+    ------
+    ServeError
+        When it is built: a route has no row in :data:`RULES`.
+    """
+
+    def __init__(self, app: FastAPI, identities: Identities) -> None:
+        missing = [key for route in app.routes for key in _keys(route) if key not in RULES]
+        if missing:
+            raise ServeError(f"routes without a rule of access: {missing}")
+        self._app = app
+        self._identities = identities
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """ASGI's entry point."""
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
+            return
+        request = Request(scope, receive)
+        try:
+            access, tenant = self._rule(scope)
+            if access is not Access.OPEN:
+                caller = await self._identities.identify(request.headers)
+                _check(access, caller, tenant)
+                scope[_CALLER] = caller
+                receive = _given(await read_body(request, MAX_BODY_BYTES), receive)
+            await self._app(scope, receive, send)
+        except ClientDisconnect:
+            return
+        except Exception as error:
+            await error_reply(request, error)(scope, receive, send)
+
+    def _rule(self, scope: Scope) -> tuple[Access, str]:
+        for route in self._app.routes:
+            match, found = route.matches(scope)
+            if match is Match.FULL and isinstance(route, Route):
+                method = "GET" if scope["method"] == "HEAD" else scope["method"]
+                return RULES[method, route.path], str(found.get("path_params", {}).get("tenant", ""))
+        return Access.OPEN, ""  # there is no such route, or not with this method: the application says so
+
+
+def caller_of(request: Request) -> Caller:
+    """Who the gate let in."""
+    caller: Caller = request.scope[_CALLER]
+    return caller
+
+
+def _check(access: Access, caller: Caller, tenant: str) -> None:
+    """Return if a caller may.
+
+    Raises
+    ------
+    NotFound
+        It is another tenant's.
+    Forbidden
+        The key does not allow it.
+    """
+    if caller.role is Role.ADMIN:
+        return
+    if caller.role is Role.VIEWER:
+        if access in (Access.VIEW, Access.VIEW_OWN):
+            return
+        raise Forbidden("a viewer's key may look, and change nothing")
+    if access not in (Access.VIEW_OWN, Access.CHANGE_OWN):
+        raise Forbidden("this is for the platform's operators")
+    caller.may(TenantId(tenant), KeyScope.MANAGE)
+
+
+def _keys(route: BaseRoute) -> Iterable[tuple[str, str]]:
+    if isinstance(route, Route):
+        return [(method, route.path) for method in sorted(route.methods or ()) if method != "HEAD"]
+    return [("?", str(route))]
+
+
+def _given(body: bytes, receive: Receive) -> Receive:
+    """A body that was read already, then whatever comes."""
+    messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
+
+    async def given() -> Message:
+        return messages.pop() if messages else await receive()
+
+    return given

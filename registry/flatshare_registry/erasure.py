@@ -1,0 +1,191 @@
+"""A tenant leaves: the store's side of it. Each step can be done again: a rerun finishes what crashed.
+
+Tombstone first, in one swap: from then on nobody resolves the tenant, also a replica that starts later.
+Then (by the platform) replicas and nodes; then the store's objects, with every version that a bucket has
+kept of them. What stays is the tombstone, the audit log, and a record of the erasure.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Collection, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Final
+
+from flatshare_registry import layout
+from flatshare_registry.errors import AlreadyExists, Corrupt, NotFound
+from flatshare_registry.heads import HeadStore
+from flatshare_registry.ids import TenantId
+from flatshare_registry.records import Action, TenantHead, TenantState, VersionRecord, with_past
+from flatshare_registry.stores.base import BlobStore, Create
+from flatshare_registry.tenancy import EMPTY
+
+__all__ = ["Eraser", "Leaving", "StoreErasure"]
+
+READ_THREADS: Final = 16
+"""Heads read at a time."""
+
+GROUP_BYTES: Final = 256 * 1024**2
+"""Weights that are held in memory while they are removed, in case that another tenant registers the same."""
+
+
+@dataclass(frozen=True, slots=True)
+class Leaving:
+    """What a tenant that is being erased still has in the store.
+
+    Attributes
+    ----------
+    link
+        Of the audit entry of the tombstone.
+    versions
+        Version records that are still there: number and blob.
+    tensors
+        Digests of all their tensors: files of these names are on the nodes.
+    blobs
+        Every blob that the tenant ever named.
+    """
+
+    tenant: TenantId
+    link: str
+    versions: tuple[tuple[int, str], ...]
+    tensors: tuple[str, ...]
+    blobs: tuple[str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class StoreErasure:
+    """What went from the store.
+
+    Attributes
+    ----------
+    removed_blobs, kept_blobs
+        Digests; those that are kept are another tenant's too.
+    objects
+        Objects that went, each version that a bucket had kept counted.
+    """
+
+    removed_blobs: tuple[str, ...]
+    kept_blobs: tuple[str, ...]
+    objects: int
+
+
+class Eraser:
+    """Erases tenants from one store.
+
+    Parameters
+    ----------
+    store
+        Where.
+    heads
+        Names who does it, in the audit entry.
+    """
+
+    def __init__(self, store: BlobStore, heads: HeadStore) -> None:
+        self._store = store
+        self._heads = heads
+
+    def begin(self, tenant: TenantId) -> Leaving:
+        """Put the tombstone there, unless it is; and look what is left.
+
+        Raises
+        ------
+        NotFound
+            There has never been such a tenant.
+        """
+
+        def bury(head: TenantHead) -> TenantHead:
+            if head.state is TenantState.ERASED:
+                return head
+            return with_past(head, head.versions.values()).model_copy(
+                update={**EMPTY, "state": TenantState.ERASED}
+            )
+
+        head = self._heads.change(tenant, Action.TENANT_ERASED, bury, also_deleted=True)
+        versions: list[tuple[int, str]] = []
+        tensors: set[str] = set()
+        for meta in self._store.list(layout.versions_prefix(tenant)):
+            # Also records that no head names, of registrations that were cut short. One that can't be read
+            # names nothing that could be found; it goes all the same.
+            with contextlib.suppress(Corrupt, NotFound):
+                record = VersionRecord.decode(self._store.get(meta.key).data, meta.key)
+                versions.append((record.version, record.digest))
+                tensors.update(one.sha256 for one in record.tensors)
+        blobs = {*head.past_digests, *(digest for _, digest in versions)}
+        return Leaving(
+            tenant,
+            head.last_entry.link,
+            tuple(sorted(versions)),
+            tuple(sorted(tensors)),
+            tuple(sorted(blobs)),
+        )
+
+    def remove(
+        self, leaving: Leaving, progress: Callable[[int, int], None] = lambda done, total: None
+    ) -> StoreErasure:
+        """Remove what the tenant alone has; version records go last, because they tell a rerun what to do.
+
+        Parameters
+        ----------
+        progress
+            Called with steps done and steps in all.
+        """
+        named = self._named_by_others(leaving.tenant)
+        kept = [digest for digest in leaving.blobs if digest in named]
+        going = [digest for digest in leaving.blobs if digest not in named]
+        objects = 0
+        for group in self._groups(going):
+            objects += self._purge_blobs(leaving.tenant, group)
+            progress(going.index(group[-1]) + 1, len(going) + 1)
+        for prefix in (layout.used_prefix(leaving.tenant), layout.versions_prefix(leaving.tenant)):
+            objects += self._store.purge_all(prefix)
+        # Earlier states of the head named keys, aliases and notes.
+        objects += self._store.purge(layout.head_key(leaving.tenant), keep_latest=True)
+        progress(len(going) + 1, len(going) + 1)
+        return StoreErasure(tuple(going), tuple(kept), objects)
+
+    def _named_by_others(self, tenant: TenantId) -> set[str]:
+        """Blobs that some other tenant's head names now."""
+        others = [
+            meta.key
+            for meta in self._store.list(layout.TENANTS)
+            if layout.tenant_of_head(meta.key) not in (None, tenant)
+        ]
+
+        def names(key: str) -> Collection[str]:
+            try:
+                head = TenantHead.decode(self._store.get(key).data, key)
+            except NotFound:
+                return ()
+            return head.versions.values() if head.state.exists else ()
+
+        with ThreadPoolExecutor(READ_THREADS) as threads:
+            return {digest for found in threads.map(names, others) for digest in found}
+
+    def _groups(self, digests: Sequence[str]) -> Iterator[list[str]]:
+        """Blobs that are small enough together to be kept in memory while they are removed."""
+        group: list[str] = []
+        size = 0
+        for digest in digests:
+            with contextlib.suppress(NotFound):
+                size += self._store.head(layout.blob_key(digest)).size_bytes
+            group.append(digest)
+            if size >= GROUP_BYTES:
+                yield group
+                group, size = [], 0
+        if group:
+            yield group
+
+    def _purge_blobs(self, tenant: TenantId, digests: Sequence[str]) -> int:
+        """Remove blobs, and put back what another tenant registered in this very moment."""
+        removed = 0
+        data: dict[str, bytes] = {}
+        for digest in digests:
+            key = layout.blob_key(digest)
+            with contextlib.suppress(NotFound):  # then hidden versions may be left
+                data[digest] = self._store.get(key).data
+            removed += self._store.purge(key)
+        for digest in self._named_by_others(tenant) & data.keys():
+            with contextlib.suppress(AlreadyExists):
+                self._store.put(layout.blob_key(digest), data[digest], Create())
+        return removed

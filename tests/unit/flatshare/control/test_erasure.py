@@ -1,0 +1,148 @@
+"""Erasure across replicas: asked until everybody is clean, and a record whose signature can be checked."""
+
+from __future__ import annotations
+
+import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from flatshare.control import erasure as erasure_module
+from flatshare.control.erasure import Erasure, Signer, read_records, verify_record
+from flatshare.control.fleet import Fleet
+from flatshare.errors import FleetUnavailable, ServeError
+from flatshare.pool.details import ReplicaState
+from flatshare.pool.receipt import EraseReceipt, HostReceipt
+from flatshare_registry import Registry, TenantId
+from flatshare_registry.errors import NotFound
+from flatshare_registry.stores.memory import MemoryStore
+from flatshare_registry.testing.files import TINY_SPECS, tiny_weights
+
+ACME = TenantId("acme")
+
+
+class Replicas:
+    """Two replicas on one node; r2 needs a few askings, or dies."""
+
+    def __init__(self, registry: Registry) -> None:
+        self.registry = registry
+        self.calls: list[str] = []
+        self.running = ["r1", "r2"]
+        self.clean_after = 3
+        self.resolved_at_fence = False
+
+    def states(self) -> list[ReplicaState]:
+        return [ReplicaState(name, "RUNNING", "127.0.0.1") for name in self.running]
+
+    def broadcast(self, method: str, *arguments: Any) -> Any:
+        self.calls.append(method)
+        asked = self.calls.count("erase")
+        results: list[Any] = ["r1", "r2"]
+        if method == "fence":
+            self.resolved_at_fence = self.registry.last_entry(ACME).action != "tenant.erased"
+        if method == "erase":
+            with pytest.raises(NotFound):
+                self.registry.head(ACME)
+            results = [
+                EraseReceipt(name, "n1", 1, 100, name == "r1" or asked > self.clean_after, float(asked))
+                for name in self.running
+            ]
+        if method == "erase_host":
+            first = self.calls.count("erase_host") == 1
+            removed = ("a", "b") if first else ()
+            results = [
+                HostReceipt("r1", "n1", "node", removed, ("c",), 10 * len(removed), 1.0),
+                HostReceipt("r2", "n1", "node", (), ("c",), 0, 2.0),
+            ]
+
+        class Answers:
+            async def results_async(self, *, return_exceptions: bool) -> list[Any]:
+                return results
+
+        return Answers()
+
+
+class World:
+    def __init__(self, folder: Path) -> None:
+        self.registry = Registry(MemoryStore(), actor="operator:ADMIN.x")
+        for tenant in (ACME, TenantId("globex")):
+            self.registry.create_tenant(tenant)
+        self.registry.register(ACME, tiny_weights(1.0), "tiny", TINY_SPECS)
+        self.replicas = Replicas(self.registry)
+        self.signer = Signer(folder / "erasure.key")
+        fleet = Fleet(self.replicas, self.replicas.states)
+        self.erasure = Erasure(self.registry, fleet, self.signer)
+
+
+@pytest.fixture
+def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
+    monkeypatch.setattr(erasure_module, "ASK_AGAIN_S", 0.0)
+    return World(tmp_path)
+
+
+async def test_everybody_is_asked_until_clean_in_the_right_order(world: World) -> None:
+    record = await world.erasure.run(ACME, "operator:ADMIN.x")
+    assert world.replicas.calls == ["fence", *["erase"] * 4, "erase_host", "erase_host"]
+    assert world.replicas.resolved_at_fence, "the fence stands before the tombstone"
+    assert [one["replica"] for one in record["replicas"]] == ["r1", "r2"]
+    assert record["nodes"] == [
+        {"node": "node", "node_id": "n1", "removed_tensors": ["a", "b"], "kept_tensors": ["c"],
+         "overwritten_bytes": 20, "at": 2.0}
+    ]  # fmt: skip
+    assert len(record["store"]["removed_blobs"]) == 1
+    assert record["tombstone_link"] == world.registry.last_entry(ACME).link
+    assert read_records(world.registry.store, ACME) == [record]
+    assert verify_record(record) is None
+    assert verify_record(record, world.signer.public_key) is None
+    assert verify_record(record, "00" * 32) == "it is signed with another key"
+
+
+async def test_a_replica_that_gives_no_receipt_stops_it_and_a_rerun_finishes(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(erasure_module, "REPLICAS_TIMEOUT_S", 0.0)
+    world.replicas.clean_after = 10**9
+    with pytest.raises(FleetUnavailable, match="no receipt from r2"):
+        await world.erasure.run(ACME, "me")
+    with pytest.raises(NotFound):
+        world.registry.head(ACME)
+    with pytest.raises(NotFound):
+        read_records(world.registry.store, ACME)
+    world.replicas.running = ["r1"]  # it died: what it held is gone with it
+    record = await world.erasure.run(ACME, "me")
+    assert [one["replica"] for one in record["replicas"]] == ["r1"]
+    assert len(record["store"]["removed_blobs"]) == 1
+    assert (await world.erasure.run(ACME, "me"))["store"]["objects"] == 0, "once more finds nothing"
+
+
+async def test_who_never_was_is_not_erased(world: World) -> None:
+    with pytest.raises(NotFound):
+        await world.erasure.run(TenantId("nobody"), "me")
+    assert world.replicas.calls == []
+
+
+async def test_an_altered_record_is_found(world: World) -> None:
+    record = await world.erasure.run(ACME, "me")
+    for change in (
+        lambda one: one.update(tenant="globex"),
+        lambda one: one["store"].update(removed_blobs=[]),
+        lambda one: one["replicas"].pop(),
+        lambda one: one["signature"].update(value="AAAA"),
+        lambda one: one["signature"].update(value="not base64!"),
+        lambda one: one["signature"].update(public_key="zz"),
+        lambda one: one.pop("signature"),
+    ):
+        altered = copy.deepcopy(record)
+        change(altered)
+        assert verify_record(altered) is not None
+
+
+def test_the_signing_key_is_private_and_stays(tmp_path: Path) -> None:
+    path = tmp_path / "deep" / "erasure.key"
+    first = Signer(path)
+    assert path.stat().st_mode & 0o777 == 0o600
+    assert Signer(path).public_key == first.public_key
+    path.write_text("junk")
+    with pytest.raises(ServeError, match="does not hold a key"):
+        Signer(path)

@@ -1,0 +1,124 @@
+"""Quotas: rates, counts, and that a change of the head changes them at once."""
+
+from __future__ import annotations
+
+import pytest
+
+from flatshare.engine.quotas import COLD_BURST, QuotaKeeper
+from flatshare.errors import TooManyAtOnce, TooManyColdLoads, TooManyRequests
+from flatshare_registry import Quotas, Registry, TenantId
+from flatshare_registry.records import TenantHead
+from flatshare_registry.stores.memory import MemoryStore
+from flatshare_registry.testing.faults import ManualClock
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock(0.0)
+
+
+@pytest.fixture
+def registry() -> Registry:
+    registry = Registry(MemoryStore())
+    for tenant in ("acme", "globex"):
+        registry.create_tenant(TenantId(tenant))
+    return registry
+
+
+def head(registry: Registry, tenant: str = "acme", plan: str | None = None, **quotas: float) -> TenantHead:
+    return registry.tenancy.set_quotas(TenantId(tenant), Quotas.model_validate(quotas), plan=plan)
+
+
+def allowed(keeper: QuotaKeeper, of: TenantHead, tries: int) -> int:
+    done = 0
+    for _ in range(tries):
+        try:
+            with keeper.request(of):
+                done += 1
+        except TooManyRequests:
+            pass
+    return done
+
+
+def test_a_rate_is_a_bucket_that_starts_full(registry: Registry, clock: ManualClock) -> None:
+    keeper = QuotaKeeper(clock=clock)
+    acme = head(registry, requests_per_s=10, burst=4)
+    assert allowed(keeper, acme, 100) == 4
+    clock.advance(0.25)
+    assert allowed(keeper, acme, 100) == 2
+    clock.advance(1000)
+    assert allowed(keeper, acme, 100) == 4, "it holds no more than the burst"
+    assert allowed(keeper, head(registry, "globex"), 100) == 100, "another tenant's account is another"
+    with pytest.raises(TooManyRequests, match="acme sends more than 10") as caught:
+        keeper.request(acme)
+    assert caught.value.retry_after_s == 1
+    slow = head(registry, requests_per_s=0.1)
+    assert allowed(keeper, slow, 10) == 1, "at least one, however low the rate"
+    with pytest.raises(TooManyRequests) as caught:
+        keeper.request(slow)
+    assert caught.value.retry_after_s == 11
+
+
+def test_over_ten_seconds_a_tenant_gets_its_rate_and_not_more(registry: Registry, clock: ManualClock) -> None:
+    keeper = QuotaKeeper(clock=clock)
+    acme = head(registry, requests_per_s=50, burst=10)
+    done = 0
+    for _ in range(1000):  # 100 tries a second
+        done += allowed(keeper, acme, 1)
+        clock.advance(0.01)
+    assert 500 <= done <= 510
+
+
+def test_requests_under_way_are_counted_until_they_end(registry: Registry) -> None:
+    keeper = QuotaKeeper()
+    acme = head(registry, concurrent_requests=2)
+    first, second = keeper.request(acme), keeper.request(acme)
+    with pytest.raises(TooManyAtOnce):
+        keeper.request(acme)
+    more = head(registry, concurrent_requests=3)
+    third = keeper.request(more)
+    with pytest.raises(TooManyAtOnce):
+        keeper.request(more)
+    for one in (first, second, third):
+        one.__exit__(None, None, None)
+    with keeper.request(acme), keeper.request(acme):
+        pass
+
+
+def test_a_failing_request_is_over_too(registry: Registry) -> None:
+    keeper = QuotaKeeper()
+    acme = head(registry, concurrent_requests=1)
+    for _ in range(3):
+        with pytest.raises(ValueError, match="x"), keeper.request(acme):
+            raise ValueError("x")
+
+
+def test_cold_loads_have_a_rate_a_minute(registry: Registry, clock: ManualClock) -> None:
+    keeper = QuotaKeeper(clock=clock)
+    acme = head(registry, cold_loads_per_min=60)
+    for _ in range(COLD_BURST):
+        keeper.cold_load(acme)
+    with pytest.raises(TooManyColdLoads, match="60 models a minute"):
+        keeper.cold_load(acme)
+    clock.advance(1)
+    keeper.cold_load(acme)
+
+
+def test_what_a_plan_says_holds_where_the_tenant_has_nothing_of_its_own(registry: Registry) -> None:
+    plans = {"default": Quotas(rows_per_request=8), "gold": Quotas(rows_per_request=64, resident_bytes=100)}
+    keeper = QuotaKeeper(plans)
+    assert keeper.limits(head(registry)).rows_per_request == 8
+    gold = head(registry, plan="gold", resident_floor_bytes=10)
+    assert keeper.limits(gold).rows_per_request == 64
+    assert (keeper.share(gold).cap_bytes, keeper.share(gold).floor_bytes) == (100, 10)
+    assert keeper.limits(head(registry, plan="unknown here")).rows_per_request == 8
+    assert keeper.share(None).cap_bytes is None
+
+
+def test_other_changes_of_the_head_do_not_fill_the_bucket(registry: Registry, clock: ManualClock) -> None:
+    keeper = QuotaKeeper(clock=clock)
+    acme = head(registry, requests_per_s=1, burst=2)
+    assert allowed(keeper, acme, 5) == 2
+    registry.tenancy.create_key(TenantId("acme"))
+    assert allowed(keeper, registry.head(TenantId("acme")), 5) == 0
+    assert allowed(keeper, head(registry, requests_per_s=1, burst=3), 5) == 3, "a new limit holds at once"

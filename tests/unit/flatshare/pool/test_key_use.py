@@ -1,0 +1,50 @@
+"""When a key was used last: one small write a key and hour, and a store that is down costs a note only."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+
+from flatshare.pool.key_use import KeyUse
+from flatshare_registry import Registry, TenantId
+from flatshare_registry.errors import Unavailable
+from flatshare_registry.records import utc
+from flatshare_registry.stores.memory import MemoryStore
+from flatshare_registry.testing.faults import FaultyStore, ManualClock
+
+ACME = TenantId("acme")
+
+
+def test_one_note_an_hour_and_again_after_a_failure() -> None:
+    clock = ManualClock(1_700_000_000.0)
+    puts: list[str] = []
+    down = True
+
+    def before(operation: str, key: str) -> None:
+        if operation == "put" and "/used/" in key:
+            puts.append(key)
+            if down:
+                raise Unavailable("down")
+
+    registry = Registry(MemoryStore())
+    registry.create_tenant(ACME)
+    made = registry.tenancy.create_key(ACME)
+    key = registry.head(ACME).keys[made.id]
+    with ThreadPoolExecutor(1) as threads:
+        use = KeyUse(FaultyStore(registry.store, before=before), threads, clock)
+
+        def done() -> int:
+            threads.submit(lambda: None).result()
+            return len(puts)
+
+        use(ACME, key)
+        assert done() == 1
+        assert registry.tenancy.last_used(ACME) == {}
+        down = False
+        for _ in range(100):
+            use(ACME, key)
+            done()
+        assert done() == 2
+        assert registry.tenancy.last_used(ACME) == {made.id: utc(1_700_000_000 // 3600 * 3600)}
+        clock.advance(3600)
+        use(ACME, key)
+        assert done() == 3

@@ -1,0 +1,157 @@
+"""Erasure in the store: what is the tenant's alone goes, whatever crashes on the way."""
+
+from __future__ import annotations
+
+import boto3
+import pytest
+
+from flatshare_registry import Registry, TenantId, layout
+from flatshare_registry.erasure import StoreErasure
+from flatshare_registry.errors import AlreadyExists, NotFound, Unavailable
+from flatshare_registry.ids import AliasName
+from flatshare_registry.records import TenantState
+from flatshare_registry.stores.base import Create, Overwrite
+from flatshare_registry.stores.memory import MemoryStore
+from flatshare_registry.stores.s3 import S3Options, S3Store, make_s3_client
+from flatshare_registry.testing.faults import CrashAtStep, FaultyStore
+from flatshare_registry.testing.files import TINY_SPECS, tiny_weights
+
+ACME, GLOBEX = TenantId("acme"), TenantId("globex")
+
+
+def filled(store: MemoryStore | S3Store) -> Registry:
+    """Acme with three versions, one deleted, one that globex has too."""
+    registry = Registry(store)
+    for tenant in (ACME, GLOBEX):
+        registry.create_tenant(tenant)
+    for value in (1.0, 2.0, 3.0):
+        registry.register(ACME, tiny_weights(value), "tiny", TINY_SPECS)
+    registry.register(GLOBEX, tiny_weights(2.0), "tiny", TINY_SPECS)
+    registry.delete_version(ACME, 3)
+    made = registry.tenancy.create_key(ACME)
+    store.put(layout.used_key(ACME, made.id), b'{"used_at": 1}', Create())
+    return registry
+
+
+def erase(registry: Registry) -> StoreErasure:
+    return registry.eraser.remove(registry.eraser.begin(ACME))
+
+
+def left(registry: Registry) -> set[str]:
+    return {meta.key for meta in registry.store.list("") if "/log/" not in meta.key}
+
+
+def check_erased(registry: Registry) -> None:
+    shared = registry.version(GLOBEX, 1)
+    assert left(registry) == {
+        layout.head_key(ACME), layout.head_key(GLOBEX), layout.version_key(GLOBEX, 1), layout.blob_key(shared.digest),
+    }  # fmt: skip
+    with pytest.raises(NotFound):
+        registry.head(ACME)
+    with pytest.raises(AlreadyExists, match="erased"):
+        registry.create_tenant(ACME)
+    assert registry.last_entry(ACME).action == "tenant.erased"
+    assert registry.verify_audit(ACME) == []
+
+
+def test_what_is_the_tenants_alone_goes_and_what_is_shared_stays() -> None:
+    registry = filled(MemoryStore())
+    leaving = registry.eraser.begin(ACME)
+    assert [number for number, _ in leaving.versions] == [1, 2]
+    assert len(leaving.blobs) == 3, "the deleted version's too"
+    assert leaving.link == registry.last_entry(ACME).link
+    gone = registry.eraser.remove(leaving)
+    assert (len(gone.removed_blobs), len(gone.kept_blobs)) == (2, 1)
+    check_erased(registry)
+    again = erase(registry)
+    assert again.objects == 0
+
+
+def test_from_the_tombstone_on_nobody_resolves_it() -> None:
+    registry = filled(MemoryStore())
+    registry.eraser.begin(ACME)
+    for ask in (
+        lambda: registry.head(ACME),
+        lambda: registry.head_unless(ACME, None),
+        lambda: registry.set_alias(ACME, AliasName("canary"), 1),
+        lambda: registry.tenancy.resume(ACME),
+        lambda: registry.tenancy.create_key(ACME),
+        lambda: registry.register(ACME, tiny_weights(9.0), "tiny", TINY_SPECS),
+    ):
+        with pytest.raises(NotFound):
+            ask()
+    with pytest.raises(NotFound):
+        registry.eraser.begin(TenantId("nobody"))
+
+
+@pytest.mark.parametrize("when", ["before", "after"])
+def test_a_crash_at_any_step_is_finished_by_a_rerun(when: str) -> None:
+    for step in range(60):
+        store = MemoryStore()
+        registry = filled(store)
+        crash = CrashAtStep(step)
+        faulty = FaultyStore(store, **{when: crash})
+        try:
+            erase(Registry(faulty))
+        except Unavailable:
+            pass
+        if not crash.crashed:
+            assert step > 6, "it takes several writes"
+            return
+        assert store.get(layout.blob_key(registry.version(GLOBEX, 1).digest)).data == tiny_weights(2.0)
+        erase(registry)
+        check_erased(registry)
+    raise AssertionError("it never ended")
+
+
+def test_a_registration_that_meets_the_erasure_keeps_its_weights() -> None:
+    """Globex registers acme's weights after they were found to be nobody else's, before they go."""
+    store = MemoryStore()
+    registry = filled(store)
+    registered: list[int] = []
+
+    def meet(operation: str, key: str) -> None:
+        if operation == "delete" and key.startswith("blobs/") and not registered:
+            registered.append(
+                registry.register(GLOBEX, tiny_weights(1.0), "tiny", TINY_SPECS).version.version
+            )
+
+    leaving = registry.eraser.begin(ACME)
+    Registry(FaultyStore(store, before=meet)).eraser.remove(leaving)
+    record = registry.version(GLOBEX, registered[0])
+    assert store.get(layout.blob_key(record.digest)).data == tiny_weights(1.0)
+
+
+def test_a_deleted_tenant_can_be_erased_too() -> None:
+    registry = filled(MemoryStore())
+    registry.delete_tenant(ACME)
+    assert len(erase(registry).removed_blobs) == 2
+    check_erased(registry)
+
+
+def test_a_bucket_with_versioning_keeps_nothing(s3_url: str) -> None:
+    client = boto3.client("s3", endpoint_url=s3_url)
+    client.create_bucket(Bucket="versioned")
+    client.put_bucket_versioning(Bucket="versioned", VersioningConfiguration={"Status": "Enabled"})
+    options = S3Options(endpoint_url=s3_url)
+    store = S3Store(make_s3_client(options), "versioned", "p", options)
+    registry = filled(store)
+    key = layout.blob_key(registry.version(ACME, 1).digest)
+    store.put(key, tiny_weights(1.0), Overwrite())
+    store.delete(layout.version_key(ACME, 1))  # hidden, not gone
+
+    def objects() -> list[str]:
+        found = client.list_object_versions(Bucket="versioned")
+        return [
+            one["Key"].removeprefix("p/")
+            for one in [*found.get("Versions", []), *found.get("DeleteMarkers", [])]
+        ]
+
+    assert objects().count(key) == 2
+    leaving = registry.eraser.begin(ACME)
+    registry.eraser.remove(leaving)
+    kept = [one for one in objects() if one.startswith("tenants/acme/") and "/log/" not in one]
+    assert kept == [layout.head_key(ACME)], "also what plain deletes had only hidden"
+    assert not [one for one in objects() if one == key]
+    head, _ = registry._heads._read_any(ACME)
+    assert (head.state, head.keys, head.aliases) == (TenantState.ERASED, {}, {})

@@ -1,0 +1,202 @@
+"""Keys, quotas, suspension in the registry; and a log that shows when it was tampered with."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+
+import pytest
+
+from flatshare_registry import Quotas, Registry, Scope, TenantId, layout
+from flatshare_registry.errors import AlreadyExists, InvalidInput, NotFound
+from flatshare_registry.gc import collect
+from flatshare_registry.keys import is_valid, parse_key
+from flatshare_registry.records import AuditEntry, TenantHead, TenantState
+from flatshare_registry.stores.base import Create, Overwrite
+from flatshare_registry.stores.memory import MemoryStore
+from flatshare_registry.tenancy import MAX_KEYS
+from flatshare_registry.testing.faults import ManualClock
+from flatshare_registry.testing.files import TINY_SPECS, tiny_weights
+
+ACME = TenantId("acme")
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()
+
+
+@pytest.fixture
+def registry(clock: ManualClock) -> Registry:
+    registry = Registry(MemoryStore(clock=clock), actor="tester", clock=clock)
+    registry.create_tenant(ACME)
+    return registry
+
+
+def test_a_keys_secret_is_stored_nowhere(registry: Registry) -> None:
+    made = registry.tenancy.create_key(ACME, [Scope.PREDICT, Scope.MANAGE], label="checkout")
+    key = registry.head(ACME).keys[made.id]
+    assert is_valid(parse_key(made.text), key.sha256)
+    assert (key.scopes, key.label, key.created_by, key.expires_at) == (
+        (Scope.MANAGE, Scope.PREDICT), "checkout", "tester", None,
+    )  # fmt: skip
+    secret = made.text.rpartition(f"{made.id}_")[2]
+    for meta in registry.store.list(""):
+        assert secret.encode() not in registry.store.get(meta.key).data
+    entry = registry.audit(ACME)[-1]
+    assert (entry.action, entry.detail["key"]) == ("key.created", made.id)
+
+
+def test_rotation_leaves_both_good_for_the_grace_and_then_one(registry: Registry, clock: ManualClock) -> None:
+    old = registry.tenancy.create_key(ACME, [Scope.MANAGE], label="ci")
+    new = registry.tenancy.rotate_key(ACME, old.id, grace_s=3600)
+    keys = registry.head(ACME).keys
+    assert keys[new.id].scopes == keys[old.id].scopes
+    assert keys[new.id].label == "ci"
+    assert keys[new.id].expires_at is None
+    assert keys[old.id].expires_at == keys[new.id].created_at + timedelta(seconds=3600)
+    registry.tenancy.rotate_key(ACME, old.id, grace_s=7200)
+    assert registry.head(ACME).keys[old.id].expires_at == keys[old.id].expires_at, "never later than it was"
+    registry.tenancy.revoke_key(ACME, old.id)
+    assert old.id not in registry.head(ACME).keys
+    with pytest.raises(NotFound, match="no key"):
+        registry.tenancy.revoke_key(ACME, old.id)
+    with pytest.raises(NotFound, match="no key"):
+        registry.tenancy.rotate_key(ACME, old.id, grace_s=1)
+
+
+def test_keys_have_a_limit_and_expired_ones_make_room(registry: Registry, clock: ManualClock) -> None:
+    for _ in range(MAX_KEYS):
+        registry.tenancy.create_key(ACME, lifetime_s=60)
+    with pytest.raises(InvalidInput, match="revoke some"):
+        registry.tenancy.create_key(ACME)
+    clock.advance(61)
+    registry.tenancy.create_key(ACME)
+    assert len(registry.head(ACME).keys) == 1
+
+
+@pytest.mark.parametrize(
+    "bad", [{"scopes": []}, {"label": "x" * 101}, {"label": "a\nb"}, {"lifetime_s": 0}, {"lifetime_s": 1e18}]
+)
+def test_a_key_that_can_not_be_is_refused(registry: Registry, bad: dict[str, object]) -> None:
+    with pytest.raises(InvalidInput):
+        registry.tenancy.create_key(ACME, **bad)  # type: ignore[arg-type]  # that is the point
+    assert registry.head(ACME).keys == {}
+
+
+def test_quotas_are_what_differs_from_the_plan(registry: Registry) -> None:
+    plan = Quotas(requests_per_s=10, rows_per_request=8)
+    head = registry.tenancy.set_quotas(ACME, Quotas(requests_per_s=50), plan="gold")
+    assert head.plan == "gold"
+    effective = head.quotas.over(plan)
+    assert (effective.requests_per_s, effective.rows_per_request, effective.burst) == (50, 8, None)
+    assert registry.tenancy.set_quotas(ACME, Quotas(burst=3)).plan == "gold", "not named: as it is"
+    entry = registry.audit(ACME)[-1]
+    assert entry.detail == {"from": 'gold {"requests_per_s":50.0}', "to": 'gold {"burst":3}'}
+    with pytest.raises(InvalidInput, match="floor"):
+        registry.tenancy.set_quotas(ACME, Quotas(resident_bytes=5, resident_floor_bytes=6))
+    for bad in ({"requests_per_s": 0}, {"requests_per_s": float("nan")}, {"burst": -1}, {"speed": 3}):
+        with pytest.raises(ValueError, match="validation error"):
+            Quotas.model_validate(bad)
+
+
+def test_suspension_deletes_nothing(registry: Registry, clock: ManualClock) -> None:
+    record = registry.register(ACME, tiny_weights(1.0), "tiny", TINY_SPECS).version
+    registry.tenancy.suspend(ACME)
+    assert registry.head(ACME).state is TenantState.SUSPENDED
+    assert [head.tenant for head in registry.list_tenants()] == ["acme"]
+    with pytest.raises(AlreadyExists):
+        registry.create_tenant(ACME)
+    clock.advance(10 * 86_400)
+    assert collect(registry.store, remove=True, clock=clock).garbage == ()
+    registry.tenancy.resume(ACME)
+    assert registry.version(ACME, record.version) == record
+    revision = registry.head(ACME).revision
+    registry.tenancy.resume(ACME)
+    assert registry.head(ACME).revision == revision, "nothing changed, nothing is written"
+
+
+def test_a_deleted_tenant_comes_back_without_keys_or_quotas(registry: Registry) -> None:
+    registry.tenancy.create_key(ACME)
+    registry.tenancy.set_quotas(ACME, Quotas(burst=3), plan="gold")
+    registry.delete_tenant(ACME)
+    head = registry.create_tenant(ACME)
+    assert (head.keys, head.quotas, head.plan) == ({}, Quotas(), "default")
+
+
+def test_changes_name_who_made_them_and_by_which_request(registry: Registry) -> None:
+    registry.acting_as("key:acme.q3v7k2m9d1", "req-7").tenancy.suspend(ACME)
+    entry = registry.audit(ACME)[-1]
+    assert (entry.actor, entry.request_id) == ("key:acme.q3v7k2m9d1", "req-7")
+    assert registry.audit(ACME)[0].actor == "tester"
+
+
+# -- the chain
+
+
+def entries(registry: Registry) -> list[tuple[str, AuditEntry]]:
+    found = [
+        (meta.key, registry.store.get(meta.key).data) for meta in registry.store.list(layout.log_prefix(ACME))
+    ]
+    return [(key, AuditEntry.decode(data, key)) for key, data in found]
+
+
+@pytest.fixture
+def written(registry: Registry) -> Registry:
+    registry.register(ACME, tiny_weights(1.0), "tiny", TINY_SPECS)
+    registry.tenancy.create_key(ACME, label="x")
+    registry.tenancy.suspend(ACME)
+    registry.tenancy.resume(ACME)
+    assert registry.verify_audit(ACME) == []
+    assert len(entries(registry)) == 5
+    return registry
+
+
+@pytest.mark.parametrize("index", range(5))
+@pytest.mark.parametrize(
+    "change", [{"actor": "somebody else"}, {"detail": {"label": "y"}}, {"to_version": 9}, {"revision": 2}]
+)
+def test_an_altered_entry_is_found(written: Registry, index: int, change: dict[str, object]) -> None:
+    key, entry = entries(written)[index]
+    altered = entry.model_copy(update=change)
+    if altered == entry:
+        pytest.skip("this entry says so already")
+    written.store.put(key, altered.encode(), Overwrite())
+    assert written.verify_audit(ACME)
+
+
+@pytest.mark.parametrize("index", range(4))
+def test_a_removed_entry_is_found(written: Registry, index: int) -> None:
+    written.store.delete(entries(written)[index][0])
+    assert written.verify_audit(ACME) == [f"the entry of revision {index + 1} is missing"]
+
+
+def test_the_newest_entry_is_in_the_head_too(written: Registry) -> None:
+    written.store.delete(entries(written)[-1][0])
+    assert written.verify_audit(ACME) == [], "its log object may be written late: nothing is lost"
+
+
+def test_added_and_swapped_entries_and_an_altered_head_are_found(written: Registry) -> None:
+    (first_key, first), (second_key, second) = entries(written)[:2]
+    written.store.put(first_key, second.encode(), Overwrite())
+    written.store.put(second_key, first.encode(), Overwrite())
+    assert written.verify_audit(ACME)
+    written.store.put(first_key, first.encode(), Overwrite())
+    written.store.put(second_key, second.encode(), Overwrite())
+    assert written.verify_audit(ACME) == []
+    added = first.model_copy(update={"id": "0" * 26, "revision": 99})
+    written.store.put(layout.log_key(ACME, added.id), added.encode(), Create())
+    assert written.verify_audit(ACME) == ["there is an entry of revision 99"]
+    written.store.delete(layout.log_key(ACME, added.id))
+    key = layout.head_key(ACME)
+    head = TenantHead.decode(written.store.get(key).data, key)
+    forged = head.last_entry.model_copy(update={"actor": "nobody"})
+    written.store.put(key, head.model_copy(update={"last_entry": forged}).encode(), Overwrite())
+    assert written.verify_audit(ACME)
+    with pytest.raises(NotFound):
+        written.verify_audit(TenantId("nobody"))
+
+
+def test_a_field_that_a_later_release_adds_does_not_break_the_links(registry: Registry) -> None:
+    entry = registry.audit(ACME)[0]
+    assert AuditEntry.model_validate(entry.model_dump(exclude_defaults=True)).link == entry.link
+    assert "request_id" not in entry.model_dump_json(exclude_defaults=True)
