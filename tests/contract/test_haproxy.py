@@ -3,25 +3,36 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import http.server
 import json
 import os
 import re
 import signal
 import socket
+import ssl
 import stat
 import subprocess
 import sys
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from typing import Any
 
 import httpx
 import psutil
 import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
+from cryptography.x509.oid import NameOID
 
-from flatshare.edge.configuration import EdgeOptions, render, server_ids
+from flatshare.edge.configuration import REFUSALS_PER_S, EdgeOptions, render, server_ids
 from flatshare.edge.process import HaproxyProcess, find_haproxy, run_check
 from flatshare.errors import LocalError
 from flatshare.pool.details import Target
@@ -57,7 +68,7 @@ class Backend:
                 self.answer(outer.name.encode())
 
             def answer(self, body: bytes) -> None:
-                self.send_response(200)
+                self.send_response(int(self.headers.get("x-test-status", 200)))
                 self.send_header("content-length", str(len(body)))
                 self.end_headers()
                 self.wfile.write(body)
@@ -84,9 +95,9 @@ def free_port() -> int:
 
 
 class Edge:
-    def __init__(self, folder: Path, **changes: int) -> None:
+    def __init__(self, folder: Path, **changes: Any) -> None:
         self.process = HaproxyProcess(folder / "edge")
-        values = {"max_body_bytes": 1_000_000, "retry_body_bytes": 65_536, **changes}
+        values: dict[str, Any] = {"max_body_bytes": 1_000_000, "retry_body_bytes": 65_536, **changes}
         self.options = EdgeOptions(
             host="127.0.0.1",
             port=free_port(),
@@ -296,6 +307,96 @@ def test_header_hygiene(edge: Edge, backends: list[Backend]) -> None:
         assert name not in seen
     assert seen["x-forwarded-for"] == "127.0.0.1"
     assert re.fullmatch(r"[0-9a-f-]{36}", seen["x-request-id"])
+
+
+def test_a_key_that_is_refused_again_and_again_is_held_back_and_no_other(
+    edge: Edge, backends: list[Backend]
+) -> None:
+    edge.process.start(edge.config(backends[:1]))
+    with httpx.Client() as client:
+
+        def ask(status: int, **key: str) -> httpx.Response:
+            headers = {MODEL: "m", "x-test-status": str(status), **key}
+            return client.post(edge.url, headers=headers, timeout=10)
+
+        # Eight at a time: one after the other is no flood (HAProxy's rates are sliding, not to the request).
+        with ThreadPoolExecutor(8) as threads:
+            replies = list(threads.map(lambda _: ask(403, authorization="Bearer bad"), range(150)))
+        held = [one for one in replies if one.status_code == 429]
+        assert len(replies) - len(held) > REFUSALS_PER_S
+        assert len(held) > 5
+        for reply in held:
+            assert reply.json()["error"]["code"] == "too_many_refusals"
+            assert reply.headers["retry-after"] == "1"
+            assert reply.elapsed.total_seconds() > 0.9, "a flood in a closed loop comes to a second a turn"
+        for key in ({"authorization": "Bearer good"}, {"x-api-key": "bad"}, {}):
+            began = time.monotonic()
+            assert ask(200, **key).status_code == 200
+            assert time.monotonic() - began < 0.5
+        with ThreadPoolExecutor(8) as threads:  # answers are no refusals, however many
+            good = threads.map(lambda _: ask(200, authorization="Bearer good").status_code, range(200))
+            assert set(good) == {200}
+        began = time.monotonic()
+        while ask(200, authorization="Bearer bad").status_code == 429:
+            assert time.monotonic() - began < 10, "it must be let in again"
+
+
+def test_one_address_can_not_take_all_connections(tmp_path: Path, backends: list[Backend]) -> None:
+    edge = Edge(tmp_path, max_connections_per_address=5)
+    edge.process.start(edge.config(backends[:1]))
+    try:
+        idle = [socket.create_connection(("127.0.0.1", edge.options.port)) for _ in range(5)]
+        for connection in idle:
+            connection.sendall(b"POST / HTTP/1.1\r\n")
+        with pytest.raises(httpx.TransportError):
+            httpx.post(edge.url, headers={MODEL: "m"})
+        idle.pop().close()
+        deadline = time.monotonic() + 5
+        while True:
+            with contextlib.suppress(httpx.TransportError):
+                assert httpx.post(edge.url, headers={MODEL: "m"}).status_code == 200
+                break
+            assert time.monotonic() < deadline
+        for connection in idle:
+            connection.close()
+    finally:
+        edge.process.stop()
+
+
+def test_tls_ends_at_the_edge(tmp_path: Path, backends: list[Backend]) -> None:
+    certificate = self_signed(tmp_path)
+    edge = Edge(tmp_path, tls_cert=str(certificate))
+    edge.process.start(edge.config(backends[:1]))
+    try:
+        context = ssl.create_default_context(cafile=str(certificate))
+        with httpx.Client(verify=context) as client:
+            reply = client.post(f"https://localhost:{edge.options.port}", headers={MODEL: "m"})
+            assert (reply.status_code, reply.text) == (200, backends[0].name)
+        with pytest.raises(httpx.TransportError):
+            httpx.post(edge.url, headers={MODEL: "m"})  # no plain HTTP beside it
+    finally:
+        edge.process.stop()
+
+
+def self_signed(folder: Path) -> Path:
+    """A certificate for localhost and its key, in one PEM file."""
+    key = ec.generate_private_key(ec.SECP256R1())
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "localhost")])
+    now = datetime.now(UTC)
+    certificate = (
+        x509.CertificateBuilder().subject_name(name).issuer_name(name).public_key(key.public_key())
+        .serial_number(1).not_valid_before(now - timedelta(days=1)).not_valid_after(now + timedelta(days=1))
+        .add_extension(x509.SubjectAlternativeName([x509.DNSName("localhost")]), critical=False)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(key, hashes.SHA256())
+    )  # fmt: skip
+    path = folder / "edge.pem"
+    path.write_bytes(
+        certificate.public_bytes(Encoding.PEM)
+        + key.private_bytes(Encoding.PEM, PrivateFormat.PKCS8, NoEncryption())
+    )
+    path.chmod(0o600)
+    return path
 
 
 def test_a_reload_loses_no_request(edge: Edge, backends: list[Backend]) -> None:

@@ -141,7 +141,7 @@ def random_rows(count: int, seed: int = 0) -> NDArray[np.float32]:
     return rows
 
 
-def start(folder: Path, s3_url: str, prefix: str, *options: str) -> Platform:
+def start(folder: Path, s3_url: str, prefix: str, *options: str, **settings: str) -> Platform:
     """``flatshare up --detach`` with everything of its own."""
     port, serve_port = free_ports(2)
     store = f"s3://models/{prefix}"
@@ -152,6 +152,7 @@ def start(folder: Path, s3_url: str, prefix: str, *options: str) -> Platform:
         "FLATSHARE_STORE": store,
         "XDG_STATE_HOME": str(folder),
         "FLATSHARE_HOST_DIR": str(folder / "host"),
+        **settings,
     }
     platform = Platform(
         f"http://127.0.0.1:{port}",
