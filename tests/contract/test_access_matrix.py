@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -15,39 +14,12 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
-import torch
-from safetensors.torch import save
 
-from flatshare.api.app import create_app
-from flatshare.api.identity import Identities, OperatorKeys, Role
-from flatshare.cache.device import CpuDevice
-from flatshare.cache.fetch import TensorSource
-from flatshare.cache.ledger import Ledger
-from flatshare.cache.loading import DeviceLoader
-from flatshare.cache.model_cache import ModelCache
-from flatshare.cache.promotions import Promotions
-from flatshare.cache.view import RegistryView
 from flatshare.control.access import RULES
-from flatshare.control.app import RegistryHeads, create_control_app
-from flatshare.control.fleet import Fleet
-from flatshare.engine.admission import Admission
-from flatshare.engine.inference import Inference
-from flatshare.engine.quotas import QuotaKeeper
-from flatshare.engine.service import InferenceService
-from flatshare.models.architecture import architecture
-from flatshare.pool.details import ReplicaState
-from flatshare.pool.receipt import EraseReceipt, HostReceipt
-from flatshare_registry import Registry, Scope, TenantId
-from flatshare_registry.ids import AliasName
-from flatshare_registry.keys import new_key
-from flatshare_registry.stores.memory import MemoryStore
-from flatshare_registry.testing.faults import ManualClock
-from flatshare_registry.testing.files import TINY_SPECS, tiny_weights
 
-NETWORK = architecture("mnist-cnn")
-MODEL = "serve_multiplexed_model_id"
+from .planes import MODEL, Control, Data, data_plane
+
 IMAGE = np.zeros((28, 28), dtype=np.uint8).tobytes()
-ACME, GLOBEX = TenantId("acme"), TenantId("globex")
 
 WHO = (
     "no key", "bad key", "junk", "expired", "revoked", "other tenant's", "predict", "manage", "both",
@@ -155,42 +127,6 @@ CONTROL: dict[tuple[str, str], Row] = {
 }
 
 
-class Keys:
-    """One key of each kind, for acme."""
-
-    def __init__(self, registry: Registry, clock: ManualClock) -> None:
-        tenancy = registry.tenancy
-        short = tenancy.create_key(ACME, [Scope.PREDICT, Scope.MANAGE], lifetime_s=60)
-        clock.advance(61)
-        revoked = tenancy.create_key(ACME, [Scope.PREDICT, Scope.MANAGE])
-        tenancy.revoke_key(ACME, revoked.id)
-        good = tenancy.create_key(ACME, [Scope.PREDICT])
-        other = new_key("acme").text.rpartition("_")[0]
-        self.victim = tenancy.create_key(ACME, label="spare").id
-        admin, viewer = new_key("ADMIN"), new_key("VIEWER")
-        self.operators = OperatorKeys.of({Role.ADMIN: admin.text, Role.VIEWER: viewer.text})
-        self.texts = {
-            "no key": None,
-            "bad key": f"fs_{good.id}_{'x' * 43}",
-            "junk": f"{other}_{'y' * 43}"[:-1] + "z",
-            "expired": short.text,
-            "revoked": revoked.text,
-            "other tenant's": tenancy.create_key(GLOBEX, [Scope.PREDICT, Scope.MANAGE]).text,
-            "predict": good.text,
-            "manage": tenancy.create_key(ACME, [Scope.MANAGE]).text,
-            "both": tenancy.create_key(ACME, [Scope.PREDICT, Scope.MANAGE]).text,
-            "admin": admin.text,
-            "viewer": viewer.text,
-            "bad admin": f"fs_{admin.id}_{'x' * 43}",
-        }
-
-    def headers(self, who: str, style: str = "bearer") -> dict[str, str]:
-        text = self.texts[who]
-        if text is None:
-            return {}
-        return {"authorization": f"Bearer {text}"} if style == "bearer" else {"x-api-key": text}
-
-
 @pytest.fixture(autouse=True)
 def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
     """Refusals are slow on purpose; test_identity.py measures that."""
@@ -201,47 +137,25 @@ def _fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture(scope="module")
-def data() -> Iterator[tuple[Any, Keys]]:
-    clock = ManualClock()
-    store = MemoryStore(clock=clock)
-    registry = Registry(store, clock=clock)
-    for seed, tenant in enumerate((ACME, GLOBEX)):
-        registry.create_tenant(tenant)
-        torch.manual_seed(seed)
-        registry.register(tenant, save(dict(NETWORK.build().state_dict())), NETWORK.name, NETWORK.tensors)
-    keys = Keys(registry, clock)
-    with ThreadPoolExecutor(2) as threads:
-        view = RegistryView(registry, threads, ttl_s=60)
-        loader = DeviceLoader(TensorSource(store), CpuDevice(), threads, threads)
-        cache = ModelCache(ledger=Ledger(4, None), loader=loader)
-        inference = Inference(torch.device("cpu"))
-        service = InferenceService(
-            view=view, cache=cache, promotions=Promotions(cache, view.record, timeout_s=5),
-            inference=inference, admission=Admission(8, 8), cold=Admission(8, 0), quotas=QuotaKeeper(),
-            timeout_s=10,
-        )  # fmt: skip
-        app = create_app(
-            service, Identities(view, keys.operators, clock=clock), replica="r1",
-            max_body_bytes=10**6, max_rows=8,
-        )  # fmt: skip
-        yield app, keys
-        inference.close()
+def data() -> Iterator[Data]:
+    with data_plane() as made:
+        yield made
 
 
 def routes(app: Any) -> set[tuple[str, str]]:
     return {(method, route.path) for route in app.routes for method in route.methods if method != "HEAD"}
 
 
-def test_every_route_of_the_data_plane_has_a_row(data: tuple[Any, Keys]) -> None:
-    app, _ = data
+def test_every_route_of_the_data_plane_has_a_row(data: Data) -> None:
+    app = data.app
     assert routes(app._app) == DATA.keys() | DATA_OPEN
     assert {("POST", path) for path in app._handlers} <= DATA.keys(), "the hot routes too"
 
 
 @pytest.mark.parametrize("who", WHO)
 @pytest.mark.parametrize("route", sorted(DATA), ids=" ".join)
-async def test_data_plane(data: tuple[Any, Keys], route: tuple[str, str], who: str) -> None:
-    app, keys = data
+async def test_data_plane(data: Data, route: tuple[str, str], who: str) -> None:
+    app, keys = data.app, data.keys
     method, path = route
     row = DATA[route]
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
@@ -259,8 +173,8 @@ async def test_data_plane(data: tuple[Any, Keys], route: tuple[str, str], who: s
 
 
 @pytest.mark.parametrize("route", sorted(DATA_OPEN), ids=" ".join)
-async def test_open_routes_of_the_data_plane(data: tuple[Any, Keys], route: tuple[str, str]) -> None:
-    transport = httpx.ASGITransport(app=data[0])
+async def test_open_routes_of_the_data_plane(data: Data, route: tuple[str, str]) -> None:
+    transport = httpx.ASGITransport(app=data.app)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         assert (await client.request(*route)).status_code == 200
 
@@ -268,53 +182,13 @@ async def test_open_routes_of_the_data_plane(data: tuple[Any, Keys], route: tupl
 # -- control plane
 
 
-class Replicas:
-    """Stands where the pool's handle stands."""
-
-    def broadcast(self, method: str, *arguments: object) -> Any:
-        replies: dict[str, list[Any]] = {
-            "erase": [EraseReceipt("r1", "n1", 1, 10, clean=True, at=1.0)],
-            "erase_host": [HostReceipt("r1", "n1", "n", ("a",), (), 10, 1.0)],
-            "snapshot": [],
-            "unload": [True],
-            "unpin": [True],
-        }
-
-        class Answers:
-            async def results_async(self, *, return_exceptions: bool) -> list[Any]:
-                return replies.get(method, ["r1"])
-
-        return Answers()
-
-
-class Control:
-    def __init__(self, folder: Path) -> None:
-        clock = ManualClock()
-        self.registry = Registry(MemoryStore(clock=clock), clock=clock)
-        for tenant in (ACME, GLOBEX):
-            self.registry.create_tenant(tenant)
-        for value in (1.0, 2.0, 3.0):
-            self.registry.register(ACME, tiny_weights(value), "tiny", TINY_SPECS)
-        for version in (1, 2):
-            self.registry.set_alias(ACME, AliasName("canary"), version)
-        self.keys = Keys(self.registry, clock)
-        fleet = Fleet(Replicas(), lambda: [ReplicaState("r1", "RUNNING", "127.0.0.1")])
-        self.app = create_control_app(
-            self.registry, fleet, Identities(RegistryHeads(self.registry), self.keys.operators, clock=clock),
-            erasure_key_file=folder / "erasure.key",
-        )  # fmt: skip
-
-    async def ask(self, route: tuple[str, str], who: str, style: str = "bearer") -> httpx.Response:
-        method, path = route
-        url = path.format(tenant="acme", version=3, alias="canary", key_id=self.keys.victim)
-        transport = httpx.ASGITransport(app=self.app, raise_app_exceptions=False)
-        async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
-            request = CONTROL[route].request if route in CONTROL else {}
-            return await client.request(method, url, headers=self.keys.headers(who, style), **request)
-
-    def state(self) -> dict[str, bytes]:
-        store = self.registry.store
-        return {meta.key: store.get(meta.key).data for meta in store.list("")}
+async def ask(control: Control, route: tuple[str, str], who: str, style: str = "bearer") -> httpx.Response:
+    method, path = route
+    url = path.format(tenant="acme", version=3, alias="canary", key_id=control.keys.victim)
+    transport = httpx.ASGITransport(app=control.app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        request = CONTROL[route].request if route in CONTROL else {}
+        return await client.request(method, url, headers=control.keys.headers(who, style), **request)
 
 
 @pytest.fixture
@@ -331,18 +205,18 @@ def test_every_route_of_the_control_plane_has_a_row(tmp_path: Path) -> None:
 async def test_control_plane(control: Control, route: tuple[str, str], who: str) -> None:
     before = control.state()
     expected = CONTROL[route].expected(who)
-    reply = await control.ask(route, who)
+    reply = await ask(control, route, who)
     assert reply.status_code == expected, reply.text
     if expected >= 400:
         assert control.state() == before, "who may not, changes nothing"
-        assert (await control.ask(route, who, "x-api-key")).status_code == expected
+        assert (await ask(control, route, who, "x-api-key")).status_code == expected
     for text in control.keys.texts.values():
         assert text is None or text.split("_", 2)[2] not in reply.text, "no reply has a secret that exists"
 
 
 @pytest.mark.parametrize("route", sorted(CONTROL_OPEN), ids=" ".join)
 async def test_open_routes_of_the_control_plane(control: Control, route: tuple[str, str]) -> None:
-    assert (await control.ask(route, "no key")).status_code == 200
+    assert (await ask(control, route, "no key")).status_code == 200
 
 
 async def test_what_is_not_ones_own_looks_like_what_is_not_there(control: Control) -> None:

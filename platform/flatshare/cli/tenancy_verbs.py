@@ -9,7 +9,15 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from flatshare.cli.context import StoreOption, UrlOption, call, open_registry, platform_url, tell_replicas
+from flatshare.cli.context import (
+    StoreOption,
+    UrlOption,
+    call,
+    need_serve_extra,
+    open_registry,
+    platform_url,
+    tell_replicas,
+)
 from flatshare.cli.output import AsJson, err, out, print_json, print_table, progress_bar, size, when
 from flatshare_registry.errors import Corrupt, InvalidInput
 from flatshare_registry.ids import TenantId
@@ -257,6 +265,7 @@ def verify_erasure(
     as_json: AsJson = False,
 ) -> None:
     """Check the records of an erased tenant, and that nothing of it is in the store (else exit code 6)."""
+    need_serve_extra()
     from flatshare.control.erasure import read_records, verify_record
     from flatshare_registry import layout
 

@@ -120,6 +120,15 @@ async def test_a_lying_npy_header_costs_no_memory(client: httpx.AsyncClient) -> 
     assert (await post(client, NPY, huge)).status_code == 400
 
 
+@pytest.mark.parametrize("number", range(0, 100, 3))
+async def test_a_damaged_npy_header_is_the_callers_fault(client: httpx.AsyncClient, number: int) -> None:
+    whole = bytearray(npy(np.zeros((1, 28, 28), dtype=np.uint8)))
+    for junk in (b"\xdb", b"(", b'"'):  # found by fuzzing: numpy's tokeniser raises an error of its own
+        damaged = whole.copy()
+        damaged[10 + number : 11 + number] = junk
+        assert (await post(client, NPY, bytes(damaged))).status_code in (200, 400)
+
+
 async def stream(client: httpx.AsyncClient, *lines: bytes, model: str = "acme") -> httpx.Response:
     return await client.post(
         "/predict/stream", content=b"\n".join(lines),

@@ -1,0 +1,107 @@
+"""What identity and quotas cost on the hot path: the same platform with authentication off and on, in turns.
+
+With it on, the tenant shows a key of its own and has a limit of every kind, none of them reached. One hot
+tenant, one image a request; the figure is the median of the turns' ratios, since a machine's speed drifts.
+"""
+
+from __future__ import annotations
+
+import argparse
+import itertools
+import json
+import os
+import statistics
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from contenders import CONTENDERS, Capacity
+from safetensors.torch import save
+
+from flatshare.bench.load import Load, run_load
+from flatshare.bench.report import summarise
+from flatshare.bench.workload import Shot, encode_json
+from flatshare.cli.context import credentials
+from flatshare.cli.output import err, out, print_table
+from flatshare.models.architecture import architecture
+from flatshare.models.probe import probe_logits
+from flatshare.training.mnist import load_digits
+from flatshare_registry import Quotas, Registry, TenantId
+from flatshare_registry.settings import RegistrySettings
+
+NETWORK = architecture("mnist-cnn")
+ACME = TenantId("acme")
+LIMITS = Quotas(
+    requests_per_s=1e6, burst=10**6, concurrent_requests=10**4, rows_per_request=64, body_bytes=10**6,
+    cold_loads_per_min=1000, resident_bytes=10**9, resident_floor_bytes=10**6,
+)  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", metavar="FILE", help="write the results as a document")
+    parser.add_argument("--turns", type=int, default=5, help="turns of each (the median counts)")
+    parser.add_argument("--seconds", type=float, default=6, help="of each measurement")
+    parser.add_argument("--concurrency", type=int, default=16)
+    parser.add_argument(
+        "--most", type=float, default=0.05, help="exit with 1 when it costs more than this share"
+    )
+    arguments = parser.parse_args()
+    rps: dict[str, list[float]] = {"off": [], "on": []}
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["FLATSHARE_STORE"] = f"file://{folder}/store"
+        os.environ["XDG_STATE_HOME"] = f"{folder}/state"
+        registry = Registry(RegistrySettings().open_store(), actor="bench-tenancy")
+        registry.create_tenant(ACME)
+        torch.manual_seed(1)
+        module = NETWORK.build()
+        registry.register(
+            ACME, save(dict(module.state_dict())), NETWORK.name, NETWORK.tensors,
+            probe=lambda weights: probe_logits(NETWORK, weights),
+        )  # fmt: skip
+        registry.tenancy.set_quotas(ACME, LIMITS)
+        key = registry.tenancy.create_key(ACME).text
+        shots = digits(module)
+        for turn in range(arguments.turns):
+            # off, on, on, off, off, on ...: neither is always the second.
+            for mode in ("off", "on") if turn % 2 == 0 else ("on", "off"):
+                os.environ["FLATSHARE_AUTH"] = mode
+                with CONTENDERS["flatshare"].start(Capacity(2, 10)) as url:
+                    headers = {"x-api-key": key} if mode == "on" else credentials(url)
+                    load: dict[str, Any] = {"concurrency": arguments.concurrency, "headers": headers}
+                    run_load(url, itertools.cycle(shots), Load(duration_s=3, **load))  # warm up
+                    report = summarise(
+                        run_load(url, itertools.cycle(shots), Load(duration_s=arguments.seconds, **load))
+                    )
+                assert not report["errors"], report["errors_by_code"]
+                assert not report["wrong_answers"]
+                rps[mode].append(report["requests_per_s"])
+                err.print(f"turn {turn + 1}/{arguments.turns}, auth {mode}: {rps[mode][-1]:.0f} requests/s")
+    ratios = [on / off for on, off in zip(rps["on"], rps["off"], strict=True)]
+    cost = 1 - statistics.median(ratios)
+    print_table(
+        "", ["auth", "requests/s (median)#", "turns"],
+        [(mode, f"{statistics.median(found):.0f}", " ".join(f"{one:.0f}" for one in found)) for mode, found in rps.items()],
+    )  # fmt: skip
+    out.print(
+        f"identity and quotas cost {cost:.1%} of requests per second (at most {arguments.most:.0%} wanted)"
+    )
+    if arguments.json:
+        document = {"requests_per_s": rps, "ratios": ratios, "cost": cost, "cores": os.cpu_count()}
+        Path(arguments.json).write_text(json.dumps(document, indent=2))
+    return 1 if cost > arguments.most else 0
+
+
+def digits(module: torch.nn.Module) -> list[Shot]:
+    rows = NETWORK.preprocess(load_digits().test_images[:64])
+    with torch.inference_mode():
+        labels = module(torch.from_numpy(rows)).argmax(dim=1).tolist()
+    return [
+        Shot("acme", encode_json(rows[index : index + 1]), (label,)) for index, label in enumerate(labels)
+    ]
+
+
+if __name__ == "__main__":
+    sys.exit(main())

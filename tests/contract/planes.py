@@ -1,0 +1,157 @@
+"""Both planes in one process, over ASGI, with authentication on; the replicas behind the control plane are played."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save
+
+from flatshare.api.app import create_app
+from flatshare.api.hot import HotRoutes
+from flatshare.api.identity import Identities, OperatorKeys, Role
+from flatshare.cache.device import CpuDevice
+from flatshare.cache.fetch import TensorSource
+from flatshare.cache.ledger import Ledger
+from flatshare.cache.loading import DeviceLoader
+from flatshare.cache.model_cache import ModelCache
+from flatshare.cache.promotions import Promotions
+from flatshare.cache.view import RegistryView
+from flatshare.control.app import RegistryHeads, create_control_app
+from flatshare.control.fleet import Fleet
+from flatshare.engine.admission import Admission
+from flatshare.engine.inference import Inference
+from flatshare.engine.quotas import QuotaKeeper
+from flatshare.engine.service import InferenceService
+from flatshare.models.architecture import architecture
+from flatshare.pool.details import ReplicaState
+from flatshare.pool.receipt import EraseReceipt, HostReceipt
+from flatshare_registry import Registry, Scope, TenantId
+from flatshare_registry.ids import AliasName
+from flatshare_registry.keys import new_key
+from flatshare_registry.stores.memory import MemoryStore
+from flatshare_registry.testing.faults import ManualClock
+from flatshare_registry.testing.files import TINY_SPECS, tiny_weights
+
+NETWORK = architecture("mnist-cnn")
+MODEL = "serve_multiplexed_model_id"
+ACME, GLOBEX = TenantId("acme"), TenantId("globex")
+
+
+class Keys:
+    """One key of each kind, for acme."""
+
+    def __init__(self, registry: Registry, clock: ManualClock) -> None:
+        tenancy = registry.tenancy
+        short = tenancy.create_key(ACME, [Scope.PREDICT, Scope.MANAGE], lifetime_s=60)
+        clock.advance(61)
+        revoked = tenancy.create_key(ACME, [Scope.PREDICT, Scope.MANAGE])
+        tenancy.revoke_key(ACME, revoked.id)
+        good = tenancy.create_key(ACME, [Scope.PREDICT])
+        other = new_key("acme").text.rpartition("_")[0]
+        self.victim = tenancy.create_key(ACME, label="spare").id
+        admin, viewer = new_key("ADMIN"), new_key("VIEWER")
+        self.operators = OperatorKeys.of({Role.ADMIN: admin.text, Role.VIEWER: viewer.text})
+        self.texts = {
+            "no key": None,
+            "bad key": f"fs_{good.id}_{'x' * 43}",
+            "junk": f"{other}_{'y' * 43}"[:-1] + "z",
+            "expired": short.text,
+            "revoked": revoked.text,
+            "other tenant's": tenancy.create_key(GLOBEX, [Scope.PREDICT, Scope.MANAGE]).text,
+            "predict": good.text,
+            "manage": tenancy.create_key(ACME, [Scope.MANAGE]).text,
+            "both": tenancy.create_key(ACME, [Scope.PREDICT, Scope.MANAGE]).text,
+            "admin": admin.text,
+            "viewer": viewer.text,
+            "bad admin": f"fs_{admin.id}_{'x' * 43}",
+        }
+
+    def headers(self, who: str, style: str = "bearer") -> dict[str, str]:
+        text = self.texts[who]
+        if text is None:
+            return {}
+        return {"authorization": f"Bearer {text}"} if style == "bearer" else {"x-api-key": text}
+
+
+@dataclass
+class Data:
+    """A data plane with two tenants."""
+
+    app: HotRoutes
+    keys: Keys
+    service: InferenceService
+
+
+@contextlib.contextmanager
+def data_plane() -> Iterator[Data]:
+    clock = ManualClock()
+    store = MemoryStore(clock=clock)
+    registry = Registry(store, clock=clock)
+    for seed, tenant in enumerate((ACME, GLOBEX)):
+        registry.create_tenant(tenant)
+        torch.manual_seed(seed)
+        registry.register(tenant, save(dict(NETWORK.build().state_dict())), NETWORK.name, NETWORK.tensors)
+    keys = Keys(registry, clock)
+    with ThreadPoolExecutor(2) as threads:
+        view = RegistryView(registry, threads, ttl_s=60)
+        loader = DeviceLoader(TensorSource(store), CpuDevice(), threads, threads)
+        cache = ModelCache(ledger=Ledger(4, None), loader=loader)
+        inference = Inference(torch.device("cpu"))
+        service = InferenceService(
+            view=view, cache=cache, promotions=Promotions(cache, view.record, timeout_s=5),
+            inference=inference, admission=Admission(8, 8), cold=Admission(8, 0), quotas=QuotaKeeper(),
+            timeout_s=10,
+        )  # fmt: skip
+        app = create_app(
+            service, Identities(view, keys.operators, clock=clock), replica="r1",
+            max_body_bytes=10**6, max_rows=8,
+        )  # fmt: skip
+        yield Data(app, keys, service)
+        inference.close()
+
+
+class Replicas:
+    """Stands where the pool's handle stands."""
+
+    def broadcast(self, method: str, *arguments: object) -> Any:
+        replies: dict[str, list[Any]] = {
+            "erase": [EraseReceipt("r1", "n1", 1, 10, clean=True, at=1.0)],
+            "erase_host": [HostReceipt("r1", "n1", "n", ("a",), (), 10, 1.0)],
+            "snapshot": [],
+            "unload": [True],
+            "unpin": [True],
+        }
+
+        class Answers:
+            async def results_async(self, *, return_exceptions: bool) -> list[Any]:
+                return replies.get(method, ["r1"])
+
+        return Answers()
+
+
+class Control:
+    def __init__(self, folder: Path) -> None:
+        clock = ManualClock()
+        self.registry = Registry(MemoryStore(clock=clock), clock=clock)
+        for tenant in (ACME, GLOBEX):
+            self.registry.create_tenant(tenant)
+        for value in (1.0, 2.0, 3.0):
+            self.registry.register(ACME, tiny_weights(value), "tiny", TINY_SPECS)
+        for version in (1, 2):
+            self.registry.set_alias(ACME, AliasName("canary"), version)
+        self.keys = Keys(self.registry, clock)
+        fleet = Fleet(Replicas(), lambda: [ReplicaState("r1", "RUNNING", "127.0.0.1")])
+        self.app = create_control_app(
+            self.registry, fleet, Identities(RegistryHeads(self.registry), self.keys.operators, clock=clock),
+            erasure_key_file=folder / "erasure.key",
+        )  # fmt: skip
+
+    def state(self) -> dict[str, bytes]:
+        store = self.registry.store
+        return {meta.key: store.get(meta.key).data for meta in store.list("")}
