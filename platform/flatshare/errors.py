@@ -2,6 +2,7 @@
 
     ServeError                  anything below
     ├── BadInput                the request can never work: body, shape, header; do not retry as it is
+    │   ├── TooSlow             the body does not arrive
     │   └── TooLarge            the body or the batch is over its stated limit
     │       ├── BodyOverQuota   ... over this tenant's own limit
     │       └── RowsOverQuota
@@ -54,6 +55,7 @@ __all__ = [
     "TooManyAtOnce",
     "TooManyColdLoads",
     "TooManyRequests",
+    "TooSlow",
     "Unauthenticated",
 ]
 
@@ -75,6 +77,10 @@ class ServeError(Exception):
 
 class BadInput(ServeError):
     """The request itself is wrong."""
+
+
+class TooSlow(BadInput):
+    """The body did not arrive in time."""
 
 
 class TooLarge(BadInput):

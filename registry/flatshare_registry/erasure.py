@@ -8,18 +8,20 @@ kept of them. What stays is the tombstone, the audit log, and a record of the er
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Final
+from typing import Any, Final
 
 from flatshare_registry import layout
-from flatshare_registry.errors import AlreadyExists, Corrupt, NotFound
+from flatshare_registry.errors import AlreadyExists, Corrupt, InvalidWeights, NotFound
 from flatshare_registry.heads import HeadStore
 from flatshare_registry.ids import TenantId
 from flatshare_registry.records import Action, TenantHead, TenantState, VersionRecord, with_past
-from flatshare_registry.stores.base import BlobStore, Create
+from flatshare_registry.stores.base import BlobStore, Create, Overwrite
 from flatshare_registry.tenancy import EMPTY
+from flatshare_registry.weights import describe
 
 __all__ = ["Eraser", "Leaving", "StoreErasure"]
 
@@ -39,7 +41,7 @@ class Leaving:
     link
         Of the audit entry of the tombstone.
     versions
-        Version records that are still there: number and blob.
+        Version records that are, or were, there: number and blob.
     tensors
         Digests of all their tensors: files of these names are on the nodes.
     blobs
@@ -102,16 +104,25 @@ class Eraser:
             )
 
         head = self._heads.change(tenant, Action.TENANT_ERASED, bury, also_deleted=True)
-        versions: list[tuple[int, str]] = []
-        tensors: set[str] = set()
+        # What an erasure that was cut short has found counts too: its objects may be gone by now.
+        known = self._plan(tenant)
+        versions = {(number, digest) for number, digest in known["versions"]}
+        tensors = set(known["tensors"])
         for meta in self._store.list(layout.versions_prefix(tenant)):
             # Also records that no head names, of registrations that were cut short. One that can't be read
             # names nothing that could be found; it goes all the same.
             with contextlib.suppress(Corrupt, NotFound):
                 record = VersionRecord.decode(self._store.get(meta.key).data, meta.key)
-                versions.append((record.version, record.digest))
+                versions.add((record.version, record.digest))
                 tensors.update(one.sha256 for one in record.tensors)
         blobs = {*head.past_digests, *(digest for _, digest in versions)}
+        for digest in blobs - {digest for _, digest in versions}:
+            # Of a version that was deleted: its tensors may still lie on a node.
+            with contextlib.suppress(NotFound, InvalidWeights):
+                blob = self._store.get(layout.blob_key(digest)).data
+                tensors.update(one.sha256 for one in describe(blob).tensors)
+        plan = {"versions": sorted(versions), "tensors": sorted(tensors)}
+        self._store.put(layout.erasure_plan_key(tenant), json.dumps(plan).encode(), Overwrite())
         return Leaving(
             tenant,
             head.last_entry.link,
@@ -120,10 +131,24 @@ class Eraser:
             tuple(sorted(blobs)),
         )
 
+    def finish(self, leaving: Leaving) -> None:
+        """Forget the plan: all of it is done, and its record stands."""
+        self._store.purge_all(layout.used_prefix(leaving.tenant))  # a note that was on its way
+        self._store.purge(layout.erasure_plan_key(leaving.tenant))
+
+    def _plan(self, tenant: TenantId) -> dict[str, list[Any]]:
+        try:
+            found = json.loads(self._store.get(layout.erasure_plan_key(tenant)).data)
+            return {"versions": list(found["versions"]), "tensors": list(found["tensors"])}
+        except NotFound:
+            return {"versions": [], "tensors": []}
+        except (ValueError, KeyError, TypeError) as error:
+            raise Corrupt(f"the plan of the erasure of {tenant} can't be read") from error
+
     def remove(
         self, leaving: Leaving, progress: Callable[[int, int], None] = lambda done, total: None
     ) -> StoreErasure:
-        """Remove what the tenant alone has; version records go last, because they tell a rerun what to do.
+        """Remove what the tenant alone has.
 
         Parameters
         ----------

@@ -248,6 +248,7 @@ class HeadStore:
         head, _ = self._read_any(tenant)
         problems: list[str] = []
         entries: dict[int, AuditEntry] = {head.last_entry.revision: head.last_entry}
+        unchained = True
         for meta in self._store.list(layout.log_prefix(tenant)):
             try:
                 entry = AuditEntry.decode(self._store.get(meta.key).data, meta.key)
@@ -262,15 +263,20 @@ class HeadStore:
                 problems.append(f"entry {entry.id} of revision {entry.revision} is not what {what}")
         if head.revision != head.last_entry.revision:
             problems.append(f"the head is at revision {head.revision}, its last entry at another")
+        latest = self._read_any(tenant)[0].revision  # somebody may have changed the tenant while we read
         for revision in range(1, head.revision + 1):
             entry_now, before = entries.get(revision), entries.get(revision - 1)
+            # Entries of before there was a chain begin it.
+            unchained = unchained and entry_now is not None and entry_now.previous is None
+            if unchained:
+                continue
             if entry_now is None:
                 problems.append(f"the entry of revision {revision} is missing")
             elif revision == 1 and entry_now.previous is not None:
                 problems.append("the first entry names one before it")
             elif before is not None and entry_now.previous != before.link:
                 problems.append(f"the entry of revision {revision - 1} was altered, or that of {revision}")
-        problems += [f"there is an entry of revision {one}" for one in entries if one > head.revision]
+        problems += [f"there is an entry of revision {one}" for one in entries if one > latest]
         return problems
 
     def newest_first(self, tenant: TenantId, head: TenantHead) -> Iterator[AuditEntry]:

@@ -7,6 +7,7 @@
     tenants/<tenant>/log/<ulid>.json            AuditEntry, immutable, created if absent
     tenants/<tenant>/used/<key id>.json         when a key was used last, to the hour
     erasures/<tenant>/<ulid>.json               what was erased of a tenant, signed
+    erasures/<tenant>/plan.json                 what is to be erased, while that is under way
     blobs/sha256/<ab>/<digest>.safetensors      weights, named by content, shared by equal versions
 """
 
@@ -65,6 +66,11 @@ def used_key(tenant: TenantId, key_id: str) -> str:
 def erasures_prefix(tenant: TenantId) -> str:
     """Prefix of a tenant's erasure records."""
     return f"erasures/{tenant}/"
+
+
+def erasure_plan_key(tenant: TenantId) -> str:
+    """Key of what is still to be erased of a tenant, while an erasure is under way."""
+    return f"{erasures_prefix(tenant)}plan.json"
 
 
 def erasure_key(tenant: TenantId, record_id: str) -> str:

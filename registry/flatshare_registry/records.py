@@ -148,7 +148,7 @@ class Action(StrEnum):
     ALIAS_ROLLED_BACK = "alias.rolled-back"
     ALIAS_REMOVED = "alias.removed"
     KEY_CREATED = "key.created"
-    KEY_CHANGED = "key.changed"
+    KEY_ROTATED = "key.rotated"
     KEY_REVOKED = "key.revoked"
     QUOTAS_SET = "quotas.set"
     TENANT_SUSPENDED = "tenant.suspended"

@@ -6,6 +6,7 @@ last step readers see nothing of it, and a retry takes up what is there.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
@@ -77,10 +78,15 @@ class Registrar:
 
         known = self._find_equal(tenant, self._heads.read(tenant), described, architecture)
         if known is not None:
+            self._mend_blob(described.digest, weights)
             return Registered(known, created=False)
         logits = probe(weights) if probe is not None else None
-        self._put_blob(described.digest, weights)
-        record = self._create_record(tenant, described, architecture, notes, logits)
+        new_blob = self._put_blob(described.digest, weights)
+        try:
+            record = self._create_record(tenant, described, architecture, notes, logits)
+        except NotFound:
+            self._take_back(described.digest if new_blob else None)
+            raise
         winner = record
 
         def commit(head: TenantHead) -> TenantHead:
@@ -112,6 +118,11 @@ class Registrar:
             )
         except _NothingToDo:
             self._store.delete(layout.version_key(tenant, record.version))
+        except NotFound:  # the tenant was deleted or erased meanwhile: leave nothing of it
+            self._store.purge(layout.version_key(tenant, record.version))
+            self._take_back(described.digest if new_blob else None)
+            raise
+        self._mend_blob(described.digest, weights)
         return Registered(winner, created=winner.version == record.version)
 
     def _find_equal(
@@ -125,10 +136,26 @@ class Registrar:
                     return record
         return None
 
-    def _put_blob(self, digest: str, weights: bytes | memoryview) -> None:
+    def _mend_blob(self, digest: str, weights: bytes | memoryview) -> None:
+        """Put the blob there again if an erasure of another tenant took it while this one came to name it."""
+        key = layout.blob_key(digest)
+        try:
+            self._store.head(key)
+        except NotFound:
+            with contextlib.suppress(AlreadyExists):
+                self._store.put(key, weights, Create())
+
+    def _take_back(self, digest: str | None) -> None:
+        """Remove a blob that this registration put there. Who else came to name it meanwhile mends it."""
+        if digest is not None:
+            self._store.purge(layout.blob_key(digest))
+
+    def _put_blob(self, digest: str, weights: bytes | memoryview) -> bool:
+        """Put the blob there; whether it was not."""
         key = layout.blob_key(digest)
         try:
             self._store.put(key, weights, Create())
+            return True
         except AlreadyExists:
             try:
                 stale = self._clock() - self._store.head(key).modified_s > BLOB_REFRESH_S
@@ -136,6 +163,7 @@ class Registrar:
                 stale = True
             if stale:
                 self._store.put(key, weights, Overwrite())
+            return False
 
     def _create_record(
         self,

@@ -75,29 +75,40 @@ class Tenancy:
         return made
 
     def rotate_key(self, tenant: TenantId, key_id: str, *, grace_s: float) -> NewKey:
-        """Make a key like another one, which goes on being good for ``grace_s`` seconds.
+        """Make a key like another one, which goes on being good for ``grace_s`` seconds; one change.
+
+        The new one lives as long as the old one was made to.
 
         Raises
         ------
         NotFound
             No such key.
         InvalidInput
-            ``MAX_KEYS`` keys already.
+            It has expired, or there are ``MAX_KEYS`` keys already.
         """
         if not 0 <= grace_s <= MAX_LIFETIME_S:
             raise InvalidInput("the grace is at least 0 s and at most 10 years")
-        old = self._key(self._heads.read(tenant), key_id)
         made = new_key(tenant)
-        self._add(tenant, made, old.scopes, old.label, None)
 
-        def shorten(head: TenantHead) -> TenantHead:
-            key = self._key(head, key_id)
-            end = self._heads.now() + timedelta(seconds=grace_s)
-            if key.expires_at is not None and key.expires_at < end:
-                return head
-            return _with_key(head, key.model_copy(update={"expires_at": end}))
+        def rotate(head: TenantHead) -> TenantHead:
+            old = self._key(head, key_id)
+            now = self._heads.now()
+            if old.expires_at is not None and old.expires_at <= now:
+                raise InvalidInput(f"key {key_id} has expired; make a new one")
+            end = now + timedelta(seconds=grace_s)
+            if old.expires_at is None or old.expires_at > end:
+                head = _with_key(head, old.model_copy(update={"expires_at": end}))
+            lifetime = None if old.expires_at is None else old.expires_at - old.created_at
+            return self._added(
+                head,
+                ApiKey(
+                    id=made.id, sha256=made.sha256, scopes=old.scopes, label=old.label, created_at=now,
+                    created_by=self._heads.actor, expires_at=None if lifetime is None else now + lifetime,
+                ),
+            )  # fmt: skip
 
-        self._heads.change(tenant, Action.KEY_CHANGED, shorten, tell=lambda old, new: {"key": key_id})
+        told = {"key": key_id, "by": made.id}
+        self._heads.change(tenant, Action.KEY_ROTATED, rotate, tell=lambda old, new: told)
         return made
 
     def revoke_key(self, tenant: TenantId, key_id: str) -> None:
@@ -162,14 +173,6 @@ class Tenancy:
     ) -> None:
         def add(head: TenantHead) -> TenantHead:
             now = self._heads.now()
-            # What expired is of no use to anybody any more, and makes room.
-            kept = {
-                key_id: key
-                for key_id, key in head.keys.items()
-                if key.expires_at is None or key.expires_at > now
-            }
-            if len(kept) >= MAX_KEYS:
-                raise InvalidInput(f"tenant {tenant} has {MAX_KEYS} keys, the limit; revoke some first")
             key = ApiKey(
                 id=made.id,
                 sha256=made.sha256,
@@ -179,10 +182,20 @@ class Tenancy:
                 created_by=self._heads.actor,
                 expires_at=None if lifetime_s is None else now + timedelta(seconds=lifetime_s),
             )
-            return _with_key(head.model_copy(update={"keys": kept}), key)
+            return self._added(head, key)
 
         told = {"key": made.id, "scopes": " ".join(scopes), "label": label}
         self._heads.change(tenant, Action.KEY_CREATED, add, tell=lambda old, new: told)
+
+    def _added(self, head: TenantHead, key: ApiKey) -> TenantHead:
+        """A head with one more key; what expired is of no use to anybody any more, and makes room."""
+        now = self._heads.now()
+        kept = {
+            key_id: one for key_id, one in head.keys.items() if one.expires_at is None or one.expires_at > now
+        }
+        if len(kept) >= MAX_KEYS:
+            raise InvalidInput(f"tenant {head.tenant} has {MAX_KEYS} keys, the limit; revoke some first")
+        return _with_key(head.model_copy(update={"keys": kept}), key)
 
     @staticmethod
     def _key(head: TenantHead, key_id: str) -> ApiKey:

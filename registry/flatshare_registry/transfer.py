@@ -16,7 +16,7 @@ from flatshare_registry.ids import TenantId
 from flatshare_registry.records import AuditEntry, TenantHead, VersionRecord
 from flatshare_registry.stores.base import BlobStore, Create
 
-__all__ = ["Transferred", "export_tenant", "import_tenant"]
+__all__ = ["Transferred", "export_tenant", "import_tenant", "read_head"]
 
 Transferred = dict[str, int]
 """Counts: versions, entries of the log, blobs, and bytes of blobs."""
@@ -52,7 +52,9 @@ def export_tenant(
         (folder / name).mkdir(parents=True, exist_ok=True)
     (folder / "log" / f"{head.last_entry.id}.json").write_bytes(head.last_entry.encode())
     for meta in store.list(layout.log_prefix(tenant)):
-        (folder / "log" / meta.key.rpartition("/")[2]).write_bytes(store.get(meta.key).data)
+        entry = store.get(meta.key).data
+        if AuditEntry.decode(entry, meta.key).revision <= head.revision:  # not of a change since we looked
+            (folder / "log" / meta.key.rpartition("/")[2]).write_bytes(entry)
     size = 0
     numbers = sorted(head.versions)
     for index, number in enumerate(numbers):
@@ -91,20 +93,35 @@ def import_tenant(
         if there != raw:
             raise AlreadyExists(f"there is, or was, a tenant {tenant} in this store")
     size = 0
-    blobs = sorted((folder / "blobs").glob("*.safetensors"))
-    for index, path in enumerate(blobs):
-        data = path.read_bytes()
+    digests = sorted(set(head.versions.values()))  # what was checked, and nothing else that lies there
+    for index, digest in enumerate(digests):
+        data = (folder / "blobs" / f"{digest}.safetensors").read_bytes()
         size += len(data)
         with contextlib.suppress(AlreadyExists):
-            store.put(layout.blob_key(path.stem), data, Create())
-        progress(index + 1, len(blobs))
-    for path in sorted((folder / "versions").glob("*.json")):
-        _put(store, f"{layout.versions_prefix(tenant)}{path.name}", path.read_bytes())
+            store.put(layout.blob_key(digest), data, Create())
+        progress(index + 1, len(digests))
+    for number in sorted(head.versions):
+        key = layout.version_key(tenant, number)
+        _put(store, key, (folder / "versions" / key.rpartition("/")[2]).read_bytes())
     for path in sorted((folder / "log").glob("*.json")):
         _put(store, f"{layout.log_prefix(tenant)}{path.name}", path.read_bytes())
     with contextlib.suppress(AlreadyExists):
         store.put(layout.head_key(tenant), raw, Create())
     return _counts(folder, size)
+
+
+def read_head(folder: Path) -> TenantHead:
+    """The head in an exported folder.
+
+    Raises
+    ------
+    InvalidInput
+        There is none that can be read.
+    """
+    try:
+        return TenantHead.decode((folder / "head.json").read_bytes(), "head.json")
+    except (OSError, Corrupt) as error:
+        raise InvalidInput(f"{folder} is not an export") from error
 
 
 def _checked(folder: Path) -> TenantHead:

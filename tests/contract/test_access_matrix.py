@@ -6,6 +6,7 @@ In one process, over ASGI, with authentication on; the replicas behind the contr
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,7 @@ import httpx
 import numpy as np
 import pytest
 
-from flatshare.control.access import RULES
+from flatshare.control.access import BURST, RULES
 
 from .planes import MODEL, Control, Data, data_plane
 
@@ -228,3 +229,13 @@ async def test_what_is_not_ones_own_looks_like_what_is_not_there(control: Contro
             there = await client.get(f"/tenants/acme{path}", headers=headers)
             nowhere = await client.get(f"/tenants/nope{path}", headers=headers)
             assert (there.status_code, there.text.replace("acme", "nope")) == (404, nowhere.text)
+
+
+async def test_one_tenants_keys_can_not_occupy_the_control_plane(control: Control) -> None:
+    statuses = Counter(
+        [(await ask(control, ("GET", "/tenants/{tenant}"), "manage")).status_code for _ in range(BURST + 10)]
+    )
+    assert statuses[429] >= 5
+    assert statuses[200] >= BURST
+    assert (await ask(control, ("GET", "/tenants/{tenant}"), "admin")).status_code == 200
+    assert (await ask(control, ("GET", "/tenants/{tenant}"), "other tenant's")).status_code == 404

@@ -42,7 +42,16 @@ P99_SLACK_S = 0.1
 
 @pytest.fixture(scope="module")
 def shared(tmp_path_factory: pytest.TempPathFactory, s3_url_e2e: str) -> Iterator[Platform]:
-    plans = {"default": Quotas(requests_per_s=100, burst=20, concurrent_requests=16, cold_loads_per_min=60)}
+    plans = {
+        "default": Quotas(
+            requests_per_s=100,
+            burst=20,
+            concurrent_requests=16,
+            cold_loads_per_min=60,
+            rows_per_request=64,
+            body_bytes=500_000,
+        )
+    }
     running = start(
         tmp_path_factory.mktemp("state"), s3_url_e2e, "tenancy", "--replicas", "2", "--slots", "26",
         FLATSHARE_PLANS=json.dumps({name: plan.model_dump(exclude_none=True) for name, plan in plans.items()}),

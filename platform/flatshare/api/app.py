@@ -15,6 +15,7 @@ from fastapi import FastAPI, Request, Response
 from numpy.typing import NDArray
 from starlette.datastructures import UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
+from starlette.responses import StreamingResponse
 
 from flatshare.api.hot import HotRoutes
 from flatshare.api.http import (
@@ -154,7 +155,7 @@ def create_app(
     @app.post(
         "/predict/stream",
         operation_id="predict_stream",
-        response_class=LinesResponse,
+        response_class=StreamingResponse,
         responses={200: {"content": {NDJSON: {}}}, **ERROR_REPLIES},
         openapi_extra={
             "requestBody": {"required": True, "content": {NDJSON: {"schema": {"type": "string"}}}},
@@ -163,18 +164,21 @@ def create_app(
     )
     async def stream(request: Request) -> LinesResponse:
         """Many requests in one: a JSON object a line in, a line out for each as it is ready."""
-        with await enter(request) as first:
-            limit = min(max_body_bytes, first.limits.body_bytes or max_body_bytes)
+        stream_ticket = await enter(request)  # held until the stream has ended
+        limit = min(max_body_bytes, stream_ticket.limits.body_bytes or max_body_bytes)
 
         async def predict_line(line: bytes) -> Prediction:
-            # Each line is a request: a key that is revoked, or a quota that is full, ends the stream's luck.
-            with await enter(request) as ticket:
+            # Each line is a request: a key that is revoked ends the stream, a full quota slows it down.
+            caller = await identities.identify(request.headers)
+            with await service.enter(caller, stream_ticket.ref, within=stream_ticket) as ticket:
                 return await service.predict(
                     ticket, lambda network: decode_json(line, network.input, max_rows)
                 )
 
         lines = lines_of(request.stream(), limit)
-        return LinesResponse(answers(lines, predict_line, request_id_of(request)), media_type=NDJSON)
+        return LinesResponse(
+            answers(lines, predict_line, request_id_of(request)), stream_ticket, media_type=NDJSON
+        )
 
     add_oip_routes(
         app,

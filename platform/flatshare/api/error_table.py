@@ -45,6 +45,7 @@ TABLE: Final[Mapping[type[Exception], HttpError]] = {
     errors.Unauthenticated: HttpError(401, "unauthenticated"),
     errors.Forbidden: HttpError(403, "forbidden"),
     errors.Suspended: HttpError(403, "tenant_suspended"),
+    errors.TooSlow: HttpError(408, "too_slow"),
     errors.BodyOverQuota: HttpError(413, "over_body_bytes"),
     errors.RowsOverQuota: HttpError(413, "over_rows_per_request"),
     errors.OverQuota: HttpError(429, "over_quota", retry_after_s=1),
@@ -80,7 +81,9 @@ def describe_error(error: BaseException) -> HttpError:
         known = TABLE.get(kind)
         if known is not None:
             message = _public_message(error, known)
-            return HttpError(known.status, known.code, message, known.retry_after_s)
+            # An error may know better than its class when a retry makes sense.
+            retry_after_s = getattr(error, "retry_after_s", None) or known.retry_after_s
+            return HttpError(known.status, known.code, message, retry_after_s)
     return INTERNAL
 
 

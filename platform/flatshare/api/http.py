@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import re
 from typing import Any, Final
@@ -13,7 +14,7 @@ from starlette.exceptions import HTTPException
 
 from flatshare.api.error_table import HttpError, describe_error
 from flatshare.api.schemas import ErrorReply
-from flatshare.errors import BadInput, BodyOverQuota, ServeError, TooLarge
+from flatshare.errors import BadInput, BodyOverQuota, ServeError, TooLarge, TooSlow
 from flatshare_registry.errors import RegistryError
 from flatshare_registry.records import new_ulid
 
@@ -29,6 +30,9 @@ __all__ = [
 logger = logging.getLogger("flatshare.api")
 
 REQUEST_ID_HEADER: Final = "x-request-id"
+BODY_TIMEOUT_S: Final = 30.0
+"""Seconds in which a body must be here: one that drips must not hold a place for ever."""
+
 _SAFE_ID: Final = re.compile(r"[A-Za-z0-9._:-]{1,64}", re.ASCII)
 
 ERROR_REPLIES: Final[dict[int | str, dict[str, Any]]] = {
@@ -38,6 +42,7 @@ ERROR_REPLIES: Final[dict[int | str, dict[str, Any]]] = {
         401: "No API key, or not a good one.",
         403: "The key may not do this, or the tenant is suspended.",
         404: "No such tenant, alias or version; or not this key's.",
+        408: "The body did not arrive in time.",
         413: "Over a stated limit.",
         429: "Over a limit of the tenant's, which the code names; Retry-After says when to try again.",
         500: "The model or the service failed; tell the operator.",
@@ -65,6 +70,8 @@ async def read_body(request: Request, limit_bytes: int, quota_bytes: int | None 
     ------
     TooLarge, BodyOverQuota
         It claims, or turns out, to be longer.
+    TooSlow
+        It does not arrive within ``BODY_TIMEOUT_S``.
     BadInput
         Its Content-Length is not a number.
     """
@@ -79,11 +86,15 @@ async def read_body(request: Request, limit_bytes: int, quota_bytes: int | None 
             raise refusal(f"the body has {claimed[:20]} bytes; the limit is {limit_bytes}")
     parts: list[bytes] = []
     size = 0
-    async for part in request.stream():
-        size += len(part)
-        if size > limit_bytes:
-            raise refusal(f"the body is longer than the limit of {limit_bytes} bytes")
-        parts.append(part)
+    try:
+        async with asyncio.timeout(BODY_TIMEOUT_S):
+            async for part in request.stream():
+                size += len(part)
+                if size > limit_bytes:
+                    raise refusal(f"the body is longer than the limit of {limit_bytes} bytes")
+                parts.append(part)
+    except TimeoutError:
+        raise TooSlow(f"the body did not arrive within {BODY_TIMEOUT_S:g} s") from None
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 

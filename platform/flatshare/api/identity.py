@@ -15,17 +15,26 @@ from enum import StrEnum
 from typing import Final, Protocol
 
 from flatshare.api.tokens import TokenVerifier
+from flatshare.engine.admission import Admission
 from flatshare.errors import Forbidden, Unauthenticated
-from flatshare_registry.errors import InvalidInput, NotFound
+from flatshare_registry.errors import InvalidInput, NotFound, Unavailable
 from flatshare_registry.ids import ModelRef, TenantId
 from flatshare_registry.keys import PresentedKey, is_valid, parse_key
 from flatshare_registry.records import ApiKey, Scope, TenantHead
 
 __all__ = ["LOCAL_OPERATOR", "Caller", "Heads", "Identities", "OperatorKeys", "Role"]
 
-REFUSAL_S: Final = 0.05
+REFUSAL_S: Final = 0.1
 """A key that is not good is refused no sooner than this many seconds after it came: whether the tenant in
-it is known here, in the store, or not at all, then takes the same time. It also slows down guessing."""
+it is known here, in the store, or not at all, then takes the same time (for a store that answers within
+it). It also slows down guessing."""
+
+LOOK_UPS: Final = 16
+"""Keys of tenants that are not known here that are looked up at a time: junk must fill neither the places
+of this replica nor the threads that read the registry."""
+
+LOOK_UP_TIMEOUT_S: Final = 3.0
+"""Seconds that such a look-up may take."""
 
 
 class Role(StrEnum):
@@ -161,6 +170,7 @@ class Identities:
         self._tokens = tokens
         self._used = used
         self._clock = clock
+        self._look_ups = Admission(LOOK_UPS, LOOK_UPS)
 
     async def identify(self, headers: Mapping[str, str]) -> Caller:
         """The caller that a request's headers stand for. Waits for nothing when its tenant is known.
@@ -198,7 +208,7 @@ class Identities:
             if operator is None:
                 raise Unauthenticated("")
             return operator
-        head = self._heads.head_now(tenant) or await self._heads.head(tenant)
+        head = self._heads.head_now(tenant) or await self._look_up(tenant)
         key = head.keys.get(presented.id)
         if not is_valid(presented, key.sha256 if key is not None else None) or key is None:
             raise Unauthenticated("")
@@ -206,6 +216,15 @@ class Identities:
             raise Unauthenticated("")
         self._used(tenant, key)
         return Caller(f"key:{key.id}", None, tenant, frozenset(key.scopes))
+
+    async def _look_up(self, tenant: TenantId) -> TenantHead:
+        """Raises ``Overloaded`` when too many wait already, ``Unavailable`` when it takes too long."""
+        async with self._look_ups.hold(LOOK_UP_TIMEOUT_S):
+            try:
+                async with asyncio.timeout(LOOK_UP_TIMEOUT_S):
+                    return await self._heads.head(tenant)
+            except TimeoutError:
+                raise Unavailable("the registry did not answer in time") from None
 
 
 def _credential(headers: Mapping[str, str]) -> str | None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
+from contextlib import AbstractContextManager
 from typing import Any, Final
 
 import orjson
@@ -16,9 +17,12 @@ from starlette.types import Receive, Scope, Send
 
 from flatshare.api.error_table import describe_error
 from flatshare.engine.service import Prediction
-from flatshare.errors import TooLarge
+from flatshare.errors import Forbidden, OverQuota, Suspended, TooLarge, TooSlow, Unauthenticated
 
 __all__ = ["IN_FLIGHT", "LinesResponse", "answers", "lines_of"]
+
+IDLE_S: Final = 60.0
+"""Seconds without a byte after which a stream ends: it holds a place of the replica's."""
 
 IN_FLIGHT: Final = 16
 """Lines worked on at a time: enough to fill passes, few enough that one stream is not a flood."""
@@ -29,16 +33,28 @@ class LinesResponse(StreamingResponse):
 
     Starlette's listens for the client's going away by reading messages, where the server speaks an
     older ASGI: these would be the body's. Here the body's reader meets the disconnect.
+
+    Parameters
+    ----------
+    held
+        Let go of when the stream has ended, however it ended.
     """
+
+    def __init__(
+        self, content: AsyncGenerator[bytes, None], held: AbstractContextManager[Any], *, media_type: str
+    ) -> None:
+        super().__init__(content, media_type=media_type)
+        self._held = held
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI's entry point."""
         source = self.body_iterator
-        try:
-            await self.stream_response(send)
-        finally:
-            if isinstance(source, AsyncGenerator):
-                await source.aclose()  # a client that went away ends what runs for it
+        with self._held:
+            try:
+                await self.stream_response(send)
+            finally:
+                if isinstance(source, AsyncGenerator):
+                    await source.aclose()  # a client that went away ends what runs for it
 
 
 async def lines_of(chunks: AsyncIterator[bytes], limit_bytes: int) -> AsyncIterator[bytes]:
@@ -48,9 +64,19 @@ async def lines_of(chunks: AsyncIterator[bytes], limit_bytes: int) -> AsyncItera
     ------
     TooLarge
         A line is longer than the limit.
+    TooSlow
+        Nothing came for ``IDLE_S`` seconds.
     """
     rest = b""
-    async for chunk in chunks:
+    source = aiter(chunks)
+    while True:
+        try:
+            async with asyncio.timeout(IDLE_S):
+                chunk = await anext(source)
+        except StopAsyncIteration:
+            break
+        except TimeoutError:
+            raise TooSlow(f"nothing came for {IDLE_S:g} s") from None
         rest += chunk
         *whole, rest = rest.split(b"\n")
         for line in whole:
@@ -75,6 +101,7 @@ async def answers(
         Answers one line.
     """
     running: set[asyncio.Task[bytes]] = set()
+    refused = asyncio.Event()  # nothing more will be answered: no use in reading on
     index = 0
     source = aiter(lines)
     reading: asyncio.Task[bytes] | None = asyncio.ensure_future(_next(source))
@@ -82,6 +109,13 @@ async def answers(
     async def one(number: int, line: bytes) -> bytes:
         try:
             prediction = await predict(line)
+        except OverQuota as error:
+            # Told after the time that it should wait: so a stream can't be faster than its tenant's rate.
+            await asyncio.sleep(error.retry_after_s or 1)
+            return _failure(number, error, request_id)
+        except (Unauthenticated, Forbidden, Suspended) as error:
+            refused.set()
+            return _failure(number, error, request_id)
         except Exception as error:  # one line's failure is its own answer
             return _failure(number, error, request_id)
         return _line({
@@ -101,6 +135,10 @@ async def answers(
                 if task is not reading:
                     running.discard(task)
                     yield task.result()
+            if refused.is_set() and reading is not None:
+                reading.cancel()
+                await asyncio.gather(reading, return_exceptions=True)
+                reading = None
             if reading is not None and reading in done:
                 try:
                     line = reading.result()

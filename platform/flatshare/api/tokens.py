@@ -8,9 +8,11 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import math
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final
@@ -23,6 +25,8 @@ from flatshare_registry.ids import TenantId
 from flatshare_registry.records import Scope
 
 __all__ = ["TokenVerifier", "Verified"]
+
+logger = logging.getLogger("flatshare.api")
 
 ALGORITHMS: Final = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES256", "ES384", "ES512", "EdDSA")
 LEEWAY_S: Final = 30
@@ -79,6 +83,7 @@ class TokenVerifier:
         self._keys: jwt.PyJWKSet | None = None
         self._read_at = -math.inf
         self._reading = threading.Lock()
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="tokens")
         if jwks.startswith(("https://", "http://127.0.0.1:", "http://localhost:")):
             self._remote = jwt.PyJWKClient(jwks, cache_jwk_set=False, timeout=READ_TIMEOUT_S)
         elif "://" in jwks:
@@ -101,45 +106,53 @@ class TokenVerifier:
             raise Unauthenticated("the token is too long")
         if self._remote is None:
             return self._decode(token)
-        return await asyncio.to_thread(self._decode, token)  # may fetch the issuer's keys
+        # May fetch the issuer's keys; threads of its own, so that an issuer that hangs holds up only tokens.
+        return await asyncio.get_running_loop().run_in_executor(self._threads, self._decode, token)
 
     def _decode(self, token: str) -> Verified:
         try:
+            key = self._key(token)
+            if key.algorithm_name not in ALGORITHMS:
+                raise jwt.InvalidAlgorithmError("not a signature of a public key")
             claims = jwt.decode(
                 token,
-                self._key(token),
-                algorithms=list(ALGORITHMS),
+                key,  # with its algorithm: what the token's header says must be that one
+                algorithms=[key.algorithm_name],
                 audience=self._audience,
                 issuer=self._issuer,
                 leeway=LEEWAY_S,
                 options={"require": ["exp", "iss", "aud", "sub"]},
             )
             tenant = TenantId(str(claims.get(self._tenant_claim, "")))
-        except (jwt.PyJWTError, InvalidRef) as error:
+        except (jwt.PyJWTError, InvalidRef, TypeError, ValueError, OverflowError) as error:
             raise Unauthenticated("the token is not good") from error
         found: Any = claims.get(self._scope_claim, [])
         words = found.split() if isinstance(found, str) else found if isinstance(found, list) else []
         scopes = frozenset(scope for scope in Scope if scope.value in words)
         return Verified(ascii(str(claims["sub"]))[1:-1][:100], tenant, scopes)
 
-    def _key(self, token: str) -> Any:
+    def _key(self, token: str) -> jwt.PyJWK:
         kid = jwt.get_unverified_header(token).get("kid")
         for life_s in (KEYS_LIFE_S, REREAD_S):
             for key in self._current(life_s).keys:
                 if kid is None or key.key_id == kid:
-                    return key.key
+                    return key
         raise jwt.InvalidKeyError("no key of this id")
 
     def _current(self, life_s: float) -> jwt.PyJWKSet:
-        """The issuer's keys, read again when what is known is older than this."""
-        with self._reading:
-            if self._remote is not None and time.monotonic() - self._read_at > life_s:
+        """The issuer's keys, read again when what is known is older than this; one reads, others go on."""
+        if self._remote is not None:
+            age_s = time.monotonic() - self._read_at
+            if age_s > (life_s if self._keys is not None else REREAD_S) and self._reading.acquire(
+                blocking=False
+            ):
                 try:
                     self._keys = self._remote.get_jwk_set(refresh=True)
-                except jwt.PyJWTError:
-                    if self._keys is None:
-                        raise  # with keys from before, an issuer that is down locks nobody out
+                except (jwt.PyJWTError, ValueError, OSError):
+                    logger.warning("the issuer's keys can't be read from %s", self._remote.uri)
                 finally:
                     self._read_at = time.monotonic()
-            assert self._keys is not None, "a file was read at the start, a URL just now"
-            return self._keys
+                    self._reading.release()
+        if self._keys is None:
+            raise jwt.PyJWKClientError("the issuer's keys are not known yet")
+        return self._keys

@@ -221,10 +221,17 @@ class HostTier:
                 continue
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                size += _overwrite(path, handle)
-                self._discard(digest)
-                removed.append(digest)
-            except BlockingIOError:
+                # From here on nobody maps, evicts or scrubs this file; but somebody may have, a moment ago,
+                # and the path may be another tenant's new file of the same bytes by now.
+                if os.fstat(handle).st_ino == path.stat().st_ino:
+                    size += _overwrite(handle)
+                    self._discard(digest)
+                    removed.append(digest)
+            except FileNotFoundError:
+                pass  # another replica of this node did it
+            except OSError as error:
+                if not isinstance(error, BlockingIOError):
+                    logger.warning("host tier: %s can't be erased: %s", digest[:12], error.strerror)
                 kept.append(digest)
             finally:
                 os.close(handle)
@@ -366,6 +373,9 @@ class TensorWriter:
         is already gone again, the bytes come back in this process's memory.
         """
         target = self._tier.path(self._digest)
+        # Before it has its name: to go from one lock to the other is no single step, and who took the lock
+        # between the two could evict or scrub what we are about to map. An orphan's fate is the worst now.
+        fcntl.flock(self._handle, fcntl.LOCK_SH)
         try:
             target.parent.mkdir(mode=0o700, exist_ok=True)
             # link, not rename: if somebody was faster their file may be mapped already, and stays.
@@ -390,7 +400,6 @@ class TensorWriter:
     def _mapped(self) -> memoryview:
         """The published bytes; ends the writer."""
         try:
-            fcntl.flock(self._handle, fcntl.LOCK_SH)
             return _view(self._handle)
         finally:
             os.close(self._handle)
@@ -487,11 +496,11 @@ def _unlink_unless_mapped(path: str) -> int:
     return _pages(size)
 
 
-def _overwrite(path: Path, locked: int) -> int:
+def _overwrite(locked: int) -> int:
     """Write zeros over a file that is locked and that nobody maps; returns its length."""
     os.fchmod(locked, 0o600)
     size = os.fstat(locked).st_size
-    handle = os.open(path, os.O_WRONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+    handle = os.open(f"/proc/self/fd/{locked}", os.O_WRONLY | os.O_CLOEXEC)  # that file, not that name
     try:
         zeros = bytes(min(size, 1024**2))
         done = 0

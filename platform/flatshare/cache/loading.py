@@ -95,6 +95,10 @@ class Loader(Protocol):
         """Whatever this process kept of a version is not to be used again: it is wrong, or erased."""
         ...
 
+    def let_go(self) -> None:
+        """Keep nothing ready that no model holds: something of it is being erased."""
+        ...
+
     def scrub(self, model: Model, parts: Collection[Part]) -> int:
         """Overwrite a model's parts that no other model has, just before it is let go of (erasure).
 
@@ -190,7 +194,11 @@ class DeviceLoader:
     def distrust(self, record: VersionRecord) -> None:
         """See :class:`Loader`."""
         self._proven.pop((record.digest, record.architecture), None)
-        self._warm.clear()  # all of it: memory that went wrong once is not asked which part of it did
+        self.let_go()  # all of it: memory that went wrong once is not asked which part of it did
+
+    def let_go(self) -> None:
+        """See :class:`Loader`."""
+        self._warm.clear()
 
     def scrub(self, model: Model, parts: Collection[Part]) -> int:
         """See :class:`Loader`. No load under way can have these tensors, or come by them later."""

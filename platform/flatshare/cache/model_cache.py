@@ -37,7 +37,7 @@ from flatshare.cache.shares import NO_SHARE, ShareOf, own_victims, spare_floors
 from flatshare.cache.stats import CacheStats
 from flatshare.cache.tiers import ModelKey, Part, Receipt, ResidentInfo, State, Tier
 from flatshare.cache.turns import Turns
-from flatshare.errors import DeadlineExceeded, NeverFits, NoRoom
+from flatshare.errors import DeadlineExceeded, NeverFits, NoRoom, ResidentOverQuota
 from flatshare_registry.errors import NotFound, Unavailable
 from flatshare_registry.records import VersionRecord
 
@@ -287,11 +287,11 @@ class ModelCache:
             if key.tenant == tenant:
                 load.erased = True
         told = self._erasures.setdefault(tenant, Erased())
+        self._loader.let_go()
         for resident in [*self._residents.values(), *self._leaving.values()]:
             if resident.record.tenant == tenant and resident.erased is None:
                 resident.erased = told
                 told.models += 1
-                self._loader.distrust(resident.record)
                 if resident.state is State.RESIDENT:
                     self._retire(resident, evicted=False)
                 elif resident.state is State.QUARANTINED:
@@ -313,6 +313,7 @@ class ModelCache:
             done, _ = await asyncio.wait(loads, timeout=max(deadline - self._clock(), 0))
             if not done:
                 return False
+        self._loader.let_go()  # what these loads have prepared
         return gone() or await self._room.wait(gone, deadline - self._clock())
 
     def forget_failures(self, tenant: str) -> None:
@@ -455,6 +456,7 @@ class ModelCache:
         bytes on the node.
         """
         deadline: float | None = None
+        tenant = record.tenant
         while True:
             try:
                 resident = await self._attempt(
@@ -468,8 +470,12 @@ class ModelCache:
                 pass
             deadline = self._clock() + self._room_timeout_s if deadline is None else deadline
             if self._clock() >= deadline or not await self._room.wait(
-                lambda: self._could_fit(record.tenant, claimed), deadline - self._clock()
+                lambda: self._could_fit(tenant, claimed), deadline - self._clock()
             ):
+                if self._own_victims(tenant, sum(claimed.values()), self._candidates(tenant)) is None:
+                    raise ResidentOverQuota(
+                        f"no room for {record.name}: all that tenant {tenant} may keep on a device is in use"
+                    )
                 raise NoRoom(
                     f"no room for {record.name}: all {self.slots} slots, or their bytes, are in use or "
                     "pinned; retry, or add slots"
@@ -515,6 +521,8 @@ class ModelCache:
                 load.check_erased(record)
                 placed = await self._place(record, prepared, claimed, held, counted)
                 if load.erased:
+                    own = self.ledger.own_parts(placed.parts)
+                    self._loader.scrub(placed.model, own)
                     self.ledger.drop(placed.parts)
                     self.ledger.free_slot()
                 load.check_erased(record)
@@ -585,13 +593,14 @@ class ModelCache:
         _NoRoomNow
             What may be evicted would not do.
         ResidentOverQuota
-            The tenant's share is in use.
+            The model is more than the tenant's whole share.
         """
-        cap = self._share_of(tenant).cap_bytes
-        if cap is None and self.ledger.fits(slots, new_bytes):
+        if self._share_of(tenant).cap_bytes is None and self.ledger.fits(slots, new_bytes):
             return
         keys = self._candidates(tenant)
-        own = own_victims(tenant, whole_bytes, cap, keys, self._residents, self._leaving.values())
+        own = self._own_victims(tenant, whole_bytes, keys)
+        if own is None:
+            raise _NoRoomNow
         keys = [*own, *(key for key in keys if key not in own)]
         chosen = self.ledger.choose_victims(
             [self._residents[key].parts for key in keys], new_bytes, slots=slots
@@ -603,8 +612,15 @@ class ModelCache:
             self.stats.evictions += 1
         self._on_change()
 
+    def _own_victims(self, tenant: str, size_bytes: int, keys: list[ModelKey]) -> list[ModelKey] | None:
+        """A tenant's own models that must go for its cap; None when these are in use. Raises as shares.py."""
+        cap = self._share_of(tenant).cap_bytes
+        return own_victims(tenant, size_bytes, cap, keys, self._residents, self._leaving.values())
+
     def _could_fit(self, tenant: str, claimed: Mapping[Part, int]) -> bool:
         """Whether a new try of a load that waits for room would find it."""
+        if self._own_victims(tenant, sum(claimed.values()), self._candidates(tenant)) is None:
+            return False
         new_bytes = self.ledger.missing_bytes(claimed)
         if self.ledger.fits(1, new_bytes):
             return True
@@ -615,7 +631,7 @@ class ModelCache:
         """Who may go for a model of this tenant, in order; versions whose successor is on the way last."""
         keys = [key for key in self._policy.victims() if self._evictable(key)]
         keys.sort(key=lambda key: key in self._protected)
-        return spare_floors(keys, self._residents, self._share_of, tenant)
+        return spare_floors(keys, self._residents, self._share_of, tenant, self.slots)
 
     # -- slots
 
@@ -701,5 +717,6 @@ def _copy(error: Exception) -> Exception:
         copy = type(error)(*error.args)
     except TypeError:
         return error
+    copy.__dict__.update(error.__dict__)
     copy.__cause__ = error.__cause__
     return copy

@@ -35,10 +35,21 @@ ShareOf = Callable[[str], Share]
 """A tenant's share now."""
 
 
+FLOOR_SLOTS_SHARE: Final = 4
+"""A floor keeps at most one in so many of the slots: bytes are promised, and many small models of one tenant
+would else take all of them."""
+
+
 def spare_floors(
-    keys: Iterable[ModelKey], residents: Mapping[ModelKey, Resident], share_of: ShareOf, tenant: str
+    keys: Iterable[ModelKey],
+    residents: Mapping[ModelKey, Resident],
+    share_of: ShareOf,
+    tenant: str,
+    slots: int,
 ) -> list[ModelKey]:
     """Those of these that may go, together, for a model of ``tenant``: no other falls below its floor."""
+    most = max(slots // FLOOR_SLOTS_SHARE, 1)
+    models: dict[str, int] = {}
     shares: dict[str, Share] = {}
     left: dict[str, int] = {}
     allowed: list[ModelKey] = []
@@ -49,10 +60,12 @@ def spare_floors(
         if floor:
             if key.tenant not in left:
                 left[key.tenant] = _held(residents.values(), key.tenant)
+                models[key.tenant] = sum(one.tenant == key.tenant for one in residents)
             rest = left[key.tenant] - residents[key].size_bytes
-            if rest < floor:
+            if rest < floor and models[key.tenant] <= most:
                 continue
             left[key.tenant] = rest
+            models[key.tenant] -= 1
         allowed.append(key)
     return allowed
 
@@ -64,8 +77,8 @@ def own_victims(
     keys: Iterable[ModelKey],
     residents: Mapping[ModelKey, Resident],
     leaving: Iterable[Resident],
-) -> list[ModelKey]:
-    """A tenant's own models that must go before it may hold so many bytes more.
+) -> list[ModelKey] | None:
+    """A tenant's own models that must go before it may hold so many bytes more; None while they are in use.
 
     Parameters
     ----------
@@ -77,10 +90,14 @@ def own_victims(
     Raises
     ------
     ResidentOverQuota
-        All that it may hold is in use, or one model is more than that.
+        One model is more than all that it may hold.
     """
     if cap_bytes is None:
         return []
+    if size_bytes > cap_bytes:
+        raise ResidentOverQuota(
+            f"the model takes {size_bytes} bytes; tenant {tenant} may keep {cap_bytes} on a device"
+        )
     over = _held(residents.values(), tenant) + _held(leaving, tenant) + size_bytes - cap_bytes
     chosen: list[ModelKey] = []
     for key in keys:
@@ -89,13 +106,7 @@ def own_victims(
         if key.tenant == tenant:
             chosen.append(key)
             over -= residents[key].size_bytes
-    if over > 0:
-        raise ResidentOverQuota(
-            f"tenant {tenant} may keep {cap_bytes} bytes of models on a device, and they are in use"
-            if size_bytes <= cap_bytes
-            else f"the model takes {size_bytes} bytes; tenant {tenant} may keep {cap_bytes} on a device"
-        )
-    return chosen
+    return chosen if over <= 0 else None
 
 
 def _held(residents: Iterable[Resident], tenant: str) -> int:

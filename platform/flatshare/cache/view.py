@@ -46,6 +46,9 @@ STALE_AFTER_TTLS: Final = 15
 promotion may be long past."""
 
 
+KEYS_AFTER_TTLS: Final = 2
+"""The same where a head says whose key is good: older than this, it is read before it is believed."""
+
 PATIENCE_S: Final = 1.0
 """Seconds that a request for a known tenant waits for a newer answer before it takes the old one."""
 
@@ -110,7 +113,7 @@ class RegistryView:
         NotFound
             It is known that there is none.
         """
-        head = self.head_now(ref.tenant)
+        head = self._now(ref.tenant, STALE_AFTER_TTLS)
         if head is None:
             return None
         try:
@@ -122,13 +125,16 @@ class RegistryView:
         return self._records.get((ref.tenant, number, head.versions[number]))
 
     def head_now(self, tenant: TenantId) -> TenantHead | None:
-        """A tenant's head if it is known well enough without waiting; read anew behind when it is due."""
+        """A tenant's head if its keys and state can be believed without waiting; read behind when due."""
+        return self._now(tenant, KEYS_AFTER_TTLS)
+
+    def _now(self, tenant: TenantId, oldest_ttls: int) -> TenantHead | None:
         known = self._heads.get(tenant)
         if known is None:
             return None
         age_s = self._clock() - known.checked_at
         if age_s > self._ttl_s:
-            if age_s > self._ttl_s * STALE_AFTER_TTLS:
+            if age_s > self._ttl_s * oldest_ttls:
                 return None
             self._read_behind(tenant)
         return known.head
@@ -150,7 +156,7 @@ class RegistryView:
             return found
         try:
             async with asyncio.timeout(timeout_s):
-                head = await self.head(ref.tenant)
+                head = await self._head(ref.tenant)
                 try:
                     number = select(head, ref)
                 except NotFound:
@@ -172,7 +178,7 @@ class RegistryView:
         Unavailable, Corrupt
             The store does not answer, or holds what can't be read.
         """
-        head = await self.head(tenant)
+        head = await self._head(tenant)
         if number not in head.versions:
             raise NotFound(f"tenant {tenant} has no version {number}")
         return await self._record(head, number)
@@ -225,7 +231,7 @@ class RegistryView:
         return self._clock() - known.checked_at if known is not None else float("inf")
 
     async def head(self, tenant: TenantId) -> TenantHead:
-        """A tenant's head, from memory when it is known well enough.
+        """A tenant's head, from memory when its keys and state can be believed.
 
         Raises
         ------
@@ -234,10 +240,13 @@ class RegistryView:
         Unavailable
             It is not known, and the store does not answer.
         """
+        return await self._head(tenant, KEYS_AFTER_TTLS)
+
+    async def _head(self, tenant: TenantId, oldest_ttls: int = STALE_AFTER_TTLS) -> TenantHead:
         if tenant in self._missing:
             raise NotFound(f"there is no tenant {tenant}")
         known = self._heads.get(tenant)
-        if known is not None and self._clock() - known.checked_at <= self._ttl_s * STALE_AFTER_TTLS:
+        if known is not None and self._clock() - known.checked_at <= self._ttl_s * oldest_ttls:
             return known.head
         if known is None:
             return await self._read_shared(tenant)
@@ -246,7 +255,8 @@ class RegistryView:
             async with asyncio.timeout(PATIENCE_S):
                 return await self._read_shared(tenant)
         except (Unavailable, TimeoutError):
-            known.checked_at = max(known.checked_at, self._clock() - self._ttl_s * STALE_AFTER_TTLS / 2)
+            # Believed again for a while, so that not each request of an outage waits as long.
+            known.checked_at = max(known.checked_at, self._clock() - self._ttl_s * oldest_ttls / 2)
             return known.head
 
     async def _read_shared(self, tenant: TenantId) -> TenantHead:
@@ -303,6 +313,8 @@ class RegistryView:
             raise
         if answer is None:
             assert known is not None, "only a conditional read can find no change"
+            if self._epochs.get(tenant, 0) != epoch and tenant not in self._heads:
+                raise NotFound(f"there is no tenant {tenant}")  # forgotten meanwhile: it is being erased
             known.checked_at = self._clock()
             return known.head
         head, etag = answer

@@ -22,7 +22,7 @@ from flatshare.errors import (
 from flatshare.models.architecture import Architecture
 from flatshare.settings import load_settings
 from flatshare_registry.catalog import Registry
-from flatshare_registry.errors import AlreadyExists, InvalidInput, NotFound, Unavailable
+from flatshare_registry.errors import AlreadyExists, InvalidInput, NotFound, RegistryError, Unavailable
 from flatshare_registry.ids import TenantId
 from flatshare_registry.registration import Probe
 
@@ -117,7 +117,8 @@ def call(method: str, url: str, **options: Any) -> httpx.Response:
     """
     headers = {**credentials(url), **options.pop("headers", {})}
     try:
-        reply = httpx.request(method, url, timeout=CLIENT_TIMEOUT_S, headers=headers, **options)
+        timeout_s = options.pop("timeout", CLIENT_TIMEOUT_S)
+        reply = httpx.request(method, url, timeout=timeout_s, headers=headers, **options)
     except (httpx.InvalidURL, httpx.UnsupportedProtocol, httpx.LocalProtocolError, UnicodeError) as error:
         raise InvalidInput(f"{url[:80]!a} is not a URL of a platform: {error}") from error
     except httpx.TransportError as error:
@@ -176,6 +177,6 @@ def tell_replicas(tenant: str, url: str | None) -> str:
     """After a change in the store: have a running platform see it at once; says how it went."""
     try:
         refreshed = call("POST", f"{platform_url(url)}/admin/tenants/{tenant}/refresh").json()["refreshed"]
-    except (Unavailable, NotFound, ServeError, SettingsError):
+    except (RegistryError, ServeError):  # the change stands, whatever the platform says or is called
         return "no running platform was told; replicas see it within their view's TTL"
     return f"{len(refreshed)} replicas see it now"

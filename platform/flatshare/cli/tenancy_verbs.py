@@ -23,7 +23,7 @@ from flatshare_registry.errors import Corrupt, InvalidInput
 from flatshare_registry.ids import TenantId
 from flatshare_registry.keys import NewKey
 from flatshare_registry.records import Quotas, Scope
-from flatshare_registry.transfer import export_tenant, import_tenant
+from flatshare_registry.transfer import export_tenant, import_tenant, read_head
 
 keys_app = typer.Typer(help="Make, list, rotate and revoke tenants' API keys.", no_args_is_help=True)
 quotas_app = typer.Typer(help="Show and set what a tenant may use.", no_args_is_help=True)
@@ -33,6 +33,7 @@ TenantArgument = Annotated[str, typer.Argument(metavar="TENANT")]
 KeyArgument = Annotated[str, typer.Argument(metavar="KEY_ID", help="As `keys list` shows it.")]
 
 HOUR_S = 3600.0
+ERASE_TIMEOUT_S = 200.0
 DAY_S = 86_400.0
 
 
@@ -236,7 +237,9 @@ def erase(
     if not yes:
         typer.confirm(f"Erase tenant {tenant}, its weights and keys, everywhere and for good?", abort=True)
     with err.status("erasing ..."):
-        record = call("POST", f"{platform_url(url)}/admin/tenants/{parsed}/erase").json()
+        record = call(
+            "POST", f"{platform_url(url)}/admin/tenants/{parsed}/erase", timeout=ERASE_TIMEOUT_S
+        ).json()
     if as_json:
         print_json(record)
         return
@@ -282,7 +285,12 @@ def verify_erasure(
     kept = {one["digest"] for record in records for one in record["store"]["kept_blobs"]}
     removed = {digest for record in records for digest in record["store"]["removed_blobs"]} - kept
     there = {layout.digest_of(meta.key) for meta in registry.store.list(layout.BLOBS)}
-    notes = [f"blob {digest[:12]} is in the store again: another tenant's" for digest in removed & there]
+    named = {digest for head in registry.list_tenants() for digest in head.versions.values()}
+    notes = [
+        f"blob {digest[:12]} is in the store again: another tenant registered it since"
+        for digest in removed & there & named
+    ]
+    problems += [f"blob {digest[:12]} is still in the store" for digest in (removed & there) - named]
     if as_json:
         print_json({"good": not problems, "problems": problems, "notes": notes, "records": records})
     else:
@@ -322,9 +330,10 @@ def import_(
     registry = open_registry(store)
     with progress_bar("blobs") as progress:
         done = import_tenant(registry.store, folder, progress)
+    head = read_head(folder)
     out.print(
         f"imported {done['versions']} versions, {done['blobs']} blobs ({size(done['blob_bytes'])}), "
-        f"{done['log']} log entries"
+        f"{done['log']} log entries; {tell_replicas(TenantId(head.tenant), url)}"
     )
 
 

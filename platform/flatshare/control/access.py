@@ -6,10 +6,14 @@ whatever else it names is not there.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+import contextlib
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from enum import Enum
 from typing import Final
 
+from cachetools import LRUCache
 from fastapi import FastAPI, Request
 from starlette.requests import ClientDisconnect
 from starlette.routing import BaseRoute, Match, Route
@@ -17,7 +21,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from flatshare.api.http import error_reply, read_body
 from flatshare.api.identity import Caller, Identities, Role
-from flatshare.errors import Forbidden, ServeError
+from flatshare.engine.quotas import Bucket
+from flatshare.errors import Forbidden, ServeError, TooManyAtOnce, TooManyRequests
 from flatshare_registry.ids import TenantId
 from flatshare_registry.records import Scope as KeyScope
 
@@ -25,6 +30,11 @@ __all__ = ["RULES", "Access", "Gate", "caller_of"]
 
 MAX_BODY_BYTES: Final = 64 * 1024
 """Longest body of a control-plane request: the largest has a tenant's quotas in it."""
+
+MAX_UNDER_WAY: Final = 4
+REQUESTS_PER_S: Final = 5.0
+BURST: Final = 30
+"""Of one tenant's keys on the control plane, which has few places and tells every replica of each change."""
 
 _CALLER: Final = "flatshare.caller"
 
@@ -74,6 +84,12 @@ RULES: Final[Mapping[tuple[str, str], Access]] = {
 """By method and path, as the application has them."""
 
 
+@dataclass(slots=True)
+class _Account:
+    bucket: Bucket
+    under_way: int = 0
+
+
 class Gate:
     """An ASGI app before the control plane's: lets in who may, and notes who it is.
 
@@ -89,6 +105,7 @@ class Gate:
             raise ServeError(f"routes without a rule of access: {missing}")
         self._app = app
         self._identities = identities
+        self._tenants: LRUCache[str, _Account] = LRUCache(10_000)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI's entry point."""
@@ -102,12 +119,42 @@ class Gate:
                 caller = await self._identities.identify(request.headers)
                 _check(access, caller, tenant)
                 scope[_CALLER] = caller
-                receive = _given(await read_body(request, MAX_BODY_BYTES), receive)
+                with self._counted(caller):
+                    receive = _given(await read_body(request, MAX_BODY_BYTES), receive)
+                    await self._app(scope, receive, send)
+                return
             await self._app(scope, receive, send)
         except ClientDisconnect:
             return
         except Exception as error:
             await error_reply(request, error)(scope, receive, send)
+
+    @contextlib.contextmanager
+    def _counted(self, caller: Caller) -> Iterator[None]:
+        """Within the limits of one tenant; operators have none.
+
+        Raises
+        ------
+        TooManyAtOnce, TooManyRequests
+            It is over them.
+        """
+        if caller.tenant is None:
+            yield
+            return
+        account = self._tenants.get(caller.tenant)
+        if account is None:
+            account = self._tenants[caller.tenant] = _Account(Bucket(REQUESTS_PER_S, BURST, time.monotonic()))
+        if account.under_way >= MAX_UNDER_WAY:
+            raise TooManyAtOnce(f"tenant {caller.tenant} has {MAX_UNDER_WAY} requests of this kind under way")
+        if account.bucket.take(time.monotonic()):
+            raise TooManyRequests(
+                f"tenant {caller.tenant} sends more than {REQUESTS_PER_S:g} of these a second"
+            )
+        account.under_way += 1
+        try:
+            yield
+        finally:
+            account.under_way -= 1
 
     def _rule(self, scope: Scope) -> tuple[Access, str]:
         for route in self._app.routes:

@@ -16,8 +16,10 @@ from __future__ import annotations
 import asyncio
 import base64
 import hashlib
+import itertools
 import json
 import os
+import secrets
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -41,6 +43,12 @@ __all__ = ["Erasure", "Signer", "read_records", "verify_record"]
 
 REPLICAS_TIMEOUT_S: Final = 45.0
 """Seconds that replicas have to give their receipts: leases end within the request's time-out."""
+
+HOSTS_TIMEOUT_S: Final = 20.0
+"""The same for the nodes."""
+
+KEPT_TRIES: Final = 2
+"""How often a node is asked again that keeps a file because it is mapped: then it is another tenant's too."""
 
 ASK_AGAIN_S: Final = 0.25
 
@@ -111,9 +119,10 @@ class Erasure:
         await self._fleet.fence(tenant)
         leaving = await asyncio.to_thread(self._registry.eraser.begin, tenant)
         receipts = await self._receipts(tenant)
-        nodes = _merged(await self._fleet.erase_host(list(leaving.tensors)))
+        tensors, wanted = list(leaving.tensors), {one.node_id for one in receipts.values()}
+        nodes = await self._host_receipts(tensors, wanted)
         gone = await asyncio.to_thread(self._registry.eraser.remove, leaving)
-        swept = _merged(await self._fleet.erase_host(list(leaving.tensors)))
+        swept = await self._host_receipts(tensors, wanted)
         record: Record = {
             "kind": "flatshare.erasure",
             "schema_version": 1,
@@ -143,14 +152,34 @@ class Erasure:
                 }
                 for one in sorted(receipts.values(), key=lambda one: one.replica)
             ],
-            "nodes": [_node(nodes.get(node_id, swept[node_id]), swept[node_id]) for node_id in sorted(swept)],
+            "nodes": [_node(_both(nodes.get(node_id, one), one)) for node_id, one in sorted(swept.items())],
         }
         signed = self._signer.sign(record)
         key = layout.erasure_key(tenant, record["id"])
         await asyncio.to_thread(
             self._registry.store.put, key, json.dumps(signed, indent=1).encode(), Create()
         )
+        await asyncio.to_thread(self._registry.eraser.finish, leaving)
         return signed
+
+    async def _host_receipts(self, tensors: list[str], wanted: set[str]) -> dict[str, HostReceipt]:
+        """A receipt of every node; asked again while one is missing, or keeps what is let go of just now."""
+        receipts: dict[str, HostReceipt] = {}
+        deadline = time.monotonic() + HOSTS_TIMEOUT_S
+        for tries in itertools.count():
+            for one in await self._fleet.erase_host(tensors):
+                known = receipts.get(one.node_id)
+                receipts[one.node_id] = one if known is None else _both(known, one)
+            missing = wanted - receipts.keys()
+            if not missing and (tries >= KEPT_TRIES or not any(one.kept for one in receipts.values())):
+                return receipts
+            if missing and time.monotonic() > deadline:
+                raise FleetUnavailable(
+                    f"no receipt from node {', '.join(sorted(missing))}; the tenant is not resolved any "
+                    "more, run the erasure again to finish"
+                )
+            await asyncio.sleep(ASK_AGAIN_S)  # a replica that starts or stops can't be awaited
+        raise AssertionError("unreachable: it counts for ever")
 
     async def _receipts(self, tenant: TenantId) -> dict[str, EraseReceipt]:
         """A receipt of every replica that runs, asked again until it says that nothing is left."""
@@ -183,6 +212,8 @@ def read_records(store: BlobStore, tenant: TenantId) -> list[Record]:
     """
     records: list[Record] = []
     for meta in store.list(layout.erasures_prefix(tenant)):
+        if meta.key == layout.erasure_plan_key(tenant):
+            continue
         try:
             found = json.loads(store.get(meta.key).data)
         except ValueError:
@@ -228,7 +259,7 @@ def _write_new_key(path: Path) -> None:
     """Make a key file, whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
     secret = Ed25519PrivateKey.generate().private_bytes(Encoding.Raw, PrivateFormat.Raw, NoEncryption())
-    draft = path.with_suffix(f".{os.getpid()}")
+    draft = path.with_suffix(f".{secrets.token_hex(8)}")
     handle = os.open(draft, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
     try:
         with os.fdopen(handle, "w") as file:
@@ -239,27 +270,22 @@ def _write_new_key(path: Path) -> None:
         draft.unlink()
 
 
-def _merged(receipts: list[HostReceipt]) -> dict[str, HostReceipt]:
-    """One receipt a node: its replicas share the files, so each was removed by one of them."""
-    merged: dict[str, HostReceipt] = {}
-    for one in receipts:
-        known = merged.get(one.node_id)
-        merged[one.node_id] = one if known is None else HostReceipt(
-            known.replica, known.node_id, known.node,
-            tuple(sorted({*known.removed, *one.removed})), tuple(sorted({*known.kept, *one.kept})),
-            known.overwritten_bytes + one.overwritten_bytes, max(known.at, one.at),
-        )  # fmt: skip
-    return merged
+def _both(known: HostReceipt, one: HostReceipt) -> HostReceipt:
+    """Two of one node: its replicas share the files, so each file was removed by one of them."""
+    removed = {*known.removed, *one.removed}
+    return HostReceipt(
+        known.replica, known.node_id, known.node,
+        tuple(sorted(removed)), tuple(sorted({*one.kept} - removed)),
+        known.overwritten_bytes + one.overwritten_bytes, max(known.at, one.at),
+    )  # fmt: skip
 
 
-def _node(first: HostReceipt, second: HostReceipt) -> Record:
-    removed = sorted({*first.removed, *second.removed})
+def _node(one: HostReceipt) -> Record:
     return {
-        "node": second.node,
-        "node_id": second.node_id,
-        "removed_tensors": removed,
-        "kept_tensors": [one for one in second.kept if one not in removed],
-        "overwritten_bytes": first.overwritten_bytes
-        + (second.overwritten_bytes if first is not second else 0),
-        "at": second.at,
+        "node": one.node,
+        "node_id": one.node_id,
+        "removed_tensors": list(one.removed),
+        "kept_tensors": list(one.kept),
+        "overwritten_bytes": one.overwritten_bytes,
+        "at": one.at,
     }

@@ -158,12 +158,15 @@ frontend edge
     http-request del-header x-serve-router- -m beg
     http-request del-header x-flatshare- -m beg
     http-request set-header x-forwarded-for %[src]
-    http-request set-var(txn.shown) req.hdr(authorization) if {{ req.hdr(authorization) -m found }}
-    http-request set-var(txn.shown) req.hdr(x-api-key) unless {{ var(txn.shown) -m found }}
+    {_refuse(400, options)} if {{ req.fhdr_cnt(authorization) gt 1 }} or {{ req.fhdr_cnt(x-api-key) gt 1 }}
+    http-request set-var(txn.shown) req.fhdr(authorization),word(2,' ') if {{ req.fhdr(authorization) -m found }}
+    http-request set-var(txn.shown) req.fhdr(x-api-key) unless {{ req.fhdr(authorization) -m found }}
     # Digests only: no key stands in a table that the admin socket shows.
     http-request track-sc1 var(txn.shown),sha2(256) table refusals if {{ var(txn.shown) -m found }}
     http-request tarpit deny_status 429 if {{ sc1_gpc0_rate(refusals) gt {REFUSALS_PER_S} }}
-    http-response sc-inc-gpc0(1) if {{ status 400:499 }} {{ var(txn.shown) -m found }}
+    http-response sc-inc-gpc0(1) if {{ status 400:403 405:499 }} {{ var(txn.shown) -m found }}
+    # An operator's key may ask for many tenants, some of them gone; a bad one like it is a 401.
+    http-response sc-inc-gpc0(1) if {{ status 404 }} {{ var(txn.shown) -m found }} !{{ var(txn.shown) -m beg fs_ADMIN. }}
     {_refuse(413, options)} if {{ req.hdr_val(content-length) gt {options.max_body_bytes} }}
     # What Ray Serve or its HTTP server would answer in plain text, or fail on, never gets that far.
     {_refuse(400, options)} if {{ req.hdr(serve_multiplexed_model_id) -m reg '[^ -~]' }} or {{ req.hdr(serve-multiplexed-model-id) -m reg '[^ -~]' }}
@@ -195,6 +198,8 @@ backend pool
 
 backend control
     balance roundrobin
+    # To erase a tenant takes as long as its last request.
+    timeout server 180s
     # Changes are not sent twice: only what never reached a replica is tried again.
     retry-on conn-failure
     option httpchk GET /-/healthz

@@ -17,7 +17,7 @@ from flatshare.cache.shares import NO_SHARE, Share
 from flatshare.errors import TooManyAtOnce, TooManyColdLoads, TooManyRequests
 from flatshare_registry.records import DEFAULT_PLAN, Quotas, TenantHead
 
-__all__ = ["QuotaKeeper"]
+__all__ = ["Bucket", "QuotaKeeper"]
 
 MAX_ACCOUNTS: Final = 50_000
 """Tenants whose accounts are kept; beyond it the longest unused starts anew, with a full bucket."""
@@ -26,7 +26,7 @@ COLD_BURST: Final = 10
 """Loads that a tenant may do at once, whatever its rate a minute: a replica that just started needs some."""
 
 
-class _Bucket:
+class Bucket:
     """A token bucket that starts full."""
 
     __slots__ = ("at", "burst", "rate", "tokens")
@@ -61,8 +61,8 @@ class _Account:
         """Full buckets of these sizes; what is under way goes on counting."""
         self.limits = limits
         rate, cold = limits.requests_per_s, limits.cold_loads_per_min
-        self.requests = None if rate is None else _Bucket(rate, max(limits.burst or rate, 1.0), now)
-        self.cold = None if cold is None else _Bucket(cold / 60, min(max(cold, 1.0), COLD_BURST), now)
+        self.requests = None if rate is None else Bucket(rate, max(limits.burst or rate, 1.0), now)
+        self.cold = None if cold is None else Bucket(cold / 60, min(max(cold, 1.0), COLD_BURST), now)
         self.share = Share(limits.resident_bytes, limits.resident_floor_bytes or 0)
 
 
@@ -93,8 +93,13 @@ class QuotaKeeper:
         """A tenant's share of the device."""
         return NO_SHARE if head is None else self._account(head).share
 
-    def request(self, head: TenantHead) -> _UnderWay:
+    def request(self, head: TenantHead, *, counted: bool = True) -> _UnderWay:
         """Begin a request; a context that ends it.
+
+        Parameters
+        ----------
+        counted
+            Whether it counts as under way; False for a part of one that does already.
 
         Raises
         ------
@@ -103,9 +108,10 @@ class QuotaKeeper:
         """
         account = self._account(head)
         limits = account.limits
-        if limits.concurrent_requests is not None and account.under_way >= limits.concurrent_requests:
+        most = limits.concurrent_requests
+        if counted and most is not None and account.under_way >= most:
             self.refused += 1
-            raise TooManyAtOnce(f"tenant {head.tenant} has {limits.concurrent_requests} requests under way")
+            raise TooManyAtOnce(f"tenant {head.tenant} has {most} requests under way")
         if account.requests is not None:
             wait_s = account.requests.take(self._clock())
             if wait_s:
@@ -115,8 +121,8 @@ class QuotaKeeper:
                 )
                 error.retry_after_s = int(wait_s) + 1
                 raise error
-        account.under_way += 1
-        return _UnderWay(account)
+        account.under_way += counted
+        return _UnderWay(account, counted)
 
     def cold_load(self, head: TenantHead) -> None:
         """Count a load of a model that is not on the device.
@@ -138,8 +144,8 @@ class QuotaKeeper:
 
     def _account(self, head: TenantHead) -> _Account:
         account = self._accounts.get(head.tenant)
-        if account is not None and account.revision == head.revision:
-            return account
+        if account is not None and account.revision >= head.revision:
+            return account  # a request that came before a change must not undo it
         plan = self._plans.get(head.plan) or self._plans.get(DEFAULT_PLAN) or Quotas()
         limits = head.quotas.over(plan)
         if account is None:
@@ -153,10 +159,11 @@ class QuotaKeeper:
 class _UnderWay:
     """``with``: a request under way."""
 
-    __slots__ = ("_account",)
+    __slots__ = ("_account", "_counted")
 
-    def __init__(self, account: _Account) -> None:
+    def __init__(self, account: _Account, counted: bool) -> None:
         self._account = account
+        self._counted = counted
 
     def __enter__(self) -> None:
         return None
@@ -164,4 +171,5 @@ class _UnderWay:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self._account.under_way -= 1
+        self._account.under_way -= self._counted
+        self._counted = False

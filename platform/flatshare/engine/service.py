@@ -178,10 +178,16 @@ class InferenceService:
         self._inference = inference
         self._timeout_s = timeout_s
 
-    async def enter(self, caller: MayPredict, ref: ModelRef) -> Ticket:
+    async def enter(self, caller: MayPredict, ref: ModelRef, *, within: Ticket | None = None) -> Ticket:
         """Let a request in, before anything of it is read: a context that lasts as long as the request.
 
         Waits for nothing when the tenant is known.
+
+        Parameters
+        ----------
+        within
+            The ticket of the stream that it is a line of: it counts for the rate, and not once more as
+            under way.
 
         Raises
         ------
@@ -195,7 +201,7 @@ class InferenceService:
             The tenant is not known here, and the store does not answer.
         """
         caller.may_predict(ref)
-        self._check_fence(ref)
+        self.check_fence(ref)
         head = self.view.head_now(ref.tenant)
         if head is None:
             try:
@@ -205,7 +211,8 @@ class InferenceService:
                 raise Unavailable(f"the registry did not answer within {self._timeout_s:g} s") from None
         if head.state is TenantState.SUSPENDED:
             raise Suspended(f"tenant {ref.tenant} is suspended; ask your operator")
-        return Ticket(ref, head, self.quotas.limits(head), self.quotas.request(head))
+        under_way = self.quotas.request(head, counted=within is None)
+        return Ticket(ref, head, self.quotas.limits(head), under_way)
 
     async def predict(self, ticket: Ticket, decode: Decode) -> Prediction:
         """Answer one request.
@@ -231,6 +238,7 @@ class InferenceService:
                 version = await self._resolve(ref)
                 rows = decode(_installed(version))
                 ticket.check_rows(len(rows))
+                self.check_fence(ref)  # what the registry said may be older than the fence
                 lease = self.cache.try_lease(version)
                 if lease is None:
                     if not self.cache.is_loading(version):  # to join a load costs nothing
@@ -250,7 +258,7 @@ class InferenceService:
                         logger.exception("isolation: %s", lease.receipt)
                         self.cache.quarantine(lease)
                         raise
-                self._check_fence(ref)  # it may have come while this was under way
+                self.check_fence(ref)  # it may have come while this was under way
                 return Prediction(logits, version, lease.tier)
         except TimeoutError:
             raise DeadlineExceeded(f"not answered within {self._timeout_s:g} s") from None
@@ -259,7 +267,14 @@ class InferenceService:
         """Answer nothing for a tenant, for so long, whatever the registry's view says: it is being erased."""
         self._fences[tenant] = self._clock() + seconds
 
-    def _check_fence(self, ref: ModelRef) -> None:
+    def check_fence(self, ref: ModelRef) -> None:
+        """Return if a tenant may be served: its models may be leased, and loaded.
+
+        Raises
+        ------
+        NotFound
+            It is being erased.
+        """
         if self._fences:
             until = self._fences.get(ref.tenant)
             if until is not None:

@@ -98,9 +98,10 @@ class ClassifierPool:
                 ("load-local", LOCAL_CONCURRENCY),
                 ("load-part", settings.fetch_concurrency),
                 ("registry", VIEW_THREADS),
+                ("key-use", 1),
             )
         ]
-        load_threads, local_threads, part_threads, view_threads = self._threads
+        load_threads, local_threads, part_threads, view_threads, key_threads = self._threads
         store = settings.open_store()
         self._quotas = QuotaKeeper(settings.plans)
         self._advertiser = Advertiser(self, self.load_model, self._held_ids)
@@ -147,7 +148,7 @@ class ClassifierPool:
             timeout_s=settings.request_timeout_s,
         )
         self._identities = Identities(
-            self._view, operators, token_verifier(settings), used=KeyUse(store, view_threads)
+            self._view, operators, token_verifier(settings), used=KeyUse(store, key_threads)
         )
         logger.info("replica %s on %s with %d slots", self.replica, device.name, settings.slots)
 
@@ -247,7 +248,9 @@ class ClassifierPool:
     async def preload(self, model_ref: str, pin: bool = False) -> str:
         """Make what a ref means resident here, and keep it if ``pin``; returns this replica's name."""
         timeout_s = self._settings.request_timeout_s
-        record = await self._view.resolve(ModelRef.parse(model_ref), timeout_s)
+        ref = ModelRef.parse(model_ref)
+        record = await self._view.resolve(ref, timeout_s)
+        self._service.check_fence(ref)
         await self._cache.preload(record, timeout_s, pin=pin)
         return self.replica
 
@@ -269,6 +272,7 @@ class ClassifierPool:
     async def erase(self, tenant: str) -> EraseReceipt:
         """End, free and overwrite all of a tenant, whose tombstone stands; asked again until it is clean."""
         parsed = TenantId(tenant)
+        self._service.fence(parsed, FENCE_S)
         self._view.forget(parsed)
         told = self._cache.erase(parsed)
         clean = await self._cache.erased(parsed, ERASE_WAIT_S)

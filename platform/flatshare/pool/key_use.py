@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
+import zlib
 from collections.abc import Callable
 from concurrent.futures import Executor
 from typing import Final
@@ -20,6 +22,8 @@ __all__ = ["KeyUse"]
 
 HOUR_S: Final = 3600
 MAX_KEYS: Final = 50_000
+MAX_WAITING: Final = 1_000
+"""Notes that wait to be written; beyond it they are left to the next request."""
 
 
 class KeyUse:
@@ -28,7 +32,7 @@ class KeyUse:
     Parameters
     ----------
     threads
-        Where the blocking writes run.
+        Where the blocking writes run: none that others wait for.
     clock
         POSIX seconds.
     """
@@ -37,18 +41,24 @@ class KeyUse:
         self._store = store
         self._threads = threads
         self._clock = clock
+        self._waiting = 0
         self._noted: LRUCache[str, int] = LRUCache(MAX_KEYS)
 
     def __call__(self, tenant: TenantId, key: ApiKey) -> None:
         """A key was found good."""
-        hour = int(self._clock()) // HOUR_S
-        if self._noted.get(key.id) != hour:
-            self._noted[key.id] = hour
-            self._threads.submit(self._write, tenant, key.id, hour * HOUR_S)
+        # Keys' hours begin at different times, or all would be written in the same second.
+        now = int(self._clock())
+        period = (now + zlib.crc32(key.id.encode()) % HOUR_S) // HOUR_S
+        if self._noted.get(key.id) != period and self._waiting < MAX_WAITING:
+            self._noted[key.id] = period
+            self._waiting += 1
+            writing = self._threads.submit(self._write, tenant, key.id, now // HOUR_S * HOUR_S)
+            writing.add_done_callback(self._written)
+
+    def _written(self, _: object) -> None:
+        self._waiting -= 1  # approximate, from a thread: it only has to come down
 
     def _write(self, tenant: TenantId, key_id: str, used_at: int) -> None:
-        try:
+        with contextlib.suppress(RegistryError):  # a note that is lost is written in the next hour
             document = json.dumps({"used_at": used_at}).encode()
             self._store.put(layout.used_key(tenant, key_id), document, Overwrite())
-        except RegistryError:
-            self._noted.pop(key_id, None)

@@ -34,7 +34,10 @@ def filled(store: MemoryStore | S3Store) -> Registry:
 
 
 def erase(registry: Registry) -> StoreErasure:
-    return registry.eraser.remove(registry.eraser.begin(ACME))
+    leaving = registry.eraser.begin(ACME)
+    done = registry.eraser.remove(leaving)
+    registry.eraser.finish(leaving)
+    return done
 
 
 def left(registry: Registry) -> set[str]:
@@ -60,7 +63,11 @@ def test_what_is_the_tenants_alone_goes_and_what_is_shared_stays() -> None:
     assert [number for number, _ in leaving.versions] == [1, 2]
     assert len(leaving.blobs) == 3, "the deleted version's too"
     assert leaving.link == registry.last_entry(ACME).link
+    assert len(leaving.tensors) == 3, "also of the deleted version: it may lie on a node"
+    assert registry.eraser.begin(ACME) == leaving
     gone = registry.eraser.remove(leaving)
+    assert registry.eraser.begin(ACME).tensors == leaving.tensors, "a rerun knows what is gone already"
+    registry.eraser.finish(leaving)
     assert (len(gone.removed_blobs), len(gone.kept_blobs)) == (2, 1)
     check_erased(registry)
     again = erase(registry)
@@ -155,3 +162,34 @@ def test_a_bucket_with_versioning_keeps_nothing(s3_url: str) -> None:
     assert not [one for one in objects() if one == key]
     head, _ = registry._heads._read_any(ACME)
     assert (head.state, head.keys, head.aliases) == (TenantState.ERASED, {}, {})
+
+
+def test_a_registration_that_loses_its_tenant_leaves_nothing() -> None:
+    store = MemoryStore()
+    registry = filled(store)
+
+    def bury(operation: str, key: str) -> None:
+        if operation == "put" and key == layout.version_key(ACME, 4):
+            registry.eraser.begin(ACME)
+
+    with pytest.raises(NotFound):
+        Registry(FaultyStore(store, before=bury)).register(ACME, tiny_weights(9.0), "tiny", TINY_SPECS)
+    erase(registry)
+    check_erased(registry)
+
+
+def test_weights_that_went_while_another_tenant_came_to_name_them_are_put_back() -> None:
+    """Globex finds the blob there; then acme's erasure takes it; then globex's head names it."""
+    store = MemoryStore()
+    registry = filled(store)
+
+    def take(operation: str, key: str) -> None:
+        if operation == "put" and key == layout.version_key(GLOBEX, 2):
+            erase(registry)
+
+    record = (
+        Registry(FaultyStore(store, before=take))
+        .register(GLOBEX, tiny_weights(1.0), "tiny", TINY_SPECS)
+        .version
+    )
+    assert store.get(layout.blob_key(record.digest)).data == tiny_weights(1.0)

@@ -14,7 +14,7 @@ from flatshare_registry.records import AuditEntry, TenantHead, TenantState
 from flatshare_registry.stores.base import Create, Overwrite
 from flatshare_registry.stores.memory import MemoryStore
 from flatshare_registry.tenancy import MAX_KEYS
-from flatshare_registry.testing.faults import ManualClock
+from flatshare_registry.testing.faults import FaultyStore, ManualClock
 from flatshare_registry.testing.files import TINY_SPECS, tiny_weights
 
 ACME = TenantId("acme")
@@ -200,3 +200,28 @@ def test_a_field_that_a_later_release_adds_does_not_break_the_links(registry: Re
     entry = registry.audit(ACME)[0]
     assert AuditEntry.model_validate(entry.model_dump(exclude_defaults=True)).link == entry.link
     assert "request_id" not in entry.model_dump_json(exclude_defaults=True)
+
+
+def test_a_log_that_grows_while_it_is_checked_is_whole(written: Registry) -> None:
+    grown: list[bool] = []
+
+    def grow(operation: str, key: str) -> None:
+        if operation == "list" and not grown:
+            grown.append(True)
+            written.tenancy.suspend(ACME)
+
+    assert Registry(FaultyStore(written.store, before=grow)).verify_audit(ACME) == []
+    assert grown
+
+
+def test_an_expired_key_is_not_rotated_and_a_lifetime_goes_on(registry: Registry, clock: ManualClock) -> None:
+    old = registry.tenancy.create_key(ACME, lifetime_s=100)
+    clock.advance(50)
+    new = registry.tenancy.rotate_key(ACME, old.id, grace_s=10)
+    keys = registry.head(ACME).keys
+    assert keys[new.id].expires_at == keys[new.id].created_at + timedelta(seconds=100)
+    assert registry.audit(ACME)[-1].detail == {"key": old.id, "by": new.id}
+    clock.advance(1000)
+    with pytest.raises(InvalidInput, match="expired"):
+        registry.tenancy.rotate_key(ACME, new.id, grace_s=10)
+    assert set(registry.head(ACME).keys) == {old.id, new.id}, "nothing was made"

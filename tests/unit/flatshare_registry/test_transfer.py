@@ -114,3 +114,13 @@ def test_a_damaged_store_is_not_exported(registry: Registry, tmp_path: Path) -> 
     with pytest.raises(Corrupt):
         export_tenant(registry.store, ACME, tmp_path / "acme")
     assert not (tmp_path / "acme" / "head.json").exists()
+
+
+def test_what_lies_beside_an_export_is_not_brought_along(registry: Registry, tmp_path: Path) -> None:
+    folder = tmp_path / "acme"
+    export_tenant(registry.store, ACME, folder)
+    (folder / "blobs" / f"{'a' * 64}.safetensors").write_bytes(b"poison for whoever registers this digest")
+    (folder / "versions" / "00000099.json").write_bytes(b"{}")
+    other = MemoryStore()
+    import_tenant(other, folder)
+    assert everything(other) == everything(registry.store)

@@ -45,7 +45,7 @@ class World:
         store = MemoryStore()
         self.registry = Registry(store, clock=self.wall_clock)
         self.modules: dict[str, nn.Module] = {}
-        faulty = FaultyStore(store, before=self._before)
+        faulty = self.faulty = FaultyStore(store, before=self._before)
         view = RegistryView(Registry(faulty), threads, ttl_s=2)
         self.cache = ModelCache(
             ledger=Ledger(2, None),

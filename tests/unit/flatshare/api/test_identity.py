@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import statistics
+import threading
 import time
 from collections.abc import AsyncIterator
 from pathlib import Path
@@ -20,7 +22,7 @@ from flatshare.api import identity
 from flatshare.api.identity import Identities, OperatorKeys, Role
 from flatshare.api.tokens import TokenVerifier
 from flatshare.errors import SettingsError, Unauthenticated
-from flatshare_registry import Scope, TenantId
+from flatshare_registry import Quotas, Scope, TenantId
 from flatshare_registry.errors import InvalidInput
 from flatshare_registry.keys import new_key
 from flatshare_registry.records import ApiKey
@@ -214,6 +216,8 @@ async def test_tokens_that_are_not_good_are_refused(issuer: Issuer, verifier: To
     for token in (
         issuer.token(stranger),
         issuer.token(public, "HS256"),
+        issuer.token(issuer.ec, "ES256", "r"),  # the key id of the RSA key
+        issuer.token(issuer.rsa, "PS256"),
         jwt.encode({"iss": ISSUER}, None, "none"),
         issuer.token(exp=time.time() - 60),
         issuer.token(exp=None),
@@ -236,3 +240,79 @@ def test_a_jwks_that_can_not_be_is_refused_at_the_start(tmp_path: Path) -> None:
     for jwks in (str(tmp_path / "missing"), str(tmp_path / "junk"), "http://issuer.example/jwks"):
         with pytest.raises(SettingsError, match="jwt_jwks"):
             TokenVerifier(issuer=ISSUER, audience=AUDIENCE, jwks=jwks)
+
+
+async def test_an_issuer_that_is_down_is_asked_again_and_not_by_everybody() -> None:
+    asked: list[float] = []
+
+    class Issuers(jwt.PyJWKClient):
+        def get_jwk_set(self, refresh: bool = False) -> jwt.PyJWKSet:
+            asked.append(time.monotonic())
+            raise jwt.PyJWKClientError("down")
+
+    verifier = TokenVerifier(issuer=ISSUER, audience=AUDIENCE, jwks="http://127.0.0.1:1/jwks")
+    verifier._remote = Issuers("http://127.0.0.1:1/jwks")
+    token = jwt.encode(
+        {"iss": ISSUER}, rsa.generate_private_key(public_exponent=65537, key_size=2048), "RS256"
+    )
+    for _ in range(5):
+        with pytest.raises(Unauthenticated):
+            await verifier.verify(token)
+    assert len(asked) == 1
+    verifier._read_at -= 11
+    with pytest.raises(Unauthenticated):
+        await verifier.verify(token)
+    assert len(asked) == 2
+
+
+async def test_look_ups_of_junk_keys_leave_room_for_everybody_else(
+    world: World, secured: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    good = world.registry.tenancy.create_key(ACME).text
+    assert (await ask(secured, good)).status_code == 200
+    release = threading.Event()
+
+    def hang(operation: str, key: str) -> None:
+        if "/junk-" in key:
+            release.wait(20)
+
+    world.faulty.before = hang
+    junk = [asyncio.create_task(ask(secured, new_key(f"junk-{n}").text)) for n in range(200)]
+    await asyncio.sleep(0.2)  # let them all come
+    refused = [task.result().status_code for task in junk if task.done()]
+    assert refused.count(503) >= 200 - 2 * identity.LOOK_UPS, "at once"
+    assert (await asyncio.wait_for(ask(secured, good), 5)).status_code == 200
+    release.set()
+    await asyncio.gather(*junk)
+
+
+async def test_a_stream_counts_as_one_request_for_as_long_as_it_lasts(
+    world: World, secured: httpx.AsyncClient
+) -> None:
+    key = world.registry.tenancy.create_key(ACME).text
+    world.registry.tenancy.set_quotas(ACME, Quotas(concurrent_requests=1))
+    began, go_on = asyncio.Event(), asyncio.Event()
+
+    async def lines() -> AsyncIterator[bytes]:
+        yield json.dumps(BODY).encode() + b"\n"
+        began.set()
+        await go_on.wait()
+        yield json.dumps(BODY).encode() + b"\n"
+
+    headers = {MODEL: "acme", "authorization": f"Bearer {key}"}
+    stream = asyncio.create_task(secured.post("/predict/stream", content=lines(), headers=headers))
+    await began.wait()
+    refused = await ask(secured, key)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (429, "over_concurrent_requests")
+    go_on.set()
+    answers = [json.loads(line) for line in (await stream).text.splitlines()]
+    assert all("predicted_label" in one for one in answers), answers
+    assert (await ask(secured, key)).status_code == 200
+
+
+async def test_retry_after_says_when_there_will_be_room(world: World, secured: httpx.AsyncClient) -> None:
+    key = world.registry.tenancy.create_key(ACME).text
+    world.registry.tenancy.set_quotas(ACME, Quotas(requests_per_s=0.1))
+    assert (await ask(secured, key)).status_code == 200
+    refused = await ask(secured, key)
+    assert (refused.status_code, refused.headers["retry-after"]) == (429, "11")

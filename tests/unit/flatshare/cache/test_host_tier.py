@@ -11,6 +11,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -346,3 +347,40 @@ def test_scrubbing_overwrites_what_nobody_maps_and_leaves_the_rest(tmp_path: Pat
     del kept
     gc.collect()
     assert tier.scrub([name(shared)]).removed == (name(shared),)
+
+
+def test_replicas_of_one_node_that_scrub_at_once_do_not_get_in_each_others_way(tmp_path: Path) -> None:
+    first = HostTier(tmp_path / "tier", 10**8)
+    second = HostTier(tmp_path / "tier", 10**8)
+    datas = [content(number, 5_000) for number in range(200)]
+    for data in datas:
+        publish(first, data)
+    names = [name(data) for data in datas]
+    with ThreadPoolExecutor(4) as threads:
+        done = list(threads.map(lambda tier: tier.scrub(names), [first, second, first, second]))
+    assert sorted(digest for one in done for digest in one.removed) == sorted(names), "each once, by somebody"
+    assert (first.digests(), first.usage().used_bytes) == ([], 0)
+
+
+def test_a_file_that_took_the_place_of_the_one_to_scrub_is_left_alone(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Between opening it and locking it, the old file goes and another tenant publishes the same bytes."""
+    tier = HostTier(tmp_path / "tier", 10**8)
+    data = os.urandom(100_000)
+    publish(tier, data)
+    gc.collect()
+    published: list[memoryview | None] = []
+    real = fcntl.flock
+
+    def flock(handle: int, how: int) -> None:
+        if how == fcntl.LOCK_EX | fcntl.LOCK_NB and not published:
+            published.append(None)
+            tier.remove([name(data)])
+            published[0] = publish(tier, data)
+        real(handle, how)
+
+    monkeypatch.setattr(module.fcntl, "flock", flock)
+    assert tier.scrub([name(data)]).removed == ()
+    assert published[0] is not None
+    assert bytes(published[0]) == data

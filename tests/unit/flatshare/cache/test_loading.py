@@ -427,3 +427,19 @@ def test_views_of_files_are_never_written(store: CountingStore, tmp_path: Path) 
     own = torch.ones(4)
     assert device.scrub([mapped, own]) == own.nbytes
     assert (mapped.tolist(), own.tolist()) == ([49, 50, 51, 52], [0.0] * 4)
+
+
+async def test_an_erased_tenants_tensors_are_not_kept_ready(
+    store: CountingStore, record: VersionRecord, tmp_path: Path, threads: ThreadPoolExecutor
+) -> None:
+    tier = HostTier(tmp_path / "tier", 10**9)
+    loader = DeviceLoader(TensorSource(store, tier), CpuDevice(), threads, threads)
+    cache = ModelCache(ledger=Ledger(4, None), loader=loader)
+    (await cache.lease(record, 5)).release()
+    cache.unload(ModelKey.of(record))  # not resident any more, but warm
+    gc.collect()
+    assert cache.erase("acme").models == 0
+    assert await cache.erased("acme", 5)
+    gc.collect()
+    done = tier.scrub([one.sha256 for one in record.tensors])
+    assert (done.kept, tier.digests()) == ((), [])

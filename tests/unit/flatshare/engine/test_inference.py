@@ -53,6 +53,9 @@ class OneModel:
     def distrust(self, record: VersionRecord) -> None:
         pass  # keeps nothing between loads
 
+    def let_go(self) -> None:
+        pass  # keeps nothing between loads
+
     def scrub(self, model: Model, parts: Collection[Part]) -> int:
         return 0
 
