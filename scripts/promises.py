@@ -86,7 +86,7 @@ MUTATIONS = [
         8, "removals are not told", "platform/flatshare/cache/model_cache.py",
         "        self._retire(resident_now, evicted=False)\n        self._on_change()\n",
         "        self._retire(resident_now, evicted=False)\n",
-        "tests/property/test_cache_machine.py::TestCacheMachine",
+        f"{CACHE}::test_promise_8_every_addition_and_removal_is_told",
     ),
     Mutation(
         8, "removals are not taken out of Ray's wrapper", "platform/flatshare/pool/multiplex.py",

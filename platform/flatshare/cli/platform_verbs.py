@@ -201,8 +201,8 @@ def _tell_parent(state: Any) -> None:
 
 
 def _announce(state: Any) -> None:
-    """Where things are, and three commands to try."""
-    header = "'serve_multiplexed_model_id: acme'"
+    """Where things are, and some commands to try."""
+    model, key = "'serve_multiplexed_model_id: acme'", '"x-api-key: $KEY"'
     out.print(
         f"""flatshare is up: {state.replicas} replicas of {state.slots} slots, store {state.store}
   data plane     {state.url}/predict      docs {state.url}/docs
@@ -210,7 +210,8 @@ def _announce(state: Any) -> None:
   {"log            " + state.log if state.log else "Ctrl-C ends it"}
 Try:
   flatshare register acme model.safetensors --create --store {state.store}
-  curl -s {state.url}/classify -H {header} -H 'content-type: image/png' --data-binary @digit.png
+  flatshare keys create acme --store {state.store}
+  curl -s {state.url}/classify -H {model} -H {key} -H 'content-type: image/png' --data-binary @digit.png
   flatshare replicas""",
         soft_wrap=True,
     )

@@ -517,6 +517,37 @@ async def test_a_victim_that_would_not_help_is_spared(loader: FakeLoader) -> Non
     assert held(cache) == {"small", "new"}
 
 
+async def test_promise_8_every_addition_and_removal_is_told(loader: FakeLoader) -> None:
+    told: list[set[str]] = []
+    cache = make(loader, slots=2, on_change=lambda: told.append(held(cache)))
+
+    async def check() -> None:
+        assert told, "nothing was told"
+        assert told[-1] == held(cache)
+        told.clear()
+
+    await use(cache, "a", "b")
+    await check()
+    await use(cache, "c")  # evicts
+    await check()
+    assert held(cache) == {"b", "c"}
+    cache.unload(ModelKey("b", 1))
+    await check()
+    cache.withdraw(ModelKey("c", 1))
+    await check()
+    await use(cache, "a", "b")
+    told.clear()
+    cache.erase("a")
+    await check()
+    cache.quarantine(await cache.lease(version("b"), 5))
+    await check()
+    with await cache.lease(version("d"), 5) as lease:
+        told.clear()
+        cache.condemn(lease, ModelFailed("wrong"))
+        await check()
+    assert held(cache) == set()
+
+
 async def test_promise_9_what_can_never_fit_is_refused_by_name_and_size(loader: FakeLoader) -> None:
     cache = make(loader, slots=10, budget=25)
     loader.parts |= {"a": share("a"), "huge": share("h1", "h2", "h3")}
