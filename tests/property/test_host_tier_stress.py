@@ -13,7 +13,8 @@ from pathlib import Path
 import numpy as np
 
 from flatshare.cache.fetch import TensorSource
-from flatshare.cache.host_tier import PAGE, HostTier
+from flatshare.cache.host_tier import HostTier
+from flatshare.cache.tier_files import PAGE
 from flatshare_registry.catalog import Registry
 from flatshare_registry.ids import TenantId
 from flatshare_registry.stores.local import LocalStore

@@ -19,7 +19,8 @@ from dataclasses import dataclass, field
 from itertools import islice
 from typing import Final
 
-from flatshare.cache.host_tier import HostTier, TensorWriter
+from flatshare.cache.host_tier import HostTier
+from flatshare.cache.tier_writer import TensorWriter
 from flatshare.cache.tiers import Tier
 from flatshare_registry import layout
 from flatshare_registry.errors import Corrupt, InvalidInput, NotFound, Unavailable

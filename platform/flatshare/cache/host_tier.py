@@ -23,7 +23,6 @@ from __future__ import annotations
 import contextlib
 import fcntl
 import logging
-import mmap
 import os
 import secrets
 import shutil
@@ -34,15 +33,22 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-__all__ = ["HostTier", "HostUsage", "Scrubbed", "TensorWriter", "open_host_tier"]
+from flatshare.cache.tier_files import (
+    boot_id,
+    is_locked,
+    overwrite,
+    read_number,
+    remove_other_boots,
+    unlink_unless_mapped,
+    view_of,
+    whole_pages,
+    write_number,
+)
+from flatshare.cache.tier_writer import TensorWriter
+
+__all__ = ["HostTier", "HostUsage", "Scrubbed", "open_host_tier"]
 
 logger = logging.getLogger("flatshare.cache")
-
-PAGE: Final = 4096
-"""What a file takes is a multiple of this, in bytes."""
-
-MAP_FROM_BYTES: Final = 64 * 1024
-"""Smaller tensors are read into memory: a mapping and its open file cost more than a copy."""
 
 MAX_DEFAULT_BYTES: Final = 8 * 1024**3
 """Most that the tier takes without being told."""
@@ -98,7 +104,7 @@ class HostTier:
         self.budget_bytes = budget_bytes
         self.bypassed = 0
         self.on_pressure: Callable[[], None] = lambda: None
-        self._root = folder / _boot_id()
+        self._root = folder / boot_id()
         self._tensors = self._root / "tensors"
         self._tmp = self._root / "tmp"
         self._locks = self._root / "locks"
@@ -107,9 +113,9 @@ class HostTier:
         if status.st_uid != os.getuid() or status.st_mode & 0o022:
             raise PermissionError(f"{folder} must belong to this user, and nobody else may write there")
         self._make_folders()
-        _remove_other_boots(folder, self._root.name)
+        remove_other_boots(folder, self._root.name)
         with self._usage_locked() as handle:
-            _write_number(handle, self._count())
+            write_number(handle, self._count())
 
     # -- reading
 
@@ -131,7 +137,7 @@ class HostTier:
             if not status.st_nlink:
                 return None  # evicted between the two calls
             os.utime(handle)
-            return _view(handle)
+            return view_of(handle)
         except OSError as error:
             logger.warning("host tier: %s can't be read: %s", digest[:12], error.strerror)
             return None
@@ -162,7 +168,7 @@ class HostTier:
 
     def writer(self, digest: str, size_bytes: int) -> TensorWriter | None:
         """A writer for a tensor's bytes; None, and a count, when there is no room for it."""
-        taken = _pages(size_bytes)
+        taken = whole_pages(size_bytes)
         path = self._tmp / f"{taken}-{os.getpid()}-{secrets.token_hex(8)}"
         if taken > self.budget_bytes:
             self.note_bypass(f"is smaller than one tensor of {size_bytes} bytes")
@@ -171,15 +177,15 @@ class HostTier:
             # Bytes are set aside and the locked file that stands for them made in one step: whoever
             # counts sees both or neither.
             with self._usage_locked() as usage:
-                used = _read_number(usage)
+                used = read_number(usage)
                 if used + taken > self.budget_bytes:
                     self.on_pressure()
                     used = self._evict(taken)
-                    _write_number(usage, used)
+                    write_number(usage, used)
                 if used + taken <= self.budget_bytes:
                     handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o400)
                     fcntl.flock(handle, fcntl.LOCK_EX)
-                    _write_number(usage, used + taken)
+                    write_number(usage, used + taken)
                     return TensorWriter(self, digest, path, handle)
         except OSError as error:
             self.note_bypass(f"can't be written: {error.strerror}")
@@ -195,7 +201,7 @@ class HostTier:
         """What is held; waits for whoever counts."""
         used = 0
         with contextlib.suppress(OSError), self._usage_locked() as handle:
-            used = _read_number(handle)
+            used = read_number(handle)
         return HostUsage(str(self._root), self.budget_bytes, used, self.bypassed)
 
     def remove(self, digests: Iterable[str]) -> int:
@@ -224,7 +230,7 @@ class HostTier:
                 # From here on nobody maps, evicts or scrubs this file; but somebody may have, a moment ago,
                 # and the path may be another tenant's new file of the same bytes by now.
                 if os.fstat(handle).st_ino == path.stat().st_ino:
-                    size += _overwrite(handle)
+                    size += overwrite(handle)
                     self._discard(digest)
                     removed.append(digest)
             except FileNotFoundError:
@@ -282,13 +288,13 @@ class HostTier:
         for _, entry in sorted(ages, key=lambda aged: aged[0]):
             if left <= max(wanted, 0):
                 break
-            if not _is_locked(entry.path):
+            if not is_locked(entry.path):
                 with contextlib.suppress(FileNotFoundError):
-                    left -= _pages(entry.stat().st_size)
+                    left -= whole_pages(entry.stat().st_size)
                     chosen.append(entry.path)
         if left + taken > self.budget_bytes:
             return used  # what is mapped leaves too little: then nothing goes
-        return used - sum(_unlink_unless_mapped(path) for path in chosen)
+        return used - sum(unlink_unless_mapped(path) for path in chosen)
 
     def _count(self) -> int:
         """Bytes of all files and of what living writers have set aside; orphans are removed."""
@@ -296,14 +302,14 @@ class HostTier:
         # What is being written first: a file that is published while we count is then counted twice,
         # the other way round it would be missed.
         for entry in os.scandir(self._tmp):
-            if _is_locked(entry.path):
+            if is_locked(entry.path):
                 used += int(entry.name.partition("-")[0])
             else:
                 with contextlib.suppress(FileNotFoundError):
                     os.unlink(entry.path)
         for entry in self._files():
             with contextlib.suppress(FileNotFoundError):
-                used += _pages(entry.stat().st_size)
+                used += whole_pages(entry.stat().st_size)
         return used
 
     def _files(self) -> Iterator[os.DirEntry[str]]:
@@ -319,7 +325,7 @@ class HostTier:
                 path.unlink()
             except FileNotFoundError:
                 return False
-            _write_number(handle, max(_read_number(handle) - _pages(size), 0))
+            write_number(handle, max(read_number(handle) - whole_pages(size), 0))
             return True
 
     def path(self, digest: str) -> Path:
@@ -330,7 +336,7 @@ class HostTier:
         """Remove what a writer wrote, and give back what was set aside for it."""
         with self._usage_locked() as usage, contextlib.suppress(FileNotFoundError):
             path.unlink()
-            _write_number(usage, max(_read_number(usage) - int(path.name.partition("-")[0]), 0))
+            write_number(usage, max(read_number(usage) - int(path.name.partition("-")[0]), 0))
 
     @contextlib.contextmanager
     def _usage_locked(self) -> Iterator[int]:
@@ -341,73 +347,6 @@ class HostTier:
             yield handle
         finally:
             os.close(handle)
-
-
-class TensorWriter:
-    """Writes one tensor beside the tier, then publishes it; ends with :meth:`publish` or :meth:`abort`."""
-
-    def __init__(self, tier: HostTier, digest: str, path: Path, handle: int) -> None:
-        self._tier = tier
-        self._digest = digest
-        self._path = path
-        self._handle = handle
-
-    def write(self, data: memoryview) -> bool:
-        """Append; False when the disk is full or failing: read back what is there, then abort."""
-        try:
-            while data:
-                data = data[os.write(self._handle, data) :]
-        except OSError as error:
-            self._tier.note_bypass(f"could not be written: {error.strerror}")
-            return False
-        return True
-
-    def read_back(self) -> bytes:
-        """What was written so far."""
-        return os.pread(self._handle, os.fstat(self._handle).st_size, 0)
-
-    def publish(self) -> memoryview:
-        """Make the file visible under its digest and return its bytes, mapped; ends the writer.
-
-        The bytes must have been checked. When the disk refuses, or somebody was faster and their file
-        is already gone again, the bytes come back in this process's memory.
-        """
-        target = self._tier.path(self._digest)
-        # Before it has its name: to go from one lock to the other is no single step, and who took the lock
-        # between the two could evict or scrub what we are about to map. An orphan's fate is the worst now.
-        fcntl.flock(self._handle, fcntl.LOCK_SH)
-        try:
-            target.parent.mkdir(mode=0o700, exist_ok=True)
-            # link, not rename: if somebody was faster their file may be mapped already, and stays.
-            os.link(self._path, target)
-        except OSError as error:
-            data = None
-            if isinstance(error, FileExistsError):
-                data = self._tier.open(self._digest, os.fstat(self._handle).st_size)
-                if data is None:  # damaged: ours takes its place
-                    with contextlib.suppress(OSError):
-                        os.replace(self._path, target)
-                        return self._mapped()
-            else:
-                self._tier.note_bypass(f"could not be written: {error.strerror}")
-            data = data if data is not None else memoryview(self.read_back())
-            self.abort()
-            return data
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(self._path)
-        return self._mapped()
-
-    def _mapped(self) -> memoryview:
-        """The published bytes; ends the writer."""
-        try:
-            return _view(self._handle)
-        finally:
-            os.close(self._handle)
-
-    def abort(self) -> None:
-        """Forget what was written."""
-        self._tier.unlink_temporary(self._path)
-        os.close(self._handle)
 
 
 def open_host_tier(folder: str, budget_bytes: int) -> HostTier | None:
@@ -437,87 +376,3 @@ def open_host_tier(folder: str, budget_bytes: int) -> HostTier | None:
             "no host tier in %s (%s): every load comes from the store", root, error.strerror or error
         )
         return None
-
-
-def _view(handle: int) -> memoryview:
-    """The bytes of an open file: read when few, else mapped.
-
-    The mapping keeps a duplicate of the handle, and with it the lock, until nobody has the view.
-    """
-    size = os.fstat(handle).st_size
-    if size < MAP_FROM_BYTES:
-        return memoryview(os.pread(handle, size, 0))
-    return memoryview(mmap.mmap(handle, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=mmap.PROT_READ))
-
-
-def _pages(size_bytes: int) -> int:
-    return -(-size_bytes // PAGE) * PAGE
-
-
-def _read_number(handle: int) -> int:
-    text = os.pread(handle, 32, 0)
-    return int(text) if text.strip().isdigit() else 0
-
-
-def _write_number(handle: int, value: int) -> None:
-    # One write of fixed length: a reader never sees half a number, since readers hold the lock.
-    os.pwrite(handle, f"{value:031d}\n".encode(), 0)
-
-
-def _is_locked(path: str) -> bool:
-    """Whether a living process holds this file's lock."""
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except OSError:
-        return False
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return True
-    finally:
-        os.close(handle)
-    return False
-
-
-def _unlink_unless_mapped(path: str) -> int:
-    """Remove a file that no process maps; returns the bytes that came free."""
-    try:
-        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
-    except FileNotFoundError:
-        return 0
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        size = os.fstat(handle).st_size
-        os.unlink(path)
-    except (BlockingIOError, FileNotFoundError):
-        return 0
-    finally:
-        os.close(handle)
-    return _pages(size)
-
-
-def _overwrite(locked: int) -> int:
-    """Write zeros over a file that is locked and that nobody maps; returns its length."""
-    os.fchmod(locked, 0o600)
-    size = os.fstat(locked).st_size
-    handle = os.open(f"/proc/self/fd/{locked}", os.O_WRONLY | os.O_CLOEXEC)  # that file, not that name
-    try:
-        zeros = bytes(min(size, 1024**2))
-        done = 0
-        while done < size:
-            done += os.pwrite(handle, zeros[: size - done], done)
-        os.fsync(handle)  # where the tier is on a disk: the old bytes must not come back from there
-    finally:
-        os.close(handle)
-    return size
-
-
-def _boot_id() -> str:
-    """Names this run of the kernel (proc(5), /proc/sys/kernel/random/boot_id)."""
-    return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
-
-
-def _remove_other_boots(folder: Path, current: str) -> None:
-    for entry in folder.iterdir():
-        if entry.name != current and entry.is_dir():
-            shutil.rmtree(entry, ignore_errors=True)

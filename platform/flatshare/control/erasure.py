@@ -115,14 +115,15 @@ class Erasure:
             Not every replica gave its receipt; the tombstone stands, run it again.
         """
         begun = time.time()
-        await asyncio.to_thread(self._registry.audit, tenant)  # there must have been one
+        await asyncio.to_thread(self._registry.last_entry, tenant)  # there must have been one
         await self._fleet.fence(tenant)
         leaving = await asyncio.to_thread(self._registry.eraser.begin, tenant)
         receipts = await self._receipts(tenant)
         tensors, wanted = list(leaving.tensors), {one.node_id for one in receipts.values()}
         nodes = await self._host_receipts(tensors, wanted)
         gone = await asyncio.to_thread(self._registry.eraser.remove, leaving)
-        swept = await self._host_receipts(tensors, wanted)
+        for node_id, one in (await self._host_receipts(tensors, wanted)).items():
+            nodes[node_id] = _both(nodes[node_id], one) if node_id in nodes else one
         record: Record = {
             "kind": "flatshare.erasure",
             "schema_version": 1,
@@ -152,7 +153,7 @@ class Erasure:
                 }
                 for one in sorted(receipts.values(), key=lambda one: one.replica)
             ],
-            "nodes": [_node(_both(nodes.get(node_id, one), one)) for node_id, one in sorted(swept.items())],
+            "nodes": [_node(one) for _, one in sorted(nodes.items())],
         }
         signed = self._signer.sign(record)
         key = layout.erasure_key(tenant, record["id"])

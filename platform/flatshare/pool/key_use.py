@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import threading
 import time
 import zlib
 from collections.abc import Callable
@@ -41,7 +42,7 @@ class KeyUse:
         self._store = store
         self._threads = threads
         self._clock = clock
-        self._waiting = 0
+        self._places = threading.BoundedSemaphore(MAX_WAITING)
         self._noted: LRUCache[str, int] = LRUCache(MAX_KEYS)
 
     def __call__(self, tenant: TenantId, key: ApiKey) -> None:
@@ -49,14 +50,10 @@ class KeyUse:
         # Keys' hours begin at different times, or all would be written in the same second.
         now = int(self._clock())
         period = (now + zlib.crc32(key.id.encode()) % HOUR_S) // HOUR_S
-        if self._noted.get(key.id) != period and self._waiting < MAX_WAITING:
+        if self._noted.get(key.id) != period and self._places.acquire(blocking=False):
             self._noted[key.id] = period
-            self._waiting += 1
             writing = self._threads.submit(self._write, tenant, key.id, now // HOUR_S * HOUR_S)
-            writing.add_done_callback(self._written)
-
-    def _written(self, _: object) -> None:
-        self._waiting -= 1  # approximate, from a thread: it only has to come down
+            writing.add_done_callback(lambda _: self._places.release())
 
     def _write(self, tenant: TenantId, key_id: str, used_at: int) -> None:
         with contextlib.suppress(RegistryError):  # a note that is lost is written in the next hour

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import threading
 from concurrent.futures import ThreadPoolExecutor
+
+import pytest
 
 from flatshare.pool.key_use import KeyUse
 from flatshare_registry import Registry, TenantId
@@ -48,3 +51,32 @@ def test_one_note_an_hour_whatever_the_store_says() -> None:
             use(ACME, key)
         assert done() == 2
         assert registry.tenancy.last_used(ACME) == {made.id: utc((1_700_000_000 + 3600) // 3600 * 3600)}
+
+
+def test_when_the_store_is_slow_notes_are_left_out_and_come_again_later(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("flatshare.pool.key_use.MAX_WAITING", 3)
+    go_on = threading.Event()
+    puts: list[str] = []
+
+    def before(operation: str, key: str) -> None:
+        if operation == "put" and "/used/" in key:
+            go_on.wait(10)
+            puts.append(key)
+
+    registry = Registry(MemoryStore())
+    registry.create_tenant(ACME)
+    made = [registry.tenancy.create_key(ACME) for _ in range(10)]
+    keys = registry.head(ACME).keys
+    with ThreadPoolExecutor(1) as threads:
+        use = KeyUse(FaultyStore(registry.store, before=before), threads, ManualClock())
+        for one in made:
+            use(ACME, keys[one.id])
+        go_on.set()
+        for _ in range(20):
+            threads.submit(lambda: None).result()
+            for one in made:
+                use(ACME, keys[one.id])
+        threads.submit(lambda: None).result()
+    assert len(puts) == 10, "each key once, in the end"
