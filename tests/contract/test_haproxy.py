@@ -32,7 +32,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
-from flatshare.edge.configuration import REFUSALS_PER_S, EdgeOptions, render, server_ids
+from flatshare.edge.configuration import REFUSALS, EdgeOptions, render, server_ids
 from flatshare.edge.process import HaproxyProcess, find_haproxy, run_check
 from flatshare.errors import LocalError
 from flatshare.pool.details import Target
@@ -321,9 +321,9 @@ def test_a_key_that_is_refused_again_and_again_is_held_back_and_no_other(
 
         # Eight at a time: one after the other is no flood (HAProxy's rates are sliding, not to the request).
         with ThreadPoolExecutor(8) as threads:
-            replies = list(threads.map(lambda _: ask(403, authorization="Bearer bad"), range(150)))
+            replies = list(threads.map(lambda _: ask(403, authorization="Bearer bad"), range(200)))
         held = [one for one in replies if one.status_code == 429]
-        assert len(replies) - len(held) > REFUSALS_PER_S
+        assert len(replies) - len(held) > REFUSALS
         assert len(held) > 5
         for reply in held:
             assert reply.json()["error"]["code"] == "too_many_refusals"
@@ -338,7 +338,7 @@ def test_a_key_that_is_refused_again_and_again_is_held_back_and_no_other(
             assert set(good) == {200}
         began = time.monotonic()
         while ask(200, authorization="Bearer bad").status_code == 429:
-            assert time.monotonic() - began < 10, "it must be let in again"
+            assert time.monotonic() - began < 30, "it must be let in again"
 
 
 def test_one_address_can_not_take_all_connections(tmp_path: Path, backends: list[Backend]) -> None:

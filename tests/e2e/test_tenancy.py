@@ -23,7 +23,7 @@ from flatshare.bench.load import Load, Outcome, send_all
 from flatshare.bench.workload import Shot, encode_json
 from flatshare_registry import Quotas, Scope, TenantId, layout
 
-from .conftest import MODEL, Platform, end, random_rows, start
+from .conftest import MODEL, Platform, end, processes_of, random_rows, start
 
 SECONDS = float(os.environ.get("FLATSHARE_TEST_SECONDS", "6"))
 """Of each half of the aggressor test."""
@@ -35,9 +35,10 @@ VERSIONS = 12
 VICTIM_RATE = 40.0
 """Requests a second of all victims together: what two cores do easily beside their own client."""
 
-P99_SHARE = 3.0
-P99_SLACK_S = 0.1
-"""The victims' p99 beside the aggressor is at most this many times the p99 without it, and so much more."""
+SHARE = 3.0
+P50_SLACK_S, P99_SLACK_S = 0.03, 0.3
+"""The victims' median and p99 beside the aggressor are at most this many times those without it, and so much
+more: two cores, which the platform shares with both clients and an S3 server."""
 
 
 @pytest.fixture(scope="module")
@@ -65,10 +66,11 @@ def test_keys_over_the_edge_and_round_it(shared: Platform) -> None:
     rows = random_rows(2)
     body = {"image": rows.tolist()}
     made = json.loads(shared.cli("keys", "create", "keyed", "--label", "e2e", "--json").stdout)
+    ours = {one.pid for one in processes_of(shared)}
     replica_ports = [
         one.laddr.port
         for one in psutil.net_connections("inet")
-        if one.status == "LISTEN" and 30000 <= one.laddr.port <= 31000 and one.laddr.ip == "127.0.0.1"
+        if one.status == "LISTEN" and one.pid in ours and 30000 <= one.laddr.port <= 31000
     ]
     assert replica_ports
     answered = 0
@@ -143,8 +145,8 @@ def victims_load(platform: Platform, keys: dict[str, str], seed: int) -> list[Ou
     return asyncio.run(send_all(f"{platform.url}/predict", shots(), load))
 
 
-def p99(outcomes: list[Outcome]) -> float:
-    return float(np.quantile([one.latency_s for one in outcomes], 0.99))
+def quantile(outcomes: list[Outcome], share: float) -> float:
+    return float(np.quantile([one.latency_s for one in outcomes], share))
 
 
 def resident(platform: Platform, prefix: str) -> Counter[str]:
@@ -177,8 +179,8 @@ def test_an_aggressor_moves_nobodys_p99_far_and_evicts_nobody_below_the_floor(sh
         beside = victims_load(shared, keys, 2)
     after = resident(shared, "victim-")
     figures = {
-        "victims": len(beside), "p99 alone ms": round(1000 * p99(alone), 1),
-        "p99 beside ms": round(1000 * p99(beside), 1), "aggressor": answers,
+        "victims": len(beside), "alone ms": [round(1000 * quantile(alone, share), 1) for share in (0.5, 0.9, 0.99)],
+            "beside ms": [round(1000 * quantile(beside, share), 1) for share in (0.5, 0.9, 0.99)], "aggressor": answers,
         "evictions below a floor": sum(max(before[name] - after[name], 0) for name in names),
     }  # fmt: skip
     print(figures)
@@ -187,7 +189,8 @@ def test_an_aggressor_moves_nobodys_p99_far_and_evicts_nobody_below_the_floor(sh
         assert all(one.right for one in outcomes)
     assert after == before, figures
     assert all(one.tier == "device" for one in beside), "no victim was ever loaded again"
-    assert p99(beside) <= P99_SHARE * p99(alone) + P99_SLACK_S, figures
+    assert quantile(beside, 0.5) <= SHARE * quantile(alone, 0.5) + P50_SLACK_S, figures
+    assert quantile(beside, 0.99) <= SHARE * quantile(alone, 0.99) + P99_SLACK_S, figures
     assert answers["429"] > answers["200"], figures
     assert answers["404"] > 0
     assert shared.fleet()["not_answering"] == []
@@ -229,8 +232,7 @@ def test_a_tenant_leaves_under_load_while_a_replica_dies(shared: Platform) -> No
     killer = threading.Timer(0.02, lambda: psutil.Process(victim).kill())
     killer.start()
     erased = shared.cli("tenants", "erase", "leaver", "--yes", "--json", check=False)
-    if erased.returncode:  # the replica died with the receipt it owed: run again to finish
-        erased = shared.cli("tenants", "erase", "leaver", "--yes", "--json")
+    assert erased.returncode == 0, erased.stderr
     killer.join()
     threading.Event().wait(1)  # some more requests after it
     stop.set()
@@ -249,7 +251,7 @@ def test_a_tenant_leaves_under_load_while_a_replica_dies(shared: Platform) -> No
     assert late == [], (
         "no answer from its weights after the tombstone (but for the clock's and client's 50 ms)"
     )
-    assert {status for began, _, status in answers if began > record["finished_at"]} <= {401, 404}
+    assert {status for began, _, status in answers if began > record["finished_at"]} <= {401, 404, 429}
 
     # Nothing left: store, host tier, every replica.
     store = shared.registry.store

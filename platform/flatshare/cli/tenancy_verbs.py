@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,7 +20,7 @@ from flatshare.cli.context import (
     tell_replicas,
 )
 from flatshare.cli.output import AsJson, err, out, print_json, print_table, progress_bar, size, when
-from flatshare_registry.errors import Corrupt, InvalidInput
+from flatshare_registry.errors import Corrupt, InvalidInput, Unavailable
 from flatshare_registry.ids import TenantId
 from flatshare_registry.keys import NewKey
 from flatshare_registry.records import Quotas, Scope
@@ -34,6 +35,8 @@ KeyArgument = Annotated[str, typer.Argument(metavar="KEY_ID", help="As `keys lis
 
 HOUR_S = 3600.0
 ERASE_TIMEOUT_S = 200.0
+ERASE_TRIES = 5
+ERASE_AGAIN_S = 2.0
 DAY_S = 86_400.0
 
 
@@ -237,9 +240,7 @@ def erase(
     if not yes:
         typer.confirm(f"Erase tenant {tenant}, its weights and keys, everywhere and for good?", abort=True)
     with err.status("erasing ..."):
-        record = call(
-            "POST", f"{platform_url(url)}/admin/tenants/{parsed}/erase", timeout=ERASE_TIMEOUT_S
-        ).json()
+        record = _erase(f"{platform_url(url)}/admin/tenants/{parsed}/erase")
     if as_json:
         print_json(record)
         return
@@ -256,6 +257,20 @@ def erase(
     if kept:
         out.print(f"kept, because another tenant has registered the same weights: {', '.join(kept)}")
     out.print(f"record {record['id']}, signed with {record['signature']['public_key'][:16]}")
+
+
+def _erase(route: str) -> dict[str, Any]:
+    """Ask again while a replica that died owes a receipt: every step can be done again."""
+    for left in reversed(range(ERASE_TRIES)):
+        try:
+            record: dict[str, Any] = call("POST", route, timeout=ERASE_TIMEOUT_S).json()
+            return record
+        except Unavailable as error:
+            if not left:
+                raise
+            err.print(f"not finished: {error.message}; again ...", soft_wrap=True)
+            time.sleep(ERASE_AGAIN_S)  # replicas come and go; nothing here can be awaited
+    raise AssertionError("unreachable: the last try returns or raises")
 
 
 @erasure_app.command("verify")

@@ -16,9 +16,10 @@ What matters, and why:
 - Headers that only Serve may set are removed; the request id is the caller's only if it is safe.
 - What HAProxy can't parse it answers itself, with its own fixed 400 page (2.8 has no setting for that);
   everything else is answered in our JSON, also what Serve would answer in plain text.
-- Who is refused by the replicas again and again (400 to 499, ``REFUSALS_PER_S`` times a second) is held
-  back here, a second each time, by the key that they show: a replica's refusal costs a quarter of a
-  millisecond of its core, and a flood of them would be felt by others. Limits themselves are the replicas'.
+- Who is refused by the replicas again and again (400 to 499, ``REFUSALS`` times in ten seconds) is held
+  back here, a second each time, by the key that they show, but for ``HELD_BACK_PER_S`` requests: a replica's
+  refusal costs a quarter of a millisecond of its core, and a flood of them would be felt by others.
+  Limits themselves are the replicas'.
 - The admin socket is a file that only this user can open; there is no stats port.
 """
 
@@ -41,8 +42,12 @@ HEADER_BYTES: Final = 16 * 1024
 REWRITE_BYTES: Final = 4 * 1024
 """Part of the buffer that HAProxy keeps free for headers that we add."""
 
-REFUSALS_PER_S: Final = 50
-"""Refusals in a second after which the edge answers a key's requests itself, a second late, with 429."""
+REFUSALS: Final = 100
+"""Refusals in ten seconds after which the edge answers most of a key's requests itself, a second late, with 429."""
+
+HELD_BACK_PER_S: Final = 20
+"""Requests a second of such a key that still pass. They count when they come: a flood comes in waves, all held
+back for the same second, and refusals are known only later."""
 
 MAX_SERVER_ID: Final = 2**31 - 1
 
@@ -141,7 +146,7 @@ defaults
 {_http_errors(options)}
 
 backend refusals
-    stick-table type binary len 32 size 100k expire 10s store gpc0,gpc0_rate(1s)
+    stick-table type binary len 32 size 100k expire 10s store gpc0,gpc0_rate(10s),http_req_rate(1s)
 
 frontend edge
     bind {_bind_address(options)}
@@ -163,7 +168,7 @@ frontend edge
     http-request set-var(txn.shown) req.fhdr(x-api-key) unless {{ req.fhdr(authorization) -m found }}
     # Digests only: no key stands in a table that the admin socket shows.
     http-request track-sc1 var(txn.shown),sha2(256) table refusals if {{ var(txn.shown) -m found }}
-    http-request tarpit deny_status 429 if {{ sc1_gpc0_rate(refusals) gt {REFUSALS_PER_S} }}
+    http-request tarpit deny_status 429 if {{ sc1_gpc0_rate(refusals) gt {REFUSALS} }} {{ sc1_http_req_rate(refusals) gt {HELD_BACK_PER_S} }}
     http-response sc-inc-gpc0(1) if {{ status 400:403 405:499 }} {{ var(txn.shown) -m found }}
     # An operator's key may ask for many tenants, some of them gone; a bad one like it is a 401.
     http-response sc-inc-gpc0(1) if {{ status 404 }} {{ var(txn.shown) -m found }} !{{ var(txn.shown) -m beg fs_ADMIN. }}
