@@ -324,6 +324,8 @@ def test_nothing_that_the_openapi_allows_or_forbids_breaks_a_plane(
     schema = schema_of(app)
     operations = [one.ok() for one in schema.get_all_operations()]
     each = max(REQUESTS // 8 // len(operations), 5)
+    if plane == "control":
+        each = min(each, 300)  # its registry is in memory, and what it is made to create stays there
     seen: Counter[str] = Counter()
 
     def probe(operation: Any) -> None:
