@@ -7,7 +7,6 @@ import contextlib
 import itertools
 import json
 import os
-import socket
 import subprocess
 import sys
 import tempfile
@@ -33,6 +32,7 @@ from flatshare.training.mnist import Digits, load_digits
 from flatshare.training.train import Trained, fine_tune, load_module, train_base
 from flatshare_registry import PRODUCTION, Registry, TenantId
 from flatshare_registry.settings import RegistrySettings
+from flatshare_registry.testing.ports import free_ports
 from flatshare_registry.testing.s3_server import CREDENTIALS
 
 NETWORK = architecture("mnist-cnn")
@@ -71,7 +71,7 @@ def main() -> int:
         os.environ["FLATSHARE_STORE"] = "s3://models/demo"
         if not arguments.keep:
             os.environ["FLATSHARE_HOST_DIR"] = str(folder / "host")  # goes with the demo
-        port = arguments.port or free_port()
+        port = arguments.port or free_ports(1)[0]
         starting = start_platform(arguments, port)
         keep.callback(lambda: run_cli("down", "--port", str(port)))
 
@@ -143,11 +143,6 @@ def stop_process(process: subprocess.Popen[str]) -> None:
     process.wait(10)
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
 def run_cli(*arguments: str) -> str:
     """Run flatshare as a user would; its output."""
     command = [str(Path(sys.executable).parent / "flatshare"), *arguments]
@@ -159,8 +154,9 @@ def run_cli(*arguments: str) -> str:
 
 def start_platform(arguments: argparse.Namespace, port: int) -> subprocess.Popen[str]:
     """Begin to start the platform; it comes up while the base model trains."""
+    (serve_port,) = free_ports(1)
     command = [str(Path(sys.executable).parent / "flatshare"), "up", "--detach", "--ray", "local",
-               "--port", str(port), "--serve-port", str(free_port()), "--slots", str(arguments.slots)]  # fmt: skip
+               "--port", str(port), "--serve-port", str(serve_port), "--slots", str(arguments.slots)]  # fmt: skip
     return subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
 
 

@@ -19,6 +19,7 @@ import orjson
 from numpy.typing import NDArray
 
 from flatshare.bench.workload import Shot, encode_json
+from flatshare_registry.testing.ports import free_ports
 
 HERE = Path(__file__).parent
 BIN = Path(sys.executable).parent
@@ -61,7 +62,7 @@ def base64_binary(model: str, pixels: NDArray[np.uint8], expected: tuple[int, ..
 @contextlib.contextmanager
 def stock(capacity: Capacity) -> Iterator[str]:
     """Ray's docs' example, Ray's default settings."""
-    port = free_port()
+    (port,) = free_ports(1)
     environment = {
         **{name: value for name, value in os.environ.items() if not name.startswith("RAY_SERVE_")},
         "BENCH_SLOTS": str(capacity.slots),
@@ -89,7 +90,7 @@ def stock(capacity: Capacity) -> Iterator[str]:
 @contextlib.contextmanager
 def fastapi(capacity: Capacity) -> Iterator[str]:
     """FastAPI and uvicorn with a worker for each replica."""
-    port = free_port()
+    (port,) = free_ports(1)
     command = [
         sys.executable, "-m", "uvicorn", "app:app", "--host", "127.0.0.1", "--port", str(port),
         "--workers", str(capacity.replicas), "--log-level", "error", "--no-access-log",
@@ -101,7 +102,7 @@ def fastapi(capacity: Capacity) -> Iterator[str]:
 @contextlib.contextmanager
 def litserve(capacity: Capacity) -> Iterator[str]:
     """LitServe with a worker for each replica, in a virtual environment of its own."""
-    port = free_port()
+    (port,) = free_ports(1)
     assert capacity.replicas == 2, "its app is written for two workers"
     with server([str(litserve_python()), "app.py", str(port)], HERE / "litserve_lru", capacity, port) as url:
         yield url
@@ -110,10 +111,10 @@ def litserve(capacity: Capacity) -> Iterator[str]:
 @contextlib.contextmanager
 def flatshare(capacity: Capacity) -> Iterator[str]:
     """This project, as ``flatshare up`` starts it."""
-    port = free_port()
+    port, serve_port = free_ports(2)
     command = [
         str(BIN / "flatshare"), "up", "--detach", "--ray", "local", "--port", str(port),
-        "--serve-port", str(free_port()), "--replicas", str(capacity.replicas), "--slots", str(capacity.slots),
+        "--serve-port", str(serve_port), "--replicas", str(capacity.replicas), "--slots", str(capacity.slots),
     ]  # fmt: skip
     # A host tier of its own for each turn: nothing is left from the last one.
     shared = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
@@ -183,8 +184,3 @@ def litserve_python() -> Path:
         (next((root / "lib").glob("python*")) / "site-packages" / "ours.pth").write_text(ours + "\n")
         (root / "installed").touch()
     return python
-
-
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])

@@ -1,6 +1,10 @@
 """The conformance suite on S3, over HTTP, and how S3's own failures come out."""
 
+import re
+import subprocess
+import sys
 import uuid
+from pathlib import Path
 
 import pytest
 
@@ -46,3 +50,29 @@ def test_writes_are_encrypted_when_asked(s3_url: str) -> None:
     store.put("k", b"1", Create())
     reply = make_s3_client(S3Options(endpoint_url=s3_url)).head_object(Bucket="models", Key="sse/k")
     assert reply["ServerSideEncryption"] == "AES256"
+
+
+def test_the_test_server_lists_versions_without_copying_all_objects() -> None:
+    """moto does, and an erasure beside 2 GB of models then takes all of a machine's memory."""
+    server = subprocess.Popen(
+        [sys.executable, "-m", "flatshare_registry.testing.s3_server", "--bucket", "models"],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+
+    def peak_mb() -> float:
+        found = re.search(r"VmHWM:\s+(\d+) kB", Path(f"/proc/{server.pid}/status").read_text())
+        assert found is not None
+        return int(found[1]) / 1000
+
+    try:
+        assert server.stdout is not None
+        store = open_s3(server.stdout.readline().strip())
+        for number in range(20):
+            store.put(f"blobs/{number}", bytes([number]) * 5_000_000, Create())
+        before = peak_mb()
+        assert store.purge_all("nothing/") == 0
+        assert peak_mb() - before < 30, "100 MB of objects"
+    finally:
+        server.kill()
+        server.wait()

@@ -36,6 +36,7 @@ from flatshare.edge.configuration import REFUSALS, EdgeOptions, render, server_i
 from flatshare.edge.process import HaproxyProcess, find_haproxy, run_check
 from flatshare.errors import LocalError
 from flatshare.pool.details import Target
+from flatshare_registry.testing.ports import free_ports
 
 MODEL = "serve_multiplexed_model_id"
 
@@ -89,20 +90,16 @@ class Backend:
         self.server.server_close()
 
 
-def free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])
-
-
 class Edge:
     def __init__(self, folder: Path, **changes: Any) -> None:
         self.process = HaproxyProcess(folder / "edge")
         values: dict[str, Any] = {"max_body_bytes": 1_000_000, "retry_body_bytes": 65_536, **changes}
+        port, fallback_port = free_ports(2)
         self.options = EdgeOptions(
             host="127.0.0.1",
-            port=free_port(),
+            port=port,
             socket=self.process.admin_socket,
-            fallback_port=free_port(),
+            fallback_port=fallback_port,
             request_timeout_s=10,
             **values,
         )
@@ -134,7 +131,9 @@ def homes(url: str, models: range = range(60)) -> dict[str, str]:
 
 @pytest.mark.parametrize("count", [0, 1, 2, 50])
 def test_the_real_haproxy_accepts_it(tmp_path: Path, count: int) -> None:
-    options = EdgeOptions("127.0.0.1", free_port(), tmp_path / "a.sock", 8500, 8 * 1024**2, 64 * 1024, 30)
+    options = EdgeOptions(
+        "127.0.0.1", free_ports(1)[0], tmp_path / "a.sock", 8500, 8 * 1024**2, 64 * 1024, 30
+    )
     targets = [Target(f"replica-{n}", "127.0.0.1", 30000 + n) for n in range(count)]
     config = tmp_path / "haproxy.cfg"
     config.write_text(render(options, targets, targets[:1]))
@@ -418,12 +417,14 @@ def test_a_reload_loses_no_request(edge: Edge, backends: list[Backend]) -> None:
     for thread in threads:
         thread.start()
     rounds = 0
-    while len(statuses) < 300 and rounds < 200 and not errors:
-        rounds += 1
-        edge.process.reload(edge.config(backends[: 2 + rounds % 3]))
-    stop.set()
-    for thread in threads:
-        thread.join(20)
+    try:
+        while len(statuses) < 300 and rounds < 200 and not errors:
+            rounds += 1
+            edge.process.reload(edge.config(backends[: 2 + rounds % 3]))
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join(20)
     assert errors == []
     assert len(statuses) >= 300
     assert rounds >= 3

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import socket
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -28,6 +27,7 @@ from flatshare_registry.ids import PRODUCTION, TenantId
 from flatshare_registry.records import Scope
 from flatshare_registry.stores.open import open_store
 from flatshare_registry.stores.s3 import S3Options
+from flatshare_registry.testing.ports import free_ports
 from flatshare_registry.testing.s3_server import CREDENTIALS
 
 NETWORK = architecture("mnist-cnn")
@@ -40,14 +40,6 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     for item in items:
         if "tests/e2e" in str(item.path):
             item.add_marker(pytest.mark.e2e)
-
-
-def free_ports(count: int) -> list[int]:
-    listeners = [socket.create_server(("127.0.0.1", 0)) for _ in range(count)]
-    ports = [listener.getsockname()[1] for listener in listeners]
-    for listener in listeners:
-        listener.close()
-    return ports
 
 
 @dataclass

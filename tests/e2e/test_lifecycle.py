@@ -12,7 +12,9 @@ from pathlib import Path
 import psutil
 import pytest
 
-from .conftest import FLATSHARE, free_ports, processes_of, start
+from flatshare_registry.testing.ports import free_ports
+
+from .conftest import FLATSHARE, processes_of, start
 
 
 def run(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

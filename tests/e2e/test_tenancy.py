@@ -226,18 +226,20 @@ def test_a_tenant_leaves_under_load_while_a_replica_dies(shared: Platform) -> No
     threads = [threading.Thread(target=ask) for _ in range(4)]
     for thread in threads:
         thread.start()
-    while sum(status == 200 for _, _, status in answers) < 20:
-        threading.Event().wait(0.05)  # until the load runs
-    victim = shared.fleet()["replicas"][0]["pid"]
-    killer = threading.Timer(0.02, lambda: psutil.Process(victim).kill())
-    killer.start()
-    erased = shared.cli("tenants", "erase", "leaver", "--yes", "--json", check=False)
+    try:
+        wait_for(lambda: sum(status == 200 for _, _, status in answers) >= 20)  # until the load runs
+        victim = shared.fleet()["replicas"][0]["pid"]
+        killer = threading.Timer(0.02, lambda: psutil.Process(victim).kill())
+        killer.start()
+        erased = shared.cli("tenants", "erase", "leaver", "--yes", "--json", check=False)
+        killer.join()
+        enough = len(answers) + 20
+        wait_for(lambda: len(answers) >= enough)  # some more requests after it
+    finally:
+        stop.set()
+        for thread in threads:
+            thread.join()
     assert erased.returncode == 0, erased.stderr
-    killer.join()
-    threading.Event().wait(1)  # some more requests after it
-    stop.set()
-    for thread in threads:
-        thread.join()
     record = json.loads(erased.stdout)
 
     tombstone = next(

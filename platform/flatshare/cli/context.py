@@ -138,7 +138,7 @@ def call(method: str, url: str, **options: Any) -> httpx.Response:
         raise NotFound(text)
     if reply.status_code == 429:
         raise OverQuota(text)
-    if reply.status_code in (503, 504):
+    if reply.status_code in (502, 503, 504):
         raise Unavailable(text)
     raise (BadInput if reply.status_code < 500 else ServeError)(text)
 

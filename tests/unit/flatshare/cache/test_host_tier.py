@@ -196,7 +196,7 @@ def test_one_fetch_at_a_time_and_the_lock_file_goes(tier: HostTier, tmp_path: Pa
                 with lock:
                     inside -= 1
 
-    threads = [threading.Thread(target=work) for _ in range(4)]
+    threads = [threading.Thread(target=work, daemon=True) for _ in range(4)]
     for thread in threads:
         thread.start()
     for thread in threads:

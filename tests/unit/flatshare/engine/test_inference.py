@@ -277,7 +277,7 @@ async def test_closing_cancels_who_still_waits() -> None:
         await asyncio.to_thread(module.entered.wait, 5)
         later = asyncio.create_task(inference.run(lease, ROWS))
         await asyncio.sleep(0)
-        closing = threading.Thread(target=inference.close)
+        closing = threading.Thread(target=inference.close, daemon=True)
         closing.start()
         while not inference._closing:
             await asyncio.sleep(0)
