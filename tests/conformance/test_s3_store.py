@@ -73,6 +73,7 @@ def test_the_test_server_lists_versions_without_copying_all_objects() -> None:
         before = peak_mb()
         assert store.purge_all("nothing/") == 0
         assert peak_mb() - before < 30, "100 MB of objects"
+        assert store.get("blobs/7").data[:3] == b"\7\7\7", "a listing leaves the objects as they are"
     finally:
         server.kill()
         server.wait()

@@ -25,10 +25,8 @@ def free_ports(count: int) -> list[int]:
     """
     found: list[int] = []
     for port in random.sample(_CANDIDATES, len(_CANDIDATES)):
-        if len(found) == count:
-            break
         with contextlib.suppress(OSError), socket.create_server(("127.0.0.1", port)):
             found.append(port)
-    else:
-        raise OSError(f"no {count} free ports between {_CANDIDATES.start} and {_CANDIDATES.stop}")
-    return found
+        if len(found) == count:
+            return found
+    raise OSError(f"no {count} free ports between {_CANDIDATES.start} and {_CANDIDATES.stop}")

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import io
 import signal
 import threading
 from collections.abc import Callable, Iterator
@@ -31,14 +32,15 @@ CREDENTIALS = {
 """What to set for boto3: moto takes any credentials."""
 
 
-def _share_data(key: FakeKey, memo: dict[int, Any]) -> FakeKey:
-    """An object's copy, with the same data.
+def _copy_without_data(key: FakeKey, memo: dict[int, Any]) -> FakeKey:
+    """An object's copy for a listing: all but its data.
 
     moto copies all objects of a bucket whenever versions are listed (5.2.5): with 2 GB of models one erasure
     took 12 GB more, and Ray, which sees a machine without memory, ends its workers.
     """
     copied: FakeKey = object.__new__(type(key))
-    copied.__dict__.update(key.__dict__)
+    # Its buffer is its own: moto closes a key's when the key goes.
+    copied.__dict__.update(key.__dict__, _value_buffer=io.BytesIO(), multipart=None, disposed=True)
     return copied
 
 
@@ -70,7 +72,7 @@ def local_s3(port: int = 0, bucket: str | None = None) -> Iterator[str]:
 
     Port 0 takes a free one. The bucket, when named, exists before the URL is yielded.
     """
-    FakeKey.__deepcopy__ = _share_data  # type: ignore[attr-defined]  # it has none of its own
+    FakeKey.__deepcopy__ = _copy_without_data  # type: ignore[attr-defined]  # it has none of its own
     app = _serialised_puts(DomainDispatcherApplication(create_backend_app))
     # make_server listens before it returns: requests that come before serve_forever wait in the backlog.
     server = make_server("127.0.0.1", port, app, threaded=True, request_handler=_Handler)
