@@ -20,7 +20,17 @@ __all__ = ["Connection", "NoAnswer", "Reply", "Target"]
 
 
 class NoAnswer(Exception):
-    """The server could not be reached, or the connection ended before the answer did."""
+    """The server could not be reached, or the connection ended before the answer did.
+
+    Attributes
+    ----------
+    begun : bool
+        A part of the answer had come: whoever stands between has handed it on and can't ask again.
+    """
+
+    def __init__(self, text: str, *, begun: bool = False) -> None:
+        super().__init__(text)
+        self.begun = begun
 
 
 @dataclass(slots=True)
@@ -121,6 +131,7 @@ class Connection(asyncio.Protocol):
 
     def data_received(self, data: bytes) -> None:
         """See :class:`asyncio.Protocol`."""
+        self._begun = True
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserError:
@@ -130,7 +141,7 @@ class Connection(asyncio.Protocol):
         """See :class:`asyncio.Protocol`."""
         self._transport = None
         if self._answer is not None and not self._answer.done():
-            self._answer.set_exception(NoAnswer("the connection was closed"))
+            self._answer.set_exception(NoAnswer("the connection was closed", begun=self._begun))
 
     # -- httptools
 
@@ -156,3 +167,4 @@ class Connection(asyncio.Protocol):
         self._parser = httptools.HttpResponseParser(self)
         self._reply = Reply()
         self._body: list[bytes] = []
+        self._begun = False

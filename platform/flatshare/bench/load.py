@@ -64,7 +64,7 @@ class Outcome:
     status
         HTTP status; 0 when there was no answer.
     code
-        ``ok``, our error code, or ``no_answer``.
+        ``ok``, our error code, ``no_answer``, or ``cut_answer``: the connection ended within it.
     right
         Whether the labels were those expected; None if nothing was expected.
     """
@@ -176,8 +176,9 @@ async def _open_loop(
 async def _send(connection: Connection, request: bytes, shot: Shot, started: float, due_s: float) -> Outcome:
     try:
         reply = await connection.post(request, CLIENT_TIMEOUT_S)
-    except NoAnswer:
-        return Outcome(shot.model, due_s, time.perf_counter() - started - due_s, 0, "no_answer")
+    except NoAnswer as error:
+        code = "cut_answer" if error.begun else "no_answer"
+        return Outcome(shot.model, due_s, time.perf_counter() - started - due_s, 0, code)
     return Outcome(
         model=shot.model,
         at_s=due_s,

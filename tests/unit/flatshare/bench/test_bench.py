@@ -68,6 +68,21 @@ async def test_errors_and_wrong_answers_are_told_apart(server: str) -> None:
     assert summarise(nobody)["latency_ms"]["p50"] is None
 
 
+@pytest.mark.parametrize(
+    ("sent", "code"), [(b"", "no_answer"), (b"HTTP/1.1 200 OK\r\ncontent-length: 9\r\n\r\n{}", "cut_answer")]
+)
+async def test_a_connection_that_ends_too_early(sent: bytes, code: str) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(sent)
+        writer.close()
+
+    async with await asyncio.start_server(answer, "127.0.0.1", 0) as cutting:
+        url = f"http://127.0.0.1:{cutting.sockets[0].getsockname()[1]}/predict"
+        (one,) = await send_all(url, iter([Shot("acme", b"{}")]), Load(requests=1))
+    assert (one.status, one.code) == (0, code)
+
+
 async def test_open_loop_keeps_its_rate(server: str) -> None:
     shots = itertools.repeat(Shot("acme", b"{}"))
     outcomes = await send_all(server, shots, Load(duration_s=1.0, rate=100))
