@@ -132,9 +132,9 @@ class Settings(RegistrySettings):
         default=1.0, ge=0, description="CPUs that Ray reserves for one replica (bookkeeping, no limit)."
     )
     torch_threads: int = Field(
-        default=1,
-        ge=1,
-        description="Threads of one forward pass. 1: the replicas, not the threads, use the cores.",
+        default=0,
+        ge=0,
+        description="Threads of one forward pass. 0: what was measured best for the model's architecture.",
     )
     max_ongoing_requests: int = Field(
         default=64, ge=1, description="Requests that one replica works on at a time; more wait."

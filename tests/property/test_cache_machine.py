@@ -110,7 +110,7 @@ class Loader:
     def _prepared(self, record: VersionRecord, tier: Tier) -> Prepared:
         module = nn.Identity()
         module.mark = record.name  # type: ignore[assignment]  # to check answers by
-        return Prepared({}, tier, Model((module,)))
+        return Prepared({}, tier, Model((module,), digest=record.digest))
 
     async def place(self, record: VersionRecord, prepared: Prepared, held: Held) -> Placed:
         assert prepared.model is not None

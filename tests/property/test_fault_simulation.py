@@ -118,7 +118,7 @@ class HostileLoader:
     def made(self, record: VersionRecord, tier: Tier) -> Prepared:
         module = nn.Identity()
         module.mark = record.name  # type: ignore[assignment]  # to check answers by
-        return Prepared({}, tier, Model((module,)))
+        return Prepared({}, tier, Model((module,), digest=record.digest))
 
     async def place(self, record: VersionRecord, prepared: Prepared, held: Held) -> Placed:
         await asyncio.sleep(self.chosen.choice([0, 0.002]))

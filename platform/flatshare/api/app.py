@@ -21,6 +21,8 @@ from flatshare.api.hot import HotRoutes
 from flatshare.api.http import (
     ERROR_REPLIES,
     REQUEST_ID_HEADER,
+    Incoming,
+    PlainResponse,
     install_error_handlers,
     read_body,
     request_id_of,
@@ -68,12 +70,12 @@ def create_app(
     app = FastAPI(title="flatshare", description=_ABOUT, version="1")
     install_error_handlers(app)
 
-    async def enter(request: Request) -> Ticket:
+    async def enter(request: Incoming) -> Ticket:
         """The caller known, the ref parsed and the request let in, before a byte of the body is read."""
         caller = await identities.identify(request.headers)
         return await service.enter(caller, ModelRef.parse(model_id_of(request)))
 
-    async def predict(request: Request) -> Response:
+    async def predict(request: Incoming) -> Response:
         with await enter(request) as ticket:
             body = await read_body(request, max_body_bytes, ticket.limits.body_bytes)
             kind = request.headers.get("content-type")
@@ -86,6 +88,9 @@ def create_app(
                 return decode_json(body, network.input, max_rows)
 
             return _reply(await service.predict(ticket, decode), replica)
+
+    async def documented_only(request: Request) -> Response:
+        return await predict(request)  # FastAPI wants its own class in the signature
 
     documented: dict[str, Any] = {
         "response_model": PredictReply,
@@ -109,7 +114,7 @@ def create_app(
         ],
     }
     for path, name in (("/predict", "predict"), ("/", "predict_at_root")):
-        app.post(path, operation_id=name, openapi_extra=body_of_predict, **documented)(predict)
+        app.post(path, operation_id=name, openapi_extra=body_of_predict, **documented)(documented_only)
 
     @app.post(
         "/classify",
@@ -191,7 +196,11 @@ def create_app(
     return HotRoutes(app, {"/predict": predict, "/": predict})
 
 
-def model_id_of(request: Request) -> str:
+_MODEL_ID: Final = MODEL_ID_HEADER.encode()
+_MODEL_ID_WITH_DASHES: Final = _MODEL_ID.replace(b"_", b"-")
+
+
+def model_id_of(request: Incoming) -> str:
     """The model ref in the header; ``-`` and ``_`` are the same there, as in Ray Serve.
 
     Raises
@@ -199,12 +208,14 @@ def model_id_of(request: Request) -> str:
     BadInput
         There is none, or there are two.
     """
-    found = request.headers.getlist(MODEL_ID_HEADER) or request.headers.getlist(
-        MODEL_ID_HEADER.replace("_", "-")
-    )
+    headers = request.scope["headers"]
+    found = [value for name, value in headers if name == _MODEL_ID] or [
+        value for name, value in headers if name == _MODEL_ID_WITH_DASHES
+    ]
     if len(found) != 1:
         raise BadInput(f"name one model in the {MODEL_ID_HEADER} header: acme, acme:canary or acme@7")
-    return found[0]
+    text: str = found[0].decode("latin-1")
+    return text
 
 
 async def _parts(request: Request, body: bytes, max_files: int) -> list[bytes]:
@@ -226,10 +237,10 @@ async def _parts(request: Request, body: bytes, max_files: int) -> list[bytes]:
 
 
 def _reply(prediction: Prediction, replica: str) -> Response:
-    return Response(
+    return PlainResponse(
         orjson.dumps({"predicted_label": prediction.label_list()}),
-        headers=_headers_of(prediction, replica),
-        media_type="application/json",
+        _headers_of(prediction, replica),
+        "application/json",
     )
 
 

@@ -7,17 +7,47 @@ FastAPI still holds these routes for the OpenAPI, and everything else.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from flatshare.api.http import error_reply
+from flatshare.api.http import Incoming, error_reply
 
-__all__ = ["HotRoutes"]
+__all__ = ["HotRequest", "HotRoutes"]
 
-Handler = Callable[[Request], Awaitable[Response]]
+Handler = Callable[[Incoming], Awaitable[Response]]
+
+
+class HotRequest:
+    """What the hot routes need of a request. Headers are decoded once: Starlette's are searched anew each time."""
+
+    __slots__ = ("_receive", "headers", "scope")
+
+    def __init__(self, scope: Scope, receive: Receive) -> None:
+        self.scope = scope
+        self._receive = receive
+        # Reversed: of a header that came twice the first counts, as in Starlette.
+        self.headers: Mapping[str, str] = {
+            name.decode("latin-1"): value.decode("latin-1") for name, value in reversed(scope["headers"])
+        }
+
+    async def stream(self) -> AsyncGenerator[bytes, None]:
+        """The body's parts as they arrive.
+
+        Raises
+        ------
+        ClientDisconnect
+            The client went away before its end.
+        """
+        while True:
+            message = await self._receive()
+            if message["type"] == "http.disconnect":
+                raise ClientDisconnect
+            yield message.get("body", b"")
+            if not message.get("more_body", False):
+                return
 
 
 class HotRoutes:
@@ -43,11 +73,10 @@ class HotRoutes:
         if handler is None:
             await self._app(scope, receive, send)
             return
-        request = Request(scope, receive)
         try:
-            response = await handler(request)
+            response = await handler(HotRequest(scope, receive))
         except ClientDisconnect:
             return  # nobody is there to be answered
         except Exception as error:  # the last handler on this path: everything becomes an error reply
-            response = error_reply(request, error)
+            response = error_reply(Request(scope, receive), error)
         await response(scope, receive, send)

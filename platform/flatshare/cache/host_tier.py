@@ -38,6 +38,7 @@ from flatshare.cache.tier_files import (
     is_locked,
     overwrite,
     read_number,
+    remove_orphan,
     remove_other_boots,
     unlink_unless_mapped,
     view_of,
@@ -169,7 +170,7 @@ class HostTier:
     def writer(self, digest: str, size_bytes: int) -> TensorWriter | None:
         """A writer for a tensor's bytes; None, and a count, when there is no room for it."""
         taken = whole_pages(size_bytes)
-        path = self._tmp / f"{taken}-{os.getpid()}-{secrets.token_hex(8)}"
+        path = self._temporary(taken)
         if taken > self.budget_bytes:
             self.note_bypass(f"is smaller than one tensor of {size_bytes} bytes")
             return None
@@ -230,17 +231,25 @@ class HostTier:
                 # From here on nobody maps, evicts or scrubs this file; but somebody may have, a moment ago,
                 # and the path may be another tenant's new file of the same bytes by now.
                 if os.fstat(handle).st_ino == path.stat().st_ino:
-                    size += overwrite(handle)
-                    self._discard(digest)
+                    # First it loses its name, then its bytes: a crash between the two leaves an orphan,
+                    # which is overwritten when orphans are removed, and never zeros under a digest.
+                    orphan = self._temporary(whole_pages(os.fstat(handle).st_size))
+                    path.rename(orphan)
                     removed.append(digest)
+                    size += overwrite(handle)
+                    self.unlink_temporary(orphan)
             except FileNotFoundError:
                 pass  # another replica of this node did it
-            except OSError as error:
-                if not isinstance(error, BlockingIOError):
-                    logger.warning("host tier: %s can't be erased: %s", digest[:12], error.strerror)
+            except BlockingIOError:
                 kept.append(digest)
+            except OSError as error:
+                logger.warning("host tier: %s can't be erased: %s", digest[:12], error.strerror)
+                if digest not in removed:
+                    kept.append(digest)
             finally:
                 os.close(handle)
+        with self._usage_locked() as usage:  # what replicas that died were writing goes too
+            write_number(usage, self._count())
         return Scrubbed(tuple(removed), tuple(kept), size)
 
     def digests(self) -> list[str]:
@@ -254,6 +263,10 @@ class HostTier:
         self.bypassed += 1
 
     # -- inside
+
+    def _temporary(self, taken: int) -> Path:
+        """A name that nobody else takes, for a file that stands for so many bytes."""
+        return self._tmp / f"{taken}-{os.getpid()}-{secrets.token_hex(8)}"
 
     def _make_folders(self) -> None:
         for part in (self._root, self._tensors, self._tmp, self._locks):
@@ -305,8 +318,7 @@ class HostTier:
             if is_locked(entry.path):
                 used += int(entry.name.partition("-")[0])
             else:
-                with contextlib.suppress(FileNotFoundError):
-                    os.unlink(entry.path)
+                remove_orphan(entry.path)
         for entry in self._files():
             with contextlib.suppress(FileNotFoundError):
                 used += whole_pages(entry.stat().st_size)

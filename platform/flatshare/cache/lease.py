@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 
 from flatshare.cache.tiers import Part, Receipt, State, Tier
@@ -78,7 +78,7 @@ class Lease:
         Where this request found it.
     """
 
-    __slots__ = ("_released", "_resident", "receipt", "record", "tier")
+    __slots__ = ("_model_id", "_released", "_resident", "receipt", "record", "tier")
 
     def __init__(self, resident: Resident, tier: Tier, released: Callable[[Resident], None]) -> None:
         self._released = released
@@ -86,6 +86,7 @@ class Lease:
         self.record = resident.record
         self.receipt = resident.receipt
         self.tier = tier
+        self._model_id = id(resident.model)
 
     @property
     def model(self) -> Model:
@@ -94,9 +95,25 @@ class Lease:
             raise ServeError("a lease was used after its release")
         return self._resident.model
 
-    def current_receipt(self) -> Receipt | None:
-        """What the slot holds now; differs from :attr:`receipt` only if isolation is broken."""
-        return self._resident.receipt if self._resident is not None else None
+    def is_intact(self, model_id: Hashable) -> bool:
+        """Whether the slot holds what it held when this was granted, and what the version's record says.
+
+        The slot, its receipt, the model in it and the digest of the weights that the model was built of are
+        four statements made in different places; here they must agree.
+
+        Parameters
+        ----------
+        model_id
+            ``id`` of the model that runs.
+        """
+        resident = self._resident
+        return (
+            resident is not None
+            and resident.model is not None
+            and resident.receipt == self.receipt
+            and id(resident.model) == self._model_id == model_id
+            and resident.model.digest == self.record.digest == self.receipt.digest
+        )
 
     @property
     def resident(self) -> Resident | None:

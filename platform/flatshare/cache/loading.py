@@ -313,7 +313,7 @@ class DeviceLoader:
                 with self._sharing:
                     stage = self._stages.setdefault(key, made)
             stages.append(stage)
-        return Model(tuple(stages), shared)
+        return Model(tuple(stages), shared, record.digest, network.channels_last, network.threads)
 
 
 class _Tensors(dict[Part, torch.Tensor]):

@@ -37,7 +37,7 @@ from flatshare.cache.shares import NO_SHARE, ShareOf, own_victims, spare_floors
 from flatshare.cache.stats import CacheStats
 from flatshare.cache.tiers import ModelKey, Part, Receipt, ResidentInfo, State, Tier
 from flatshare.cache.turns import Turns
-from flatshare.errors import DeadlineExceeded, NeverFits, NoRoom, ResidentOverQuota
+from flatshare.errors import DeadlineExceeded, IsolationBroken, NeverFits, NoRoom, ResidentOverQuota
 from flatshare_registry.errors import NotFound, Unavailable
 from flatshare_registry.records import VersionRecord
 
@@ -566,6 +566,8 @@ class ModelCache:
         reservation = self.ledger.reserve(new_bytes)
         try:
             placed = await self._loader.place(record, prepared, held)
+            if placed.model.digest != record.digest:
+                raise IsolationBroken(f"{record.name} was loaded with other weights")
             self._check_ever_fits(record, placed.parts)
             more = self.ledger.missing_bytes(placed.parts) - reservation.bytes
             if more > 0:

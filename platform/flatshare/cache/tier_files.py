@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import fcntl
 import mmap
 import os
 import shutil
+import uuid
 from pathlib import Path
 from typing import Final
 
@@ -14,7 +16,9 @@ __all__ = [
     "boot_id",
     "is_locked",
     "overwrite",
+    "read_all",
     "read_number",
+    "remove_orphan",
     "remove_other_boots",
     "unlink_unless_mapped",
     "view_of",
@@ -38,6 +42,16 @@ def view_of(handle: int) -> memoryview:
     if size < MAP_FROM_BYTES:
         return memoryview(os.pread(handle, size, 0))
     return memoryview(mmap.mmap(handle, size, flags=mmap.MAP_SHARED | mmap.MAP_POPULATE, prot=mmap.PROT_READ))
+
+
+def read_all(handle: int) -> bytes:
+    """The bytes of an open file. One call reads at most 2 GiB (read(2))."""
+    parts: list[bytes] = []
+    at = 0
+    while part := os.pread(handle, 1024**3, at):
+        parts.append(part)
+        at += len(part)
+    return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
 def whole_pages(size_bytes: int) -> int:
@@ -89,8 +103,25 @@ def unlink_unless_mapped(path: str) -> int:
     return whole_pages(size)
 
 
+def remove_orphan(path: str) -> None:
+    """Overwrite and remove a file that a dead process was writing, or overwriting."""
+    with contextlib.suppress(OSError):
+        handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # A file that was being published when its writer died has a second name, and may be in use.
+            if os.fstat(handle).st_nlink == 1:
+                overwrite(handle)
+        finally:
+            os.close(handle)
+        os.unlink(path)
+
+
 def overwrite(locked: int) -> int:
-    """Write zeros over a file that is locked and that nobody maps; returns its length."""
+    """Write zeros over a file that is locked and that nobody maps; returns its length.
+
+    It must have lost its name before: a crash in here would leave zeros where weights are looked for.
+    """
     os.fchmod(locked, 0o600)
     size = os.fstat(locked).st_size
     handle = os.open(f"/proc/self/fd/{locked}", os.O_WRONLY | os.O_CLOEXEC)  # that file, not that name
@@ -111,7 +142,17 @@ def boot_id() -> str:
 
 
 def remove_other_boots(folder: Path, current: str) -> None:
-    """Remove the folders of other runs of the kernel: what a machine crash left is not trusted."""
+    """Remove tiers of other runs of the kernel: what a machine crash left is not trusted.
+
+    Only what is a tier: the folder may be one that the operator has other things in.
+    """
     for entry in folder.iterdir():
-        if entry.name != current and entry.is_dir():
+        if entry.name != current and _is_uuid(entry.name) and (entry / "usage").is_file():
             shutil.rmtree(entry, ignore_errors=True)
+
+
+def _is_uuid(text: str) -> bool:
+    try:
+        return str(uuid.UUID(text)) == text
+    except ValueError:
+        return False

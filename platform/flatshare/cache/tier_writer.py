@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Protocol
 
-from flatshare.cache.tier_files import view_of
+from flatshare.cache.tier_files import read_all, view_of
 
 __all__ = ["TensorWriter"]
 
@@ -54,7 +54,7 @@ class TensorWriter:
 
     def read_back(self) -> bytes:
         """What was written so far."""
-        return os.pread(self._handle, os.fstat(self._handle).st_size, 0)
+        return read_all(self._handle)
 
     def publish(self) -> memoryview:
         """Make the file visible under its digest and return its bytes, mapped; ends the writer.
@@ -91,6 +91,9 @@ class TensorWriter:
         """The published bytes; ends the writer."""
         try:
             return view_of(self._handle)
+        except OSError as error:  # too many open files, or mappings: the file is there for others
+            self._tier.note_bypass(f"can't be mapped: {error.strerror}")
+            return memoryview(self.read_back())
         finally:
             os.close(self._handle)
 

@@ -158,7 +158,9 @@ frontend edge
     http-request set-var(txn.id) uuid() unless {{ var(txn.id) -m found }}
     http-request set-header x-request-id %[var(txn.id)]
     http-request del-header x-request-timeout-seconds
-    http-request del-header x-request-disconnect-disabled
+    # An answer that is whole in one piece is not waited for by a reader of disconnects: three tasks a request.
+    http-request set-header x-request-disconnect-disabled ?1
+    http-request del-header x-request-disconnect-disabled if {{ path /predict/stream }}
     http-request del-header x-session-id
     http-request del-header x-serve-router- -m beg
     http-request del-header x-flatshare- -m beg

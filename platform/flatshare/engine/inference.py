@@ -14,8 +14,8 @@ import threading
 import traceback
 import warnings
 from collections.abc import Hashable, Sequence
-from dataclasses import dataclass, field
-from typing import Final
+from dataclasses import dataclass
+from typing import Final, cast
 
 import numpy as np
 import torch
@@ -24,9 +24,10 @@ from numpy.typing import NDArray
 from flatshare.cache.lease import Lease
 from flatshare.engine.fair_queue import FairQueue
 from flatshare.engine.passes import forward
-from flatshare.errors import IsolationBroken, ModelFailed, ServeError
+from flatshare.errors import IsolationBroken, ModelFailed, NoRoom, ServeError
 from flatshare.models.architecture import architecture
 from flatshare.models.probe import check_probe_logits, probe_rows
+from flatshare.models.stages import Model
 
 __all__ = ["MAX_BATCH_ROWS", "Inference"]
 
@@ -42,7 +43,15 @@ MAX_BATCH_ROWS: Final = 64
 
 @dataclass(slots=True, eq=False)
 class _Job:
-    """One request's rows, and where its logits are awaited."""
+    """One request's rows, and where its logits are awaited.
+
+    Attributes
+    ----------
+    over
+        What a caller that was cancelled waits for: the end of its pass.
+    ended
+        Its pass has ended, and the event loop knows.
+    """
 
     lease: Lease
     rows: NDArray[np.float32]
@@ -50,9 +59,9 @@ class _Job:
     size: int
     same: Hashable
     kind: Hashable
-    logits: asyncio.Future[NDArray[np.float32]] = field(
-        default_factory=lambda: asyncio.get_running_loop().create_future()
-    )
+    logits: asyncio.Future[NDArray[np.float32]]
+    over: asyncio.Future[None] | None = None
+    ended: bool = False
 
 
 _Answer = NDArray[np.float32] | Exception
@@ -68,20 +77,25 @@ class Inference:
     device
         Where the leased models are.
     torch_threads
-        Threads of one forward pass.
+        Threads of one forward pass; 0 for what each architecture says.
     max_batch_rows
         Rows of one pass.
     """
 
     def __init__(
-        self, device: torch.device, torch_threads: int = 1, max_batch_rows: int = MAX_BATCH_ROWS
+        self, device: torch.device, torch_threads: int = 0, max_batch_rows: int = MAX_BATCH_ROWS
     ) -> None:
         self.device = device
         self.passes = 0
         self.rows = 0
         self._torch_threads = torch_threads
+        self._threads_now = 0
+        self._max_rows = max_batch_rows
         self._queue: FairQueue[_Job] = FairQueue(max_batch_rows)
-        self._wakeup = threading.Condition()
+        self._lock = threading.Lock()
+        self._idle = False
+        self._wakeup = threading.Lock()  # taken: a semaphore of one, without threading's Python around it
+        self._wakeup.acquire()
         self._closing = False
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._work, name="inference", daemon=True)
@@ -89,11 +103,13 @@ class Inference:
 
     @property
     def waiting(self) -> int:
-        """Requests that wait for their pass."""
+        """Jobs that wait for their pass."""
         return len(self._queue)
 
     async def run(self, lease: Lease, rows: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits of some rows.
+
+        More than a pass takes go in several: others have their turns between them.
 
         Parameters
         ----------
@@ -112,55 +128,76 @@ class Inference:
         IsolationBroken
             The slot held something else before or after the pass.
         ModelFailed
-            The pass raised (out of memory, say), and this request's rows alone do too.
+            The pass raised, and this request's rows alone do too.
+        NoRoom
+            The device has no memory for the pass now.
         """
+        most = self._max_rows
+        if len(rows) <= most:
+            return await self._run_one(lease, rows)
+        parts = [self._run_one(lease, rows[start : start + most]) for start in range(0, len(rows), most)]
+        # Not the first failure at once: the lease must live until the last pass has ended.
+        answers = await asyncio.gather(*parts, return_exceptions=True)
+        for answer in answers:
+            if isinstance(answer, BaseException):
+                raise answer
+        return np.concatenate(cast("list[NDArray[np.float32]]", answers))
+
+    async def _run_one(self, lease: Lease, rows: NDArray[np.float32]) -> NDArray[np.float32]:
         model = lease.model
-        job = _Job(lease, rows, lease.record.tenant, len(rows), id(model), id(model.stages[0]))
-        with self._wakeup:
+        loop = asyncio.get_running_loop()
+        job = _Job(
+            lease, rows, lease.record.tenant, len(rows), id(model), id(model.stages[0]), loop.create_future()
+        )
+        with self._lock:
             if self._closing:
-                raise ServeError("the replica is stopping")
-            self._loop = asyncio.get_running_loop()
+                raise NoRoom("the replica is stopping; retry")
+            self._loop = loop
             self._queue.put(job)
-            self._wakeup.notify()
+            wake, self._idle = self._idle, False
+        if wake:  # a thread that is busy looks by itself; waking one costs more than a row's bookkeeping
+            self._wakeup.release()
         del model
         try:
-            return await asyncio.shield(job.logits)
+            return await job.logits
         except asyncio.CancelledError:
             # A caller that goes away must not let go of the lease while its pass runs: a job that nobody
             # took is taken out, one whose pass runs is waited for, however often we are cancelled.
-            with self._wakeup:
-                if self._queue.remove(job):
-                    job.logits.cancel()
-            while not job.logits.done():
-                with contextlib.suppress(asyncio.CancelledError):
-                    await asyncio.wait([job.logits])
-            if not job.logits.cancelled():
-                job.logits.exception()
+            with self._lock:
+                waiting = self._queue.remove(job)
+            if not waiting and not job.ended:
+                job.over = loop.create_future()
+                while not job.over.done():
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await asyncio.wait([job.over])
             raise
 
     def close(self) -> None:
-        """End the thread after the pass that runs now; who still waits is cancelled. Blocks until then."""
-        with self._wakeup:
+        """End the thread after the pass that runs now; who still waits is refused. Blocks until then."""
+        with self._lock:
             self._closing = True
-            self._wakeup.notify()
+            wake, self._idle = self._idle, False
+        if wake:
+            self._wakeup.release()
         self._thread.join()
 
     # -- in the thread
 
     def _work(self) -> None:
-        torch.set_num_threads(self._torch_threads)  # a setting of the calling thread, under OpenMP
         while True:
-            with self._wakeup:
-                while not len(self._queue) and not self._closing:
-                    self._wakeup.wait()
-                loop, closing = self._loop, self._closing
+            with self._lock:
                 batch = self._queue.take()
+                loop, closing = self._loop, self._closing
+                self._idle = not batch and not closing
             if closing:
                 while batch:
                     self._deliver_soon(loop, batch, None)
-                    with self._wakeup:
+                    with self._lock:
                         batch = self._queue.take()
                 return
+            if not batch:
+                self._wakeup.acquire()
+                continue
             self.passes += 1
             self.rows += sum(job.size for job in batch)
             self._deliver_soon(loop, batch, self._answers(batch))
@@ -190,13 +227,16 @@ class Inference:
             blocks.setdefault(job.same, []).append(job)
         jobs = list(blocks.values())
         probes = [_probe_due(block) for block in jobs]
+        models = [block[0].lease.model for block in jobs]
+        self._set_threads(self._torch_threads or models[0].threads)
         with torch.inference_mode():
             inputs = [
-                _joined(block, probe).to(self.device, memory_format=torch.channels_last)
-                for block, probe in zip(jobs, probes, strict=True)
+                self._on_device(_joined(block, probe), model)
+                for block, probe, model in zip(jobs, probes, models, strict=True)
             ]
-            outputs = forward([block[0].lease.model for block in jobs], inputs)
+            outputs = forward(models, inputs)
             logits = [one.cpu().numpy() for one in outputs]
+        del models  # nothing here may outlive the leases
         answers: dict[int, NDArray[np.float32]] = {}
         for block, probe, found in zip(jobs, probes, logits, strict=True):
             if len(found) != sum(job.size for job in block) + (probe is not None):
@@ -210,6 +250,16 @@ class Inference:
                 answers[id(job)] = found[start : start + job.size]
                 start += job.size
         return [answers[id(job)] for job in batch]
+
+    def _on_device(self, rows: torch.Tensor, model: Model) -> torch.Tensor:
+        order = torch.channels_last if model.channels_last and rows.dim() == 4 else torch.preserve_format
+        return rows.to(self.device, memory_format=order)
+
+    def _set_threads(self, threads: int) -> None:
+        """A setting of the calling thread, under OpenMP; models of one pass are of one architecture."""
+        if threads != self._threads_now:
+            torch.set_num_threads(threads)
+            self._threads_now = threads
 
     def _deliver_soon(
         self,
@@ -225,12 +275,13 @@ class Inference:
 def _deliver(batch: Sequence[_Job], answers: Sequence[_Answer] | None) -> None:
     """On the event loop: hand each job its answer; None for "the replica stops"."""
     for index, job in enumerate(batch):
-        if job.logits.done():
+        job.ended = True
+        if job.over is not None:
+            job.over.set_result(None)
+        if job.logits.done():  # cancelled
             continue
-        answer = answers[index] if answers is not None else None
-        if answer is None:
-            job.logits.cancel()
-        elif isinstance(answer, Exception):
+        answer = answers[index] if answers is not None else NoRoom("the replica is stopping; retry")
+        if isinstance(answer, Exception):
             job.logits.set_exception(answer)
         else:
             job.logits.set_result(answer)
@@ -259,6 +310,9 @@ def _probe_answered(block: Sequence[_Job]) -> None:
 def _failure(job: _Job, error: Exception) -> Exception:
     if isinstance(error, ServeError):
         return error.with_traceback(None)
+    if isinstance(error, torch.OutOfMemoryError):  # of the device, not of the model; perhaps over in a moment
+        logger.warning("the device has no memory for a pass of %s: %s", job.lease.record.name, error)
+        return NoRoom(f"the device has no memory for {job.lease.record.name} now; retry")
     failed = ModelFailed(f"{job.lease.record.name} failed in its forward pass")
     # Told here, as text, and kept without its frames: they hold the batch, and with it the model.
     logger.error("%s\n%s", failed.message, "".join(traceback.format_exception(error)))
@@ -274,6 +328,5 @@ def _check(job: _Job, when: str) -> None:
     IsolationBroken
         It does not: the request fails rather than be answered with another's weights.
     """
-    lease = job.lease
-    if lease.current_receipt() != lease.receipt or id(lease.model) != job.same:
-        raise IsolationBroken(f"the slot of {lease.record.name} held another model {when} the pass")
+    if not job.lease.is_intact(job.same):
+        raise IsolationBroken(f"the slot of {job.lease.record.name} held another model {when} the pass")

@@ -34,6 +34,8 @@ def forward(models: Sequence[Model], rows: Sequence[torch.Tensor]) -> list[torch
     list of Tensor
         ``(N_i, classes)``, in the order of the models.
     """
+    if len(models) == 1:
+        return [models[0](rows[0])]
     logits: list[torch.Tensor] = [torch.empty(0)] * len(models)
     # Neighbours share the longest prefix; the sort is stable, so equal models keep their order.
     order = sorted(range(len(models)), key=lambda index: tuple(map(id, models[index].stages)))

@@ -74,6 +74,8 @@ class Architecture:
     channels_last
         Whether convolution weights are copied into channels-last order. A measured choice: faster
         convolutions against weights that stay views of files which all replicas share.
+    threads
+        Threads of one forward pass on CPU, where the operator sets no other number. A measured choice too.
     """
 
     name: str
@@ -83,6 +85,7 @@ class Architecture:
     build: Callable[[], nn.Module]
     preprocess: Callable[[NDArray[np.uint8]], NDArray[np.float32]]
     channels_last: bool = False
+    threads: int = 1
 
 
 @cache

@@ -21,19 +21,20 @@ def build() -> nn.Module:
     """The network, in eval mode."""
     from torch import nn
 
-    # A plain Sequential with the example's names for the layers that have weights.
+    # A plain Sequential with the example's names for the layers that have weights. In place: a row's
+    # activations are 232 kB, and writing them twice is a tenth of a pass of one row.
     return nn.Sequential(
         OrderedDict(
             [
                 ("conv1", nn.Conv2d(1, 32, 3)),
-                ("relu1", nn.ReLU()),
+                ("relu1", nn.ReLU(inplace=True)),
                 ("conv2", nn.Conv2d(32, 64, 3)),
-                ("relu2", nn.ReLU()),
+                ("relu2", nn.ReLU(inplace=True)),
                 ("pool", nn.MaxPool2d(2)),
                 ("dropout1", nn.Dropout(0.25)),
                 ("flatten", nn.Flatten()),
                 ("fc1", nn.Linear(9216, 128)),
-                ("relu3", nn.ReLU()),
+                ("relu3", nn.ReLU(inplace=True)),
                 ("dropout2", nn.Dropout(0.5)),
                 ("fc2", nn.Linear(128, 10)),
             ]

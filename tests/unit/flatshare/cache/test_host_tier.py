@@ -237,12 +237,24 @@ def test_who_comes_second_gets_the_first_ones_file(tier: HostTier) -> None:
 
 
 def test_files_of_another_boot_are_removed_not_trusted(tmp_path: Path) -> None:
-    old = tmp_path / "tier" / "00000000-old-boot" / "tensors" / "ab"
+    old = tmp_path / "tier" / "b5a7c7f2-94f1-4d0b-9a5c-0d9a1d1d7c11" / "tensors" / "ab"
     old.mkdir(parents=True)
+    (old.parents[1] / "usage").write_text("0")
     (old / ("ab" * 32)).write_bytes(b"half written before the power went")
     (tmp_path / "tier").chmod(0o700)
     HostTier(tmp_path / "tier", BIG)
     assert not old.exists()
+
+
+def test_what_else_is_in_the_folder_is_left_alone(tmp_path: Path) -> None:
+    folder = tmp_path / "home"
+    mine = [folder / "photos" / "cat.jpg", folder / "b5a7c7f2-94f1-4d0b-9a5c-0d9a1d1d7c11" / "notes.txt"]
+    for path in mine:
+        path.parent.mkdir(parents=True)
+        path.write_text("mine")
+    folder.chmod(0o700)
+    HostTier(folder, BIG)
+    assert all(path.read_text() == "mine" for path in mine)
 
 
 def test_a_folder_that_others_can_write_to_is_refused(tmp_path: Path) -> None:
@@ -348,6 +360,69 @@ def test_scrubbing_overwrites_what_nobody_maps_and_leaves_the_rest(tmp_path: Pat
     del kept
     gc.collect()
     assert tier.scrub([name(shared)]).removed == (name(shared),)
+
+
+DIES_WHILE_IT_OVERWRITES = """
+import os, sys
+from pathlib import Path
+from flatshare.cache import host_tier
+def die(handle):
+    os.ftruncate(os.open(f"/proc/self/fd/{handle}", os.O_WRONLY), 10)
+    os.kill(os.getpid(), 9)
+host_tier.overwrite = lambda handle: (os.fchmod(handle, 0o600), die(handle))
+host_tier.HostTier(Path(sys.argv[1]), 10**7).scrub([sys.argv[2]])
+"""
+
+
+def test_who_dies_while_it_scrubs_leaves_no_damaged_tensor(tmp_path: Path) -> None:
+    folder = tmp_path / "tier"
+    tier = HostTier(folder, 10 * BIG)
+    data = content(3)
+    view = publish(tier, data)
+    del view
+    gc.collect()
+    died = subprocess.run([sys.executable, "-c", DIES_WHILE_IT_OVERWRITES, str(folder), name(data)], check=False)
+    assert died.returncode == -9
+    assert tier.open(name(data), BIG) is None and not tier.path(name(data)).exists()
+    assert len(list(folder.rglob("tmp/*"))) == 1
+    assert tier.scrub([name(data)]).kept == (), "the rerun finishes what is left"
+    assert list(folder.rglob("tmp/*")) == [] and tier.usage().used_bytes == 0
+
+
+def test_an_orphan_is_overwritten_unless_it_was_published(tmp_path: Path) -> None:
+    folder = tmp_path / "tier"
+    tier = HostTier(folder, 10 * BIG)
+    tmp = next(folder.glob("*/tmp"))
+    orphan = tmp / f"{BIG}-1-ab"
+    orphan.write_bytes(content(5))
+    second_name = tmp_path / "kept-open"
+    os.link(orphan, second_name)
+    half_published = tmp / f"{BIG}-1-cd"
+    half_published.write_bytes(content(6))
+    target = tier.path(name(content(6)))
+    target.parent.mkdir(exist_ok=True)
+    os.link(half_published, target)
+    handle = os.open(orphan, os.O_RDONLY)
+    second_name.unlink()
+    tier.scrub([])
+    assert os.pread(handle, BIG, 0) == bytes(BIG)
+    os.close(handle)
+    assert target.read_bytes() == content(6)
+    assert list(tmp.iterdir()) == []
+
+
+def test_a_process_without_handles_goes_on_with_its_own_copy(
+    tier: HostTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def no_handles(handle: int) -> memoryview:
+        raise OSError(errno.EMFILE, "Too many open files")
+
+    monkeypatch.setattr("flatshare.cache.tier_writer.view_of", no_handles)
+    data = content(8)
+    view = publish(tier, data)
+    assert view is not None and bytes(view) == data
+    assert tier.usage().bypassed == 1
+    assert tier.open(name(data), BIG) is not None, "it is there for others"
 
 
 def test_replicas_of_one_node_that_scrub_at_once_do_not_get_in_each_others_way(tmp_path: Path) -> None:

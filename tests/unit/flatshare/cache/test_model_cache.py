@@ -83,7 +83,7 @@ class FakeLoader:
     async def prepare_local(self, record: VersionRecord, held: Held) -> Prepared | None:
         if record.tenant not in self.local:
             return None
-        return Prepared({}, Tier.HOST, Model((nn.Identity(),)))
+        return Prepared({}, Tier.HOST, Model((nn.Identity(),), digest=record.digest))
 
     async def prepare(self, record: VersionRecord, held: Held, timeout_s: float) -> Prepared:
         self.fetches.append(record.name)
@@ -95,7 +95,7 @@ class FakeLoader:
             for errors in (self.errors, self.prepare_errors):
                 if record.tenant in errors:
                     raise errors[record.tenant]
-            return Prepared({}, Tier.STORE, Model((nn.Identity(),)))
+            return Prepared({}, Tier.STORE, Model((nn.Identity(),), digest=record.digest))
         finally:
             self.running -= 1
 

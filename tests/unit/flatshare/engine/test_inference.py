@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 
 import numpy as np
 import pytest
@@ -16,8 +16,8 @@ from flatshare.cache.ledger import Ledger
 from flatshare.cache.loading import Held, Placed, Prepared
 from flatshare.cache.model_cache import ModelCache
 from flatshare.cache.tiers import Part, Receipt, Tier
-from flatshare.engine.inference import Inference
-from flatshare.errors import IsolationBroken, ModelFailed
+from flatshare.engine.inference import MAX_BATCH_ROWS, Inference
+from flatshare.errors import IsolationBroken, ModelFailed, NoRoom
 from flatshare.models.stages import Model
 from flatshare_registry.records import VersionRecord
 
@@ -70,7 +70,7 @@ class OneModel:
 
 
 def cache_of(*stages: nn.Module) -> ModelCache:
-    return ModelCache(ledger=Ledger(1, None), loader=OneModel(Model(stages)))
+    return ModelCache(ledger=Ledger(1, None), loader=OneModel(Model(stages, digest=RECORD.digest)))
 
 
 RECORD = VersionRecord.model_validate(
@@ -98,22 +98,45 @@ async def test_a_pass_that_raises_is_a_failed_model(inference: Inference) -> Non
         await inference.run(lease, ROWS)
 
 
+def another_receipt(lease: Lease) -> None:
+    assert lease._resident is not None
+    lease._resident.receipt = Receipt("globex", 1, "1" * 64, 99)
+
+
+def another_model(lease: Lease) -> None:
+    assert lease._resident is not None
+    lease._resident.model = Model((nn.Flatten(),), digest=RECORD.digest)
+
+
+def other_weights(lease: Lease) -> None:
+    assert lease._resident is not None and lease._resident.model is not None
+    object.__setattr__(lease._resident.model, "digest", "1" * 64)
+
+
 @pytest.mark.parametrize("when", ["before", "after"])
-async def test_promise_1_a_slot_that_changed_fails_the_request(inference: Inference, when: str) -> None:
+@pytest.mark.parametrize("change", [another_receipt, another_model, other_weights])
+async def test_promise_1_a_slot_that_changed_fails_the_request(
+    inference: Inference, when: str, change: Callable[[Lease], None]
+) -> None:
     module = Gate()
     with await cache_of(module).lease(RECORD, 5) as lease:
-        assert lease._resident is not None
-        other = Receipt("globex", 1, "1" * 64, 99)
         if when == "before":
-            lease._resident.receipt = other
+            change(lease)
             module.go.set()
         running = asyncio.create_task(inference.run(lease, ROWS))
         if when == "after":
             await asyncio.to_thread(module.entered.wait, 5)
-            lease._resident.receipt = other
+            change(lease)
             module.go.set()
         with pytest.raises(IsolationBroken, match=when):
             await running
+
+
+async def test_promise_1_a_model_of_other_weights_never_becomes_resident() -> None:
+    cache = ModelCache(ledger=Ledger(1, None), loader=OneModel(Model((nn.Flatten(),), digest="1" * 64)))
+    with pytest.raises(IsolationBroken, match="acme@1"):
+        await cache.lease(RECORD, 5)
+    assert cache.snapshot() == [] and cache.occupied == 0
 
 
 async def test_promise_3_a_caller_that_goes_away_keeps_its_lease_while_the_pass_runs(
@@ -269,7 +292,7 @@ async def test_one_bad_row_fails_only_itself(inference: Inference) -> None:
     np.testing.assert_array_equal(also_good, bodies[2].reshape(1, 4))
 
 
-async def test_closing_cancels_who_still_waits() -> None:
+async def test_closing_refuses_who_still_waits() -> None:
     inference = Inference(torch.device("cpu"))
     module = Counting(0)
     with await leased(module, "acme") as lease:
@@ -283,21 +306,66 @@ async def test_closing_cancels_who_still_waits() -> None:
             await asyncio.sleep(0)
         module.go.set()
         np.testing.assert_array_equal(await first, ROWS.reshape(2, 4))
-        with pytest.raises(asyncio.CancelledError):
+        with pytest.raises(NoRoom, match="stopping"):
             await later
         closing.join()
 
 
-async def test_a_pass_has_a_bounded_size(inference: Inference) -> None:
-    module = Counting(0)
-    big = np.zeros((200, 1, 2, 2), dtype=np.float32)
-    with await leased(module, "acme") as lease:
+async def test_a_large_request_goes_in_several_passes_and_others_have_their_turns(inference: Inference) -> None:
+    module, other = Counting(0), Counting(100)
+    big = np.arange(200 * 4, dtype=np.float32).reshape(200, 1, 2, 2)
+    order: list[str] = []
+    with await leased(module, "acme") as lease, await leased(other, "globex") as small:
         first = asyncio.create_task(inference.run(lease, ROWS))
         await asyncio.to_thread(module.entered.wait, 5)
-        later = [asyncio.create_task(inference.run(lease, big)) for _ in range(3)]
+        later = [
+            asyncio.create_task(inference.run(lease, big), name="big"),
+            asyncio.create_task(inference.run(small, ROWS), name="small"),
+        ]
+        for task in later:
+            task.add_done_callback(lambda done: order.append(done.get_name()))
+        await asyncio.sleep(0)
+        await asyncio.sleep(0)
+        other.go.set()
         module.go.set()
-        await asyncio.gather(first, *later)
-    assert module.sizes == [2, 200, 200, 200]
+        answers = await asyncio.gather(first, *later)
+    assert max(module.sizes) <= MAX_BATCH_ROWS and sum(module.sizes) == 202
+    assert order == ["small", "big"], "who asks for two rows does not wait for two hundred"
+    np.testing.assert_array_equal(answers[1], big.reshape(200, 4))
+
+
+async def test_a_large_request_that_is_cancelled_keeps_its_lease_until_its_pass_ends(
+    inference: Inference,
+) -> None:
+    module = Gate()
+    cache = cache_of(module)
+    big = np.zeros((3 * MAX_BATCH_ROWS, 1, 2, 2), dtype=np.float32)
+
+    async def request() -> None:
+        with await cache.lease(RECORD, 5) as lease:
+            await inference.run(lease, big)
+
+    running = asyncio.create_task(request())
+    await asyncio.to_thread(module.entered.wait, 5)
+    running.cancel()
+    for _ in range(5):
+        await asyncio.sleep(0)
+    assert cache.snapshot()[0].leases == 1, "the lease ended while its model was running"
+    assert inference.waiting == 0, "its other parts left the queue"
+    module.go.set()
+    with pytest.raises(asyncio.CancelledError):
+        await running
+    assert cache.snapshot()[0].leases == 0
+
+
+class Exhausted(nn.Module):
+    def forward(self, rows: torch.Tensor) -> torch.Tensor:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+async def test_a_device_without_memory_is_no_fault_of_the_model(inference: Inference) -> None:
+    with await leased(Exhausted(), "acme") as lease, pytest.raises(NoRoom, match="acme@1"):
+        await inference.run(lease, ROWS)
 
 
 async def test_a_failed_pass_fails_its_requests_and_the_next_one_runs(inference: Inference) -> None:
