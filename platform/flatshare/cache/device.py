@@ -46,7 +46,7 @@ class Device(Protocol):
 
     @property
     def computes_in_host_memory(self) -> bool:
-        """Whether prepared tensors run as they are: then a model is tried out before room is made for it."""
+        """Whether prepared tensors run as they are, so that nothing is copied when they are placed."""
         ...
 
     def footprint(self, size_bytes: int) -> int:

@@ -15,6 +15,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Final
@@ -39,6 +40,12 @@ PARTS_AHEAD: Final = 4
 
 GAP_BYTES: Final = 64 * 1024
 """Missing tensors with at most this much between them share a GET: a request costs more than the gap."""
+
+LOCK_FROM_BYTES: Final = 64 * 1024
+"""Smaller tensors come along with larger ones: a lock costs as much as fetching them twice."""
+
+MAX_LOCKS: Final = 64
+"""Most locks that one load holds; each is an open file."""
 
 PART_TRIES: Final = 2
 """GETs of a part whose answers were cut short; refused requests are tried again by boto3 itself."""
@@ -108,23 +115,36 @@ class TensorSource:
         if self.tier is None:
             return Fetched(self._download(record, wanted.values(), None, deadline), Tier.STORE)
         missing = self._look(self.tier, wanted, found)
-        came_from = Tier.HOST
-        while missing:
-            # Whoever wants the same tensors finds the same largest one: its lock makes the fetch theirs
-            # together. Who comes second looks again, and fetches what is still missing.
-            largest = max(missing.values(), key=lambda one: (one.size_bytes, one.sha256))
-            with self.tier.fetching(largest.sha256, max(deadline - self._clock(), 0) / 2) as ours:
-                if ours:
-                    missing = self._look(self.tier, missing, found)
-                    if missing and largest.sha256 not in missing:
-                        continue
-                else:
+        if not missing:
+            return Fetched(found, Tier.HOST)
+        with ExitStack() as locks:
+            for digest in _to_lock(missing.values()):
+                patience_s = max(deadline - self._clock(), 0) / 2
+                if not locks.enter_context(self.tier.fetching(digest, patience_s)):
                     logger.warning("%s: somebody else's fetch takes too long; fetching here", record.name)
-                if missing:
-                    came_from = Tier.STORE
-                    found |= self._download(record, missing.values(), self.tier if ours else None, deadline)
-                    missing = {}
-        return Fetched(found, came_from)
+                    break
+            missing = self._look(self.tier, missing, found)  # others may have fetched it while we waited
+            if not missing:
+                return Fetched(found, Tier.HOST)
+            found |= self._download(record, missing.values(), self.tier, deadline)
+        return Fetched(found, Tier.STORE)
+
+    def recheck(self, record: VersionRecord) -> list[str]:
+        """Hash the host tier's files of a version again and remove the wrong ones; returns their digests.
+
+        For a model that answers wrongly although its bytes were right when they were published: memory and
+        disks go bad, and other replicas must not find what this one has found.
+        """
+        wrong: list[str] = []
+        if self.tier is not None:
+            for digest, tensor in _wanted(record, {one.name for one in record.tensors}).items():
+                data = self.tier.open(digest, tensor.size_bytes)
+                if data is not None and hashlib.sha256(data).hexdigest() != digest:
+                    wrong.append(digest)
+            self.tier.remove(wrong)
+        if wrong:
+            logger.error("%s: %d damaged files were removed from the host tier", record.name, len(wrong))
+        return wrong
 
     def _look(
         self, tier: HostTier, wanted: Mapping[str, TensorRecord], found: dict[str, memoryview]
@@ -292,6 +312,12 @@ class _Sink:
 def _wanted(record: VersionRecord, names: Collection[str]) -> dict[str, TensorRecord]:
     """Tensors to get, by digest: equal ones of a version are one."""
     return {one.sha256: one for one in record.tensors if one.name in names and one.size_bytes}
+
+
+def _to_lock(missing: Collection[TensorRecord]) -> list[str]:
+    """Digests whose locks make a fetch ours alone: those worth it, in one order, so that nobody waits in a ring."""
+    largest = sorted(missing, key=lambda one: (-one.size_bytes, one.sha256))[:MAX_LOCKS]
+    return sorted(one.sha256 for one in largest if one.size_bytes >= LOCK_FROM_BYTES or one is largest[0])
 
 
 def _ranges(tensors: Sequence[TensorRecord]) -> list[ByteRange]:

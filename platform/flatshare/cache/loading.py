@@ -6,11 +6,12 @@ that models with equal first layers hold the same objects (``models/stages.py``)
 
 from __future__ import annotations
 
+import contextlib
 import threading
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Executor
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final, Generic, Protocol, TypeVar
 from weakref import WeakValueDictionary
 
 import torch
@@ -22,7 +23,7 @@ from flatshare.cache.fetch import Fetched, TensorSource
 from flatshare.cache.threads import in_thread
 from flatshare.cache.tiers import Part, Tier
 from flatshare.cache.warm import WarmTensors
-from flatshare.errors import ModelFailed, NoRoom
+from flatshare.errors import ModelFailed, NoRoom, ProbeFailed
 from flatshare.models.architecture import Architecture, architecture
 from flatshare.models.probe import check_probe
 from flatshare.models.stages import Model, device_tensor, plan_of, tensor_view
@@ -31,6 +32,8 @@ from flatshare_registry.records import TensorRecord, VersionRecord
 from flatshare_registry.weights import check_architecture
 
 __all__ = ["DeviceLoader", "Held", "Loader", "Placed", "Prepared", "part_of"]
+
+T = TypeVar("T")
 
 WARM_SHARE: Final = 8
 """A process keeps at most one part in so many of the host tier's bytes ready beyond what its models hold."""
@@ -116,6 +119,8 @@ class Loader(Protocol):
     async def prepare(self, record: VersionRecord, held: Held, timeout_s: float) -> Prepared:
         """Get, check and try out what is not ``held``: whatever can be wrong with a version shows here.
 
+        Where the device does not compute in host memory too: it is tried out on the CPU first.
+
         Raises
         ------
         Corrupt, Unavailable
@@ -178,7 +183,7 @@ class DeviceLoader:
         self._warm = WarmTensors(tier.budget_bytes // WARM_SHARE if tier is not None else 0)
         if tier is not None:
             tier.on_pressure = self._warm.clear
-        self._proven: LRUCache[tuple[str, str], None] = LRUCache(MAX_PROVEN)
+        self._proven = _Known[bool](MAX_PROVEN)
 
     def check(self, record: VersionRecord) -> Mapping[Part, int]:
         """See :class:`Loader`."""
@@ -193,8 +198,9 @@ class DeviceLoader:
 
     def distrust(self, record: VersionRecord) -> None:
         """See :class:`Loader`."""
-        self._proven.pop((record.digest, record.architecture), None)
+        self._proven.forget((record.digest, record.architecture))
         self.let_go()  # all of it: memory that went wrong once is not asked which part of it did
+        self._local_threads.submit(self.source.recheck, record)
 
     def let_go(self) -> None:
         """See :class:`Loader`."""
@@ -217,7 +223,7 @@ class DeviceLoader:
         """See :class:`Loader`."""
         if self.source.tier is None:
             return None
-        if (record.digest, record.architecture) in self._proven:
+        if self.device.computes_in_host_memory and self._proven.get((record.digest, record.architecture)):
             # Here and now: handing this to a thread would cost more than doing it (measured: a reload in a
             # thread took 12 ms under load, for 1 ms of work, because each of its many small steps waits
             # for the interpreter lock).
@@ -249,8 +255,13 @@ class DeviceLoader:
                 raise NoRoom(f"the device has no memory for {record.name} now; retry") from error
             except Exception as error:  # CUDA raises RuntimeErrors of several kinds
                 raise ModelFailed(f"{record.name} could not be placed on {self.device.name}") from error
-            model = await in_thread(self._threads, lambda: self._build(record, tensors, held))
-        sizes = {part: self.device.footprint(tensor.nbytes) for part, tensor in model.tensors.items()}
+            # Here and now: to put tensors into layers takes less than handing it to a thread, and a store
+            # that hangs has all of the other threads.
+            model = self._build(record, tensors, held, prove=False)
+        sizes = {
+            part: self.device.footprint(tensor.untyped_storage().nbytes())
+            for part, tensor in model.tensors.items()
+        }
         return Placed(model, sizes, prepared.proven)
 
     def _prepare(
@@ -269,26 +280,67 @@ class DeviceLoader:
             for one in wanted
         }
         if not self.device.computes_in_host_memory:
-            return Prepared(self.device.stage(tensors), fetched.tier)
+            # Tried out here, before room is made for it; on the device it answers its probe with its first rows.
+            self._try_out(network, record, tensors, held)
+            return Prepared(self._staged(record, tensors), fetched.tier, proven=False)
         prepared = Prepared(tensors, fetched.tier, self._build(record, tensors, held))
         if self.source.tier is not None:
             self._warm.keep(tensors)
         return prepared
+
+    def _try_out(
+        self, network: Architecture, record: VersionRecord, tensors: Mapping[Part, torch.Tensor], held: Held
+    ) -> None:
+        """Build a version in host memory and let it answer its probe, once a process.
+
+        Of parts that the device has already, the node's files are used; where these are gone, only the device
+        can tell, with the first rows.
+        """
+        key = (record.digest, record.architecture)
+        if self._proven.get(key):
+            return
+        names = {one.name for one in record.tensors if part_of(one) in held}
+        others = self.source.read_local(record, names) if names else Fetched({}, Tier.HOST)
+        if others is None:
+            return
+        named = {one.name: tensors.get(part_of(one)) for one in record.tensors}
+        for one in record.tensors:
+            if named[one.name] is None:
+                view = tensor_view(others.data.get(one.sha256, memoryview(b"")), one)
+                named[one.name] = device_tensor(view, channels_last=network.channels_last)
+        plan = plan_of(network)
+        with _as_model_failure(record):
+            given = {name: tensor for name, tensor in named.items() if tensor is not None}
+            model = Model(tuple(plan.stage(index, given) for index in range(len(plan.names))))
+        self._prove(network, record, model, torch.device("cpu"))
+
+    def _prove(
+        self, network: Architecture, record: VersionRecord, model: Model, device: torch.device
+    ) -> None:
+        try:
+            check_probe(network, record, model, device)
+        except ProbeFailed:
+            self.source.recheck(record)
+            raise
+        self._proven.put((record.digest, record.architecture), True)
+
+    def _staged(
+        self, record: VersionRecord, tensors: Mapping[Part, torch.Tensor]
+    ) -> Mapping[Part, torch.Tensor]:
+        try:
+            return self.device.stage(tensors)
+        except RuntimeError as error:  # page-locked memory is scarce, and torch says so in several ways
+            raise NoRoom(f"there is no page-locked memory for {record.name} now; retry") from error
 
     def _build(
         self, record: VersionRecord, tensors: Mapping[Part, torch.Tensor], held: Held, *, prove: bool = True
     ) -> Model:
         """Make the model of shared and new tensors, and let it answer its probe."""
         network = _architecture_of(record)
-        try:
+        with _as_model_failure(record):
             model = self._assemble(network, record, {**tensors, **held})
-        except ModelFailed:
-            raise
-        except Exception as error:  # whatever an operator's own architecture raises is that version's failure
-            raise ModelFailed(f"{record.name} could not be built: {type(error).__name__}") from error
         if prove:
-            check_probe(network, record, model, self.device.torch_device)
-            self._proven[record.digest, record.architecture] = None
+            self._prove(network, record, model, self.device.torch_device)
         return model
 
     def _assemble(self, network: Architecture, record: VersionRecord, given: Mapping[Part, object]) -> Model:
@@ -320,7 +372,38 @@ class _Tensors(dict[Part, torch.Tensor]):
     """A dict that can be referred to weakly."""
 
 
-_checked: LRUCache[tuple[str, str], Architecture] = LRUCache(10_000)
+@contextlib.contextmanager
+def _as_model_failure(record: VersionRecord) -> Iterator[None]:
+    """Whatever an operator's own architecture raises is that version's failure."""
+    try:
+        yield
+    except ModelFailed:
+        raise
+    except Exception as error:
+        raise ModelFailed(f"{record.name} could not be built: {type(error).__name__}") from error
+
+
+class _Known(Generic[T]):
+    """What is known of digests under architectures; the least recently asked goes first. Safe for threads."""
+
+    def __init__(self, most: int) -> None:
+        self._found: LRUCache[tuple[str, str], T] = LRUCache(most)
+        self._lock = threading.Lock()
+
+    def get(self, key: tuple[str, str]) -> T | None:
+        with self._lock:
+            return self._found.get(key)
+
+    def put(self, key: tuple[str, str], value: T) -> None:
+        with self._lock:
+            self._found[key] = value
+
+    def forget(self, key: tuple[str, str]) -> None:
+        with self._lock:
+            self._found.pop(key, None)
+
+
+_checked: Final = _Known[Architecture](10_000)
 
 
 def _architecture_of(record: VersionRecord) -> Architecture:
@@ -339,5 +422,5 @@ def _architecture_of(record: VersionRecord) -> Architecture:
         check_architecture(record.tensors, network.name, network.tensors)
     except InvalidInput as error:
         raise ModelFailed(f"{record.name} can't be served here: {error.message}") from error
-    _checked[record.digest, record.architecture] = network
+    _checked.put((record.digest, record.architecture), network)
     return network

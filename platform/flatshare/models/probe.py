@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flatshare.errors import ModelFailed, ProbeFailed
+from flatshare.errors import ModelFailed, NoRoom, ProbeFailed
 from flatshare.models.architecture import Architecture
 from flatshare.models.stages import Model, device_tensor, plan_of, tensor_view
 from flatshare_registry.records import VersionRecord
@@ -90,11 +90,15 @@ def check_probe(network: Architecture, record: VersionRecord, model: Model, devi
     ------
     ModelFailed
         It answers something else, or does not run.
+    NoRoom
+        The device has no memory for it now.
     """
     if record.probe_logits is None:
         return
     try:
         found = _run(network, model, device)
+    except torch.OutOfMemoryError as error:  # the device's trouble, and perhaps over in a moment
+        raise NoRoom(f"the device has no memory to try {record.name} out now; retry") from error
     except Exception as error:  # whatever an operator's own network raises
         raise ModelFailed(f"{record.name} does not run: {type(error).__name__}") from error
     check_probe_logits(record, found)

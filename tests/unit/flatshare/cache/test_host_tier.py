@@ -381,7 +381,9 @@ def test_who_dies_while_it_scrubs_leaves_no_damaged_tensor(tmp_path: Path) -> No
     view = publish(tier, data)
     del view
     gc.collect()
-    died = subprocess.run([sys.executable, "-c", DIES_WHILE_IT_OVERWRITES, str(folder), name(data)], check=False)
+    died = subprocess.run(
+        [sys.executable, "-c", DIES_WHILE_IT_OVERWRITES, str(folder), name(data)], check=False
+    )
     assert died.returncode == -9
     assert tier.open(name(data), BIG) is None and not tier.path(name(data)).exists()
     assert len(list(folder.rglob("tmp/*"))) == 1

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import gc
+import os
+import sys
+import threading
 import time
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from safetensors.torch import save
 
 from flatshare.cache import fetch as fetch_module
-from flatshare.cache.device import CpuDevice, device_budget
+from flatshare.cache.device import CpuDevice, CudaDevice, device_budget
 from flatshare.cache.fetch import TensorSource
 from flatshare.cache.host_tier import HostTier
 from flatshare.cache.ledger import Ledger
@@ -22,7 +26,7 @@ from flatshare.cache.loading import DeviceLoader
 from flatshare.cache.model_cache import ModelCache
 from flatshare.cache.tiers import ModelKey, Part, Tier
 from flatshare.engine.inference import Inference
-from flatshare.errors import ModelFailed, NoRoom
+from flatshare.errors import ModelFailed, NoRoom, ProbeFailed
 from flatshare.models.architecture import architecture
 from flatshare.models.probe import probe_logits
 from flatshare.models.stages import Model
@@ -34,6 +38,8 @@ from flatshare_registry.records import VersionRecord
 from flatshare_registry.stores.base import ByteRange, Overwrite
 from flatshare_registry.stores.memory import MemoryStore
 from flatshare_registry.testing.faults import FaultyStore
+from flatshare_registry.testing.files import encode_safetensors
+from flatshare_registry.weights import TensorSpec
 
 NETWORK = architecture("mnist-cnn")
 ROWS = torch.rand(5, 1, 28, 28, generator=torch.Generator().manual_seed(0)) * 2 - 1
@@ -76,7 +82,7 @@ def right(tensors: dict[str, torch.Tensor]) -> torch.Tensor:
 
 def logits(model: Model) -> torch.Tensor:
     with torch.inference_mode():
-        return model(ROWS)
+        return model(ROWS.to(DEVICE.torch_device)).cpu()
 
 
 @pytest.fixture
@@ -102,8 +108,36 @@ async def load(loader: DeviceLoader, record: VersionRecord) -> tuple[Model, Tier
     return (await loader.place(record, prepared, held)).model, prepared.tier
 
 
+class StagedDevice(CpuDevice):
+    """What CUDA does, without CUDA: tensors are copied twice, and run only where they were placed."""
+
+    name = "staged"
+    computes_in_host_memory = False
+
+    def stage(self, tensors: Mapping[Part, torch.Tensor]) -> Mapping[Part, torch.Tensor]:
+        return {part: tensor.clone() for part, tensor in tensors.items()}
+
+    async def place(self, tensors: Mapping[Part, torch.Tensor]) -> Mapping[Part, torch.Tensor]:
+        await asyncio.sleep(0)
+        return {part: tensor.clone() for part, tensor in tensors.items()}
+
+
+DEVICES = [CpuDevice, StagedDevice, *([CudaDevice] if torch.cuda.is_available() else [])]
+
+
+@pytest.fixture(params=DEVICES, autouse=True)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> CpuDevice | CudaDevice:
+    """Where :func:`loader_of` loads to: the device is the only difference."""
+    made: CpuDevice | CudaDevice = request.param()
+    monkeypatch.setattr(sys.modules[__name__], "DEVICE", made)
+    return made
+
+
+DEVICE: CpuDevice | CudaDevice = CpuDevice()
+
+
 def loader_of(source: TensorSource, threads: ThreadPoolExecutor) -> DeviceLoader:
-    return DeviceLoader(source, CpuDevice(), threads, threads)
+    return DeviceLoader(source, DEVICE, threads, threads)
 
 
 @pytest.mark.parametrize("with_tier", [False, True])
@@ -345,6 +379,82 @@ async def test_a_model_that_does_not_answer_its_probe_is_never_served(
     with pytest.raises(ModelFailed, match="does not answer its probe"):
         await load(loader, other.model_copy(update={"probe_logits": record.probe_logits}))
     await load(loader, record.model_copy(update={"probe_logits": None}))  # registered without torch
+
+
+async def test_promise_2_a_model_that_fails_its_probe_evicts_nothing_on_any_device(
+    store: CountingStore, record: VersionRecord, threads: ThreadPoolExecutor, tmp_path: Path
+) -> None:
+    cache = ModelCache(
+        ledger=Ledger(1, None), loader=loader_of(TensorSource(store, HostTier(tmp_path, 10**9)), threads)
+    )
+    (await cache.lease(record, 5)).release()
+    other = register(store, "globex", state(2))
+    wrong = other.model_copy(update={"probe_logits": record.probe_logits})
+    with pytest.raises(ProbeFailed):
+        await cache.lease(wrong, 5)
+    assert cache.stats.evictions == 0 and cache.is_resident(ModelKey.of(record))
+
+
+async def test_promise_11_the_nodes_files_are_served_while_the_store_has_all_threads(
+    store: CountingStore, record: VersionRecord, tmp_path: Path
+) -> None:
+    hang = threading.Event()
+    with ThreadPoolExecutor(2) as stuck, ThreadPoolExecutor(2) as local:
+        loader = DeviceLoader(TensorSource(store, HostTier(tmp_path, 10**9)), DEVICE, stuck, local)
+        cache = ModelCache(ledger=Ledger(4, None), loader=loader)
+        (await cache.lease(record, 5)).release()
+        cache.unload(ModelKey.of(record))
+        loader.let_go()
+        waiting = [stuck.submit(hang.wait, 20) for _ in range(4)]
+        try:
+            with await cache.lease(record, 5) as lease:
+                assert lease.tier is Tier.HOST
+        finally:
+            hang.set()
+        assert all(one.result() for one in waiting)
+
+
+async def test_a_file_that_went_bad_on_the_node_is_found_and_removed(
+    store: CountingStore, record: VersionRecord, threads: ThreadPoolExecutor, tmp_path: Path
+) -> None:
+    tier = HostTier(tmp_path, 10**9)
+    await load(loader_of(TensorSource(store, tier), threads), record)
+    gc.collect()
+    damaged = max(record.tensors, key=lambda one: one.size_bytes).sha256
+    os.chmod(tier.path(damaged), 0o600)
+    with tier.path(damaged).open("r+b") as file:
+        file.write(bytes(1_000_000))
+    with pytest.raises(ProbeFailed):  # a process that has not seen it yet
+        await load(loader_of(TensorSource(store, tier), threads), record)
+    assert damaged not in tier.digests()
+    model, came_from = await load(loader_of(TensorSource(store, tier), threads), record)
+    assert came_from is Tier.STORE
+    torch.testing.assert_close(logits(model), right(state(1)), rtol=1e-5, atol=1e-5)
+
+
+def test_promise_5_versions_that_overlap_fetch_what_they_share_once(tmp_path: Path) -> None:
+    """Each also has a larger tensor of its own: the locks that they take first are different ones."""
+    store = MemoryStore()
+    random = np.random.default_rng(0)
+    shared = random.random(300_000, dtype=np.float32)
+    registry = Registry(store)
+    records = []
+    for tenant in ("acme", "globex"):
+        arrays = {"own": random.random(400_000, dtype=np.float32), "shared": shared}
+        specs = {name: TensorSpec("F32", array.shape) for name, array in arrays.items()}
+        registry.create_tenant(TenantId(tenant))
+        records.append(registry.register(TenantId(tenant), encode_safetensors(arrays), "x", specs).version)
+    sources = [TensorSource(store, HostTier(tmp_path, 10**8)) for _ in range(6)]
+    barrier = threading.Barrier(len(sources))
+
+    def read(number: int) -> None:
+        barrier.wait(10)
+        sources[number].read(records[number % 2], {"own", "shared"}, 30)
+
+    with ThreadPoolExecutor(len(sources)) as threads:
+        list(threads.map(read, range(len(sources))))
+    unique = {one.sha256: one.size_bytes for record in records for one in record.tensors}
+    assert sum(source.fetched_bytes for source in sources) == sum(unique.values())
 
 
 async def test_a_device_that_is_out_of_memory_is_no_fault_of_the_model(

@@ -311,7 +311,9 @@ async def test_closing_refuses_who_still_waits() -> None:
         closing.join()
 
 
-async def test_a_large_request_goes_in_several_passes_and_others_have_their_turns(inference: Inference) -> None:
+async def test_a_large_request_goes_in_several_passes_and_others_have_their_turns(
+    inference: Inference,
+) -> None:
     module, other = Counting(0), Counting(100)
     big = np.arange(200 * 4, dtype=np.float32).reshape(200, 1, 2, 2)
     order: list[str] = []
