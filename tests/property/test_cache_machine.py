@@ -189,6 +189,8 @@ class CacheMachine(RuleBasedStateMachine):
             self.waiting.append((record, task))
         elif task.done() and task.exception() is None:
             self.held.append((record, task.result()))
+        elif task.done():
+            assert isinstance(task.exception(), EXPECTED), task.exception()
 
     @rule(tenant=TENANTS)
     def ask_by_alias(self, tenant: str) -> None:
@@ -300,7 +302,7 @@ class CacheMachine(RuleBasedStateMachine):
     def leased_models_live_and_are_the_right_ones(self) -> None:
         for record, lease in self.held:
             assert lease.model.stages[0].mark == record.name == lease.record.name
-            assert lease.current_receipt() == lease.receipt
+            assert lease.is_intact(id(lease.model))
 
     @invariant()
     def leases_are_counted_exactly(self) -> None:

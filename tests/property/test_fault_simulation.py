@@ -1,4 +1,4 @@
-"""Thousands of seeded interleavings against a store that fails, hangs, slows down and corrupts.
+"""Thousands of seeded interleavings of loads that fail, hang, are slow, or turn out corrupt.
 
 Time is simulated: the loop's clock jumps to the next timer, so that 30-second deadlines cost nothing and a
 seed always gives the same run. ``FLATSHARE_TEST_SEEDS=100000`` runs more of them.
@@ -155,7 +155,7 @@ async def scenario(seed: int, seen: Counter[str]) -> None:
                 assert lease.model.stages[0].mark == record.name, "promise 1"
                 await asyncio.sleep(chosen.expovariate(30))
                 assert lease.model.stages[0].mark == record.name, "promise 3: it must not be freed meanwhile"
-                assert lease.current_receipt() == lease.receipt
+                assert lease.is_intact(id(lease.model))
                 if chosen.random() < 0.02:
                     cache.quarantine(lease)
                 seen[f"tier {lease.tier.value}"] += 1
@@ -194,6 +194,79 @@ async def scenario(seed: int, seen: Counter[str]) -> None:
     while cache.snapshot():
         cache.unload(ModelKey(cache.snapshot()[0].tenant, cache.snapshot()[0].version))
     assert (ledger.held_bytes, ledger.reserved_bytes, ledger.slots_taken) == (0, 0, 0), f"seed {seed} leaks"
+
+
+def a_version(tenant: str) -> VersionRecord:
+    return VersionRecord(
+        tenant=tenant, version=1, architecture="x", digest="0" * 64, size_bytes=0, tensors=(), created_at=utc(0),
+        created_by="test",
+    )  # fmt: skip
+
+
+class HangingLoader(HostileLoader):
+    """The store takes requests and never answers."""
+
+    async def prepare(self, record: VersionRecord, held: Held, timeout_s: float) -> Prepared:
+        self.loading[record.name] += 1
+        await asyncio.Event().wait()
+        raise AssertionError("nobody sets it")
+
+    async def prepare_local(self, record: VersionRecord, held: Held) -> Prepared | None:
+        return self.made(record, Tier.HOST) if record.name in self.local else None
+
+
+def test_promise_11_with_a_store_that_hangs_everybody_gets_503_and_nobody_a_hang() -> None:
+    """With the times of the settings' defaults; 24 cold tenants, 4 of whom ask the store at a time."""
+    ended: Counter[str] = Counter()
+
+    async def scene() -> None:
+        loop = asyncio.get_running_loop()
+        cache = ModelCache(
+            ledger=Ledger(10, None), loader=HangingLoader(random.Random(0)), load_concurrency=4, room_timeout_s=30,
+            fetch_timeout_s=10, clock=loop.time, wall_clock=loop.time,
+        )  # fmt: skip
+
+        async def request(number: int) -> None:
+            try:
+                await cache.lease(a_version(f"t{number}"), 29.4)
+            except Unavailable:
+                ended["Unavailable"] += 1
+                assert loop.time() < 10.1
+
+        await asyncio.gather(*(request(number) for number in range(24)))
+        await asyncio.sleep(5)  # and later it is asked again
+        again = asyncio.create_task(cache.lease(a_version("t30"), 29.4))
+        await asyncio.sleep(1)
+        assert not again.done(), "the store is asked"
+        again.cancel()
+        await cache.close(1)
+
+    run_simulated(scene())
+    assert ended == {"Unavailable": 24}
+
+
+def test_all_slots_leased_is_503_and_says_so() -> None:
+    """Not a time-out: the load is ready and waits for a lease to end, up to the request's deadline."""
+
+    async def scene() -> None:
+        loop = asyncio.get_running_loop()
+        loader = HangingLoader(random.Random(0))
+        loader.local = {"t1@1", "t2@1"}
+        cache = ModelCache(
+            ledger=Ledger(1, None), loader=loader, room_timeout_s=30, clock=loop.time, wall_clock=loop.time
+        )
+        with await cache.lease(a_version("t1"), 29.4):
+            try:
+                await cache.lease(a_version("t2"), 29.4)
+            except NoRoom as error:
+                assert "in use" in error.message and error.retry_after_s and loop.time() < 30
+            else:
+                raise AssertionError("there is no room")
+        await asyncio.sleep(1)
+        assert cache.stats.evictions == 0, "nobody waits any more: nothing is evicted for nobody"
+        await cache.close(1)
+
+    run_simulated(scene())
 
 
 def test_no_seed_breaks_a_promise_or_leaks() -> None:

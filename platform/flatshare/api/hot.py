@@ -21,7 +21,10 @@ Handler = Callable[[Incoming], Awaitable[Response]]
 
 
 class HotRequest:
-    """What the hot routes need of a request. Headers are decoded once: Starlette's are searched anew each time."""
+    """What the hot routes need of a request.
+
+    Headers are decoded once; Starlette's are searched anew each time.
+    """
 
     __slots__ = ("_receive", "headers", "scope")
 

@@ -315,7 +315,7 @@ def _wanted(record: VersionRecord, names: Collection[str]) -> dict[str, TensorRe
 
 
 def _to_lock(missing: Collection[TensorRecord]) -> list[str]:
-    """Digests whose locks make a fetch ours alone: those worth it, in one order, so that nobody waits in a ring."""
+    """Digests whose locks make a fetch ours alone: those worth it, in one order, so that no ring can wait."""
     largest = sorted(missing, key=lambda one: (-one.size_bytes, one.sha256))[:MAX_LOCKS]
     return sorted(one.sha256 for one in largest if one.size_bytes >= LOCK_FROM_BYTES or one is largest[0])
 

@@ -280,7 +280,7 @@ class DeviceLoader:
             for one in wanted
         }
         if not self.device.computes_in_host_memory:
-            # Tried out here, before room is made for it; on the device it answers its probe with its first rows.
+            # Tried out here, before room is made; on the device it answers its probe with its first rows.
             self._try_out(network, record, tensors, held)
             return Prepared(self._staged(record, tensors), fetched.tier, proven=False)
         prepared = Prepared(tensors, fetched.tier, self._build(record, tensors, held))

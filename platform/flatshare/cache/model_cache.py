@@ -46,14 +46,24 @@ __all__ = ["LOCAL_CONCURRENCY", "ModelCache"]
 LOCAL_CONCURRENCY: Final = 2
 """Loads from the node's own files at a time: they cost CPU, not waiting."""
 
+STORE_RESTS_S: Final = 2.0
+"""Seconds for which nobody asks a store that has just let a load time out."""
+
 
 @dataclass(slots=True, eq=False)
 class _Load:
-    """A load under way and who waits for it."""
+    """A load under way and who waits for it.
+
+    Attributes
+    ----------
+    wants_room
+        It is ready and waits for leases to end.
+    """
 
     task: asyncio.Task[None] | None = None
     waiters: list[asyncio.Future[Lease]] = field(default_factory=list)
     erased: bool = False
+    wants_room: bool = False
 
     @property
     def abandoned(self) -> bool:
@@ -137,6 +147,7 @@ class ModelCache:
         self._erasures: dict[str, Erased] = {}
         self._generation = 0
         self._room = RoomQueue()
+        self._store_rests_until = float("-inf")
         self._closed = False
 
     # -- leasing
@@ -158,9 +169,9 @@ class ModelCache:
         Raises
         ------
         DeadlineExceeded
-            It was not there within ``timeout_s`` seconds.
-        NoRoom
-            Every slot was leased for too long. Nothing was evicted.
+            It was not loaded within ``timeout_s`` seconds.
+        NoRoom, ResidentOverQuota
+            It was loaded, and all that could have made room for it was in use. Nothing was evicted.
         Corrupt, ModelFailed, Unavailable
             The load failed, now or a short while ago. Nothing was evicted.
         """
@@ -178,6 +189,9 @@ class ModelCache:
             elif not waiter.cancelled() and waiter.exception() is None:
                 waiter.result().release()
             if isinstance(error, TimeoutError):
+                load = self._loads.get(ModelKey.of(record))
+                if load is not None and load.wants_room:
+                    raise self._no_room(record, self._loader.check(record)) from None
                 raise DeadlineExceeded(f"{record.name} was not loaded within {timeout_s:g} s") from None
             raise
 
@@ -469,23 +483,40 @@ class ModelCache:
             except _NoRoomNow:
                 pass
             deadline = self._clock() + self._room_timeout_s if deadline is None else deadline
+            load.wants_room = True
             if self._clock() >= deadline or not await self._room.wait(
                 lambda: self._could_fit(tenant, claimed), deadline - self._clock()
             ):
-                if self._own_victims(tenant, sum(claimed.values()), self._candidates(tenant)) is None:
-                    raise ResidentOverQuota(
-                        f"no room for {record.name}: all that tenant {tenant} may keep on a device is in use"
-                    )
-                raise NoRoom(
-                    f"no room for {record.name}: all {self.slots} slots, or their bytes, are in use or "
-                    "pinned; retry, or add slots"
-                )
+                raise self._no_room(record, claimed)
+            load.wants_room = False
+
+    def _no_room(self, record: VersionRecord, claimed: Mapping[Part, int]) -> Exception:
+        tenant = record.tenant
+        if self._own_victims(tenant, sum(claimed.values()), self._candidates(tenant)) is None:
+            return ResidentOverQuota(
+                f"no room for {record.name}: all that tenant {tenant} may keep on a device is in use"
+            )
+        return NoRoom(
+            f"no room for {record.name}: all {self.slots} slots, or their bytes, are in use or "
+            "pinned; retry, or add slots"
+        )
 
     async def _prepare(self, record: VersionRecord, held: Held) -> Prepared:
+        if self._clock() < self._store_rests_until:
+            raise Unavailable(
+                f"the store did not answer others a moment ago; {record.name} was not asked for"
+            )
+        began = self._clock()
         try:
             async with asyncio.timeout(self._fetch_timeout_s):
                 return await self._loader.prepare(record, held, self._fetch_timeout_s)
-        except TimeoutError:
+        except (TimeoutError, Unavailable) as error:
+            if self._clock() - began >= self._fetch_timeout_s / 2:
+                # It hangs rather than refuses: whoever waits for a place to ask it would wait as long, one
+                # after the other. They are told now; after a while somebody asks it again.
+                self._store_rests_until = self._clock() + STORE_RESTS_S
+            if isinstance(error, Unavailable):
+                raise
             raise Unavailable(
                 f"the store did not deliver {record.name} within {self._fetch_timeout_s:g} s"
             ) from None

@@ -44,6 +44,9 @@ logger = logging.getLogger("flatshare.engine")
 FEW_ROWS: Final = 16
 """Rows up to which plain Python finds the labels as fast as numpy does."""
 
+LEASE_SHARE: Final = 0.98
+"""Part of what is left of a request's time that it waits for a lease."""
+
 Decode = Callable[[Architecture], NDArray[np.float32]]
 """Makes the rows ``(N, *input.shape)`` of a request for an architecture; raises ``BadInput``."""
 
@@ -233,8 +236,10 @@ class InferenceService:
             The slot does not hold what the ref resolved to.
         """
         ref = ticket.ref
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._timeout_s
         try:
-            async with asyncio.timeout(self._timeout_s):
+            async with asyncio.timeout_at(deadline):
                 version = await self._resolve(ref)
                 rows = decode(_installed(version))
                 ticket.check_rows(len(rows))
@@ -244,7 +249,8 @@ class InferenceService:
                     if not self.cache.is_loading(version):  # to join a load costs nothing
                         self.quotas.cold_load(ticket.head)
                     async with self.cold.hold(self._timeout_s):
-                        lease = await self.cache.lease(version, self._timeout_s)
+                        # A little less than is left: then the cache says why there is no lease.
+                        lease = await self.cache.lease(version, (deadline - loop.time()) * LEASE_SHARE)
                 with lease:
                     try:
                         if lease.record.digest != version.digest:
