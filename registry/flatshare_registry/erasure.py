@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, Final
@@ -27,9 +27,6 @@ __all__ = ["Eraser", "Leaving", "StoreErasure"]
 
 READ_THREADS: Final = 16
 """Heads read at a time."""
-
-GROUP_BYTES: Final = 256 * 1024**2
-"""Weights that are held in memory while they are removed, in case that another tenant registers the same."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,19 +152,50 @@ class Eraser:
         progress
             Called with steps done and steps in all.
         """
-        named = self._named_by_others(leaving.tenant)
+        tenant = leaving.tenant
+        # What an erasure that was cut short had taken, and another tenant names, comes back first.
+        held = {
+            meta.key.rpartition("/")[2].partition(".")[0]
+            for meta in self._store.list(layout.erasure_held_prefix(tenant))
+        }
+        named = self._named_by_others(tenant)
         kept = [digest for digest in leaving.blobs if digest in named]
+        for digest in held & named:
+            self._put_back(tenant, digest)
         going = [digest for digest in leaving.blobs if digest not in named]
         objects = 0
-        for group in self._groups(going):
-            objects += self._purge_blobs(leaving.tenant, group)
-            progress(going.index(group[-1]) + 1, len(going) + 1)
-        for prefix in (layout.used_prefix(leaving.tenant), layout.versions_prefix(leaving.tenant)):
+        for index, digest in enumerate(going):
+            objects += self._take(tenant, digest)
+            progress(index + 1, len(going) + 1)
+        # Who registered the same weights meanwhile gets them back; only then is the copy let go.
+        if going:
+            for digest in set(going) & self._named_by_others(tenant):
+                self._put_back(tenant, digest)
+                going.remove(digest)
+                kept.append(digest)
+        self._store.purge_all(layout.erasure_held_prefix(tenant))
+        for prefix in (layout.used_prefix(tenant), layout.versions_prefix(tenant)):
             objects += self._store.purge_all(prefix)
         # Earlier states of the head named keys, aliases and notes.
-        objects += self._store.purge(layout.head_key(leaving.tenant), keep_latest=True)
-        progress(len(going) + 1, len(going) + 1)
-        return StoreErasure(tuple(going), tuple(kept), objects)
+        objects += self._store.purge(layout.head_key(tenant), keep_latest=True)
+        progress(len(leaving.blobs) + 1, len(leaving.blobs) + 1)
+        return StoreErasure(tuple(going), tuple(sorted(kept)), objects)
+
+    def unnamed_tensors(self, tenant: TenantId, tensors: Collection[str]) -> set[str]:
+        """Those of these that no other tenant's version has: nobody has a reason to keep them.
+
+        Reads every version record of every other tenant, until all are accounted for.
+        """
+        left = set(tensors)
+        for meta in self._store.list(layout.TENANTS):
+            found = layout.version_of(meta.key)
+            if not left:
+                break
+            if found is not None and found[0] != tenant:
+                with contextlib.suppress(NotFound, Corrupt):
+                    record = VersionRecord.decode(self._store.get(meta.key).data, meta.key)
+                    left -= {one.sha256 for one in record.tensors}
+        return left
 
     def _named_by_others(self, tenant: TenantId) -> set[str]:
         """Blobs that some other tenant's head names now."""
@@ -187,30 +215,14 @@ class Eraser:
         with ThreadPoolExecutor(READ_THREADS) as threads:
             return {digest for found in threads.map(names, others) for digest in found}
 
-    def _groups(self, digests: Sequence[str]) -> Iterator[list[str]]:
-        """Blobs that are small enough together to be kept in memory while they are removed."""
-        group: list[str] = []
-        size = 0
-        for digest in digests:
-            with contextlib.suppress(NotFound):
-                size += self._store.head(layout.blob_key(digest)).size_bytes
-            group.append(digest)
-            if size >= GROUP_BYTES:
-                yield group
-                group, size = [], 0
-        if group:
-            yield group
+    def _take(self, tenant: TenantId, digest: str) -> int:
+        """Remove a blob, and keep a copy aside until it is sure that nobody else came to name it."""
+        key = layout.blob_key(digest)
+        with contextlib.suppress(NotFound):  # then hidden versions may be left
+            self._store.put(layout.erasure_held_key(tenant, digest), self._store.get(key).data, Overwrite())
+        return self._store.purge(key)
 
-    def _purge_blobs(self, tenant: TenantId, digests: Sequence[str]) -> int:
-        """Remove blobs, and put back what another tenant registered in this very moment."""
-        removed = 0
-        data: dict[str, bytes] = {}
-        for digest in digests:
-            key = layout.blob_key(digest)
-            with contextlib.suppress(NotFound):  # then hidden versions may be left
-                data[digest] = self._store.get(key).data
-            removed += self._store.purge(key)
-        for digest in self._named_by_others(tenant) & data.keys():
-            with contextlib.suppress(AlreadyExists):
-                self._store.put(layout.blob_key(digest), data[digest], Create())
-        return removed
+    def _put_back(self, tenant: TenantId, digest: str) -> None:
+        with contextlib.suppress(AlreadyExists, NotFound):
+            data = self._store.get(layout.erasure_held_key(tenant, digest)).data
+            self._store.put(layout.blob_key(digest), data, Create())

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from datetime import datetime
 from typing import Final
 
@@ -28,11 +28,44 @@ from flatshare_registry.records import (
 )
 from flatshare_registry.stores.base import BlobStore, Create, UpdateIf
 
-__all__ = ["MAX_SWAP_TRIES", "HeadStore"]
+__all__ = ["MAX_SWAP_TRIES", "HeadStore", "chain_problems"]
 
 MAX_SWAP_TRIES: Final = 50
 """Tries of one compare-and-swap before giving up: each lost race means that somebody else's change
 landed, so this many in a row is a store that misbehaves, not contention."""
+
+
+def chain_problems(head: TenantHead, log: Iterable[AuditEntry], latest: int) -> list[str]:
+    """What is wrong with a tenant's audit entries, in words; empty when their chain is whole.
+
+    Parameters
+    ----------
+    latest
+        The newest revision that an entry may have.
+    """
+    problems: list[str] = []
+    entries: dict[int, AuditEntry] = {head.last_entry.revision: head.last_entry}
+    for entry in log:
+        known = entries.setdefault(entry.revision, entry)
+        if known != entry:
+            what = "the head says" if known is head.last_entry else f"{known.id} says"
+            problems.append(f"entry {entry.id} of revision {entry.revision} is not what {what}")
+    if head.revision != head.last_entry.revision:
+        problems.append(f"the head is at revision {head.revision}, its last entry at another")
+    unchained = True
+    for revision in range(1, head.revision + 1):
+        entry_now, before = entries.get(revision), entries.get(revision - 1)
+        # Entries of before there was a chain begin it.
+        unchained = unchained and entry_now is not None and entry_now.previous is None
+        if unchained:
+            continue
+        if entry_now is None:
+            problems.append(f"the entry of revision {revision} is missing")
+        elif revision == 1 and entry_now.previous is not None:
+            problems.append("the first entry names one before it")
+        elif before is not None and entry_now.previous != before.link:
+            problems.append(f"the entry of revision {revision - 1} was altered, or that of {revision}")
+    return problems + [f"there is an entry of revision {one}" for one in entries if one > latest]
 
 
 class HeadStore:
@@ -247,8 +280,7 @@ class HeadStore:
         """
         head, _ = self._read_any(tenant)
         problems: list[str] = []
-        entries: dict[int, AuditEntry] = {head.last_entry.revision: head.last_entry}
-        unchained = True
+        entries: list[AuditEntry] = []
         for meta in self._store.list(layout.log_prefix(tenant)):
             try:
                 entry = AuditEntry.decode(self._store.get(meta.key).data, meta.key)
@@ -257,27 +289,9 @@ class HeadStore:
                 continue
             if meta.key != layout.log_key(tenant, entry.id) or entry.tenant != tenant:
                 problems.append(f"{meta.key} holds another entry, {entry.id} of {entry.tenant}")
-            known = entries.setdefault(entry.revision, entry)
-            if known != entry:
-                what = "the head says" if known is head.last_entry else f"{known.id} says"
-                problems.append(f"entry {entry.id} of revision {entry.revision} is not what {what}")
-        if head.revision != head.last_entry.revision:
-            problems.append(f"the head is at revision {head.revision}, its last entry at another")
+            entries.append(entry)
         latest = self._read_any(tenant)[0].revision  # somebody may have changed the tenant while we read
-        for revision in range(1, head.revision + 1):
-            entry_now, before = entries.get(revision), entries.get(revision - 1)
-            # Entries of before there was a chain begin it.
-            unchained = unchained and entry_now is not None and entry_now.previous is None
-            if unchained:
-                continue
-            if entry_now is None:
-                problems.append(f"the entry of revision {revision} is missing")
-            elif revision == 1 and entry_now.previous is not None:
-                problems.append("the first entry names one before it")
-            elif before is not None and entry_now.previous != before.link:
-                problems.append(f"the entry of revision {revision - 1} was altered, or that of {revision}")
-        problems += [f"there is an entry of revision {one}" for one in entries if one > latest]
-        return problems
+        return problems + chain_problems(head, entries, latest)
 
     def newest_first(self, tenant: TenantId, head: TenantHead) -> Iterator[AuditEntry]:
         """Changes of a tenant, the newest first, read one by one: for whoever needs only the last few."""

@@ -73,6 +73,16 @@ def erasure_plan_key(tenant: TenantId) -> str:
     return f"{erasures_prefix(tenant)}plan.json"
 
 
+def erasure_held_prefix(tenant: TenantId) -> str:
+    """Prefix of weights that are being removed, until it is sure that nobody else came to name them."""
+    return f"{erasures_prefix(tenant)}held/"
+
+
+def erasure_held_key(tenant: TenantId, digest: str) -> str:
+    """Key of such weights."""
+    return f"{erasure_held_prefix(tenant)}{digest}.safetensors"
+
+
 def erasure_key(tenant: TenantId, record_id: str) -> str:
     """Key of one erasure record."""
     return f"{erasures_prefix(tenant)}{record_id}.json"

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from flatshare_registry import layout
 from flatshare_registry.errors import AlreadyExists, Corrupt, InvalidInput, NotFound
+from flatshare_registry.heads import chain_problems
 from flatshare_registry.ids import TenantId
 from flatshare_registry.records import AuditEntry, TenantHead, VersionRecord
 from flatshare_registry.stores.base import BlobStore, Create
@@ -48,8 +49,10 @@ def export_tenant(
         raise NotFound(f"there is no tenant {tenant}")
     if folder.exists() and any(folder.iterdir()):
         raise InvalidInput(f"{folder} is not empty")
+    folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+    folder.chmod(0o700)  # it holds weights, and hashes of keys
     for name in ("versions", "log", "blobs"):
-        (folder / name).mkdir(parents=True, exist_ok=True)
+        (folder / name).mkdir(exist_ok=True)
     (folder / "log" / f"{head.last_entry.id}.json").write_bytes(head.last_entry.encode())
     for meta in store.list(layout.log_prefix(tenant)):
         entry = store.get(meta.key).data
@@ -83,7 +86,7 @@ def import_tenant(
     InvalidInput
         The folder is not a whole export: nothing was written.
     AlreadyExists
-        The store has, or had, another tenant of this id.
+        The store has, or had, another tenant of this id; or came to have one while this ran.
     """
     head = _checked(folder)
     tenant = TenantId(head.tenant)
@@ -105,8 +108,7 @@ def import_tenant(
         _put(store, key, (folder / "versions" / key.rpartition("/")[2]).read_bytes())
     for path in sorted((folder / "log").glob("*.json")):
         _put(store, f"{layout.log_prefix(tenant)}{path.name}", path.read_bytes())
-    with contextlib.suppress(AlreadyExists):
-        store.put(layout.head_key(tenant), raw, Create())
+    _put(store, layout.head_key(tenant), raw)
     return _counts(folder, size)
 
 
@@ -132,6 +134,7 @@ def _checked(folder: Path) -> TenantHead:
     InvalidInput
         It is not that.
     """
+    log: list[AuditEntry] = []
     try:
         head = TenantHead.decode((folder / "head.json").read_bytes(), "head.json")
         tenant = TenantId(head.tenant)
@@ -145,6 +148,10 @@ def _checked(folder: Path) -> TenantHead:
             entry = AuditEntry.decode(path.read_bytes(), path.name)
             if entry.tenant != tenant or path.stem != entry.id:
                 raise InvalidInput(f"{folder}: log/{path.name} is another's")
+            log.append(entry)
+        problems = chain_problems(head, log, head.revision)
+        if problems:
+            raise InvalidInput(f"{folder}: its audit log is not whole: {problems[0]}")
     except (OSError, Corrupt) as error:
         why = error.message if isinstance(error, Corrupt) else f"{error.filename}: {error.strerror}"
         raise InvalidInput(f"{folder} is not a whole export: {why}") from error

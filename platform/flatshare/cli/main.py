@@ -15,7 +15,7 @@ from flatshare.cli import (
     training_verbs,
 )
 from flatshare.cli.errors import exit_code
-from flatshare.cli.output import err
+from flatshare.cli.output import err, printable
 from flatshare.errors import ServeError
 from flatshare_registry.errors import RegistryError
 
@@ -42,17 +42,12 @@ def main() -> None:
     try:
         app()
     except (RegistryError, ServeError) as error:
-        err.print(f"[red]error:[/red] {_escaped(error.message)}", soft_wrap=True)
+        err.print("error:", style="red", end=" ")
+        err.print(printable(error.message), soft_wrap=True)
         sys.exit(exit_code(error))
     except OSError as error:  # a full disk, a closed pipe: whatever this machine refuses us
         sys.stderr.write(f"error: {error.strerror or error}\n")
         sys.exit(7)
-
-
-def _escaped(text: str) -> str:
-    from rich.markup import escape
-
-    return escape(text)
 
 
 if __name__ == "__main__":

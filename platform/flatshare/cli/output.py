@@ -14,13 +14,14 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-__all__ = ["AsJson", "err", "out", "print_json", "print_table", "progress_bar", "size", "when"]
+__all__ = ["AsJson", "err", "out", "print_json", "print_table", "printable", "progress_bar", "size", "when"]
 
 WIDE: Final = 200
 """Columns when stdout is no terminal: a pipe or a log should not get cells folded at 80."""
 
-out = Console(highlight=False, width=None if sys.stdout.isatty() else WIDE)
-err = Console(stderr=True, highlight=False)
+# No markup: what is shown is often a tenant's own text, and must look as it is.
+out = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else WIDE)
+err = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
 
@@ -39,8 +40,13 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
             column.rstrip("#"), justify="right" if column.endswith("#") else "left", overflow="fold"
         )
     for row in rows:
-        table.add_row(*[str(cell) for cell in row])
+        table.add_row(*[printable(str(cell)) for cell in row])
     out.print(table)
+
+
+def printable(text: str) -> str:
+    """Text that can't move a terminal's cursor or colours: other characters are shown as Python writes them."""
+    return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
 
 
 @contextmanager

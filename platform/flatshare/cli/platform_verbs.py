@@ -249,7 +249,7 @@ def down(port: PortOption = None) -> None:
         try:
             process.wait(STOP_TIMEOUT_S)
         except psutil.TimeoutExpired:
-            err.print(f"[yellow]pid {state.pid} did not end in {STOP_TIMEOUT_S:g} s; killing it[/yellow]")
+            err.print(f"pid {state.pid} did not end in {STOP_TIMEOUT_S:g} s; killing it", style="yellow")
             process.kill()
     _, alive = psutil.wait_procs(family, timeout=10)
     for one in alive:

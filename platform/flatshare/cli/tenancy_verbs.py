@@ -19,7 +19,19 @@ from flatshare.cli.context import (
     platform_url,
     tell_replicas,
 )
-from flatshare.cli.output import AsJson, err, out, print_json, print_table, progress_bar, size, when
+from flatshare.cli.output import (
+    AsJson,
+    err,
+    out,
+    print_json,
+    print_table,
+    printable,
+    progress_bar,
+    size,
+    when,
+)
+from flatshare.local.keys import key_file
+from flatshare.settings import Settings
 from flatshare_registry.errors import Corrupt, InvalidInput, Unavailable
 from flatshare_registry.ids import TenantId
 from flatshare_registry.keys import NewKey
@@ -256,7 +268,7 @@ def erase(
     )
     if kept:
         out.print(f"kept, because another tenant has registered the same weights: {', '.join(kept)}")
-    out.print(f"record {record['id']}, signed with {record['signature']['public_key'][:16]}")
+    out.print(f"record {record['id']}, signed with {record['signature']['public_key']}", soft_wrap=True)
 
 
 def _erase(route: str) -> dict[str, Any]:
@@ -277,43 +289,36 @@ def _erase(route: str) -> dict[str, Any]:
 def verify_erasure(
     tenant: TenantArgument,
     public_key: Annotated[
-        str | None, typer.Option(help="Whose signature it must be, in hex; any good one by default.")
+        str | None,
+        typer.Option(
+            help="Whose signature it must be, in hex; by default this machine's own key, if it has one."
+        ),
     ] = None,
     store: StoreOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check the records of an erased tenant, and that nothing of it is in the store (else exit code 6)."""
+    """Check the records of an erased tenant, its tombstone, and that nothing of it is in the store (else exit code 6)."""
     need_serve_extra()
-    from flatshare.control.erasure import read_records, verify_record
-    from flatshare_registry import layout
+    from flatshare.control.erasure import Signer, erasure_problems, read_records
 
     parsed = TenantId(tenant)
     registry = open_registry(store)
+    own = Path(Settings().erasure_key_file or key_file("erasure"))
+    if public_key is None and own.exists():
+        public_key = Signer(own).public_key
     records = read_records(registry.store, parsed)
-    problems = [
-        f"record {record.get('id')}: {why}"
-        for record in records
-        if (why := verify_record(record, public_key)) is not None
-    ]
-    for prefix in (layout.versions_prefix(parsed), layout.used_prefix(parsed)):
-        problems += [f"{meta.key} is still in the store" for meta in registry.store.list(prefix)]
-    kept = {one["digest"] for record in records for one in record["store"]["kept_blobs"]}
-    removed = {digest for record in records for digest in record["store"]["removed_blobs"]} - kept
-    there = {layout.digest_of(meta.key) for meta in registry.store.list(layout.BLOBS)}
-    named = {digest for head in registry.list_tenants() for digest in head.versions.values()}
-    notes = [
-        f"blob {digest[:12]} is in the store again: another tenant registered it since"
-        for digest in removed & there & named
-    ]
-    problems += [f"blob {digest[:12]} is still in the store" for digest in (removed & there) - named]
+    problems, notes = erasure_problems(registry, parsed, records, public_key)
     if as_json:
         print_json({"good": not problems, "problems": problems, "notes": notes, "records": records})
     else:
         for record in records:
-            out.print(
-                f"record {record.get('id')}: {when(float(record.get('finished_at', 0)))}, "
-                f"signed with {str(record.get('signature', {}).get('public_key', '?'))[:16]}",
-            )
+            signature = record.get("signature")
+            signer = str(signature.get("public_key", "?")) if isinstance(signature, dict) else "?"
+            finished = record.get("finished_at")
+            shown = when(float(finished)) if isinstance(finished, int | float) else "?"
+            out.print(printable(f"record {record.get('id')}: {shown}, signed with {signer}"), soft_wrap=True)
+        if public_key is None:
+            out.print("whose key that is only its owner can say: compare it, or give --public-key")
         for note in notes:
             out.print(note)
         if not problems:

@@ -188,7 +188,8 @@ def convert(
     from flatshare.training.convert import TORCHSCRIPT_WARNING, is_torchscript, to_safetensors
 
     if trust_torchscript and is_torchscript(file):
-        err.print(f"[yellow]warning:[/yellow] {TORCHSCRIPT_WARNING}", soft_wrap=True)
+        err.print("warning:", style="yellow", end=" ")
+        err.print(TORCHSCRIPT_WARNING, soft_wrap=True)
     data = to_safetensors(file, architecture(architecture_name), trust_torchscript=trust_torchscript)
     _write(out_file, data)
     out.print(f"{out_file}: {size(len(data))}, a {architecture_name}")

@@ -15,13 +15,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import contextlib
 import hashlib
 import itertools
 import json
 import os
 import secrets
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -36,10 +37,10 @@ from flatshare_registry import layout
 from flatshare_registry.catalog import Registry
 from flatshare_registry.errors import Corrupt, NotFound
 from flatshare_registry.ids import TenantId
-from flatshare_registry.records import new_ulid
+from flatshare_registry.records import Action, new_ulid
 from flatshare_registry.stores.base import BlobStore, Create
 
-__all__ = ["Erasure", "Signer", "read_records", "verify_record"]
+__all__ = ["Erasure", "Signer", "erasure_problems", "read_records", "verify_record"]
 
 REPLICAS_TIMEOUT_S: Final = 45.0
 """Seconds that replicas have to give their receipts: leases end within the request's time-out."""
@@ -67,6 +68,10 @@ class Signer:
     def __init__(self, path: Path) -> None:
         if not path.exists():
             _write_new_key(path)
+        if path.stat().st_mode & 0o077:
+            raise ServeError(
+                f"{path} can be read by others: chmod 600 it, or remove it to have a new one made"
+            )
         try:
             self._key = Ed25519PrivateKey.from_private_bytes(bytes.fromhex(path.read_text().strip()))
         except (OSError, ValueError) as error:
@@ -124,6 +129,7 @@ class Erasure:
         gone = await asyncio.to_thread(self._registry.eraser.remove, leaving)
         for node_id, one in (await self._host_receipts(tensors, wanted)).items():
             nodes[node_id] = _both(nodes[node_id], one) if node_id in nodes else one
+        await self._check_kept(tenant, nodes.values())
         record: Record = {
             "kind": "flatshare.erasure",
             "schema_version": 1,
@@ -162,6 +168,18 @@ class Erasure:
         )
         await asyncio.to_thread(self._registry.eraser.finish, leaving)
         return signed
+
+    async def _check_kept(self, tenant: TenantId, nodes: Collection[HostReceipt]) -> None:
+        """A file that a node keeps must be another tenant's too, and not a replica's that won't let go."""
+        kept = {digest for one in nodes for digest in one.kept}
+        if kept:
+            unnamed = await asyncio.to_thread(self._registry.eraser.unnamed_tensors, tenant, kept)
+            if unnamed:
+                where = ", ".join(sorted(one.node for one in nodes if unnamed & {*one.kept}))
+                raise FleetUnavailable(
+                    f"{len(unnamed)} tensors of {tenant} alone are still mapped on {where}; the tenant is not "
+                    "resolved any more, run the erasure again to finish"
+                )
 
     async def _host_receipts(self, tensors: list[str], wanted: set[str]) -> dict[str, HostReceipt]:
         """A receipt of every node; asked again while one is missing, or keeps what is let go of just now."""
@@ -212,8 +230,9 @@ def read_records(store: BlobStore, tenant: TenantId) -> list[Record]:
         One can't be read.
     """
     records: list[Record] = []
+    held = layout.erasure_held_prefix(tenant)
     for meta in store.list(layout.erasures_prefix(tenant)):
-        if meta.key == layout.erasure_plan_key(tenant):
+        if meta.key == layout.erasure_plan_key(tenant) or meta.key.startswith(held):
             continue
         try:
             found = json.loads(store.get(meta.key).data)
@@ -225,6 +244,69 @@ def read_records(store: BlobStore, tenant: TenantId) -> list[Record]:
     if not records:
         raise NotFound(f"there is no erasure record of {tenant}")
     return records
+
+
+def erasure_problems(
+    registry: Registry, tenant: TenantId, records: list[Record], public_key: str | None
+) -> tuple[list[str], list[str]]:
+    """What speaks against a tenant's erasure, and notes; looks at records, tombstone, and what the store has.
+
+    Parameters
+    ----------
+    public_key
+        Whose signature it must be, in hex; None: whoever the records name.
+
+    Raises
+    ------
+    NotFound
+        There has never been such a tenant.
+    """
+    store = registry.store
+    problems = [
+        f"record {record.get('id')}: {why}"
+        for record in records
+        if (why := verify_record(record, public_key) or _misplaced(record, tenant)) is not None
+    ]
+    tombstone = registry.last_entry(tenant)
+    if tombstone.action is not Action.TENANT_ERASED:
+        problems.append(f"tenant {tenant} has no tombstone: its last change is {tombstone.action.value}")
+    elif not any(record.get("tombstone_link") == tombstone.link for record in records):
+        problems.append("no record is of the tombstone that stands")
+    for prefix in (
+        layout.versions_prefix(tenant), layout.used_prefix(tenant), layout.erasure_held_prefix(tenant)
+    ):  # fmt: skip
+        problems += [
+            f"{key} is still in the store, or an earlier version of it" for key in store.history(prefix)
+        ]
+    if problems:
+        return problems, []  # what such records say of blobs proves nothing
+    kept = {one["digest"] for record in records for one in record["store"]["kept_blobs"]}
+    removed = {digest for record in records for digest in record["store"]["removed_blobs"]} - kept
+    there = {
+        digest
+        for start in {digest[:2] for digest in removed}
+        for key in store.history(f"{layout.BLOBS}{start}/")
+        if (digest := layout.digest_of(key)) is not None
+    }
+    named = {digest for head in registry.list_tenants() for digest in head.versions.values()}
+    notes = [
+        f"blob {digest[:12]} is in the store again: another tenant registered it since"
+        for digest in sorted(removed & there & named)
+    ]
+    problems += [f"blob {digest[:12]} is still in the store" for digest in sorted((removed & there) - named)]
+    return problems, notes
+
+
+def _misplaced(record: Mapping[str, Any], tenant: TenantId) -> str | None:
+    """Why a record whose signature is good is none of this tenant's erasure; None when it is."""
+    if record.get("kind") != "flatshare.erasure" or record.get("schema_version") != 1:
+        return "it is no erasure record of a form that is known here"
+    if record.get("tenant") != tenant:
+        return "it is another tenant's"
+    store = record.get("store")
+    if not isinstance(store, dict) or not {"removed_blobs", "kept_blobs"} <= store.keys():
+        return "it does not say what went from the store"
+    return None
 
 
 def verify_record(record: Mapping[str, Any], public_key: str | None = None) -> str | None:
@@ -265,7 +347,7 @@ def _write_new_key(path: Path) -> None:
     try:
         with os.fdopen(handle, "w") as file:
             file.write(secret.hex() + "\n")
-        if not path.exists():
+        with contextlib.suppress(FileExistsError):  # somebody was faster: that key counts
             os.link(draft, path)
     finally:
         draft.unlink()

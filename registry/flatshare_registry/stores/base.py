@@ -184,6 +184,10 @@ class BlobStore(Protocol):
         """As :meth:`purge`, for all objects under a prefix (ending with ``/``), hidden ones too."""
         ...
 
+    def history(self, prefix: str) -> Iterator[str]:
+        """Keys under a prefix of which the store still has anything, earlier and hidden versions too."""
+        ...
+
 
 def check_key(key: str) -> str:
     """Return ``key`` if it is safe to use as a path in any backend.

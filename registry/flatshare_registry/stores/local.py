@@ -150,6 +150,10 @@ class LocalStore:
         """See :class:`BlobStore`."""
         return sum(self.purge(meta.key) for meta in list(self.list(prefix)))
 
+    def history(self, prefix: str) -> Iterator[str]:
+        """See :class:`BlobStore`: nothing is kept here."""
+        return (meta.key for meta in list(self.list(prefix)))
+
     def _path(self, key: str) -> Path:
         return self._root / check_key(key)
 

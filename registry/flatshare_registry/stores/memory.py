@@ -102,6 +102,10 @@ class MemoryStore:
         """See :class:`BlobStore`."""
         return sum(self.purge(meta.key) for meta in list(self.list(prefix)))
 
+    def history(self, prefix: str) -> Iterator[str]:
+        """See :class:`BlobStore`: nothing is kept here."""
+        return (meta.key for meta in list(self.list(prefix)))
+
     def _find(self, key: str) -> StoredBlob:
         check_key(key)
         with self._lock:

@@ -213,6 +213,19 @@ class S3Store:
             raise InvalidInput("name a prefix: a whole store is not purged")
         return self._purge(self._prefix + prefix, prefix, lambda one: True)
 
+    def history(self, prefix: str) -> Iterator[str]:
+        """See :class:`BlobStore`."""
+        pages = self._client.get_paginator("list_object_versions").paginate(
+            Bucket=self._bucket, Prefix=self._prefix + check_prefix(prefix)
+        )
+        last = ""
+        with self._translated(prefix or "the bucket"):
+            for page in pages:
+                for item in sorted(one["Key"] for one in page.get("Versions", [])):
+                    if item != last:
+                        yield item.removeprefix(self._prefix)
+                    last = item
+
     def _purge(self, start: str, what: str, wanted: Callable[[Mapping[str, Any]], bool]) -> int:
         """Remove versions, and marks of deletion, of objects whose names start so."""
         removed = 0

@@ -93,6 +93,10 @@ class FaultyStore:
         self.after("delete", prefix)
         return removed
 
+    def history(self, prefix: str) -> Iterator[str]:
+        self.before("list", prefix)
+        return self.inner.history(prefix)
+
     def purge(self, key: str, *, keep_latest: bool = False) -> int:
         self.before("delete", key)
         removed = self.inner.purge(key, keep_latest=keep_latest)

@@ -164,7 +164,9 @@ class BlobStoreSuite:
         store.put("tree/a", b"1", Create())
         store.put("tree/b/c", b"1", Create())
         store.put("treehouse", b"1", Create())
+        assert sorted(store.history("tree/")) == ["tree/a", "tree/b/c"]
         assert store.purge_all("tree/") == 2
+        assert list(store.history("tree/")) == []
         assert [meta.key for meta in store.list("")][-2:] == ["kept", "treehouse"]
 
     @pytest.mark.parametrize(

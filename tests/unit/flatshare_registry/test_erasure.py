@@ -129,6 +129,46 @@ def test_a_registration_that_meets_the_erasure_keeps_its_weights() -> None:
     assert store.get(layout.blob_key(record.digest)).data == tiny_weights(1.0)
 
 
+@pytest.mark.parametrize("rerun", [True, False])
+def test_weights_that_were_registered_meanwhile_survive_a_crash_too(rerun: bool) -> None:
+    """Globex registers acme's weights, the blob goes, and the eraser dies before it could put it back."""
+    store = MemoryStore()
+    registry = filled(store)
+    digest = registry.version(ACME, 1).digest
+
+    def meet_and_die(operation: str, key: str) -> None:
+        if (operation, key) == ("delete", layout.blob_key(digest)) and len(
+            registry.head(GLOBEX).versions
+        ) == 1:
+            registry.register(GLOBEX, tiny_weights(1.0), "tiny", TINY_SPECS)
+
+    def die(operation: str, key: str) -> None:
+        if (operation, key) == ("delete", layout.blob_key(digest)) and rerun:
+            raise Unavailable("killed")
+
+    leaving = registry.eraser.begin(ACME)
+    eraser = Registry(FaultyStore(store, before=meet_and_die, after=die)).eraser
+    if rerun:
+        with pytest.raises(Unavailable):
+            eraser.remove(leaving)
+        with pytest.raises(NotFound):
+            store.head(layout.blob_key(digest))
+        done = registry.eraser.remove(registry.eraser.begin(ACME))
+    else:
+        done = eraser.remove(leaving)
+    assert store.get(layout.blob_key(digest)).data == tiny_weights(1.0)
+    assert digest in done.kept_blobs and digest not in done.removed_blobs
+    assert list(store.list(layout.erasure_held_prefix(ACME))) == []
+
+
+def test_a_tensor_has_a_reason_to_stay_only_where_another_tenant_has_it() -> None:
+    registry = filled(MemoryStore())
+    shared = {one.sha256 for one in registry.version(GLOBEX, 1).tensors}
+    own = {one.sha256 for one in registry.version(ACME, 1).tensors}
+    assert registry.eraser.unnamed_tensors(ACME, own | shared) == own - shared
+    assert registry.eraser.unnamed_tensors(GLOBEX, own | shared) == set(), "acme has all of them"
+
+
 def test_a_deleted_tenant_can_be_erased_too() -> None:
     registry = filled(MemoryStore())
     registry.delete_tenant(ACME)

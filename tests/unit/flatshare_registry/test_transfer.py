@@ -82,7 +82,7 @@ def test_what_is_there_already_is_not_touched(registry: Registry, tmp_path: Path
         export_tenant(registry.store, TenantId("nobody"), tmp_path / "nobody")
 
 
-@pytest.mark.parametrize("damage", ["blob", "record", "no head", "no blob", "another's log"])
+@pytest.mark.parametrize("damage", ["blob", "record", "no head", "no blob", "no entry", "another's log"])
 def test_a_folder_that_is_not_whole_is_refused_before_anything_is_written(
     registry: Registry, tmp_path: Path, damage: str
 ) -> None:
@@ -98,6 +98,8 @@ def test_a_folder_that_is_not_whole_is_refused_before_anything_is_written(
         (folder / "head.json").unlink()
     elif damage == "no blob":
         blob.unlink()
+    elif damage == "no entry":
+        sorted((folder / "log").iterdir())[2].unlink()
     else:
         entry = next((folder / "log").iterdir())
         entry.write_text(entry.read_text().replace("acme", "evil"))
@@ -105,6 +107,21 @@ def test_a_folder_that_is_not_whole_is_refused_before_anything_is_written(
     with pytest.raises(InvalidInput, match="not"):
         import_tenant(other, folder)
     assert everything(other) == {}
+
+
+def test_a_tenant_that_was_made_while_an_import_ran_is_not_reported_as_imported(
+    registry: Registry, tmp_path: Path
+) -> None:
+    export_tenant(registry.store, ACME, tmp_path / "acme")
+    assert (tmp_path / "acme").stat().st_mode & 0o777 == 0o700
+    store = MemoryStore()
+
+    def meet(operation: str, key: str) -> None:
+        if operation == "put" and key.endswith("acme/head.json"):
+            Registry(store).create_tenant(ACME)
+
+    with pytest.raises(AlreadyExists):
+        import_tenant(FaultyStore(store, before=meet), tmp_path / "acme")
 
 
 def test_a_damaged_store_is_not_exported(registry: Registry, tmp_path: Path) -> None:

@@ -4,19 +4,22 @@ from __future__ import annotations
 
 import copy
 import itertools
+import json
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from flatshare.control import erasure as erasure_module
-from flatshare.control.erasure import Erasure, Signer, read_records, verify_record
+from flatshare.control.erasure import Erasure, Signer, erasure_problems, read_records, verify_record
 from flatshare.control.fleet import Fleet
 from flatshare.errors import FleetUnavailable, ServeError
 from flatshare.pool.details import ReplicaState
 from flatshare.pool.receipt import EraseReceipt, HostReceipt
-from flatshare_registry import Registry, TenantId
+from flatshare_registry import Registry, TenantId, layout
 from flatshare_registry.errors import NotFound
+from flatshare_registry.stores.base import Create, Overwrite
 from flatshare_registry.stores.memory import MemoryStore
 from flatshare_registry.testing.files import TINY_SPECS, tiny_weights
 
@@ -79,7 +82,10 @@ class World:
 @pytest.fixture
 def world(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> World:
     monkeypatch.setattr(erasure_module, "ASK_AGAIN_S", 0.0)
-    return World(tmp_path)
+    made = World(tmp_path)
+    # The file that the nodes keep, "c", is globex's too.
+    monkeypatch.setattr(made.registry.eraser, "unnamed_tensors", lambda tenant, kept: set(kept) - {"c"})
+    return made
 
 
 async def test_everybody_is_asked_until_clean_in_the_right_order(world: World) -> None:
@@ -141,11 +147,63 @@ async def test_an_altered_record_is_found(world: World) -> None:
         assert verify_record(altered) is not None
 
 
+async def test_what_an_erasure_is_verified_by(world: World) -> None:
+    registry, store = world.registry, world.registry.store
+    record = await world.erasure.run(ACME, "me")
+    key = world.signer.public_key
+
+    def problems(tenant: TenantId = ACME, public_key: str | None = key) -> list[str]:
+        return erasure_problems(registry, tenant, read_records(store, tenant), public_key)[0]
+
+    assert problems() == [] and problems(public_key=None) == []
+    assert problems(public_key="00" * 32) == [f"record {record['id']}: it is signed with another key"]
+    # A good record of somebody else, of a tenant that is alive, or one that says nothing.
+    globex = TenantId("globex")
+    store.put(layout.erasure_key(globex, "1"), json.dumps(record).encode(), Create())
+    assert [one.partition(": ")[2] for one in problems(globex)] == [
+        "it is another tenant's", "its last change is tenant.created"
+    ]  # fmt: skip
+    for odd in ({}, {"kind": "flatshare.erasure", "schema_version": 1, "tenant": "acme"}, {"store": []}):
+        store.put(layout.erasure_key(ACME, "2"), json.dumps(world.signer.sign(odd)).encode(), Overwrite())
+        assert len(problems()) == 1, odd
+    store.delete(layout.erasure_key(ACME, "2"))
+    # Something of it that came back, or never went.
+    (digest,) = record["store"]["removed_blobs"]
+    store.put(layout.blob_key(digest), b"back", Create())
+    assert problems() == [f"blob {digest[:12]} is still in the store"]
+    store.put(layout.version_key(ACME, 1), b"{}", Create())
+    assert len(problems()) == 1 and "versions/00000001.json is still" in problems()[0]
+
+
+async def test_a_file_that_is_kept_without_a_reason_stops_it(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(
+        world.registry.eraser, "unnamed_tensors", lambda tenant, kept: set(kept), raising=True
+    )
+    with pytest.raises(FleetUnavailable, match="1 tensors of acme alone are still mapped on node"):
+        await world.erasure.run(ACME, "me")
+    with pytest.raises(NotFound):
+        read_records(world.registry.store, ACME)
+
+
+def test_many_that_make_the_signing_key_at_once_have_the_same(tmp_path: Path) -> None:
+    for number in range(20):
+        path = tmp_path / f"{number}.key"
+        with ThreadPoolExecutor(8) as threads:
+            made = list(threads.map(lambda _: Signer(path).public_key, range(8)))  # noqa: B023  # ends in this turn
+        assert len(set(made)) == 1
+
+
 def test_the_signing_key_is_private_and_stays(tmp_path: Path) -> None:
     path = tmp_path / "deep" / "erasure.key"
     first = Signer(path)
     assert path.stat().st_mode & 0o777 == 0o600
     assert Signer(path).public_key == first.public_key
+    path.chmod(0o644)
+    with pytest.raises(ServeError, match="can be read by others"):
+        Signer(path)
+    path.chmod(0o600)
     path.write_text("junk")
     with pytest.raises(ServeError, match="does not hold a key"):
         Signer(path)
