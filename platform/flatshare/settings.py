@@ -142,6 +142,13 @@ class Settings(RegistrySettings):
     max_queued_requests: int = Field(
         default=256, ge=0, description="Requests that wait in one replica; beyond it 503 with Retry-After."
     )
+    tenant_share: float = Field(
+        default=0.25,
+        gt=0,
+        le=1,
+        description="Part of a replica's places, waiting ones included, that one tenant may have at a time "
+        "where neither its quotas nor its plan say concurrent_requests.",
+    )
     request_timeout_s: float = Field(
         default=30.0, gt=0, description="Seconds that a request may take in a replica, waiting included."
     )

@@ -301,9 +301,9 @@ def test_header_hygiene(edge: Edge, backends: list[Backend]) -> None:
         },
     )
     (seen,) = backends[0].requests
-    for name in ("x-request-timeout-seconds", "x-request-disconnect-disabled", "x-session-id",
-                 "x-serve-router-secret", "x-flatshare-tenant"):  # fmt: skip
+    for name in ("x-request-timeout-seconds", "x-session-id", "x-serve-router-secret", "x-flatshare-tenant"):
         assert name not in seen
+    assert seen["x-request-disconnect-disabled"] == "?1", "ours, not the caller's"
     assert seen["x-forwarded-for"] == "127.0.0.1"
     assert re.fullmatch(r"[0-9a-f-]{36}", seen["x-request-id"])
 
@@ -338,6 +338,32 @@ def test_a_key_that_is_refused_again_and_again_is_held_back_and_no_other(
         began = time.monotonic()
         while ask(200, authorization="Bearer bad").status_code == 429:
             assert time.monotonic() - began < 30, "it must be let in again"
+
+
+def test_who_tries_key_after_key_on_the_control_plane_is_kept_off_it(
+    edge: Edge, backends: list[Backend]
+) -> None:
+    """Each try with another key: nothing of one key's adds up, only the address's."""
+    edge.process.start(edge.config(backends[:1], backends[1:2]))
+    with httpx.Client(base_url=edge.url) as client:
+        for number in range(REFUSALS + 1):
+            shown = {"x-api-key": f"fs_ADMIN.{number}", "x-test-status": "401"}
+            assert client.get("/admin/tenants", headers=shown).status_code == 401
+        refused = client.get("/admin/tenants", headers={"x-api-key": "fs_ADMIN.again"})
+        assert (refused.status_code, refused.headers["retry-after"]) == (429, "10")
+        assert refused.json()["error"]["code"] == "too_many_refusals"
+        assert client.post("/predict", headers={MODEL: "acme"}).status_code == 200, (
+            "the data plane is not closed"
+        )
+
+
+def test_disconnects_are_watched_for_where_an_answer_comes_in_pieces(
+    edge: Edge, backends: list[Backend]
+) -> None:
+    edge.process.start(edge.config(backends[:1]))
+    for path, value in (("/predict", "?1"), ("/predict/stream", None)):
+        httpx.post(f"{edge.url}{path}", headers={MODEL: "acme", "x-request-disconnect-disabled": "?0"})
+        assert backends[0].requests[-1].get("x-request-disconnect-disabled") == value
 
 
 def test_one_address_can_not_take_all_connections(tmp_path: Path, backends: list[Backend]) -> None:

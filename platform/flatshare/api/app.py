@@ -81,11 +81,14 @@ def create_app(
             kind = request.headers.get("content-type")
 
             def decode(network: Architecture) -> NDArray[np.float32]:
-                if kind == "application/octet-stream":
-                    return decode_octets(body, request.headers, network, max_rows)
-                if kind == "application/x-npy":
-                    return decode_npy(body, network, max_rows)
-                return decode_json(body, network.input, max_rows)
+                def rows(most: int) -> NDArray[np.float32]:
+                    if kind == "application/octet-stream":
+                        return decode_octets(body, request.headers, network, most)
+                    if kind == "application/x-npy":
+                        return decode_npy(body, network, most)
+                    return decode_json(body, network.input, most)
+
+                return ticket.decode(max_rows, rows)
 
             return _reply(await service.predict(ticket, decode), replica)
 
@@ -152,8 +155,8 @@ def create_app(
 
             def decode(network: Architecture) -> NDArray[np.float32]:
                 if kind == "application/octet-stream":
-                    return decode_pixels(body, network, max_rows)
-                return decode_images(files, network, max_rows)
+                    return ticket.decode(max_rows, lambda most: decode_pixels(body, network, most))
+                return ticket.decode(max_rows, lambda most: decode_images(files, network, most))
 
             return _reply(await service.predict(ticket, decode), replica)
 
@@ -176,9 +179,11 @@ def create_app(
             # Each line is a request: a key that is revoked ends the stream, a full quota slows it down.
             caller = await identities.identify(request.headers)
             with await service.enter(caller, stream_ticket.ref, within=stream_ticket) as ticket:
-                return await service.predict(
-                    ticket, lambda network: decode_json(line, network.input, max_rows)
-                )
+
+                def decode(network: Architecture) -> NDArray[np.float32]:
+                    return ticket.decode(max_rows, lambda most: decode_json(line, network.input, most))
+
+                return await service.predict(ticket, decode)
 
         lines = lines_of(request.stream(), limit)
         return LinesResponse(

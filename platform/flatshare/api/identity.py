@@ -29,6 +29,8 @@ REFUSAL_S: Final = 0.1
 it is known here, in the store, or not at all, then takes the same time (for a store that answers within
 it). It also slows down guessing."""
 
+NOT_GOOD: Final = "this API key is not good: unknown, expired or revoked"
+
 LOOK_UPS: Final = 16
 """Keys of tenants that are not known here that are looked up at a time: junk must fill neither the places
 of this replica nor the threads that read the registry."""
@@ -192,9 +194,9 @@ class Identities:
             return await self._caller(text)
         except InvalidInput as error:
             raise Unauthenticated(error.message) from None
-        except (Unauthenticated, NotFound):
+        except (_NotGood, NotFound):
             await asyncio.sleep(came + REFUSAL_S - time.monotonic())
-            raise Unauthenticated("this API key is not good: unknown, expired or revoked") from None
+            raise Unauthenticated(NOT_GOOD) from None
 
     async def _caller(self, text: str) -> Caller:
         assert self._operators is not None
@@ -206,14 +208,20 @@ class Identities:
         if tenant is None:
             operator = self._operators.caller(presented)
             if operator is None:
-                raise Unauthenticated("")
+                # At once: it tells nothing of any tenant, and must not hold a place of the control plane's.
+                raise Unauthenticated(NOT_GOOD)
             return operator
-        head = self._heads.head_now(tenant) or await self._look_up(tenant)
+        known = self._heads.head_now(tenant)
+        head = known or await self._look_up(tenant)
         key = head.keys.get(presented.id)
-        if not is_valid(presented, key.sha256 if key is not None else None) or key is None:
-            raise Unauthenticated("")
-        if key.expires_at is not None and self._clock() >= key.expires_at.timestamp():
-            raise Unauthenticated("")
+        good = is_valid(presented, key.sha256 if key is not None else None)
+        if key is None or not good or (key.expires_at and self._clock() >= key.expires_at.timestamp()):
+            if known is not None:
+                # When look-ups are refused, so is a bad key of a tenant that needs none: else a flood of
+                # junk would show who is known here.
+                async with self._look_ups.hold(LOOK_UP_TIMEOUT_S):
+                    pass
+            raise _NotGood
         self._used(tenant, key)
         return Caller(f"key:{key.id}", None, tenant, frozenset(key.scopes))
 
@@ -227,10 +235,15 @@ class Identities:
                 raise Unavailable("the registry did not answer in time") from None
 
 
+class _NotGood(Exception):
+    """A key that does not count."""
+
+
 def _credential(headers: Mapping[str, str]) -> str | None:
     """What the caller shows, if anything. ``Authorization`` wins."""
     given = headers.get("authorization")
     if given is not None:
+        # Nothing is stripped: the edge counts refusals by the key as it stands here.
         scheme, _, text = given.partition(" ")
-        return text.strip() if scheme.lower() == "bearer" else ""
+        return text if scheme.lower() == "bearer" else ""
     return headers.get("x-api-key")

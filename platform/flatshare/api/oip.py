@@ -100,7 +100,7 @@ def add_oip_routes(
                 document, binary = _split(body, request.headers.get(HEADER_LENGTH))
 
                 def decode(network: Architecture) -> NDArray[np.float32]:
-                    return _input_rows(document, binary, network, max_rows)
+                    return ticket.decode(max_rows, lambda most: _input_rows(document, binary, network, most))
 
                 prediction = await service.predict(ticket, decode)
                 return _reply(prediction, document, str(ticket.ref), headers_of(prediction))

@@ -24,6 +24,9 @@ __all__ = ["IN_FLIGHT", "LinesResponse", "answers", "lines_of"]
 IDLE_S: Final = 60.0
 """Seconds without a byte after which a stream ends: it holds a place of the replica's."""
 
+LINE_S: Final = 30.0
+"""Seconds in which a line must be here once it has begun: a stream that drips holds a place too."""
+
 IN_FLIGHT: Final = 16
 """Lines worked on at a time: enough to fill passes, few enough that one stream is not a flood."""
 
@@ -65,29 +68,35 @@ async def lines_of(chunks: AsyncIterator[bytes], limit_bytes: int) -> AsyncItera
     TooLarge
         A line is longer than the limit.
     TooSlow
-        Nothing came for ``IDLE_S`` seconds.
+        Nothing came for ``IDLE_S`` seconds, or a line was not whole within ``LINE_S``.
     """
-    rest = b""
+    rest = bytearray()  # grows in place: a long line that comes in many pieces is copied once
     source = aiter(chunks)
+    loop = asyncio.get_running_loop()
+    deadline = loop.time() + IDLE_S
     while True:
         try:
-            async with asyncio.timeout(IDLE_S):
+            async with asyncio.timeout_at(deadline):
                 chunk = await anext(source)
         except StopAsyncIteration:
             break
         except TimeoutError:
-            raise TooSlow(f"nothing came for {IDLE_S:g} s") from None
-        rest += chunk
-        *whole, rest = rest.split(b"\n")
-        for line in whole:
-            if len(line) > limit_bytes:
-                break
+            raise TooSlow(f"nothing came for {IDLE_S:g} s, or a line took {LINE_S:g} s") from None
+        *whole, last = chunk.split(b"\n")
+        for piece in whole:
+            if len(rest) + len(piece) > limit_bytes:
+                raise TooLarge(f"a line is longer than the limit of {limit_bytes} bytes")
+            line = bytes(rest) + piece
+            rest.clear()
             if line.strip():
                 yield line
-        if max(len(rest), *(len(line) for line in whole), 0) > limit_bytes:
+        if len(rest) + len(last) > limit_bytes:
             raise TooLarge(f"a line is longer than the limit of {limit_bytes} bytes")
+        if not rest:  # what is there of a line begins here
+            deadline = loop.time() + (LINE_S if last else IDLE_S)
+        rest += last
     if rest.strip():
-        yield rest
+        yield bytes(rest)
 
 
 async def answers(

@@ -664,7 +664,9 @@ class ModelCache:
         """Who may go for a model of this tenant, in order; versions whose successor is on the way last."""
         keys = [key for key in self._policy.victims() if self._evictable(key)]
         keys.sort(key=lambda key: key in self._protected)
-        return spare_floors(keys, self._residents, self._share_of, tenant, self.slots)
+        return spare_floors(
+            keys, self._residents, self._share_of, tenant, self.slots, self.ledger.budget_bytes
+        )
 
     # -- slots
 

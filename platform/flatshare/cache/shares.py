@@ -46,9 +46,16 @@ def spare_floors(
     share_of: ShareOf,
     tenant: str,
     slots: int,
+    budget_bytes: int | None = None,
 ) -> list[ModelKey]:
-    """Those of these that may go, together, for a model of ``tenant``: no other falls below its floor."""
+    """Those of these that may go, together, for a model of ``tenant``: no other falls below its floor.
+
+    Floors keep at most half of the slots, and of the bytes: more promises than that could not all be kept,
+    and would leave no room for anybody else.
+    """
     most = max(slots // FLOOR_SLOTS_SHARE, 1)
+    slots_left = slots // 2 if slots > 1 else 1
+    bytes_left = (budget_bytes or 0) // 2
     models: dict[str, int] = {}
     shares: dict[str, Share] = {}
     left: dict[str, int] = {}
@@ -62,7 +69,11 @@ def spare_floors(
                 left[key.tenant] = _held(residents.values(), key.tenant)
                 models[key.tenant] = sum(one.tenant == key.tenant for one in residents)
             rest = left[key.tenant] - residents[key].size_bytes
-            if rest < floor and models[key.tenant] <= most:
+            size = residents[key].size_bytes
+            room = slots_left > 0 and (budget_bytes is None or size <= bytes_left)
+            if rest < floor and models[key.tenant] <= most and room:
+                slots_left -= 1
+                bytes_left -= size
                 continue
             left[key.tenant] = rest
             models[key.tenant] -= 1

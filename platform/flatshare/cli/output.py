@@ -45,7 +45,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
 
 
 def printable(text: str) -> str:
-    """Text that can't move a terminal's cursor or colours: other characters are shown as Python writes them."""
+    """Text that can't move a terminal's cursor, or colour it: what could is shown as Python writes it."""
     return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
 
 

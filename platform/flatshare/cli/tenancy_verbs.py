@@ -297,7 +297,7 @@ def verify_erasure(
     store: StoreOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Check the records of an erased tenant, its tombstone, and that nothing of it is in the store (else exit code 6)."""
+    """Check an erased tenant's records and tombstone, and that nothing of it is stored (else exit code 6)."""
     need_serve_extra()
     from flatshare.control.erasure import Signer, erasure_problems, read_records
 

@@ -57,7 +57,8 @@ def control_application(
             "num_cpus": 0,
             "runtime_env": {"env_vars": {**environment, "CUDA_VISIBLE_DEVICES": ""}},
         },
-        max_ongoing_requests=32,
+        # Refusals wait a tenth of a second in a place; the edge bounds how many one address can have.
+        max_ongoing_requests=128,
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=5,
     )

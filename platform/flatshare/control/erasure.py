@@ -177,8 +177,8 @@ class Erasure:
             if unnamed:
                 where = ", ".join(sorted(one.node for one in nodes if unnamed & {*one.kept}))
                 raise FleetUnavailable(
-                    f"{len(unnamed)} tensors of {tenant} alone are still mapped on {where}; the tenant is not "
-                    "resolved any more, run the erasure again to finish"
+                    f"{len(unnamed)} tensors of {tenant} alone are still mapped on {where}; the tenant is "
+                    "not resolved any more, run the erasure again to finish"
                 )
 
     async def _host_receipts(self, tensors: list[str], wanted: set[str]) -> dict[str, HostReceipt]:

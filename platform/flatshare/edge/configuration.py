@@ -151,7 +151,7 @@ backend refusals
 frontend edge
     bind {_bind_address(options)}
     # One client that opens connections and says nothing must not take them all.
-    stick-table type ipv6 size 100k expire 2m store conn_cur
+    stick-table type ipv6 size 100k expire 2m store conn_cur,gpc0,gpc0_rate(10s)
     tcp-request connection track-sc0 src
     tcp-request connection reject if {{ sc0_conn_cur gt {options.max_connections_per_address} }}
     http-request set-var(txn.id) req.hdr(x-request-id) if {{ req.hdr(x-request-id) -m reg ^[A-Za-z0-9._:-]{{1,64}}$ }}
@@ -171,6 +171,9 @@ frontend edge
     # Digests only: no key stands in a table that the admin socket shows.
     http-request track-sc1 var(txn.shown),sha2(256) table refusals if {{ var(txn.shown) -m found }}
     http-request tarpit deny_status 429 if {{ sc1_gpc0_rate(refusals) gt {REFUSALS} }} {{ sc1_http_req_rate(refusals) gt {HELD_BACK_PER_S} }}
+    # Who tries key after key on the control plane must not keep the operator from it.
+    {_refuse(429, options)} hdr retry-after 10 if {{ path_beg /admin }} {{ sc0_gpc0_rate gt {REFUSALS} }}
+    http-response sc-inc-gpc0(0) if {{ status 401 }}
     http-response sc-inc-gpc0(1) if {{ status 400:403 405:499 }} {{ var(txn.shown) -m found }}
     # An operator's key may ask for many tenants, some of them gone; a bad one like it is a 401.
     http-response sc-inc-gpc0(1) if {{ status 404 }} {{ var(txn.shown) -m found }} !{{ var(txn.shown) -m beg fs_ADMIN. }}

@@ -75,12 +75,19 @@ class QuotaKeeper:
         Limits by the name of the plan; a name that is not there is the default plan.
     clock
         Monotonic seconds.
+    concurrent_requests
+        Of a tenant for whom neither its own limits nor its plan say how many.
     """
 
     def __init__(
-        self, plans: Mapping[str, Quotas] | None = None, clock: Callable[[], float] = time.monotonic
+        self,
+        plans: Mapping[str, Quotas] | None = None,
+        clock: Callable[[], float] = time.monotonic,
+        *,
+        concurrent_requests: int | None = None,
     ) -> None:
         self._plans = dict(plans or {})
+        self._default = Quotas(concurrent_requests=concurrent_requests)
         self._clock = clock
         self._accounts: LRUCache[str, _Account] = LRUCache(MAX_ACCOUNTS)
         self.refused = 0
@@ -147,7 +154,7 @@ class QuotaKeeper:
         if account is not None and account.revision >= head.revision:
             return account  # a request that came before a change must not undo it
         plan = self._plans.get(head.plan) or self._plans.get(DEFAULT_PLAN) or Quotas()
-        limits = head.quotas.over(plan)
+        limits = head.quotas.over(plan.over(self._default))
         if account is None:
             account = self._accounts[head.tenant] = _Account(limits, head.revision, self._clock())
         elif account.limits != limits:

@@ -31,6 +31,7 @@ from flatshare.errors import (
     ProbeFailed,
     RowsOverQuota,
     Suspended,
+    TooLarge,
 )
 from flatshare.models.architecture import Architecture, architecture
 from flatshare_registry.errors import InvalidInput, NotFound, Unavailable
@@ -85,6 +86,29 @@ class Ticket:
     ) -> None:
         """The request is over: it counts no longer."""
         self.under_way.__exit__(kind, error, trace)
+
+    def decode(self, most: int, decode: Callable[[int], NDArray[np.float32]]) -> NDArray[np.float32]:
+        """Decode rows within the tenant's limit, which is known before memory is spent on them.
+
+        Parameters
+        ----------
+        most
+            Rows that anybody may send.
+        decode
+            Called with the smaller of the two limits.
+
+        Raises
+        ------
+        RowsOverQuota
+            There are more than this tenant may send.
+        """
+        own = self.limits.rows_per_request
+        if own is None or own >= most:
+            return decode(most)
+        try:
+            return decode(own)
+        except TooLarge as error:
+            raise RowsOverQuota(f"tenant {self.ref.tenant}: {error.message}") from None
 
     def check_rows(self, rows: int) -> None:
         """Refuse a batch that is larger than the tenant may send.

@@ -103,7 +103,10 @@ class ClassifierPool:
         ]
         load_threads, local_threads, part_threads, view_threads, key_threads = self._threads
         store = settings.open_store()
-        self._quotas = QuotaKeeper(settings.plans)
+        places = settings.max_ongoing_requests + settings.max_queued_requests
+        self._quotas = QuotaKeeper(
+            settings.plans, concurrent_requests=max(int(places * settings.tenant_share), 1)
+        )
         self._advertiser = Advertiser(self, self.load_model, self._held_ids)
         self._view = RegistryView(
             Registry(store), view_threads, ttl_s=settings.view_ttl_s, on_change=self._head_changed

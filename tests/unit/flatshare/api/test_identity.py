@@ -286,6 +286,61 @@ async def test_look_ups_of_junk_keys_leave_room_for_everybody_else(
     await asyncio.gather(*junk)
 
 
+async def test_a_flood_of_junk_does_not_show_who_is_known_here(
+    world: World, secured: httpx.AsyncClient
+) -> None:
+    """With all look-ups taken, a bad key of a known tenant is told what one of an unknown tenant is told."""
+    good = world.registry.tenancy.create_key(ACME).text
+    assert (await ask(secured, good)).status_code == 200
+    release = threading.Event()
+
+    def hang(operation: str, key: str) -> None:
+        if "/junk-" in key:
+            release.wait(20)
+
+    world.faulty.before = hang
+    junk = [
+        asyncio.create_task(ask(secured, new_key(f"junk-{n}").text)) for n in range(2 * identity.LOOK_UPS)
+    ]
+    for _ in range(200):
+        await asyncio.sleep(0)
+    known, unknown = await ask(secured, new_key("acme").text), await ask(secured, new_key("nobody").text)
+    assert known.status_code == unknown.status_code == 503
+    assert known.json()["error"]["message"] == unknown.json()["error"]["message"]
+    release.set()
+    await asyncio.gather(*junk)
+    assert (await ask(secured, new_key("acme").text)).status_code == 401
+
+
+async def test_a_bad_operators_key_is_refused_at_once(world: World, secured: httpx.AsyncClient) -> None:
+    began = time.perf_counter()
+    assert (await ask(secured, new_key("ADMIN").text)).status_code == 401
+    assert time.perf_counter() - began < identity.REFUSAL_S
+
+
+@pytest.mark.parametrize("between", ["\t", "  ", " \t"])
+async def test_a_key_is_read_as_the_edge_counts_it(
+    world: World, secured: httpx.AsyncClient, between: str
+) -> None:
+    good = world.registry.tenancy.create_key(ACME).text
+    headers = {MODEL: "acme", "authorization": f"Bearer{between}{good}"}
+    assert (await secured.post("/predict", json=BODY, headers=headers)).status_code == 401
+
+
+async def test_rows_over_a_tenants_quota_are_refused_before_they_are_decoded(
+    world: World, secured: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    key = world.registry.tenancy.create_key(ACME).text
+    world.registry.tenancy.set_quotas(ACME, Quotas(rows_per_request=2))
+    packed: list[str] = []
+    monkeypatch.setattr("flatshare.api.payload.struct.pack", lambda *args: packed.append("called"))
+    body = {"image": np.zeros((3, 28, 28)).tolist()}
+    headers = {MODEL: "acme", "authorization": f"Bearer {key}"}
+    refused = await secured.post("/predict", json=body, headers=headers)
+    assert (refused.status_code, refused.json()["error"]["code"]) == (413, "over_rows_per_request")
+    assert packed == []
+
+
 async def test_a_stream_counts_as_one_request_for_as_long_as_it_lasts(
     world: World, secured: httpx.AsyncClient
 ) -> None:

@@ -765,6 +765,20 @@ async def test_a_floor_of_many_bytes_keeps_a_part_of_the_slots_only(loader: Fake
     assert sorted(one.version for one in kept) == [7, 8], "one slot in four"
 
 
+@pytest.mark.parametrize("budget", [None, 80])
+async def test_floors_of_all_together_leave_room_for_others(loader: FakeLoader, budget: int | None) -> None:
+    """A floor in a plan is every tenant's: they can't all be kept, and nobody else could ever load."""
+    size = sum(loader.check(version("t-0")).values())
+    cache = make(
+        loader, slots=8, budget=budget, share_of=lambda tenant: Share(floor_bytes=size), room_timeout_s=1
+    )
+    for number in range(20):
+        await use(cache, f"t-{number}")
+    assert cache.is_resident(ModelKey.of(version("t-19")))
+    kept = {tenant for tenant in held(cache) if int(tenant.partition("-")[2]) < 8}
+    assert len(kept) == 4, "half of the slots are kept for those who had them"
+
+
 async def test_a_tenant_may_evict_below_its_own_floor(loader: FakeLoader) -> None:
     size = sum(loader.check(version("kept")).values())
     cache = make(loader, slots=1, share_of=shares(kept=Share(floor_bytes=size)), room_timeout_s=0.05)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+
 import pytest
 
 from flatshare.engine.quotas import COLD_BURST, QuotaKeeper
@@ -27,6 +29,20 @@ def registry() -> Registry:
 
 def head(registry: Registry, tenant: str = "acme", plan: str | None = None, **quotas: float) -> TenantHead:
     return registry.tenancy.set_quotas(TenantId(tenant), Quotas.model_validate(quotas), plan=plan)
+
+
+def test_one_tenant_has_a_part_of_the_places_where_nobody_said_how_many(registry: Registry) -> None:
+    keeper = QuotaKeeper(
+        {"default": Quotas(burst=5), "big": Quotas(concurrent_requests=3)}, concurrent_requests=2
+    )
+    for plan, most in (("default", 2), ("big", 3)):
+        of = head(registry, plan=plan)
+        with contextlib.ExitStack() as under_way:
+            for _ in range(most):
+                under_way.enter_context(keeper.request(of))
+            with pytest.raises(TooManyAtOnce, match=f"has {most} requests"):
+                keeper.request(of)
+    assert keeper.limits(head(registry, concurrent_requests=7)).concurrent_requests == 7
 
 
 def allowed(keeper: QuotaKeeper, of: TenantHead, tries: int) -> int:
