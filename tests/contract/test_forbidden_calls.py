@@ -12,8 +12,9 @@ ROOT = Path(__file__).parents[2]
 SOURCES = [path for folder in ("platform", "registry", "scripts") for path in (ROOT / folder).rglob("*.py")]
 
 MODULES = {"pickle", "cPickle", "dill", "cloudpickle", "shelve", "marshal", "joblib"}
-CALLS = {"eval", "exec", "compile", "__import__", "os.system", "os.popen", "yaml.load", "torch.hub.load",
-         "numpy.load", "np.load"}  # fmt: skip
+CALLS = {"eval", "exec", "compile", "__import__", "importlib.import_module", "os.system", "os.popen", "yaml.load",
+         "yaml.unsafe_load", "yaml.full_load", "torch.hub.load", "numpy.load", "subprocess.getoutput",
+         "subprocess.getstatusoutput", "asyncio.create_subprocess_shell"}  # fmt: skip
 TRUSTED = {
     # `flatshare convert` reads a checkpoint that its own user vouches for, and says so; never a server.
     ("platform/flatshare/training/convert.py", "torch.jit.load"),
@@ -24,22 +25,36 @@ TRUSTED = {
 }
 
 
-def name_of(node: ast.AST) -> str:
+def aliases_of(tree: ast.AST) -> dict[str, str]:
+    """What names mean that an import gave: ``import torch as t`` and ``from torch import load`` too."""
+    found: dict[str, str] = {}
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Import):
+            found |= {one.asname: one.name for one in node.names if one.asname}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {one.asname or one.name: f"{node.module}.{one.name}" for one in node.names}
+    return found
+
+
+def name_of(node: ast.AST, aliases: dict[str, str]) -> str:
     if isinstance(node, ast.Name):
-        return node.id
+        return aliases.get(node.id, node.id)
     if isinstance(node, ast.Attribute):
-        return f"{name_of(node.value)}.{node.attr}"
+        return f"{name_of(node.value, aliases)}.{node.attr}"
     return "?"
 
 
 def problems(text: str) -> Iterator[str]:
-    for node in ast.walk(ast.parse(text)):
+    tree = ast.parse(text)
+    aliases = aliases_of(tree)
+    for node in ast.walk(tree):
         if isinstance(node, ast.Import):
             yield from (alias.name for alias in node.names if alias.name.partition(".")[0] in MODULES)
-        elif isinstance(node, ast.ImportFrom) and (node.module or "").partition(".")[0] in MODULES:
-            yield str(node.module)
+        elif isinstance(node, ast.ImportFrom):
+            names = [*(node.module or "").split("."), *(alias.name for alias in node.names)]
+            yield from (f"{node.module}.{one}" for one in names if one in MODULES)
         elif isinstance(node, ast.Call):
-            name = name_of(node.func)
+            name = name_of(node.func, aliases)
             keywords = {one.arg: one.value for one in node.keywords}
             if name in CALLS or name == "torch.jit.load":
                 yield name
@@ -77,7 +92,11 @@ def test_nothing_forbidden(path: Path) -> None:
     ["import pickle", "from pickle import loads", "import cloudpickle.x", "eval('1')", "exec('1')",
      "torch.load(f)", "torch.load(f, weights_only=False)", "torch.load(f, weights_only=x)", "torch.jit.load(f)",
      "subprocess.run('x', shell=True)", "run('x', shell=flag)", "yaml.load(f)", "os.system('x')",
-     "np.lib.format.read_array(f, allow_pickle=True)", "httpx.Client(verify=False)"],
+     "np.lib.format.read_array(f, allow_pickle=True)", "httpx.Client(verify=False)",
+     "from torch import load\nload(f)", "import torch as t\nt.load(f)", "from torch import load as l\nl(f)",
+     "from yaml import load\nload(f)", "yaml.unsafe_load(f)", "from os import system\nsystem('x')",
+     "subprocess.getoutput('x')", "asyncio.create_subprocess_shell('x')", "from ray import cloudpickle",
+     "import importlib\nimportlib.import_module(x)", "import numpy as np\nnp.load(f)"],
 )  # fmt: skip
 def test_each_would_be_found(text: str) -> None:
     assert list(problems(text))

@@ -104,7 +104,10 @@ async def send_all(
     async def send(shot: Shot, due_s: float) -> None:
         request = requests.get((shot.model, id(shot.body)))
         if request is None:
-            headers = {**load.headers, MODEL_ID_HEADER: shot.model, "content-type": shot.content_type}
+            headers = {
+                **load.headers, **dict(shot.headers),
+                MODEL_ID_HEADER: shot.model, "content-type": shot.content_type,
+            }  # fmt: skip
             request = target.request(headers, shot.body)
             if len(requests) < MAX_KEPT_REQUESTS:
                 kept.append(shot.body)  # so that its id stays its own

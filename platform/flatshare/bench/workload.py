@@ -24,12 +24,15 @@ class Shot:
         Ready to send.
     expected
         The labels that the answer must have; None to not check.
+    headers
+        More than those of the whole load: a key of the model's own tenant, say.
     """
 
     model: str
     body: bytes
     expected: tuple[int, ...] | None = None
     content_type: str = "application/json"
+    headers: tuple[tuple[str, str], ...] = ()
 
 
 def zipf_shares(count: int, exponent: float) -> NDArray[np.float64]:

@@ -31,7 +31,7 @@ from flatshare.local.state import PlatformState
 from flatshare.pool.controller import read_details
 from flatshare.pool.deployment import POOL_APP, pool_application
 from flatshare.pool.details import Target, app_status, targets
-from flatshare.settings import Settings
+from flatshare.settings import LOOPBACK_HOSTS, Settings
 from flatshare_registry.errors import Unavailable
 
 __all__ = ["check_ports", "running_edge", "running_platform"]
@@ -189,7 +189,7 @@ def running_edge(settings: Settings, ray_address: str) -> Iterator[EdgeSuperviso
     Raises
     ------
     LocalError
-        There is no such cluster, or HAProxy does not start.
+        There is no such cluster, HAProxy does not start, or it would open a pool without keys to others.
     """
     try:
         ray.init(address=ray_address, log_to_driver=False, logging_level=logging.ERROR)
@@ -198,6 +198,8 @@ def running_edge(settings: Settings, ray_address: str) -> Iterator[EdgeSuperviso
             f"there is no Ray cluster at {ray_address}; start a platform with: flatshare up"
         ) from error
     try:
+        if settings.host not in LOOPBACK_HOSTS:
+            demand_keys(edge_targets())  # the pool was started elsewhere, with settings of its own
         with _edge(settings) as supervisor:
             yield supervisor
     finally:
@@ -253,6 +255,24 @@ def _edge(settings: Settings) -> Iterator[EdgeSupervisor]:
     finally:
         supervisor.stop()
         shutil.rmtree(folder, ignore_errors=True)
+
+
+def demand_keys(found: EdgeTargets) -> None:
+    """Return if a pool asks callers for keys; one that doesn't may be reached on loopback only.
+
+    Raises
+    ------
+    LocalError
+        It lets everybody in, or does not say.
+    """
+    for target in found.control:
+        with contextlib.suppress(httpx.HTTPError):
+            if httpx.get(f"http://{target.ip}:{target.port}/admin/tenants", timeout=5).status_code == 401:
+                return
+    raise LocalError(
+        "the pool does not ask for keys (auth=off), or its control plane does not answer: "
+        "the edge may listen on loopback only"
+    )
 
 
 def edge_options(settings: Settings, admin_socket: Path) -> EdgeOptions:
