@@ -275,6 +275,10 @@ def demand_keys(found: EdgeTargets) -> None:
     )
 
 
+CORES_PER_EDGE_THREAD: Final = 8
+"""Cores whose replicas one thread of HAProxy serves: each core's do up to 1,000 requests/s."""
+
+
 def edge_options(settings: Settings, admin_socket: Path) -> EdgeOptions:
     """The part of the settings that the edge needs."""
     return EdgeOptions(
@@ -287,6 +291,7 @@ def edge_options(settings: Settings, admin_socket: Path) -> EdgeOptions:
         request_timeout_s=settings.request_timeout_s,
         tls_cert=settings.tls_cert,
         max_connections_per_address=settings.max_connections_per_address,
+        threads=max((os.cpu_count() or 1) // CORES_PER_EDGE_THREAD, 1),
     )
 
 

@@ -1,0 +1,196 @@
+"""Where the CPU of a request goes, by part: what the processes used under load, and each part timed alone.
+
+One hot tenant, one image as JSON a request. "Under load" is the CPU of each process by the operating system's
+accounts, divided by the requests; a route that ends at our first line (an unknown tenant) tells what Ray
+Serve and uvicorn take. "Alone" is one part in a loop on one core with nothing beside it, so the parts add up
+to less than the whole: under load the cores share caches, and threads wake each other.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import itertools
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+from contenders import CONTENDERS, Capacity
+from safetensors.torch import save
+
+from flatshare.api.http import PlainResponse
+from flatshare.api.identity import LOCAL_OPERATOR
+from flatshare.api.payload import decode_json
+from flatshare.bench.load import Load, run_load
+from flatshare.bench.workload import Shot, encode_json
+from flatshare.cache.device import CpuDevice
+from flatshare.cache.fetch import TensorSource
+from flatshare.cache.ledger import Ledger
+from flatshare.cache.loading import DeviceLoader
+from flatshare.cache.model_cache import ModelCache
+from flatshare.cache.promotions import Promotions
+from flatshare.cache.view import RegistryView
+from flatshare.cli.context import credentials
+from flatshare.cli.output import out, print_table
+from flatshare.engine.admission import Admission
+from flatshare.engine.inference import Inference
+from flatshare.engine.quotas import QuotaKeeper
+from flatshare.engine.service import InferenceService
+from flatshare.models.architecture import architecture
+from flatshare.models.probe import probe_logits
+from flatshare_registry import Registry, TenantId
+from flatshare_registry.ids import ModelRef
+from flatshare_registry.settings import RegistrySettings
+
+NETWORK = architecture("mnist-cnn")
+ACME = TenantId("acme")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--json", metavar="FILE", help="write the results as a document")
+    parser.add_argument("--seconds", type=float, default=6, help="of each load")
+    parser.add_argument("--concurrency", type=int, default=16)
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        os.environ["FLATSHARE_STORE"] = f"file://{folder}/store"
+        os.environ["XDG_STATE_HOME"] = f"{folder}/state"
+        registry = Registry(RegistrySettings().open_store(), actor="bench-parts")
+        registry.create_tenant(ACME)
+        torch.manual_seed(1)
+        registry.register(
+            ACME, save(dict(NETWORK.build().state_dict())), NETWORK.name, NETWORK.tensors,
+            probe=lambda weights: probe_logits(NETWORK, weights),
+        )  # fmt: skip
+        rows = np.random.default_rng(0).random((1, 1, 28, 28), dtype=np.float32)
+        alone = asyncio.run(parts_alone(registry, rows))
+        with CONTENDERS["flatshare"].start(Capacity(2, 10)) as url:
+            known = under_load(url, Shot("acme", encode_json(rows)), arguments)
+            unknown = under_load(url, Shot("nobody", encode_json(rows)), arguments)
+    print_table(
+        "", ["under load, ms of CPU a request", "one hot tenant#", "unknown tenant (404)#"],
+        [(name, f"{known[name]:.3f}" if name != "requests_per_s" else f"{known[name]:.0f}",
+          f"{unknown[name]:.3f}" if name != "requests_per_s" else f"{unknown[name]:.0f}") for name in known],
+    )  # fmt: skip
+    print_table(
+        "", ["alone, on one core", "microseconds#"], [(name, f"{us:.0f}") for name, us in alone.items()]
+    )
+    if arguments.json:
+        document = {
+            "under_load_ms": known,
+            "unknown_tenant_ms": unknown,
+            "alone_us": alone,
+            "cores": os.cpu_count(),
+        }
+        Path(arguments.json).write_text(json.dumps(document, indent=2))
+        out.print(f"written to {arguments.json}")
+    return 0
+
+
+def under_load(url: str, shot: Shot, arguments: argparse.Namespace) -> dict[str, float]:
+    """CPU of each kind of process a request, in ms, and the requests per second."""
+    load = {"concurrency": arguments.concurrency, "headers": credentials(url)}
+    run_load(url, itertools.repeat(shot), Load(duration_s=2, **load))
+    before = cpu_by_kind()
+    began = time.perf_counter()
+    outcomes = run_load(url, itertools.repeat(shot), Load(duration_s=arguments.seconds, **load))
+    took_s = time.perf_counter() - began
+    used = {kind: seconds - before.get(kind, 0.0) for kind, seconds in cpu_by_kind().items()}
+    return {
+        "requests_per_s": len(outcomes) / took_s,
+        **{kind: 1000 * seconds / len(outcomes) for kind, seconds in used.items()},
+    }
+
+
+def cpu_by_kind() -> dict[str, float]:
+    kinds = {"replicas": "ServeReplica:flatshare:", "edge (HAProxy)": "haproxy", "client": None}
+    found = dict.fromkeys([*kinds, "rest of Ray"], 0.0)
+    found["client"] = sum(psutil.Process().cpu_times()[:2])
+    for process in psutil.process_iter(["cmdline", "name", "cpu_times"]):
+        text = " ".join(process.info["cmdline"] or [process.info["name"] or ""])
+        if process.info["cpu_times"] is None or process.pid == os.getpid():
+            continue
+        kind = next((kind for kind, part in kinds.items() if part and part in text), None)
+        if kind is None and ("ray::" in text or "/ray/" in text):
+            kind = "rest of Ray"
+        if kind is not None:
+            found[kind] += sum(process.info["cpu_times"][:2])
+    return found
+
+
+async def parts_alone(registry: Registry, rows: np.ndarray) -> dict[str, float]:
+    """Microseconds of each part of a request in this process, one after the other."""
+    body = encode_json(rows)
+    with ThreadPoolExecutor(2) as threads:
+        view = RegistryView(registry, threads, ttl_s=60)
+        loader = DeviceLoader(TensorSource(registry.store), CpuDevice(), threads, threads)
+        cache = ModelCache(ledger=Ledger(2, None), loader=loader)
+        inference = Inference(torch.device("cpu"))
+        service = InferenceService(
+            view=view, cache=cache, promotions=Promotions(cache, view.record, timeout_s=5), inference=inference,
+            admission=Admission(8, 8), cold=Admission(8, 0), quotas=QuotaKeeper(), timeout_s=10,
+        )  # fmt: skip
+        ref = ModelRef.parse("acme")
+
+        async def whole() -> None:
+            with await service.enter(LOCAL_OPERATOR, ref) as ticket:
+                await service.predict(ticket, lambda network: decode_json(body, network.input, 8))
+
+        async def lease() -> None:
+            version = view.resolve_now(ref)
+            assert version is not None
+            held = cache.try_lease(version)
+            assert held is not None
+            held.release()
+
+        await whole()
+        held = cache.try_lease(await view.resolve(ref, 5))
+        assert held is not None
+        many = torch.from_numpy(np.repeat(rows, 4, axis=0))
+        found = {
+            "parse: JSON to rows": await microseconds(lambda: decode_json(body, NETWORK.input, 8)),
+            "resolve and lease": await microseconds(lease),
+            "forward pass, a row of 4 together": await microseconds(lambda: forward(held.model, many)) / 4,
+            "forward pass, a row alone": await microseconds(lambda: forward(held.model, many[:1])),
+            "queue, thread and back, with its pass": await microseconds(lambda: inference.run(held, rows)),
+            "all from the caller's identity to logits": await microseconds(whole),
+            "encode: labels to a response": await microseconds(
+                lambda: PlainResponse(
+                    b'{"predicted_label":[2]}', {"x-flatshare-version": "1"}, "application/json"
+                )
+            ),
+        }
+        held.release()
+        inference.close()
+    return found
+
+
+@torch.inference_mode()
+def forward(model: Callable[[torch.Tensor], torch.Tensor], rows: torch.Tensor) -> torch.Tensor:
+    return model(rows)
+
+
+async def microseconds(part: Callable[[], object], seconds: float = 0.5) -> float:
+    """Median over five runs of the time of one call."""
+    runs: list[float] = []
+    for _ in range(5):
+        began, calls = time.perf_counter(), 0
+        while time.perf_counter() - began < seconds / 5:
+            done = part()
+            if isinstance(done, Awaitable):
+                await done
+            calls += 1
+        runs.append(1e6 * (time.perf_counter() - began) / calls)
+    return sorted(runs)[2]
+
+
+if __name__ == "__main__":
+    sys.exit(main())
