@@ -128,6 +128,7 @@ def cpu_by_kind() -> dict[str, float]:
 
 async def parts_alone(registry: Registry, rows: np.ndarray) -> dict[str, float]:
     """Microseconds of each part of a request in this process, one after the other."""
+    torch.set_num_threads(1)  # as in a replica
     body = encode_json(rows)
     with ThreadPoolExecutor(2) as threads:
         view = RegistryView(registry, threads, ttl_s=60)
