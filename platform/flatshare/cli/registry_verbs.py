@@ -217,17 +217,24 @@ def audit(
     verified: Annotated[
         str | None, typer.Argument(metavar="[TENANT]", help="After verify: whose; everybody's by default.")
     ] = None,
+    link: Annotated[
+        str | None,
+        typer.Option(help="After verify TENANT: a link that you kept; its entry must still be there."),
+    ] = None,
     store: StoreOption = None,
     as_json: AsJson = False,
 ) -> None:
     """Who changed what of a tenant, oldest first; also of one that was deleted or erased.
 
-    `audit verify` checks that no entry was altered, removed or added (exit code 6 if one was).
+    `audit verify` checks that no entry was altered, removed or added (exit code 6 if one was), and shows the
+    last entry's link. Kept elsewhere, it finds a log that was written anew from its beginning too.
     """
     if tenant == "verify" or verified is not None:
         if tenant != "verify":
             raise InvalidInput("write: flatshare audit TENANT, or flatshare audit verify [TENANT]")
-        _verify_audit(verified, store, as_json=as_json)
+        if link is not None and verified is None:
+            raise InvalidInput("--link is one tenant's: flatshare audit verify TENANT --link LINK")
+        _verify_audit(verified, link, store, as_json=as_json)
         return
     entries = open_registry(store).audit(TenantId(tenant))
     if as_json:
@@ -252,18 +259,26 @@ def audit(
     )
 
 
-def _verify_audit(tenant: str | None, store: str | None, *, as_json: bool) -> None:
+def _verify_audit(tenant: str | None, link: str | None, store: str | None, *, as_json: bool) -> None:
     registry = open_registry(store)
     tenants = [TenantId(tenant)] if tenant is not None else registry.all_ids()
     problems: dict[str, list[str]] = {}
+    links: dict[str, str] = {}
     entries = 0
     for one in tenants:
         found = registry.verify_audit(one)
-        entries += registry.last_entry(one).revision
+        last = registry.last_entry(one)
+        entries += last.revision
+        links[one] = last.link
+        if link is not None and not any(entry.link == link for entry in registry.audit(one)):
+            found.append("no entry has the link that you kept: the log was written anew")
         if found:
             problems[one] = found
     if as_json:
-        print_json({"whole": not problems, "tenants": len(tenants), "entries": entries, "problems": problems})
+        print_json({
+            "whole": not problems, "tenants": len(tenants), "entries": entries, "problems": problems,
+            "links": links,
+        })  # fmt: skip
     else:
         for name, lines in problems.items():
             for line in lines:
@@ -272,6 +287,8 @@ def _verify_audit(tenant: str | None, store: str | None, *, as_json: bool) -> No
         raise Corrupt(f"the audit log of {', '.join(problems)} is not whole")
     if not as_json:
         out.print(f"whole: {entries} entries of {len(tenants)} tenants")
+        if tenant is not None:
+            out.print(f"last link {links[tenant]}", soft_wrap=True)
 
 
 def gc(

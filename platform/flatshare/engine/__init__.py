@@ -1,1 +1,1 @@
-"""From a request to an answer: admission, batching (to come), the forward pass. No ray, no web framework."""
+"""From a request to an answer: quotas, admission, fair queueing, shared passes. No ray, no web framework."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,14 @@ from typer.testing import CliRunner, Result
 from flatshare.cli.main import app
 from flatshare.errors import SettingsError
 from flatshare.models.mnist_cnn import ARCHITECTURE
-from flatshare_registry.errors import InvalidInput, InvalidRef, InvalidWeights, NotFound, StillReferenced
+from flatshare_registry.errors import (
+    Corrupt,
+    InvalidInput,
+    InvalidRef,
+    InvalidWeights,
+    NotFound,
+    StillReferenced,
+)
 from flatshare_registry.testing.files import encode_safetensors
 
 
@@ -88,6 +96,21 @@ def test_errors_come_as_ours(tmp_path: Path, arguments: list[str], error: type[E
     ok("register", "acme", weights(tmp_path, 1), "--create")
     result = run(*arguments)
     assert isinstance(result.exception, error), result.exception
+
+
+def test_a_log_that_was_written_anew_is_found_by_a_link_that_was_kept(tmp_path: Path) -> None:
+    ok("tenants", "create", "acme")
+    shown = ok("audit", "verify", "acme")
+    kept = shown.rpartition("last link ")[2].strip()
+    assert json.loads(ok("audit", "verify", "--json"))["links"] == {"acme": kept}
+    ok("register", "acme", weights(tmp_path, 1))
+    assert "whole" in ok("audit", "verify", "acme", "--link", kept), "it is further up in the chain now"
+    shutil.rmtree(tmp_path / "store")
+    ok("tenants", "create", "acme")
+    ok("audit", "verify", "acme")
+    result = run("audit", "verify", "acme", "--link", kept)
+    assert isinstance(result.exception, Corrupt)
+    assert isinstance(run("audit", "verify", "--link", kept).exception, InvalidInput)
 
 
 def test_no_store_says_what_to_set(monkeypatch: pytest.MonkeyPatch) -> None:
