@@ -19,7 +19,7 @@ from torch import nn
 
 from flatshare.cache.lease import Lease
 from flatshare.cache.ledger import Ledger
-from flatshare.cache.loading import Held, Placed, Prepared
+from flatshare.cache.loader import Held, Placed, Prepared
 from flatshare.cache.model_cache import ModelCache
 from flatshare.cache.policy import POLICIES
 from flatshare.cache.promotions import Promotions

@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from flatshare.cache.ledger import Ledger
-from flatshare.cache.loading import Held, Placed, Prepared
+from flatshare.cache.loader import Held, Placed, Prepared
 from flatshare.cache.model_cache import ModelCache
 from flatshare.cache.policy import POLICIES
 from flatshare.cache.tiers import ModelKey, Part, Tier

@@ -30,7 +30,7 @@ from typing import Final
 from flatshare.cache.failures import FailureMemory
 from flatshare.cache.lease import Erased, Lease, Resident
 from flatshare.cache.ledger import Ledger
-from flatshare.cache.loading import Held, Loader, Placed, Prepared
+from flatshare.cache.loader import Held, Loader, Placed, Prepared
 from flatshare.cache.policy import EvictionPolicy, LeastRecentlyUsed
 from flatshare.cache.room import RoomQueue
 from flatshare.cache.shares import NO_SHARE, ShareOf, own_victims, spare_floors

@@ -11,7 +11,7 @@ from torch import nn
 from flatshare.cache.failures import REMEMBER_S
 from flatshare.cache.lease import Lease
 from flatshare.cache.ledger import Ledger
-from flatshare.cache.loading import Held, Placed, Prepared
+from flatshare.cache.loader import Held, Placed, Prepared
 from flatshare.cache.model_cache import ModelCache
 from flatshare.cache.policy import Sieve
 from flatshare.cache.shares import NO_SHARE, Share, ShareOf
