@@ -56,7 +56,7 @@ MUTATIONS = [
         2, "room is made before it is known that the load succeeds", "platform/flatshare/cache/model_cache.py",
         "                prepared = await prepare(record, held)\n",
         "                whole = sum(claimed.values())\n"
-        "                self._make_room(record.tenant, whole, slots=1, whole_bytes=whole)\n"
+        "                self._residency.make_room(record.tenant, whole, slots=1, whole_bytes=whole)\n"
         "                prepared = await prepare(record, held)\n",
         f"{CACHE}::test_promise_2_a_load_that_fails_evicts_nothing",
     ),
@@ -67,14 +67,14 @@ MUTATIONS = [
         "::test_promise_2_a_model_that_fails_its_probe_evicts_nothing_on_any_device",
     ),
     Mutation(
-        3, "leased models are evicted", "platform/flatshare/cache/model_cache.py",
+        3, "leased models are evicted", "platform/flatshare/cache/residency.py",
         "return not resident.leases and not resident.pinned", "return not resident.pinned",
         f"{CACHE}::test_promise_3_a_leased_model_is_not_freed",
     ),
     Mutation(
-        4, "draining bytes do not count", "platform/flatshare/cache/model_cache.py",
-        "        self._leaving[id(resident)] = resident\n",
-        "        self._leaving[id(resident)] = resident\n"
+        4, "draining bytes do not count", "platform/flatshare/cache/residency.py",
+        "        self.leaving[id(resident)] = resident\n",
+        "        self.leaving[id(resident)] = resident\n"
         "        self.ledger.drop(resident.parts)\n        self.ledger.hold({})\n",
         f"{CACHE}::test_promise_4_bytes_hold_at_every_instant_also_while_draining",
     ),
@@ -102,8 +102,8 @@ MUTATIONS = [
     ),
     Mutation(
         8, "removals are not told", "platform/flatshare/cache/model_cache.py",
-        "        self._retire(resident_now, evicted=False)\n        self._on_change()\n",
-        "        self._retire(resident_now, evicted=False)\n",
+        "        self._residency.retire(resident_now, evicted=False)\n        self._on_change()\n",
+        "        self._residency.retire(resident_now, evicted=False)\n",
         f"{CACHE}::test_promise_8_every_addition_and_removal_is_told",
     ),
     Mutation(
@@ -112,7 +112,7 @@ MUTATIONS = [
         "tests/contract/test_ray_multiplex.py",
     ),
     Mutation(
-        9, "what can never fit waits like anything else", "platform/flatshare/cache/model_cache.py",
+        9, "what can never fit waits like anything else", "platform/flatshare/cache/residency.py",
         "if budget is not None and size > budget:", "if False:",
         f"{CACHE}::test_promise_9_what_can_never_fit_is_refused_by_name_and_size",
     ),

@@ -1,4 +1,6 @@
-"""The model cache of one replica: decides what is resident, and lends it out by lease.
+"""The model cache of one replica: loads what is asked for, and lends it out by lease.
+
+What is on the device, and who goes for whom, is ``residency.py``.
 
 Rules, each with a test:
 
@@ -20,10 +22,10 @@ All methods must be called on one event loop; nothing in here blocks it.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import time
 import traceback
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -32,12 +34,12 @@ from flatshare.cache.lease import Erased, Lease, Resident
 from flatshare.cache.ledger import Ledger
 from flatshare.cache.loader import Held, Loader, Placed, Prepared
 from flatshare.cache.policy import EvictionPolicy, LeastRecentlyUsed
-from flatshare.cache.room import RoomQueue
-from flatshare.cache.shares import NO_SHARE, ShareOf, own_victims, spare_floors
+from flatshare.cache.residency import NoRoomNow, Residency
+from flatshare.cache.shares import NO_SHARE, ShareOf
 from flatshare.cache.stats import CacheStats
-from flatshare.cache.tiers import ModelKey, Part, Receipt, ResidentInfo, State, Tier
+from flatshare.cache.tiers import ModelKey, Part, ResidentInfo, State, Tier
 from flatshare.cache.turns import Turns
-from flatshare.errors import DeadlineExceeded, IsolationBroken, NeverFits, NoRoom, ResidentOverQuota
+from flatshare.errors import DeadlineExceeded, IsolationBroken, NoRoom
 from flatshare_registry.errors import NotFound, Unavailable
 from flatshare_registry.records import VersionRecord
 
@@ -132,21 +134,22 @@ class ModelCache:
         self._loader = loader
         self._room_timeout_s = room_timeout_s
         self._fetch_timeout_s = fetch_timeout_s
-        self._policy = policy or LeastRecentlyUsed()
-        self._share_of = share_of
         self._on_change = on_change
         self._clock = clock
-        self._wall_clock = wall_clock
         self._failures = FailureMemory(clock)
         self._loading = Turns(load_concurrency)
         self._loading_local = Turns(LOCAL_CONCURRENCY)
-        self._residents: dict[ModelKey, Resident] = {}
         self._loads: dict[ModelKey, _Load] = {}
-        self._leaving: dict[int, Resident] = {}
-        self._protected: dict[ModelKey, int] = {}
         self._erasures: dict[str, Erased] = {}
-        self._generation = 0
-        self._room = RoomQueue()
+        self._residency = Residency(
+            ledger,
+            policy or LeastRecentlyUsed(),
+            share_of,
+            stats=self.stats,
+            scrub=loader.scrub,
+            on_change=on_change,
+            wall_clock=wall_clock,
+        )
         self._store_rests_until = float("-inf")
         self._closed = False
 
@@ -155,11 +158,11 @@ class ModelCache:
     def try_lease(self, record: VersionRecord) -> Lease | None:
         """A lease if the version is resident; no waiting, no load. The hot path."""
         key = ModelKey.of(record)
-        resident = self._residents.get(key)
+        resident = self._residency.residents.get(key)
         if resident is None:
             return None
-        self._policy.used(key)
-        return self._grant(resident, Tier.DEVICE)
+        self._residency.policy.used(key)
+        return self._residency.grant(resident, Tier.DEVICE)
 
     async def lease(self, record: VersionRecord, timeout_s: float) -> Lease:
         """A lease on a version, loaded first if need be.
@@ -191,7 +194,7 @@ class ModelCache:
             if isinstance(error, TimeoutError):
                 load = self._loads.get(ModelKey.of(record))
                 if load is not None and load.wants_room:
-                    raise self._no_room(record, self._loader.check(record)) from None
+                    raise self._residency.no_room(record, self._loader.check(record)) from None
                 raise DeadlineExceeded(f"{record.name} was not loaded within {timeout_s:g} s") from None
             raise
 
@@ -210,35 +213,28 @@ class ModelCache:
         """
         key = ModelKey.of(record)
         if pin:
-            self._check_pin(key, self._loader.check(record))
+            self._residency.check_pin(key, self._loader.check(record))
         with await self.lease(record, timeout_s) as lease:
             self.stats.hits[lease.tier] -= 1
             resident = lease.resident
             assert resident is not None, "the lease is held"
             resident.hits -= 1
             if pin and resident.state is State.RESIDENT:
-                self._check_pin(key, resident.parts)  # others may have been pinned meanwhile
+                self._residency.check_pin(key, resident.parts)  # others may have been pinned meanwhile
                 resident.pinned = True
 
     def unpin(self, key: ModelKey) -> bool:
         """Let a version be evicted again; whether it was pinned."""
-        resident = self._residents.get(key)
+        resident = self._residency.residents.get(key)
         if resident is None or not resident.pinned:
             return False
         resident.pinned = False
-        self._room.wake()
+        self._residency.room.wake()
         return True
 
-    @contextlib.contextmanager
-    def protected(self, key: ModelKey) -> Iterator[None]:
+    def protected(self, key: ModelKey) -> AbstractContextManager[None]:
         """Within this, a version is evicted after all others: its successor is on the way."""
-        self._protected[key] = self._protected.get(key, 0) + 1
-        try:
-            yield
-        finally:
-            self._protected[key] -= 1
-            if not self._protected[key]:
-                del self._protected[key]
+        return self._residency.protected(key)
 
     # -- removing
 
@@ -247,15 +243,15 @@ class ModelCache:
 
         Also ends a pin or a quarantine.
         """
-        for resident in self._leaving.values():
+        for resident in self._residency.leaving.values():
             if resident.state is State.QUARANTINED and ModelKey.of(resident.record) == key:
                 resident.state = State.DRAINING
-                self._free_if_unleased(resident)
+                self._residency.free_if_unleased(resident)
                 return True
-        resident_now = self._residents.get(key)
+        resident_now = self._residency.residents.get(key)
         if resident_now is None:
             return False
-        self._retire(resident_now, evicted=False)
+        self._residency.retire(resident_now, evicted=False)
         self._on_change()
         return True
 
@@ -275,7 +271,7 @@ class ModelCache:
         if resident is None or resident.state is State.QUARANTINED:
             return
         if resident.state is State.RESIDENT:
-            self._retire(resident, evicted=False)
+            self._residency.retire(resident, evicted=False)
         resident.state = State.QUARANTINED
         self.stats.quarantined += 1
         self._on_change()
@@ -283,8 +279,8 @@ class ModelCache:
     def condemn(self, lease: Lease, error: Exception) -> None:
         """A model failed its probe with its first rows: free it, and remember why it can't be served."""
         key = ModelKey.of(lease.record)
-        if lease.resident is not None and self._residents.get(key) is lease.resident:
-            self._retire(lease.resident, evicted=False)
+        if lease.resident is not None and self._residency.residents.get(key) is lease.resident:
+            self._residency.retire(lease.resident, evicted=False)
             self._on_change()
         self._loader.distrust(lease.record)
         self._failures.remember(key, error)
@@ -302,15 +298,15 @@ class ModelCache:
                 load.erased = True
         told = self._erasures.setdefault(tenant, Erased())
         self._loader.let_go()
-        for resident in [*self._residents.values(), *self._leaving.values()]:
+        for resident in [*self._residency.residents.values(), *self._residency.leaving.values()]:
             if resident.record.tenant == tenant and resident.erased is None:
                 resident.erased = told
                 told.models += 1
                 if resident.state is State.RESIDENT:
-                    self._retire(resident, evicted=False)
+                    self._residency.retire(resident, evicted=False)
                 elif resident.state is State.QUARANTINED:
                     resident.state = State.DRAINING
-                    self._free_if_unleased(resident)
+                    self._residency.free_if_unleased(resident)
         self._failures.forget(tenant)
         self._on_change()
         return told
@@ -320,7 +316,7 @@ class ModelCache:
         deadline = self._clock() + timeout_s
 
         def gone() -> bool:
-            held = [*self._residents.values(), *self._leaving.values()]
+            held = [*self._residency.residents.values(), *self._residency.leaving.values()]
             return not any(one.record.tenant == tenant for one in held)
 
         while loads := [load.task for key, load in self._loads.items() if key.tenant == tenant and load.task]:
@@ -328,7 +324,7 @@ class ModelCache:
             if not done:
                 return False
         self._loader.let_go()  # what these loads have prepared
-        return gone() or await self._room.wait(gone, deadline - self._clock())
+        return gone() or await self._residency.room.wait(gone, deadline - self._clock())
 
     def forget_failures(self, tenant: str) -> None:
         """Try a tenant's failed versions again at the next request."""
@@ -345,11 +341,11 @@ class ModelCache:
         for load in loads:
             load.fail(NoRoom("the replica is stopping"))  # one that was cancelled before its first step
         self._loads.clear()
-        for resident in list(self._residents.values()):
-            self._retire(resident, evicted=False)
+        for resident in list(self._residency.residents.values()):
+            self._residency.retire(resident, evicted=False)
         deadline = self._clock() + timeout_s
-        await self._room.wait(
-            lambda: not any(one.leases for one in self._leaving.values()), deadline - self._clock()
+        await self._residency.room.wait(
+            lambda: not any(one.leases for one in self._residency.leaving.values()), deadline - self._clock()
         )
         self._on_change()
 
@@ -376,44 +372,25 @@ class ModelCache:
 
     def is_resident(self, key: ModelKey) -> bool:
         """Whether a version can be leased at once."""
-        return key in self._residents
+        return key in self._residency.residents
 
     def record_of(self, key: ModelKey) -> VersionRecord | None:
         """The record of a version that can be leased at once."""
-        resident = self._residents.get(key)
+        resident = self._residency.residents.get(key)
         return resident.record if resident is not None else None
 
     def is_pinned(self, key: ModelKey) -> bool:
         """Whether a version is here and never evicted."""
-        resident = self._residents.get(key)
+        resident = self._residency.residents.get(key)
         return resident is not None and resident.pinned
 
     def resident_records(self) -> list[VersionRecord]:
         """Versions that can be leased at once."""
-        return [resident.record for resident in self._residents.values()]
+        return [resident.record for resident in self._residency.residents.values()]
 
     def snapshot(self) -> list[ResidentInfo]:
         """All that is held and why, most recently used first."""
-        held = [*self._residents.values(), *self._leaving.values()]
-        return [
-            ResidentInfo(
-                tenant=one.record.tenant,
-                version=one.record.version,
-                digest=one.record.digest,
-                architecture=one.record.architecture,
-                size_bytes=one.size_bytes,
-                own_bytes=self.ledger.own_bytes(one.parts),
-                tier=one.tier,
-                state=one.state,
-                pinned=one.pinned,
-                generation=one.receipt.generation,
-                hits=one.hits,
-                leases=one.leases,
-                last_used_at=one.last_used_at,
-                loaded_at=one.loaded_at,
-            )
-            for one in sorted(held, key=lambda one: -one.last_used_at)
-        ]
+        return self._residency.snapshot()
 
     # -- loading
 
@@ -428,7 +405,7 @@ class ModelCache:
                 raise NoRoom("the replica is stopping")
             self._failures.check(key)
             claimed = self._loader.check(record)
-            self._check_ever_fits(record, claimed)
+            self._residency.check_ever_fits(record, claimed)
             load = self._loads[key] = _Load()
             # The cache holds the task: no caller's cancellation reaches it.
             load.task = asyncio.create_task(self._run_load(key, record, claimed, load), name=f"load {key}")
@@ -455,12 +432,13 @@ class ModelCache:
         else:
             for waiter in load.waiters:
                 if not waiter.done():
-                    waiter.set_result(self._grant(resident, resident.tier))
+                    waiter.set_result(self._residency.grant(resident, resident.tier))
             self._on_change()
         finally:
             if self._loads.get(key) is load:
                 del self._loads[key]
-            self._room.wake()  # what this load held, or its resident without a lease, may be room for another
+            # What this load held, or its resident without a lease, may be room for another.
+            self._residency.room.wake()
 
     async def _load(self, record: VersionRecord, claimed: Mapping[Part, int], load: _Load) -> Resident:
         """Try until there is room, or the time for that is over.
@@ -480,26 +458,15 @@ class ModelCache:
                     resident = await self._attempt(record, claimed, load, self._loading, self._prepare)
                 assert resident is not None, "the store answers or raises"
                 return resident
-            except _NoRoomNow:
+            except NoRoomNow:
                 pass
             deadline = self._clock() + self._room_timeout_s if deadline is None else deadline
             load.wants_room = True
-            if self._clock() >= deadline or not await self._room.wait(
-                lambda: self._could_fit(tenant, claimed), deadline - self._clock()
+            if self._clock() >= deadline or not await self._residency.room.wait(
+                lambda: self._residency.could_fit(tenant, claimed), deadline - self._clock()
             ):
-                raise self._no_room(record, claimed)
+                raise self._residency.no_room(record, claimed)
             load.wants_room = False
-
-    def _no_room(self, record: VersionRecord, claimed: Mapping[Part, int]) -> Exception:
-        tenant = record.tenant
-        if self._own_victims(tenant, sum(claimed.values()), self._candidates(tenant)) is None:
-            return ResidentOverQuota(
-                f"no room for {record.name}: all that tenant {tenant} may keep on a device is in use"
-            )
-        return NoRoom(
-            f"no room for {record.name}: all {self.slots} slots, or their bytes, are in use or "
-            "pinned; retry, or add slots"
-        )
 
     async def _prepare(self, record: VersionRecord, held: Held) -> Prepared:
         if self._clock() < self._store_rests_until:
@@ -533,7 +500,7 @@ class ModelCache:
 
         Raises
         ------
-        _NoRoomNow
+        NoRoomNow
             It is ready, but what is leased or pinned leaves no room.
         """
         async with places.hold(record.tenant):
@@ -559,28 +526,9 @@ class ModelCache:
                 load.check_erased(record)
                 self.stats.loads += 1
                 self.stats.load_times.add(self._clock() - started)
-                return self._admit(record, placed, prepared.tier)
+                return self._residency.admit(record, placed, prepared.tier)
             finally:
                 self.ledger.drop(counted)
-
-    def _admit(self, record: VersionRecord, placed: Placed, tier: Tier) -> Resident:
-        # From here to the grants in _run_load nothing awaits: the slot goes from reserved to resident
-        # to leased in one step.
-        self._generation += 1
-        key, now = ModelKey.of(record), self._wall_clock()
-        resident = Resident(
-            record=record,
-            model=placed.model,
-            parts=placed.parts,
-            tier=tier,
-            receipt=Receipt(record.tenant, record.version, record.digest, self._generation),
-            probe_due=not placed.proven,
-            loaded_at=now,
-            last_used_at=now,
-        )
-        self._residents[key] = resident
-        self._policy.admitted(key)
-        return resident
 
     async def _place(
         self,
@@ -593,18 +541,18 @@ class ModelCache:
         """Make room, put the model there, and count what it really takes."""
         # All that will be copied is set aside, also what another model has brought here meanwhile.
         new_bytes = sum(size for part, size in claimed.items() if part not in counted)
-        self._make_room(record.tenant, new_bytes, slots=1, whole_bytes=sum(claimed.values()))
+        self._residency.make_room(record.tenant, new_bytes, slots=1, whole_bytes=sum(claimed.values()))
         reservation = self.ledger.reserve(new_bytes)
         try:
             placed = await self._loader.place(record, prepared, held)
             if placed.model.digest != record.digest:
                 raise IsolationBroken(f"{record.name} was loaded with other weights")
-            self._check_ever_fits(record, placed.parts)
+            self._residency.check_ever_fits(record, placed.parts)
             more = self.ledger.missing_bytes(placed.parts) - reservation.bytes
             if more > 0:
                 try:
-                    self._make_room(record.tenant, more, slots=0, whole_bytes=more)
-                except _NoRoomNow as error:
+                    self._residency.make_room(record.tenant, more, slots=0, whole_bytes=more)
+                except NoRoomNow as error:
                     raise NoRoom(f"{record.name} takes {more} bytes more than it claimed; retry") from error
                 self.ledger.grow(reservation, reservation.bytes + more)
         except BaseException:
@@ -613,129 +561,9 @@ class ModelCache:
         self.ledger.settle(reservation, placed.parts)
         return placed
 
-    def _make_room(self, tenant: str, new_bytes: int, *, slots: int, whole_bytes: int) -> None:
-        """Evict what must go so that so much fits, or nothing.
-
-        Parameters
-        ----------
-        whole_bytes
-            What counts for the tenant's share.
-
-        Raises
-        ------
-        _NoRoomNow
-            What may be evicted would not do.
-        ResidentOverQuota
-            The model is more than the tenant's whole share.
-        """
-        if self._share_of(tenant).cap_bytes is None and self.ledger.fits(slots, new_bytes):
-            return
-        keys = self._candidates(tenant)
-        own = self._own_victims(tenant, whole_bytes, keys)
-        if own is None:
-            raise _NoRoomNow
-        keys = [*own, *(key for key in keys if key not in own)]
-        chosen = self.ledger.choose_victims(
-            [self._residents[key].parts for key in keys], new_bytes, slots=slots
-        )
-        if chosen is None:
-            raise _NoRoomNow
-        for key in dict.fromkeys([*own, *(keys[index] for index in chosen)]):
-            self._retire(self._residents[key], evicted=True)
-            self.stats.evictions += 1
-        self._on_change()
-
-    def _own_victims(self, tenant: str, size_bytes: int, keys: list[ModelKey]) -> list[ModelKey] | None:
-        """A tenant's own models that must go for its cap; None when these are in use. Raises as shares.py."""
-        cap = self._share_of(tenant).cap_bytes
-        return own_victims(tenant, size_bytes, cap, keys, self._residents, self._leaving.values())
-
-    def _could_fit(self, tenant: str, claimed: Mapping[Part, int]) -> bool:
-        """Whether a new try of a load that waits for room would find it."""
-        if self._own_victims(tenant, sum(claimed.values()), self._candidates(tenant)) is None:
-            return False
-        new_bytes = self.ledger.missing_bytes(claimed)
-        if self.ledger.fits(1, new_bytes):
-            return True
-        parts = [self._residents[key].parts for key in self._candidates(tenant)]
-        return self.ledger.choose_victims(parts, new_bytes, slots=1, keep=claimed) is not None
-
-    def _candidates(self, tenant: str) -> list[ModelKey]:
-        """Who may go for a model of this tenant, in order; versions whose successor is on the way last."""
-        keys = [key for key in self._policy.victims() if self._evictable(key)]
-        keys.sort(key=lambda key: key in self._protected)
-        return spare_floors(
-            keys, self._residents, self._share_of, tenant, self.slots, self.ledger.budget_bytes
-        )
-
-    # -- slots
-
-    def _check_ever_fits(self, record: VersionRecord, parts: Mapping[Part, int]) -> None:
-        budget, size = self.ledger.budget_bytes, sum(parts.values())
-        if budget is not None and size > budget:
-            raise NeverFits(
-                f"{record.name} takes {size} bytes on the device; a replica's budget is {budget} bytes"
-            )
-
-    def _check_pin(self, key: ModelKey, parts: Mapping[Part, int]) -> None:
-        pinned = [one for other, one in self._residents.items() if one.pinned and other != key]
-        if len(pinned) + 1 >= self.slots:
-            raise NoRoom(f"pinning {key} would leave none of {self.slots} slots for other models; unpin some")
-        budget = self.ledger.budget_bytes
-        together = {part: size for one in pinned for part, size in one.parts.items()} | dict(parts)
-        if budget is not None and sum(together.values()) > budget // 2:
-            raise NoRoom(f"pinning {key} would take more than half of the {budget} bytes; unpin some")
-
-    def _evictable(self, key: ModelKey) -> bool:
-        resident = self._residents[key]
-        return not resident.leases and not resident.pinned
-
-    def _grant(self, resident: Resident, tier: Tier) -> Lease:
-        resident.leases += 1
-        resident.hits += 1
-        resident.last_used_at = self._wall_clock()
-        self.stats.hits[tier] += 1
-        return Lease(resident, tier, self._released)
-
-    def _released(self, resident: Resident) -> None:
-        resident.leases -= 1
-        if not resident.leases:
-            self._free_if_unleased(resident)
-            self._room.wake()
-
-    def _retire(self, resident: Resident, *, evicted: bool) -> None:
-        """No new leases; freed now, or when the last one ends. Counts until it is freed."""
-        key = ModelKey.of(resident.record)
-        del self._residents[key]
-        self._policy.removed(key, evicted=evicted)
-        resident.state = State.DRAINING
-        self._leaving[id(resident)] = resident
-        self._free_if_unleased(resident)
-
-    def _free_if_unleased(self, resident: Resident) -> None:
-        if resident.leases or resident.state is not State.DRAINING:
-            return
-        if resident.erased is not None and resident.model is not None:
-            resident.erased.overwritten_bytes += self._loader.scrub(
-                resident.model, self.ledger.own_parts(resident.parts)
-            )
-        # Dropping the last reference frees the tensors; nobody else holds the model.
-        resident.model = None
-        del self._leaving[id(resident)]
-        self.ledger.drop(resident.parts)
-        self.ledger.free_slot()
-        self._room.wake()
-
 
 class _Abandoned(Exception):
     """A load that nobody waits for any more was dropped before it began."""
-
-
-class _NoRoomNow(NoRoom):
-    """A load is ready, but nothing that may be evicted makes room for it at this moment."""
-
-    def __init__(self) -> None:
-        super().__init__("no room now; retry")
 
 
 def _let_go(error: BaseException) -> None:

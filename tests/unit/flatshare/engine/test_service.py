@@ -121,17 +121,17 @@ async def test_a_slot_that_fails_an_isolation_check_is_quarantined_and_the_next_
     world: World,
 ) -> None:
     await world.ask()
-    original = world.cache._grant
+    original = world.cache._residency.grant
 
     def swapped(one, tier):  # type: ignore[no-untyped-def]  # as _grant
         held = original(one, tier)
         one.receipt = Receipt("initech", 1, "1" * 64, 100)
         return held
 
-    world.cache._grant = swapped  # type: ignore[method-assign]  # a slot changes hands under a lease
+    world.cache._residency.grant = swapped  # type: ignore[method-assign]  # a slot changes hands under a lease
     with pytest.raises(IsolationBroken):
         await world.ask()
-    world.cache._grant = original  # type: ignore[method-assign]
+    world.cache._residency.grant = original  # type: ignore[method-assign]
     assert world.cache.stats.quarantined == 1
     assert [info.state for info in world.cache.snapshot()] == [State.QUARANTINED]
     torch.testing.assert_close(
