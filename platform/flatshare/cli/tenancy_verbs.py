@@ -30,8 +30,6 @@ from flatshare.cli.output import (
     size,
     when,
 )
-from flatshare.local.keys import key_file
-from flatshare.settings import Settings
 from flatshare_registry.errors import Corrupt, InvalidInput, Unavailable
 from flatshare_registry.ids import TenantId
 from flatshare_registry.keys import NewKey
@@ -300,6 +298,8 @@ def verify_erasure(
     """Check an erased tenant's records and tombstone, and that nothing of it is stored (else exit code 6)."""
     need_serve_extra()
     from flatshare.control.erasure import Signer, erasure_problems, read_records
+    from flatshare.local.keys import key_file
+    from flatshare.settings import Settings
 
     parsed = TenantId(tenant)
     registry = open_registry(store)
