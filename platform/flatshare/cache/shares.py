@@ -40,6 +40,10 @@ FLOOR_SLOTS_SHARE: Final = 4
 would else take all of them."""
 
 
+OTHERS_SHARE: Final = 8
+"""Part of a device that no floors keep."""
+
+
 def spare_floors(
     keys: Iterable[ModelKey],
     residents: Mapping[ModelKey, Resident],
@@ -50,12 +54,12 @@ def spare_floors(
 ) -> list[ModelKey]:
     """Those of these that may go, together, for a model of ``tenant``: no other falls below its floor.
 
-    Floors keep at most half of the slots, and of the bytes: more promises than that could not all be kept,
-    and would leave no room for anybody else.
+    All floors together leave one slot in ``OTHERS_SHARE``, and as much of the bytes, to everybody else: where
+    more was promised than there is, some promises are not kept, rather than nobody new ever loaded.
     """
     most = max(slots // FLOOR_SLOTS_SHARE, 1)
-    slots_left = slots // 2 if slots > 1 else 1
-    bytes_left = (budget_bytes or 0) // 2
+    slots_left = slots - max(slots // OTHERS_SHARE, 1) if slots > 1 else 1
+    bytes_left = (budget_bytes or 0) - (budget_bytes or 0) // OTHERS_SHARE
     models: dict[str, int] = {}
     shares: dict[str, Share] = {}
     left: dict[str, int] = {}
