@@ -3,8 +3,9 @@
 Both run all the time and are asked in short turns, one after the other, so that a machine whose speed drifts is
 as fast for the one as for the other. With it on, the tenant shows a key of its own and has a limit of every
 kind, none of them reached; with it off there is neither. One hot tenant, one image a request; the figure is
-the median of the turns' ratios. Beside it stands what the two take of a request when nothing else is timed: counters
-and look-ups that both turns have are in that figure, and not in the other.
+the median of the turns' ratios. It still scatters by more than 5 % from one start of the platforms to the next,
+so what decides is CPU time in one process: a replica's own work, called as Serve calls it, in turns of 128 requests,
+as a share of what the cores have for one request of the whole platform.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import statistics
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -29,19 +30,28 @@ import torch
 from contenders import CONTENDERS, Capacity
 from safetensors.torch import save
 
+from flatshare.api.app import create_app
 from flatshare.api.identity import Identities, OperatorKeys, Role
 from flatshare.bench.load import Load, run_load
 from flatshare.bench.report import summarise
 from flatshare.bench.workload import Shot, encode_json
+from flatshare.cache.device import CpuDevice
+from flatshare.cache.fetch import TensorSource
+from flatshare.cache.ledger import Ledger
+from flatshare.cache.loading import DeviceLoader
+from flatshare.cache.model_cache import ModelCache
+from flatshare.cache.promotions import Promotions
 from flatshare.cache.view import RegistryView
 from flatshare.cli.context import credentials
 from flatshare.cli.output import err, out, print_table
+from flatshare.engine.admission import Admission
+from flatshare.engine.inference import Inference
 from flatshare.engine.quotas import QuotaKeeper
+from flatshare.engine.service import InferenceService
 from flatshare.models.architecture import architecture
 from flatshare.models.probe import probe_logits
 from flatshare.training.mnist import load_digits
 from flatshare_registry import Quotas, Registry, TenantId
-from flatshare_registry.ids import ModelRef
 from flatshare_registry.keys import new_key
 from flatshare_registry.settings import RegistrySettings
 
@@ -60,7 +70,10 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=2.5, help="of each measurement")
     parser.add_argument("--concurrency", type=int, default=16)
     parser.add_argument(
-        "--most", type=float, default=0.05, help="exit with 1 when it costs more than this share"
+        "--most",
+        type=float,
+        default=0.05,
+        help="exit with 1 when it costs more than this share in one process",
     )
     arguments = parser.parse_args()
     rps: dict[str, list[float]] = {"off": [], "on": []}
@@ -94,7 +107,7 @@ def main() -> int:
                 err.print(
                     f"turn {turn + 1}/{arguments.turns}: off {rps['off'][-1]:.0f}, on {rps['on'][-1]:.0f}"
                 )
-        alone_us = asyncio.run(time_alone(registry, key))
+        off_us, on_us = asyncio.run(in_one_process(registry, key, digits(module, ACME)[0].body))
     ratios = [on / off for on, off in zip(rps["on"], rps["off"], strict=True)]
     cost = 1 - statistics.median(ratios)
     print_table(
@@ -104,35 +117,83 @@ def main() -> int:
     out.print(
         f"identity and quotas cost {cost:.1%} of requests per second (at most {arguments.most:.0%} wanted)"
     )
-    request_us = 1e6 * (os.cpu_count() or 1) / statistics.median(rps["on"])
+    request_us = 1e6 * (os.cpu_count() or 1) / statistics.median(rps["off"])
+    share = (on_us - off_us) / request_us
     out.print(
-        f"alone, to identify the caller and check the quotas takes {alone_us:.0f} of the {request_us:.0f} microseconds "
-        f"of CPU that a request has here ({alone_us / request_us:.1%})",
+        f"in one process, without Serve and the edge: {off_us:.0f} and {on_us:.0f} microseconds of CPU a request; "
+        f"the difference is {share:.1%} of the {request_us:.0f} that the cores have for a request of the platform's",
         soft_wrap=True,
     )
     if arguments.json:
         document = {
-            "requests_per_s": rps, "ratios": ratios, "cost": cost, "alone_us": alone_us,
-            "share_alone": alone_us / request_us, "cores": os.cpu_count(),
+            "requests_per_s": rps, "ratios": ratios, "cost": cost, "in_one_process_us": {"off": off_us, "on": on_us},
+            "share_of_request": share, "cores": os.cpu_count(),
         }  # fmt: skip
         Path(arguments.json).write_text(json.dumps(document, indent=2))
-    return 1 if cost > arguments.most else 0
+    return 1 if share > arguments.most else 0
 
 
-async def time_alone(registry: Registry, key: str, count: int = 20_000) -> float:
-    """Microseconds in which a caller is identified and a request let in, one after the other."""
-    with ThreadPoolExecutor(1) as threads:
+async def in_one_process(registry: Registry, key: str, body: bytes, turns: int = 60) -> tuple[float, float]:
+    """Microseconds of a request with neither and with both, all of a replica's own work in one process.
+
+    The data plane as a replica runs it, called as Serve calls it, in turns of a tenth of a second: what drifts is the
+    same for both. Without Serve, the edge and a network the request is shorter, so the share is an upper bound.
+    """
+    spent: dict[str, list[float]] = {"off": [], "on": []}
+    with ThreadPoolExecutor(2) as threads:
         view = RegistryView(registry, threads, ttl_s=60)
-        keeper = QuotaKeeper(concurrent_requests=80)
-        identities = Identities(view, OperatorKeys.of({Role.ADMIN: new_key("ADMIN").text}))
-        ref, headers = ModelRef.parse("acme"), {"x-api-key": key}
-        head = await view.head(ACME)
-        began = time.perf_counter()
-        for _ in range(count):
-            (await identities.identify(headers)).may_predict(ref)
-            with keeper.request(head):
-                pass
-        return (time.perf_counter() - began) / count * 1e6
+        loader = DeviceLoader(TensorSource(registry.store), CpuDevice(), threads, threads)
+        cache = ModelCache(ledger=Ledger(4, None), loader=loader)
+        inference = Inference(torch.device("cpu"))
+
+        def plane(operators: OperatorKeys | None) -> Callable[..., Awaitable[None]]:
+            service = InferenceService(
+                view=view, cache=cache, promotions=Promotions(cache, view.record, timeout_s=5), inference=inference,
+                admission=Admission(64, 256), cold=Admission(64, 0), quotas=QuotaKeeper(concurrent_requests=80),
+                timeout_s=10,
+            )  # fmt: skip
+            return create_app(
+                service, Identities(view, operators), replica="r", max_body_bytes=10**6, max_rows=64
+            )
+
+        sides = {
+            "off": (plane(None), [(b"serve_multiplexed_model_id", b"free")]),
+            "on": (
+                plane(OperatorKeys.of({Role.ADMIN: new_key("ADMIN").text})),
+                [(b"serve_multiplexed_model_id", b"acme"), (b"x-api-key", key.encode())],
+            ),
+        }
+
+        async def ask(mode: str, count: int) -> None:
+            app, headers = sides[mode]
+            scope = {
+                "type": "http",
+                "method": "POST",
+                "path": "/predict",
+                "query_string": b"",
+                "headers": headers,
+            }
+            statuses: list[int] = []
+
+            async def receive() -> dict[str, Any]:
+                return {"type": "http.request", "body": body, "more_body": False}
+
+            async def send(message: Any) -> None:
+                if message["type"] == "http.response.start":
+                    statuses.append(message["status"])
+
+            for _ in range(count):
+                await app(scope, receive, send)
+            assert statuses == [200] * count
+
+        for turn in range(-4, turns):
+            for mode in ("off", "on") if turn % 2 == 0 else ("on", "off"):
+                began = time.process_time()
+                await asyncio.gather(*(ask(mode, 16) for _ in range(8)))
+                if turn >= 0:
+                    spent[mode].append((time.process_time() - began) / 128 * 1e6)
+        inference.close()
+    return statistics.median(spent["off"]), statistics.median(spent["on"])
 
 
 def requests_per_s(url: str, shots: list[Shot], load: dict[str, Any], seconds: float) -> float:
