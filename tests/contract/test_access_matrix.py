@@ -16,7 +16,9 @@ import httpx
 import numpy as np
 import pytest
 
-from flatshare.control.access import BURST, RULES
+from flatshare.control.access import BURST, RULES, Access
+from flatshare.control.deployment import CONTROL_PREFIX
+from flatshare.edge.configuration import OPEN_PATHS
 
 from .planes import MODEL, Control, Data, data_plane
 
@@ -199,6 +201,12 @@ def control(tmp_path: Path) -> Control:
 
 def test_every_route_of_the_control_plane_has_a_row(tmp_path: Path) -> None:
     assert routes(Control(tmp_path).app._app) == CONTROL.keys() | CONTROL_OPEN == RULES.keys()
+
+
+def test_the_edge_knows_what_is_answered_without_a_key() -> None:
+    """Else a bad key shown there would count as one that the control plane took."""
+    for (_, path), access in RULES.items():
+        assert (access is Access.OPEN) == f"{CONTROL_PREFIX}{path}".startswith(OPEN_PATHS)
 
 
 @pytest.mark.parametrize("who", WHO)

@@ -32,7 +32,7 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
-from flatshare.edge.configuration import REFUSALS, EdgeOptions, render, server_ids
+from flatshare.edge.configuration import OPEN_PATHS, REFUSALS, EdgeOptions, render, server_ids
 from flatshare.edge.process import HaproxyProcess, find_haproxy, run_check
 from flatshare.errors import LocalError
 from flatshare.pool.details import Target
@@ -355,6 +355,38 @@ def test_who_tries_key_after_key_on_the_control_plane_is_kept_off_it(
         assert client.post("/predict", headers={MODEL: "acme"}).status_code == 200, (
             "the data plane is not closed"
         )
+
+
+def test_refusals_on_the_data_plane_do_not_keep_an_operator_off_the_control_plane(
+    edge: Edge, backends: list[Backend]
+) -> None:
+    """A tenant that was erased still has clients; theirs may be the operator's address too."""
+    edge.process.start(edge.config(backends[:1], backends[1:2]))
+    with httpx.Client(base_url=edge.url) as client:
+        for number in range(REFUSALS * 2):
+            shown = {"x-api-key": f"fs_gone.{number}", "x-test-status": "401"}
+            assert client.post("/predict", headers={MODEL: "gone", **shown}).status_code == 401
+        assert client.get("/admin/replicas", headers={"x-api-key": "fs_ADMIN.good"}).status_code == 200
+
+
+def test_an_operator_whose_key_was_taken_lately_is_not_kept_off_by_others_of_the_same_address(
+    edge: Edge, backends: list[Backend]
+) -> None:
+    edge.process.start(edge.config(backends[:1], backends[1:2]))
+    good = {"authorization": "Bearer fs_ADMIN.good"}
+    with httpx.Client(base_url=edge.url) as client:
+        assert client.get("/admin/replicas", headers=good).status_code == 200
+        # Neither the data plane nor what is open to all takes a key for the control plane.
+        assert client.post("/predict", headers={MODEL: "m", "x-api-key": "fs_tenant.key"}).status_code == 200
+        for path in OPEN_PATHS:
+            assert client.get(path, headers={"x-api-key": "fs_tenant.key"}).status_code == 200
+        for number in range(REFUSALS + 1):
+            shown = {"x-api-key": f"fs_ADMIN.{number}", "x-test-status": "401"}
+            assert client.get("/admin/tenants", headers=shown).status_code == 401
+        for unknown in ({"x-api-key": "fs_ADMIN.again"}, {"x-api-key": "fs_tenant.key"}, {}):
+            assert client.get("/admin/tenants", headers=unknown).status_code == 429
+        for _ in range(5):
+            assert client.get("/admin/tenants", headers=good).status_code == 200
 
 
 def test_disconnects_are_watched_for_where_an_answer_comes_in_pieces(

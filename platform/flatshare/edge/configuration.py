@@ -19,7 +19,8 @@ What matters, and why:
 - Who is refused by the replicas again and again (400 to 499, ``REFUSALS`` times in ten seconds) is held
   back here, a second each time, by the key that they show, but for ``HELD_BACK_PER_S`` requests: a replica's
   refusal costs a quarter of a millisecond of its core, and a flood of them would be felt by others.
-  Limits themselves are the replicas'.
+  Limits themselves are the replicas'. The control plane has few places: an address from which key after key
+  is tried there is refused, but not who showed a key lately that it took.
 - The admin socket is a file that only this user can open; there is no stats port.
 """
 
@@ -48,6 +49,12 @@ REFUSALS: Final = 100
 HELD_BACK_PER_S: Final = 20
 """Requests a second of such a key that still pass. They count when they come: a flood comes in waves, all held
 back for the same second, and refusals are known only later."""
+
+OPERATOR_S: Final = 3600
+"""How long after the control plane took a key it is not kept off with the others of its address."""
+
+OPEN_PATHS: Final = ("/admin/docs", "/admin/redoc", "/admin/openapi.json")
+"""Of the control plane, answered without a key: that one was shown there says nothing of it."""
 
 MAX_SERVER_ID: Final = 2**31 - 1
 
@@ -153,6 +160,9 @@ defaults
 backend refusals
     stick-table type binary len 32 size 100k expire 10s store gpc0,gpc0_rate(10s),http_req_rate(1s)
 
+backend operators
+    stick-table type binary len 32 size 10k expire {OPERATOR_S}s store gpc0
+
 frontend edge
     bind {_bind_address(options)}
     # One client that opens connections and says nothing must not take them all.
@@ -176,9 +186,13 @@ frontend edge
     # Digests only: no key stands in a table that the admin socket shows.
     http-request track-sc1 var(txn.shown),sha2(256) table refusals if {{ var(txn.shown) -m found }}
     http-request tarpit deny_status 429 if {{ sc1_gpc0_rate(refusals) gt {REFUSALS} }} {{ sc1_http_req_rate(refusals) gt {HELD_BACK_PER_S} }}
-    # Who tries key after key on the control plane must not keep the operator from it.
-    {_refuse(429, options)} hdr retry-after 10 if {{ path_beg /admin }} {{ sc0_gpc0_rate gt {REFUSALS} }}
-    http-response sc-inc-gpc0(0) if {{ status 401 }}
+    # Who tries key after key on the control plane must not keep the operator from it; nor may an address that the
+    # operator shares with them, once the control plane took the operator's key.
+    http-request set-var(txn.control) bool(true) if {{ path /admin }} or {{ path_beg /admin/ }}
+    http-request set-var(txn.open) bool(true) if {{ path_beg {" ".join(OPEN_PATHS)} }}
+    {_refuse(429, options)} hdr retry-after 10 if {{ var(txn.control) -m found }} {{ sc0_gpc0_rate gt {REFUSALS} }} !{{ var(txn.shown),sha2(256),in_table(operators) -m bool }}
+    http-response sc-inc-gpc0(0) if {{ var(txn.control) -m found }} {{ status 401 }}
+    http-response track-sc2 var(txn.shown),sha2(256) table operators if {{ var(txn.control) -m found }} {{ status 200:299 }} {{ var(txn.shown) -m found }} !{{ var(txn.open) -m found }}
     http-response sc-inc-gpc0(1) if {{ status 400:403 405:499 }} {{ var(txn.shown) -m found }}
     # An operator's key may ask for many tenants, some of them gone; a bad one like it is a 401.
     http-response sc-inc-gpc0(1) if {{ status 404 }} {{ var(txn.shown) -m found }} !{{ var(txn.shown) -m beg fs_ADMIN. }}
@@ -197,7 +211,7 @@ frontend edge
     http-request set-header serve_multiplexed_model_id %[path,field(4,/),url_dec] if {{ path_beg /v2/models/ }}
     {_refuse(400, options)} if {{ path_beg /v2/models/ }} {{ req.hdr(serve_multiplexed_model_id) -m reg '[^ -~]' }}
     http-request set-var(txn.home) req.hdr(serve_multiplexed_model_id),regsub(:production$,)
-    use_backend control if {{ path /admin }} or {{ path_beg /admin/ }}
+    use_backend control if {{ var(txn.control) -m found }}
     default_backend pool
 
 backend pool
