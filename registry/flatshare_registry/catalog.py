@@ -352,6 +352,18 @@ class Registry:
         """
         return self._heads.audit(tenant)
 
+    def note(self, tenant: TenantId, action: Action, detail: Mapping[str, str]) -> None:
+        """Write an audit entry of something that is done with a tenant outside the registry.
+
+        Written before it is done: an entry without a deed is found out sooner than a deed without one.
+
+        Raises
+        ------
+        NotFound
+            No such tenant.
+        """
+        self._heads.change(tenant, action, lambda head: head, entry_only=True, tell=lambda old, new: detail)
+
     def verify_audit(self, tenant: TenantId) -> list[str]:
         """What is wrong with a tenant's audit log, in words; empty when its chain is whole.
 

@@ -180,6 +180,7 @@ class HeadStore:
         edit: Callable[[TenantHead], TenantHead],
         *,
         also_deleted: bool = False,
+        entry_only: bool = False,
         alias: AliasName | None = None,
         from_version: int | None = None,
         to_version: int | None = None,
@@ -191,9 +192,11 @@ class HeadStore:
         ----------
         edit
             Gets the current head and returns the wanted one, or raises. May run several times.
-            Returning an equal head changes nothing.
+            Returning an equal head changes nothing, unless ``entry_only``.
         also_deleted
             Whether ``edit`` also wants the heads of deleted tenants.
+        entry_only
+            The change is not in the head; its entry is written all the same.
         alias, from_version, to_version
             For the audit entry; the versions of an alias are filled in from the two heads.
         tell
@@ -216,7 +219,7 @@ class HeadStore:
             if not head.state.exists and not also_deleted:
                 raise NotFound(f"there is no tenant {tenant}")
             wanted = edit(head)
-            if wanted == head:
+            if wanted == head and not entry_only:
                 return head
             self._write_log(head.last_entry)  # the last writer may have died before it could
             entry = self._entry(

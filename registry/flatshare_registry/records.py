@@ -154,6 +154,9 @@ class Action(StrEnum):
     TENANT_SUSPENDED = "tenant.suspended"
     TENANT_RESUMED = "tenant.resumed"
     TENANT_ERASED = "tenant.erased"
+    FLEET_PRELOAD = "fleet.preload"
+    FLEET_UNPIN = "fleet.unpin"
+    FLEET_UNLOAD = "fleet.unload"
 
 
 class AuditEntry(_Record):

@@ -37,7 +37,7 @@ from flatshare.errors import ServeError
 from flatshare_registry.catalog import Registry
 from flatshare_registry.errors import InvalidInput
 from flatshare_registry.ids import AliasName, ModelRef, TenantId
-from flatshare_registry.records import DEFAULT_PLAN, Quotas, TenantHead
+from flatshare_registry.records import DEFAULT_PLAN, Action, Quotas, TenantHead
 
 __all__ = ["RegistryHeads", "create_control_app"]
 
@@ -85,7 +85,7 @@ def create_control_app(
     _add_quotas(app, registry, fleet, plans or {})
     _add_versions(app, registry, fleet)
     _add_aliases(app, registry, fleet)
-    _add_fleet(app, fleet)
+    _add_fleet(app, registry, fleet)
     return Gate(app, identities)
 
 
@@ -271,23 +271,32 @@ def _add_aliases(app: FastAPI, registry: Registry, fleet: Fleet) -> None:
         return await changed(TenantId(tenant), _for(registry, request).rollback, AliasName(alias))
 
 
-def _add_fleet(app: FastAPI, fleet: Fleet) -> None:
+def _add_fleet(app: FastAPI, registry: Registry, fleet: Fleet) -> None:
+    async def noted(request: Request, model: str, action: Action, **detail: str) -> str:
+        """The ref, once the tenant's log says what is going to be done with it."""
+        ref = ModelRef.parse(model)
+        note = _for(registry, request).note
+        await asyncio.to_thread(note, ref.tenant, action, {"model": str(ref), **detail})
+        return str(ref)
+
     @app.get("/replicas", tags=["fleet"])
     async def replicas() -> FleetReply:
         """Every replica, the models in it, and fleet totals."""
         return FleetReply.of(await fleet.view())
 
     @app.post("/preload", tags=["fleet"])
-    async def preload(body: PreloadRequest) -> Refreshed:
+    async def preload(body: PreloadRequest, request: Request) -> Refreshed:
         """Make a model resident on every replica, before its first request; with `pin`, for good."""
-        return Refreshed(refreshed=await fleet.preload(str(ModelRef.parse(body.model)), pin=body.pin))
+        pin = "yes" if body.pin else "no"
+        model = await noted(request, body.model, Action.FLEET_PRELOAD, pin=pin)
+        return Refreshed(refreshed=await fleet.preload(model, pin=body.pin))
 
     @app.post("/unpin", tags=["fleet"])
-    async def unpin(body: ModelRequest) -> dict[str, int]:
+    async def unpin(body: ModelRequest, request: Request) -> dict[str, int]:
         """Let a pinned model be evicted again; on how many replicas it was pinned."""
-        return {"unpinned": await fleet.unpin(str(ModelRef.parse(body.model)))}
+        return {"unpinned": await fleet.unpin(await noted(request, body.model, Action.FLEET_UNPIN))}
 
     @app.post("/unload", tags=["fleet"])
-    async def unload(body: ModelRequest) -> dict[str, int]:
+    async def unload(body: ModelRequest, request: Request) -> dict[str, int]:
         """Free a model everywhere, as its leases end; it is loaded again at its next request."""
-        return {"unloaded": await fleet.unload(str(ModelRef.parse(body.model)))}
+        return {"unloaded": await fleet.unload(await noted(request, body.model, Action.FLEET_UNLOAD))}

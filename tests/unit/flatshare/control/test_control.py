@@ -169,12 +169,32 @@ async def test_the_fleet_is_shown_with_totals_and_those_that_cannot_answer(clien
 
 
 async def test_preload_and_unload(world: World, client: httpx.AsyncClient) -> None:
+    world.registry.create_tenant(TenantId("acme"))
+    world.register(1)
     assert (await client.post("/preload", json={"model": "acme:production"})).status_code == 200
     assert world.replicas.calls[-1] == ("preload", "acme", False)
     assert (await client.post("/preload", json={"model": "acme", "pin": True})).status_code == 200
     assert world.replicas.calls[-1] == ("preload", "acme", True)
     assert (await client.post("/unpin", json={"model": "acme"})).json() == {"unpinned": 1}
     assert (await client.post("/unload", json={"model": "acme@1"})).json() == {"unloaded": 1}
+
+    # The tenant's log tells who asked for each, and is still one chain.
+    entries = (await client.get("/tenants/acme/audit")).json()["entries"][-4:]
+    assert [(one["action"], one["detail"]) for one in entries] == [
+        ("fleet.preload", {"model": "acme", "pin": "no"}),
+        ("fleet.preload", {"model": "acme", "pin": "yes"}),
+        ("fleet.unpin", {"model": "acme"}),
+        ("fleet.unload", {"model": "acme@1"}),
+    ]
+    assert all(one["actor"] and one["request_id"] for one in entries)
+    assert (await client.get("/tenants/acme/audit/verify")).json()["whole"]
+
+
+@pytest.mark.parametrize("path", ["/preload", "/unpin", "/unload"])
+async def test_what_can_not_be_noted_is_not_done(world: World, client: httpx.AsyncClient, path: str) -> None:
+    reply = await client.post(path, json={"model": "nobody"})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (404, "not_found")
+    assert world.replicas.calls == []
 
 
 @pytest.mark.parametrize(
