@@ -19,7 +19,7 @@ from flatshare_registry.errors import AlreadyExists, Corrupt, InvalidWeights, No
 from flatshare_registry.heads import HeadStore
 from flatshare_registry.ids import TenantId
 from flatshare_registry.records import Action, TenantHead, TenantState, VersionRecord, with_past
-from flatshare_registry.stores.base import BlobStore, Create, Overwrite
+from flatshare_registry.stores.base import BlobMeta, BlobStore, Create, Overwrite
 from flatshare_registry.tenancy import EMPTY
 from flatshare_registry.weights import describe
 
@@ -158,7 +158,8 @@ class Eraser:
             meta.key.rpartition("/")[2].partition(".")[0]
             for meta in self._store.list(layout.erasure_held_prefix(tenant))
         }
-        named = self._named_by_others(tenant)
+        seen: dict[str, tuple[str, Collection[str]]] = {}
+        named = self._named_by_others(tenant, seen)
         kept = [digest for digest in leaving.blobs if digest in named]
         for digest in held & named:
             self._put_back(tenant, digest)
@@ -169,7 +170,7 @@ class Eraser:
             progress(index + 1, len(going) + 1)
         # Who registered the same weights meanwhile gets them back; only then is the copy let go.
         if going:
-            for digest in set(going) & self._named_by_others(tenant):
+            for digest in set(going) & self._named_by_others(tenant, seen):
                 self._put_back(tenant, digest)
                 going.remove(digest)
                 kept.append(digest)
@@ -197,20 +198,30 @@ class Eraser:
                     left -= {one.sha256 for one in record.tensors}
         return left
 
-    def _named_by_others(self, tenant: TenantId) -> set[str]:
-        """Blobs that some other tenant's head names now."""
+    def _named_by_others(self, tenant: TenantId, seen: dict[str, tuple[str, Collection[str]]]) -> set[str]:
+        """Blobs that some other tenant's head names now.
+
+        Parameters
+        ----------
+        seen
+            By key, ETag of a head and what it named; added to. Heads that did not change are not read again.
+        """
         others = [
-            meta.key
+            meta
             for meta in self._store.list(layout.TENANTS)
             if layout.tenant_of_head(meta.key) not in (None, tenant)
         ]
 
-        def names(key: str) -> Collection[str]:
-            try:
-                head = TenantHead.decode(self._store.get(key).data, key)
-            except NotFound:
-                return ()
-            return head.versions.values() if head.state.exists else ()
+        def names(meta: BlobMeta) -> Collection[str]:
+            if meta.key not in seen or seen[meta.key][0] != meta.etag:
+                try:
+                    blob = self._store.get(meta.key)
+                except NotFound:
+                    return ()
+                head = TenantHead.decode(blob.data, meta.key)
+                named = tuple(head.versions.values()) if head.state.exists else ()
+                seen[meta.key] = (blob.meta.etag, named)
+            return seen[meta.key][1]
 
         with ThreadPoolExecutor(READ_THREADS) as threads:
             return {digest for found in threads.map(names, others) for digest in found}

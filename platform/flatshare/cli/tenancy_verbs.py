@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import time
+from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Any
 
+import httpx
 import typer
 from pydantic import ValidationError
 
@@ -44,7 +46,7 @@ TenantArgument = Annotated[str, typer.Argument(metavar="TENANT")]
 KeyArgument = Annotated[str, typer.Argument(metavar="KEY_ID", help="As `keys list` shows it.")]
 
 HOUR_S = 3600.0
-ERASE_TIMEOUT_S = 200.0
+ERASE_TIMEOUT_S = 60.0
 ERASE_TRIES = 5
 ERASE_AGAIN_S = 2.0
 DAY_S = 86_400.0
@@ -249,8 +251,9 @@ def erase(
     parsed = TenantId(tenant)
     if not yes:
         typer.confirm(f"Erase tenant {tenant}, its weights and keys, everywhere and for good?", abort=True)
-    with err.status("erasing ..."):
-        record = _erase(f"{platform_url(url)}/admin/tenants/{parsed}/erase")
+    with err.status("erasing ...") as status:
+        route = f"{platform_url(url)}/admin/tenants/{parsed}/erase"
+        record = _erase(route, lambda step: status.update(f"erasing: {printable(step)} ..."))
     if as_json:
         print_json(record)
         return
@@ -269,18 +272,22 @@ def erase(
     out.print(f"record {record['id']}, signed with {record['signature']['public_key']}", soft_wrap=True)
 
 
-def _erase(route: str) -> dict[str, Any]:
-    """Ask again while a replica that died owes a receipt: every step can be done again."""
-    for left in reversed(range(ERASE_TRIES)):
+def _erase(route: str, tell: Callable[[str], None]) -> dict[str, Any]:
+    """Ask until it is done, also while a replica that died owes a receipt: every step can be done again."""
+    left = ERASE_TRIES
+    while True:
         try:
-            record: dict[str, Any] = call("POST", route, timeout=ERASE_TIMEOUT_S).json()
-            return record
+            reply = call("POST", route, timeout=ERASE_TIMEOUT_S)
+            found: dict[str, Any] = reply.json()
+            if reply.status_code == httpx.codes.OK:
+                return found
+            tell(found["step"])  # it goes on; the next request waits for its end
         except Unavailable as error:
+            left -= 1
             if not left:
                 raise
             err.print(f"not finished: {error.message}; again ...", soft_wrap=True)
             time.sleep(ERASE_AGAIN_S)  # replicas come and go; nothing here can be awaited
-    raise AssertionError("unreachable: the last try returns or raises")
 
 
 @erasure_app.command("verify")
@@ -297,7 +304,7 @@ def verify_erasure(
 ) -> None:
     """Check an erased tenant's records and tombstone, and that nothing of it is stored (else exit code 6)."""
     need_serve_extra()
-    from flatshare.control.erasure import Signer, erasure_problems, read_records
+    from flatshare.control.erasure_record import Signer, erasure_problems, read_records
     from flatshare.local.keys import key_file
     from flatshare.settings import Settings
 

@@ -7,18 +7,20 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Response
 
 from flatshare.api.http import ERROR_REPLIES, install_error_handlers, request_id_of
 from flatshare.api.identity import Identities
 from flatshare.control.access import Gate, caller_of
-from flatshare.control.erasure import Erasure, Signer
+from flatshare.control.erasure import Erasing, Erasure, Erasures
+from flatshare.control.erasure_record import Record, Signer
 from flatshare.control.fleet import Fleet
 from flatshare.control.schemas import (
     AliasChange,
     AliasChanged,
     AuditReply,
     AuditVerified,
+    ErasingReply,
     FleetReply,
     KeyReply,
     ModelRequest,
@@ -156,14 +158,27 @@ def _add_leaving(app: FastAPI, registry: Registry, fleet: Fleet, erasure_key_fil
         await asyncio.to_thread(_for(registry, request).tenancy.resume, parsed)
         return Refreshed(refreshed=await fleet.refresh(parsed))
 
-    @app.post("/tenants/{tenant}/erase", tags=["tenants"])
-    async def erase(tenant: str, request: Request) -> dict[str, Any]:
-        """Erase a tenant from store, nodes and replicas; the signed record of it. Run again to finish."""
+    erasures = Erasures()
+
+    @app.post("/tenants/{tenant}/erase", tags=["tenants"], responses={202: {"model": ErasingReply}})
+    async def erase(tenant: str, request: Request, response: Response) -> Record | ErasingReply:
+        """Erase a tenant from store, nodes and replicas; the signed record of it.
+
+        One that takes long goes on without the caller (202): ask again, for its end. One that failed is
+        finished by asking again, too.
+        """
         if erasure_key_file is None:
             raise ServeError("this control plane has no key to sign erasure records with")
-        signer = await asyncio.to_thread(Signer, erasure_key_file)
-        erasure = Erasure(_for(registry, request), fleet, signer)
-        return await erasure.run(TenantId(tenant), caller_of(request).name)
+        key_file, acting = erasure_key_file, _for(registry, request)
+
+        async def make() -> Erasure:
+            return Erasure(acting, fleet, await asyncio.to_thread(Signer, key_file))
+
+        found = await erasures.run(TenantId(tenant), make, caller_of(request).name)
+        if isinstance(found, Erasing):
+            response.status_code, response.headers["retry-after"] = 202, "1"
+            return ErasingReply(since=found.since, step=found.step)
+        return found
 
 
 def _add_keys(app: FastAPI, registry: Registry, fleet: Fleet) -> None:

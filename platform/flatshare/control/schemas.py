@@ -68,6 +68,13 @@ class PreloadRequest(ModelRequest):
     pin: bool = Field(default=False, description="Also keep it until it is unpinned or unloaded.")
 
 
+class ErasingReply(BaseModel):
+    """An erasure that goes on."""
+
+    since: float = Field(description="POSIX seconds.")
+    step: str = Field(description="What it does now.")
+
+
 class TenantReply(BaseModel):
     """A tenant."""
 

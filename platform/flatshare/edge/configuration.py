@@ -227,8 +227,8 @@ backend pool
 
 backend control
     balance roundrobin
-    # To erase a tenant takes as long as its last request.
-    timeout server 180s
+    # Broadcasts and erasures answer within half of it.
+    timeout server 60s
     # Changes are not sent twice: only what never reached a replica is tried again.
     retry-on conn-failure
     option httpchk GET /-/healthz

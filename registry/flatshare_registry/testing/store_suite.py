@@ -138,6 +138,8 @@ class BlobStoreSuite:
         assert [meta.key for meta in store.list("")] == ["a/5", "b/1", "b/2", "b/sub/3", "bb/4"]
         assert list(store.list("none/")) == []
         assert {meta.key: meta.size_bytes for meta in store.list("b/")}["b/sub/3"] == 7
+        for meta in store.list("b/"):
+            assert meta.etag == store.get(meta.key).meta.etag, "what did not change need not be read again"
 
     def test_list_is_whole_beyond_one_page(self, store: BlobStore) -> None:
         for number in range(1010):  # S3 lists 1,000 at a time

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import boto3
 import pytest
 
@@ -127,6 +129,24 @@ def test_a_registration_that_meets_the_erasure_keeps_its_weights() -> None:
     Registry(FaultyStore(store, before=meet)).eraser.remove(leaving)
     record = registry.version(GLOBEX, registered[0])
     assert store.get(layout.blob_key(record.digest)).data == tiny_weights(1.0)
+
+
+def test_heads_that_did_not_change_are_read_once() -> None:
+    store = MemoryStore()
+    registry = filled(store)
+    others = [GLOBEX, *(TenantId(f"tenant-{number}") for number in range(20))]
+    for other in others[1:]:
+        registry.create_tenant(other)
+    read: Counter[str] = Counter()
+
+    def count(operation: str, key: str) -> None:
+        if operation == "get" and key.endswith("/head.json"):
+            read[key] += 1
+
+    leaving = registry.eraser.begin(ACME)
+    Registry(FaultyStore(store, before=count)).eraser.remove(leaving)
+    assert {read[layout.head_key(other)] for other in others} == {1}
+    assert layout.blob_key(registry.version(GLOBEX, 1).digest) in left(registry)
 
 
 @pytest.mark.parametrize("rerun", [True, False])
