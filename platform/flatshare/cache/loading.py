@@ -99,7 +99,8 @@ class DeviceLoader:
         """See :class:`Loader`."""
         self._proven.forget((record.digest, record.architecture))
         self.let_go()  # all of it: memory that went wrong once is not asked which part of it did
-        self._local_threads.submit(self.source.recheck, record)
+        with contextlib.suppress(RuntimeError):  # the replica is stopping: its threads take nothing more
+            self._local_threads.submit(self.source.recheck, record)
 
     def let_go(self) -> None:
         """See :class:`Loader`."""

@@ -457,6 +457,14 @@ def test_promise_5_versions_that_overlap_fetch_what_they_share_once(tmp_path: Pa
     assert sum(source.fetched_bytes for source in sources) == sum(unique.values())
 
 
+def test_a_model_that_goes_wrong_while_the_replica_stops_is_no_other_error(
+    store: CountingStore, record: VersionRecord
+) -> None:
+    over = ThreadPoolExecutor(1)
+    over.shutdown()
+    DeviceLoader(TensorSource(store), DEVICE, over, over).distrust(record)
+
+
 async def test_a_device_that_is_out_of_memory_is_no_fault_of_the_model(
     store: CountingStore, record: VersionRecord, threads: ThreadPoolExecutor
 ) -> None:
