@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import json
 import os
+import statistics
 import subprocess
 import sys
 import threading
@@ -27,7 +28,10 @@ from flatshare_registry.records import TenantHead, TenantState
 from .conftest import MODEL, Platform, end, processes_of, random_rows, start
 
 SECONDS = float(os.environ.get("FLATSHARE_TEST_SECONDS", "6"))
-"""Of each half of the aggressor test."""
+"""Of each round of the aggressor test."""
+
+ROUNDS = 3
+"""Beside the aggressor. The median of their p99s counts: one stall of a shared machine is in one of them."""
 
 VICTIMS = 20
 VERSIONS = 12
@@ -37,7 +41,7 @@ VICTIM_RATE = 40.0
 """Requests a second of all victims together: what two cores do easily beside their own client."""
 
 SHARE = 3.0
-P50_SLACK_S, P99_SLACK_S = 0.03, 0.3
+P50_SLACK_S, P99_SLACK_S = 0.03, 0.2
 """The victims' median and p99 beside the aggressor are at most this many times those without it, and so much
 more: two cores, which the platform shares with both clients and an S3 server."""
 
@@ -177,21 +181,24 @@ def test_an_aggressor_moves_nobodys_p99_far_and_evicts_nobody_below_the_floor(sh
     before = resident(shared, "victim-")
     assert set(before) == set(names)
     with aggression(shared, shared.key("bad-actor"), VERSIONS) as answers:
-        beside = victims_load(shared, keys, 2)
+        rounds = [victims_load(shared, keys, 2 + number) for number in range(ROUNDS)]
     after = resident(shared, "victim-")
+    beside = {share: statistics.median(quantile(one, share) for one in rounds) for share in (0.5, 0.9, 0.99)}
     figures = {
-        "victims": len(beside), "alone ms": [round(1000 * quantile(alone, share), 1) for share in (0.5, 0.9, 0.99)],
-            "beside ms": [round(1000 * quantile(beside, share), 1) for share in (0.5, 0.9, 0.99)], "aggressor": answers,
+        "victims": [len(one) for one in rounds],
+        "alone ms": [round(1000 * quantile(alone, share), 1) for share in beside],
+        "beside ms": [[round(1000 * quantile(one, share), 1) for share in beside] for one in rounds],
+        "aggressor": answers,
         "evictions below a floor": sum(max(before[name] - after[name], 0) for name in names),
-    }  # fmt: skip
+    }
     print(figures)
-    for outcomes in (alone, beside):
+    for outcomes in (alone, *rounds):
         assert [one.code for one in outcomes if one.code != "ok"] == []
         assert all(one.right for one in outcomes)
     assert after == before, figures
-    assert all(one.tier == "device" for one in beside), "no victim was ever loaded again"
-    assert quantile(beside, 0.5) <= SHARE * quantile(alone, 0.5) + P50_SLACK_S, figures
-    assert quantile(beside, 0.99) <= SHARE * quantile(alone, 0.99) + P99_SLACK_S, figures
+    assert all(one.tier == "device" for each in rounds for one in each), "no victim was ever loaded again"
+    assert beside[0.5] <= SHARE * quantile(alone, 0.5) + P50_SLACK_S, figures
+    assert beside[0.99] <= SHARE * quantile(alone, 0.99) + P99_SLACK_S, figures
     assert answers["429"] > answers["200"], figures
     assert answers["404"] > 0
     assert shared.fleet()["not_answering"] == []
