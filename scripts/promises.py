@@ -135,7 +135,7 @@ MUTATIONS = [
     ),
     Mutation(
         12, "bytes are not compared with their sha256", "platform/flatshare/cache/fetch.py",
-        "if self.hashed.hexdigest() != self.tensor.sha256:", "if False:",
+        "if self.hasher.hexdigest() != self.tensor.sha256:", "if False:",
         "tests/unit/flatshare/cache/test_loading.py::test_promise_12_every_flipped_bit_of_a_tensor_is_found",
     ),
 ]  # fmt: skip

@@ -1,8 +1,8 @@
 """From a version's record to the bytes of its tensors: the host tier first, then the store.
 
 Only what is missing is asked for: neighbouring tensors in one ranged GET, long runs in several that
-go side by side. Each tensor's sha256 is worked out as its bytes arrive and checked before anybody
-sees them (promise 12: every byte that is used was checked; the header of the file is not used).
+go side by side. Each tensor's sha256 is worked out as its bytes arrive (``hasher.py``) and checked before
+anybody sees them (promise 12: every byte that is used was checked; the header of the file is not used).
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from collections import deque
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import ExitStack
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from itertools import islice
 from typing import Final
 
+from flatshare.cache.hasher import Hasher
 from flatshare.cache.host_tier import HostTier
 from flatshare.cache.tier_writer import TensorWriter
 from flatshare.cache.tiers import Tier
@@ -90,6 +91,14 @@ class TensorSource:
         self._parts = parts
         self._clock = clock
         self._counting = threading.Lock()
+
+    def is_local(self, record: VersionRecord, names: Collection[str]) -> bool:
+        """Whether :meth:`read_local` is worth a thread: the host tier has files of all these names.
+
+        A look at names, not at files: it stops at the first that is missing, and may be wrong in a moment.
+        """
+        tier = self.tier
+        return tier is not None and all(tier.has(digest) for digest in _wanted(record, names))
 
     def read_local(self, record: VersionRecord, names: Collection[str]) -> Fetched | None:
         """As :meth:`read`, but only if the host tier has all of them; never asks the store."""
@@ -167,23 +176,24 @@ class TensorSource:
         pending = list(reversed(by_start))
         done: dict[str, memoryview] = {}
         sink: _Sink | None = None
-        try:
-            for start, data in self._read_parts(record, _ranges(by_start), deadline):
-                view = memoryview(data)
-                while pending and pending[-1].start < start + len(view):
-                    tensor = pending[-1]
-                    sink = sink or _Sink(record, tensor, tier)
-                    piece = view[tensor.start + sink.written - start : tensor.end - start]
-                    if sink.write(piece, len(view)):
-                        done[tensor.sha256] = sink.finish()
-                        sink = None
-                        pending.pop()
-                    else:
-                        break  # the rest of it is in the next part
-        except BaseException:
-            if sink is not None:
-                sink.abort()
-            raise
+        with Hasher() as hasher:
+            try:
+                for start, data in self._read_parts(record, _ranges(by_start), deadline):
+                    view = memoryview(data)
+                    while pending and pending[-1].start < start + len(view):
+                        tensor = pending[-1]
+                        sink = sink or _Sink(record, tensor, tier, hasher)
+                        piece = view[tensor.start + sink.written - start : tensor.end - start]
+                        if sink.write(piece, len(view)):
+                            done[tensor.sha256] = sink.finish()
+                            sink = None
+                            pending.pop()
+                        else:
+                            break  # the rest of it is in the next part
+            except BaseException:
+                if sink is not None:
+                    sink.abort()
+                raise
         assert not pending, "the ranges cover every tensor that was asked for"
         return done
 
@@ -255,11 +265,11 @@ class _Sink:
     record: VersionRecord
     tensor: TensorRecord
     tier: HostTier | None
+    hasher: Hasher
     written: int = 0
     writer: TensorWriter | None = None
     memory: bytearray | None = None
     only: memoryview | None = None
-    hashed: hashlib._Hash = field(default_factory=hashlib.sha256)
 
     def __post_init__(self) -> None:
         if self.tier is not None:
@@ -267,7 +277,7 @@ class _Sink:
 
     def write(self, data: memoryview, part_bytes: int) -> bool:
         """Take the next bytes, of a part of so many; whether the tensor is complete."""
-        self.hashed.update(data)
+        self.hasher.update(data)
         whole = not self.written and len(data) == self.tensor.size_bytes
         self.written += len(data)
         if self.writer is not None and not self.writer.write(data):
@@ -291,7 +301,7 @@ class _Sink:
         Corrupt
             The bytes are not the registered ones. Nothing was published.
         """
-        if self.hashed.hexdigest() != self.tensor.sha256:
+        if self.hasher.hexdigest() != self.tensor.sha256:
             self.abort()
             raise Corrupt(f"stored tensor {self.tensor.name} of {self.record.name} does not have its sha256")
         writer, self.writer = self.writer, None

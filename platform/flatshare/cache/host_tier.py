@@ -145,6 +145,10 @@ class HostTier:
         finally:
             os.close(handle)
 
+    def has(self, digest: str) -> bool:
+        """Whether there is a file of this name now; :meth:`open` says whether it is any good."""
+        return os.path.exists(self.path(digest))
+
     # -- writing
 
     @contextlib.contextmanager

@@ -131,6 +131,9 @@ class DeviceLoader:
             warm = self._warm.get(part for part in map(part_of, record.tensors) if part not in held)
             if warm is not None:
                 return Prepared(warm, Tier.HOST, self._build(record, warm, held, prove=False), proven=False)
+        # A look at names, here and now too: most loads from the store are seen not to be here by the first.
+        if not self.source.is_local(record, {one.name for one in record.tensors if part_of(one) not in held}):
+            return None
         return await in_thread(
             self._local_threads,
             lambda: self._prepare(record, held, lambda names: self.source.read_local(record, names)),

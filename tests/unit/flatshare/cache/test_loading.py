@@ -414,6 +414,22 @@ async def test_promise_11_the_nodes_files_are_served_while_the_store_has_all_thr
         assert all(one.result() for one in waiting)
 
 
+async def test_what_is_not_on_the_node_waits_for_none_of_its_threads(
+    store: CountingStore, record: VersionRecord, tmp_path: Path
+) -> None:
+    hang = threading.Event()
+    with ThreadPoolExecutor(2) as fetching, ThreadPoolExecutor(1) as stuck:
+        loader = DeviceLoader(TensorSource(store, HostTier(tmp_path, 10**9)), DEVICE, fetching, stuck)
+        cache = ModelCache(ledger=Ledger(4, None), loader=loader)
+        waiting = stuck.submit(hang.wait, 20)
+        try:
+            with await cache.lease(record, 5) as lease:
+                assert lease.tier is Tier.STORE
+        finally:
+            hang.set()
+        assert waiting.result()
+
+
 async def test_a_file_that_went_bad_on_the_node_is_found_and_removed(
     store: CountingStore, record: VersionRecord, threads: ThreadPoolExecutor, tmp_path: Path
 ) -> None:
