@@ -15,8 +15,9 @@ from typing import Final
 from flatshare_registry import layout
 from flatshare_registry.erasure import Eraser
 from flatshare_registry.errors import AlreadyExists, NotFound, StillReferenced
-from flatshare_registry.heads import HeadStore
+from flatshare_registry.heads import HeadStore, select
 from flatshare_registry.ids import PRODUCTION, AliasName, ModelRef, TenantId
+from flatshare_registry.pins import Pins
 from flatshare_registry.records import (
     Action,
     AuditEntry,
@@ -58,6 +59,8 @@ class Registry:
         Keys, quotas, suspension.
     eraser
         Erasure, as far as the store goes.
+    pins
+        What every replica keeps resident.
 
     Notes
     -----
@@ -79,6 +82,7 @@ class Registry:
         self._registrar = Registrar(store, self._heads, actor, clock)
         self.tenancy = Tenancy(self._heads)
         self.eraser = Eraser(store, self._heads)
+        self.pins = Pins(store, self._heads)
 
     def acting_as(self, actor: str, request_id: str | None = None) -> Registry:
         """The same registry, for changes that somebody else makes."""
@@ -161,11 +165,7 @@ class Registry:
         NotFound
             No such tenant, and nothing of it left over.
         """
-        leftovers = [
-            meta.key
-            for prefix in (layout.versions_prefix(tenant), layout.used_prefix(tenant))
-            for meta in self.store.list(prefix)
-        ]
+        leftovers = [meta.key for prefix in _leftovers(tenant) for meta in self.store.list(prefix)]
         try:
             self._heads.change(
                 tenant,
@@ -398,19 +398,6 @@ class Registry:
         return self._heads.change(tenant, action, move, alias=alias)
 
 
-def select(head: TenantHead, ref: ModelRef) -> int:
-    """The version number that a ref means under this head.
-
-    Raises
-    ------
-    NotFound
-        The head has no such alias or version.
-    """
-    if isinstance(ref.selector, int):
-        if ref.selector not in head.versions:
-            raise NotFound(f"tenant {ref.tenant} has no version {ref.selector}")
-        return ref.selector
-    version = head.aliases.get(ref.selector)
-    if version is None:
-        raise NotFound(f"tenant {ref.tenant} has no alias {ref.selector}")
-    return version
+def _leftovers(tenant: TenantId) -> tuple[str, ...]:
+    """Prefixes of what a tenant has beside its head and log."""
+    return (layout.versions_prefix(tenant), layout.used_prefix(tenant), layout.pins_prefix(tenant))

@@ -130,7 +130,9 @@ class Eraser:
 
     def finish(self, leaving: Leaving) -> None:
         """Forget the plan: all of it is done, and its record stands."""
-        self._store.purge_all(layout.used_prefix(leaving.tenant))  # a note that was on its way
+        # What was on its way meanwhile.
+        self._store.purge_all(layout.used_prefix(leaving.tenant))
+        self._store.purge_all(layout.pins_prefix(leaving.tenant))
         self._store.purge(layout.erasure_plan_key(leaving.tenant))
 
     def _plan(self, tenant: TenantId) -> dict[str, list[Any]]:
@@ -175,7 +177,9 @@ class Eraser:
                 going.remove(digest)
                 kept.append(digest)
         self._store.purge_all(layout.erasure_held_prefix(tenant))
-        for prefix in (layout.used_prefix(tenant), layout.versions_prefix(tenant)):
+        for prefix in (
+            layout.used_prefix(tenant), layout.pins_prefix(tenant), layout.versions_prefix(tenant)
+        ):  # fmt: skip
             objects += self._store.purge_all(prefix)
         # Earlier states of the head named keys, aliases and notes.
         objects += self._store.purge(layout.head_key(tenant), keep_latest=True)

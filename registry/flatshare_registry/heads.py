@@ -15,7 +15,7 @@ from typing import Final
 
 from flatshare_registry import layout
 from flatshare_registry.errors import AlreadyExists, Conflict, Corrupt, NotFound, Unavailable
-from flatshare_registry.ids import AliasName, TenantId
+from flatshare_registry.ids import AliasName, ModelRef, TenantId
 from flatshare_registry.records import (
     ULID_TIME_CHARS,
     Action,
@@ -28,7 +28,7 @@ from flatshare_registry.records import (
 )
 from flatshare_registry.stores.base import BlobStore, Create, UpdateIf
 
-__all__ = ["MAX_SWAP_TRIES", "HeadStore", "chain_problems"]
+__all__ = ["MAX_SWAP_TRIES", "HeadStore", "chain_problems", "decode_head", "select"]
 
 MAX_SWAP_TRIES: Final = 50
 """Tries of one compare-and-swap before giving up: each lost race means that somebody else's change
@@ -367,3 +367,21 @@ def decode_head(tenant: TenantId, data: bytes) -> TenantHead:
     if head.tenant != tenant:
         raise Corrupt(f"{key} is the head of another tenant")
     return head
+
+
+def select(head: TenantHead, ref: ModelRef) -> int:
+    """The version number that a ref means under this head.
+
+    Raises
+    ------
+    NotFound
+        The head has no such alias or version.
+    """
+    if isinstance(ref.selector, int):
+        if ref.selector not in head.versions:
+            raise NotFound(f"tenant {ref.tenant} has no version {ref.selector}")
+        return ref.selector
+    version = head.aliases.get(ref.selector)
+    if version is None:
+        raise NotFound(f"tenant {ref.tenant} has no alias {ref.selector}")
+    return version

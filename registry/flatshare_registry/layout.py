@@ -6,6 +6,7 @@
     tenants/<tenant>/versions/<00000007>.json   VersionRecord, immutable, created if absent
     tenants/<tenant>/log/<ulid>.json            AuditEntry, immutable, created if absent
     tenants/<tenant>/used/<key id>.json         when a key was used last, to the hour
+    pins/<tenant>/<ref>.json                    empty: every replica keeps this ref resident
     erasures/<tenant>/<ulid>.json               what was erased of a tenant, signed
     erasures/<tenant>/plan.json                 what is to be erased, while that is under way
     blobs/sha256/<ab>/<digest>.safetensors      weights, named by content, shared by equal versions
@@ -17,10 +18,11 @@ import re
 from typing import Final
 
 from flatshare_registry.errors import Corrupt
-from flatshare_registry.ids import TenantId
+from flatshare_registry.ids import ModelRef, TenantId
 
 TENANTS: Final = "tenants/"
 BLOBS: Final = "blobs/sha256/"
+PINS: Final = "pins/"
 
 _HEAD: Final = re.compile(r"tenants/([^/]+)/head\.json")
 _VERSION: Final = re.compile(r"tenants/([^/]+)/versions/([0-9]{8})\.json")
@@ -61,6 +63,21 @@ def used_prefix(tenant: TenantId) -> str:
 def used_key(tenant: TenantId, key_id: str) -> str:
     """Key of the note on when one API key was used."""
     return f"{used_prefix(tenant)}{key_id}.json"
+
+
+def pins_prefix(tenant: TenantId) -> str:
+    """Prefix of a tenant's pins."""
+    return f"{PINS}{tenant}/"
+
+
+def pin_key(ref: ModelRef) -> str:
+    """Key of one pin."""
+    return f"{pins_prefix(ref.tenant)}{ref}.json"
+
+
+def ref_of_pin(key: str) -> str:
+    """Text of the ref in a pin's key."""
+    return key.rpartition("/")[2].removesuffix(".json")
 
 
 def erasures_prefix(tenant: TenantId) -> str:

@@ -198,6 +198,7 @@ def test_a_replica_killed_under_load_costs_no_request(platform: Platform) -> Non
     rows = random_rows(16)
     expected = {n: platform.right(f"steady-{n}@1", rows) for n in range(4)}
     random = np.random.default_rng(1)
+    platform.cli("preload", "steady-0", "--pin")
     victim = platform.fleet()["replicas"][0]["pid"]
     killed = threading.Event()
 
@@ -219,6 +220,22 @@ def test_a_replica_killed_under_load_costs_no_request(platform: Platform) -> Non
     assert failed == []
     assert all(one.right for one in outcomes)
     wait_for_replicas(platform, 2)
+    # The new one pins what the fleet has pinned, without being asked for it.
+    deadline = time.monotonic() + 30
+    while (pinned := pins(platform)) != [{"steady-0"}, {"steady-0"}]:
+        assert time.monotonic() < deadline, pinned
+        threading.Event().wait(0.2)  # a load shows only by asking
+    assert victim not in [one["pid"] for one in platform.fleet()["replicas"]]
+    platform.cli("unpin", "steady-0")
+    assert pins(platform) == [set(), set()]
+
+
+def pins(platform: Platform) -> list[set[str]]:
+    """Tenants whose models are pinned, by replica."""
+    return [
+        {model["tenant"] for model in replica["models"] if model["pinned"]}
+        for replica in platform.fleet()["replicas"]
+    ]
 
 
 def wait_for_replicas(platform: Platform, count: int) -> None:

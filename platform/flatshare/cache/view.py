@@ -21,8 +21,9 @@ from typing import Final
 
 from cachetools import LRUCache, TTLCache
 
-from flatshare_registry.catalog import Registry, select
+from flatshare_registry.catalog import Registry
 from flatshare_registry.errors import Corrupt, NotFound, Unavailable
+from flatshare_registry.heads import select
 from flatshare_registry.ids import PRODUCTION, ModelRef, TenantId
 from flatshare_registry.records import TenantHead, VersionRecord
 

@@ -301,17 +301,27 @@ def _add_fleet(app: FastAPI, registry: Registry, fleet: Fleet) -> None:
 
     @app.post("/preload", tags=["fleet"])
     async def preload(body: PreloadRequest, request: Request) -> Refreshed:
-        """Make a model resident on every replica, before its first request; with `pin`, for good."""
+        """Make a model resident on every replica, before its first request.
+
+        With `pin`, for good, and on replicas that start later too.
+        """
         pin = "yes" if body.pin else "no"
         model = await noted(request, body.model, Action.FLEET_PRELOAD, pin=pin)
-        return Refreshed(refreshed=await fleet.preload(model, pin=body.pin))
+        told = await fleet.preload(model, pin=body.pin)
+        if body.pin:  # once it is: what has no room is not asked of every replica that starts
+            await asyncio.to_thread(registry.pins.add, ModelRef.parse(model))
+        return Refreshed(refreshed=told)
 
     @app.post("/unpin", tags=["fleet"])
     async def unpin(body: ModelRequest, request: Request) -> dict[str, int]:
         """Let a pinned model be evicted again; on how many replicas it was pinned."""
-        return {"unpinned": await fleet.unpin(await noted(request, body.model, Action.FLEET_UNPIN))}
+        model = await noted(request, body.model, Action.FLEET_UNPIN)
+        await asyncio.to_thread(registry.pins.remove, ModelRef.parse(model))
+        return {"unpinned": await fleet.unpin(model)}
 
     @app.post("/unload", tags=["fleet"])
     async def unload(body: ModelRequest, request: Request) -> dict[str, int]:
-        """Free a model everywhere, as its leases end; it is loaded again at its next request."""
-        return {"unloaded": await fleet.unload(await noted(request, body.model, Action.FLEET_UNLOAD))}
+        """Free a model everywhere, as its leases end, and end its pin; its next request loads it again."""
+        model = await noted(request, body.model, Action.FLEET_UNLOAD)
+        await asyncio.to_thread(registry.pins.remove, ModelRef.parse(model))
+        return {"unloaded": await fleet.unload(model)}

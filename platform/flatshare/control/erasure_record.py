@@ -118,7 +118,8 @@ def erasure_problems(
     elif not any(record.get("tombstone_link") == tombstone.link for record in records):
         problems.append("no record is of the tombstone that stands")
     for prefix in (
-        layout.versions_prefix(tenant), layout.used_prefix(tenant), layout.erasure_held_prefix(tenant)
+        layout.versions_prefix(tenant), layout.used_prefix(tenant), layout.pins_prefix(tenant),
+        layout.erasure_held_prefix(tenant),
     ):  # fmt: skip
         problems += [
             f"{key} is still in the store, or an earlier version of it" for key in store.history(prefix)

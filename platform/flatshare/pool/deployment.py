@@ -32,6 +32,7 @@ from flatshare.cache.loading import DeviceLoader
 from flatshare.cache.model_cache import LOCAL_CONCURRENCY, ModelCache
 from flatshare.cache.policy import POLICIES
 from flatshare.cache.promotions import Promotions
+from flatshare.cache.threads import in_thread
 from flatshare.cache.tiers import ModelKey
 from flatshare.cache.view import RegistryView
 from flatshare.engine.admission import Admission
@@ -42,6 +43,7 @@ from flatshare.errors import BadInput
 from flatshare.models.architecture import Architecture
 from flatshare.pool.key_use import KeyUse
 from flatshare.pool.multiplex import NEVER_EVICT, Advertiser
+from flatshare.pool.pins import restore_pins
 from flatshare.pool.receipt import EraseReceipt, HostReceipt
 from flatshare.pool.router import HomeReplicaRouter
 from flatshare.pool.snapshot import ReplicaSnapshot
@@ -108,8 +110,9 @@ class ClassifierPool:
             settings.plans, concurrent_requests=max(int(places * settings.tenant_share), 1)
         )
         self._advertiser = Advertiser(self, self.load_model, self._held_ids)
+        registry = Registry(store)
         self._view = RegistryView(
-            Registry(store), view_threads, ttl_s=settings.view_ttl_s, on_change=self._head_changed
+            registry, view_threads, ttl_s=settings.view_ttl_s, on_change=self._head_changed
         )
         self._host_tier = open_host_tier(settings.host_dir, settings.host_bytes)
         self._cache = ModelCache(
@@ -152,6 +155,14 @@ class ClassifierPool:
         )
         self._identities = Identities(
             self._view, operators, token_verifier(settings), used=KeyUse(store, key_threads)
+        )
+        self._restoring = asyncio.get_running_loop().create_task(
+            restore_pins(
+                lambda: in_thread(view_threads, registry.pins.refs),
+                lambda ref: self.preload(ref, pin=True),
+                self.unpin,
+            ),
+            name="restore pins",
         )
         logger.info("replica %s on %s with %d slots", self.replica, device.name, settings.slots)
 
@@ -298,6 +309,7 @@ class ClassifierPool:
         """Serve calls this when the replica stops."""
         if not hasattr(self, "_inference"):
             return  # the constructor failed
+        self._restoring.cancel()
         self._promotions.close()
         await self._cache.close(DRAIN_S)
         await asyncio.to_thread(self._inference.close)

@@ -387,3 +387,26 @@ def test_errors_survive_pickling(error: type[RegistryError]) -> None:
     copy = pickle.loads(pickle.dumps(error("why")))
     assert type(copy) is error
     assert copy.message == str(copy) == "why"
+
+
+def test_pins_are_kept_by_ref_and_forgotten_by_version() -> None:
+    registry = Registry(MemoryStore())
+    for tenant in ("acme", "globex"):
+        registry.create_tenant(TenantId(tenant))
+        for value in (1.0, 2.0):
+            registry.register(TenantId(tenant), weights(value), "tiny", SPECS)
+    texts = ["acme", "acme@1", "acme@2", "globex"]
+    for text in [*texts, "acme"]:
+        registry.pins.add(ModelRef.parse(text))
+    assert [str(ref) for ref in registry.pins.refs()] == texts
+    for text in ("nobody", "acme@9", "acme:canary"):
+        with pytest.raises(NotFound):
+            registry.pins.add(ModelRef.parse(text))
+        with pytest.raises(NotFound):
+            registry.pins.remove(ModelRef.parse(text))
+    registry.pins.remove(ModelRef.parse("acme@1"))  # what the bare id means, too
+    assert [str(ref) for ref in registry.pins.refs()] == ["acme@2", "globex"]
+    registry.store.put(f"{layout.PINS}acme/no ref.json", b"{}", Overwrite())
+    assert [str(ref) for ref in registry.pins.refs()] == ["acme@2", "globex"], "a stray object stops nobody"
+    registry.delete_tenant(TenantId("acme"))
+    assert [str(ref) for ref in registry.pins.refs()] == ["globex"]

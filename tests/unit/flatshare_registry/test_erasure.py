@@ -10,7 +10,7 @@ import pytest
 from flatshare_registry import Registry, TenantId, layout
 from flatshare_registry.erasure import StoreErasure
 from flatshare_registry.errors import AlreadyExists, NotFound, Unavailable
-from flatshare_registry.ids import AliasName
+from flatshare_registry.ids import AliasName, ModelRef
 from flatshare_registry.records import TenantState
 from flatshare_registry.stores.base import Create, Overwrite
 from flatshare_registry.stores.memory import MemoryStore
@@ -32,6 +32,7 @@ def filled(store: MemoryStore | S3Store) -> Registry:
     registry.delete_version(ACME, 3)
     made = registry.tenancy.create_key(ACME)
     store.put(layout.used_key(ACME, made.id), b'{"used_at": 1}', Create())
+    registry.pins.add(ModelRef.parse("acme@1"))
     return registry
 
 

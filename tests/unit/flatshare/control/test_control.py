@@ -137,8 +137,9 @@ async def test_a_replica_that_does_not_answer_does_not_undo_a_change(
     assert world.registry.head(TenantId("acme")).aliases == {"production": 2}
     fleet = (await client.get("/replicas")).json()
     assert (fleet["replicas"], [one["replica"] for one in fleet["not_answering"]]) == ([], ["r1", "r9"])
-    preload = await client.post("/preload", json={"model": "acme"})
+    preload = await client.post("/preload", json={"model": "acme", "pin": True})
     assert (preload.status_code, preload.json()["error"]["code"]) == (503, "fleet_unavailable")
+    assert world.registry.pins.refs() == [], "what could not be pinned is not asked of others"
 
 
 async def test_a_replica_that_dies_while_it_is_told_does_not_undo_a_change(
@@ -175,8 +176,11 @@ async def test_preload_and_unload(world: World, client: httpx.AsyncClient) -> No
     assert world.replicas.calls[-1] == ("preload", "acme", False)
     assert (await client.post("/preload", json={"model": "acme", "pin": True})).status_code == 200
     assert world.replicas.calls[-1] == ("preload", "acme", True)
+    assert [str(ref) for ref in world.registry.pins.refs()] == ["acme"], "replicas that start later know it"
     assert (await client.post("/unpin", json={"model": "acme"})).json() == {"unpinned": 1}
     assert (await client.post("/unload", json={"model": "acme@1"})).json() == {"unloaded": 1}
+
+    assert world.registry.pins.refs() == [], "unpinned and unloaded is pinned for nobody"
 
     # The tenant's log tells who asked for each, and is still one chain.
     entries = (await client.get("/tenants/acme/audit")).json()["entries"][-4:]
