@@ -22,6 +22,7 @@ from flatshare.cache.ledger import Ledger
 from flatshare.cache.loading import DeviceLoader
 from flatshare.cache.model_cache import ModelCache
 from flatshare.cache.promotions import Promotions
+from flatshare.cache.tiers import ModelKey
 from flatshare.cache.view import RegistryView
 from flatshare.engine.admission import Admission
 from flatshare.engine.inference import Inference
@@ -77,6 +78,15 @@ class World:
             max_rows=8,
         )
 
+    def close(self) -> None:
+        """End its thread and drop all weights: FastAPI remembers every app's functions, and so this, for good."""
+        self.inference.close()
+        for record in self.cache.resident_records():
+            self.cache.unload(ModelKey.of(record))
+        for meta in list(self.registry.store.list("")):
+            self.registry.store.delete(meta.key)
+        self.modules.clear()
+
     def _before(self, operation: str, key: str) -> None:
         if self.down:
             raise Unavailable("s3://secret-bucket is down")
@@ -104,7 +114,7 @@ def world() -> Iterator[World]:
         for seed, tenant in enumerate(("acme", "globex", "initech")):
             world.add(tenant, seed)
         yield world
-        world.inference.close()
+        world.close()
 
 
 @pytest.fixture
