@@ -65,7 +65,10 @@ class ModelRequest(BaseModel):
 class PreloadRequest(ModelRequest):
     """A model to make resident."""
 
-    pin: bool = Field(default=False, description="Also keep it, on replicas that start later too, until it is unpinned or unloaded.")
+    pin: bool = Field(
+        default=False,
+        description="Also keep it, on replicas that start later too, until it is unpinned or unloaded.",
+    )
 
 
 class ErasingReply(BaseModel):
