@@ -169,12 +169,9 @@ def _add_leaving(app: FastAPI, registry: Registry, fleet: Fleet, erasure_key_fil
         """
         if erasure_key_file is None:
             raise ServeError("this control plane has no key to sign erasure records with")
-        key_file, acting = erasure_key_file, _for(registry, request)
-
-        async def make() -> Erasure:
-            return Erasure(acting, fleet, await asyncio.to_thread(Signer, key_file))
-
-        found = await erasures.run(TenantId(tenant), make, caller_of(request).name)
+        signer = await asyncio.to_thread(Signer, erasure_key_file)
+        erasure = Erasure(_for(registry, request), fleet, signer)
+        found = await erasures.run(TenantId(tenant), erasure, caller_of(request).name)
         if isinstance(found, Erasing):
             response.status_code, response.headers["retry-after"] = 202, "1"
             return ErasingReply(since=found.since, step=found.step)

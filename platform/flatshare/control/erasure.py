@@ -20,7 +20,7 @@ import asyncio
 import itertools
 import json
 import time
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Final
 
@@ -213,9 +213,7 @@ class Erasures:
         self.wait_s = wait_s
         self._jobs: dict[TenantId, _Job] = {}
 
-    async def run(
-        self, tenant: TenantId, make: Callable[[], Awaitable[Erasure]], asked_by: str
-    ) -> Record | Erasing:
+    async def run(self, tenant: TenantId, erasure: Erasure, asked_by: str) -> Record | Erasing:
         """Begin the erasure of a tenant, or join the one under way.
 
         It goes on when the caller goes away. How it ended is told to whoever asks next, once; after that,
@@ -223,8 +221,8 @@ class Erasures:
 
         Parameters
         ----------
-        make
-            Makes what runs, unless one does.
+        erasure
+            Runs, unless one does.
 
         Returns
         -------
@@ -238,26 +236,21 @@ class Erasures:
         """
         job = self._jobs.get(tenant)
         if job is None:
-            job = self._jobs[tenant] = _Job(time.time())
-            job.task = asyncio.create_task(job.run(tenant, make, asked_by))
-        assert job.task is not None, "set in the same step"
+            task = asyncio.create_task(erasure.run(tenant, asked_by))
+            job = self._jobs[tenant] = _Job(time.time(), erasure, task)
         await asyncio.wait([job.task], timeout=self.wait_s)
         if not job.task.done():
-            return Erasing(job.since, job.erasure.step if job.erasure is not None else "beginning")
+            return Erasing(job.since, job.erasure.step)
         if self._jobs.get(tenant) is job:
             del self._jobs[tenant]
         return job.task.result()
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(frozen=True, slots=True, eq=False)
 class _Job:
     since: float
-    erasure: Erasure | None = None
-    task: asyncio.Task[Record] | None = None
-
-    async def run(self, tenant: TenantId, make: Callable[[], Awaitable[Erasure]], asked_by: str) -> Record:
-        self.erasure = await make()
-        return await self.erasure.run(tenant, asked_by)
+    erasure: Erasure
+    task: asyncio.Task[Record]
 
 
 def _both(known: HostReceipt, one: HostReceipt) -> HostReceipt:

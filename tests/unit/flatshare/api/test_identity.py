@@ -313,12 +313,9 @@ async def test_a_flood_of_junk_does_not_show_who_is_known_here(
 
 
 async def test_a_bad_operators_key_is_refused_at_once(world: World, secured: httpx.AsyncClient) -> None:
-    took: list[float] = []
-    for _ in range(5):
-        began = time.perf_counter()
-        assert (await ask(secured, new_key("ADMIN").text)).status_code == 401
-        took.append(time.perf_counter() - began)
-    assert min(took) < identity.REFUSAL_S, "the others may have met a stall of the machine"
+    began = time.perf_counter()
+    assert (await ask(secured, new_key("ADMIN").text)).status_code == 401
+    assert time.perf_counter() - began < identity.REFUSAL_S
 
 
 @pytest.mark.parametrize("between", ["\t", "  ", " \t"])

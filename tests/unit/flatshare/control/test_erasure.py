@@ -136,27 +136,21 @@ async def test_who_never_was_is_not_erased(world: World) -> None:
 async def test_an_erasure_goes_on_without_its_caller_and_is_joined_by_the_next(world: World) -> None:
     """It waits for a replica's receipt until the test lets it have one."""
     world.replicas.clean_after = 10**9
-    made: list[Erasure] = []
-
-    async def make() -> Erasure:
-        made.append(world.erasure)
-        return world.erasure
-
     erasures = Erasures(wait_s=0.01)
-    first = await erasures.run(ACME, make, "first")
+    first = await erasures.run(ACME, world.erasure, "first")
     assert isinstance(first, Erasing)
-    second = await erasures.run(ACME, make, "second")
+    second = await erasures.run(ACME, world.erasure, "second")
     assert second == Erasing(first.since, "waiting for the replicas' receipts")
-    gone = asyncio.create_task(erasures.run(ACME, make, "gone"))
+    gone = asyncio.create_task(erasures.run(ACME, world.erasure, "gone"))
     await asyncio.sleep(0)
     gone.cancel()
     world.replicas.clean_after = 0
     erasures.wait_s = 60.0
-    one, other = await asyncio.gather(*(erasures.run(ACME, make, "third") for _ in range(2)))
+    one, other = await asyncio.gather(*(erasures.run(ACME, world.erasure, "third") for _ in range(2)))
     assert isinstance(one, dict) and one == other
-    assert one["asked_by"] == "first" and len(made) == 1
+    assert one["asked_by"] == "first" and world.replicas.calls.count("fence") == 1
     assert verify_record(one) is None
-    again = await erasures.run(ACME, make, "fourth")
+    again = await erasures.run(ACME, world.erasure, "fourth")
     assert isinstance(again, dict) and again["id"] != one["id"], "its end was told: this is another"
 
 
@@ -166,16 +160,13 @@ async def test_how_an_erasure_failed_is_told_once_and_then_it_begins_anew(
     monkeypatch.setattr(erasure_module, "REPLICAS_TIMEOUT_S", 0.0)
     world.replicas.clean_after = 10**9
 
-    async def make() -> Erasure:
-        return world.erasure
-
     erasures = Erasures(wait_s=60)
     with pytest.raises(FleetUnavailable, match="no receipt from r2"):
-        await erasures.run(ACME, make, "me")
+        await erasures.run(ACME, world.erasure, "me")
     world.replicas.clean_after = 0
-    assert isinstance(await erasures.run(ACME, make, "me"), dict)
+    assert isinstance(await erasures.run(ACME, world.erasure, "me"), dict)
     with pytest.raises(NotFound):
-        await erasures.run(TenantId("nobody"), make, "me")
+        await erasures.run(TenantId("nobody"), world.erasure, "me")
 
 
 async def test_an_altered_record_is_found(world: World) -> None:
