@@ -93,12 +93,13 @@ class TensorSource:
         self._counting = threading.Lock()
 
     def is_local(self, record: VersionRecord, names: Collection[str]) -> bool:
-        """Whether :meth:`read_local` is worth a thread: the host tier has files of all these names.
+        """Whether :meth:`read_local` is worth a thread: the host tier has the largest of these tensors.
 
-        A look at names, not at files: it stops at the first that is missing, and may be wrong in a moment.
+        One look at one name, cheap enough for an event loop; :meth:`read_local` says the truth.
         """
-        tier = self.tier
-        return tier is not None and all(tier.has(digest) for digest in _wanted(record, names))
+        wanted = _wanted(record, names).values()
+        largest = max(wanted, key=lambda one: one.size_bytes, default=None)
+        return self.tier is not None and (largest is None or self.tier.has(largest.sha256))
 
     def read_local(self, record: VersionRecord, names: Collection[str]) -> Fetched | None:
         """As :meth:`read`, but only if the host tier has all of them; never asks the store."""

@@ -51,8 +51,9 @@ class Hasher:
             return
         self._beside = True  # what follows must wait its turn
         if self._thread is None:
-            self._thread = threading.Thread(target=self._work, name="hasher", daemon=True)
-            self._thread.start()
+            thread = threading.Thread(target=self._work, name="hasher", daemon=True)
+            thread.start()
+            self._thread = thread  # now there is something to join
         self._todo.put(data)
 
     def hexdigest(self) -> str:

@@ -131,7 +131,7 @@ class DeviceLoader:
             warm = self._warm.get(part for part in map(part_of, record.tensors) if part not in held)
             if warm is not None:
                 return Prepared(warm, Tier.HOST, self._build(record, warm, held, prove=False), proven=False)
-        # A look at names, here and now too: most loads from the store are seen not to be here by the first.
+        # Here and now too: a load from the store needs no thread to learn that it is one.
         if not self.source.is_local(record, {one.name for one in record.tensors if part_of(one) not in held}):
             return None
         return await in_thread(
