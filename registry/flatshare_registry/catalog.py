@@ -7,6 +7,7 @@ with the old state, and a retry finishes. What a crash left behind, :mod:`flatsh
 
 from __future__ import annotations
 
+import contextlib
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
@@ -14,7 +15,7 @@ from typing import Final
 
 from flatshare_registry import layout
 from flatshare_registry.erasure import Eraser
-from flatshare_registry.errors import AlreadyExists, NotFound, StillReferenced
+from flatshare_registry.errors import AlreadyExists, NotFound, StillReferenced, Unavailable
 from flatshare_registry.heads import HeadStore, select
 from flatshare_registry.ids import PRODUCTION, AliasName, ModelRef, TenantId
 from flatshare_registry.pins import Pins
@@ -285,6 +286,7 @@ class Registry:
 
         self._heads.change(tenant, Action.VERSION_DELETED, remove, from_version=version)
         self.store.delete(layout.version_key(tenant, version))
+        self.store.delete(layout.pin_key(ModelRef(tenant, version)))
 
     # -- aliases
 
@@ -312,7 +314,10 @@ class Registry:
                 raise NotFound(f"tenant {tenant} has no alias {alias}")
             return head.model_copy(update={"aliases": {k: v for k, v in head.aliases.items() if k != alias}})
 
-        return self._heads.change(tenant, Action.ALIAS_REMOVED, remove, alias=alias)
+        head = self._heads.change(tenant, Action.ALIAS_REMOVED, remove, alias=alias)
+        with contextlib.suppress(Unavailable):  # the change has landed, and a pin of nothing harms nobody
+            self.store.delete(layout.pin_key(ModelRef(tenant, alias)))
+        return head
 
     def rollback(self, tenant: TenantId, alias: AliasName = PRODUCTION) -> TenantHead:
         """Point an alias back at what it named before its last move, as the audit log tells.

@@ -45,7 +45,7 @@ async def restore_pins(
                     await _pin(ref, pin)
                     done.add(ref)
             # Who was unpinned meanwhile was told so before we had pinned it.
-            gone = done.difference(await read())
+            gone = done.difference(await read()) if done else done
             break
         except Unavailable as error:
             logger.warning("pins: %s; again in %g s", error.message, retry_s)

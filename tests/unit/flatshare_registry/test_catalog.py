@@ -408,5 +408,13 @@ def test_pins_are_kept_by_ref_and_forgotten_by_version() -> None:
     assert [str(ref) for ref in registry.pins.refs()] == ["acme@2", "globex"]
     registry.store.put(f"{layout.PINS}acme/no ref.json", b"{}", Overwrite())
     assert [str(ref) for ref in registry.pins.refs()] == ["acme@2", "globex"], "a stray object stops nobody"
-    registry.delete_tenant(TenantId("acme"))
+    # What is deleted is pinned no more: else every replica that starts would ask for it in vain.
+    acme, canary = TenantId("acme"), AliasName("canary")
+    registry.set_alias(acme, canary, 2)
+    registry.pins.add(ModelRef.parse("acme:canary"))
+    registry.remove_alias(acme, canary)
+    registry.delete_version(acme, 2)
+    assert [str(ref) for ref in registry.pins.refs()] == ["globex"]
+    registry.pins.add(ModelRef.parse("acme"))
+    registry.delete_tenant(acme)
     assert [str(ref) for ref in registry.pins.refs()] == ["globex"]
