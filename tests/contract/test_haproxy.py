@@ -331,7 +331,7 @@ def test_a_key_that_is_refused_again_and_again_is_held_back_and_no_other(
         for key in ({"authorization": "Bearer good"}, {"x-api-key": "bad"}, {}):
             began = time.monotonic()
             assert ask(200, **key).status_code == 200
-            assert time.monotonic() - began < 0.9, "not held back for its second"
+            assert time.monotonic() - began < 0.5
         with ThreadPoolExecutor(8) as threads:  # answers are no refusals, however many
             good = threads.map(lambda _: ask(200, authorization="Bearer good").status_code, range(200))
             assert set(good) == {200}
