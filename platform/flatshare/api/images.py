@@ -1,10 +1,10 @@
 """PNG and JPEG files to rows: only what describes pixels reaches the decoder.
 
-A decoder reads everything in a file: profiles, texts, camera data. Each of these can expand without bound (Pillow
-12: a JPEG of 500 kB whose camera data names the same bytes 2,000 times took 955 MB; a PNG of 8 MB with 7,900
-colour profiles took 17 s). So a file is taken apart here first: its size is read from its header, the segments
-that hold pixels are kept and their bytes are counted, and all others are left out. The one thing that is read of
-the others is which way up the image is (EXIF orientation).
+A decoder reads everything in a file: profiles, texts, camera data. Each of these can expand without bound
+(Pillow 12: a JPEG of 500 kB whose camera data names the same bytes 2,000 times took 955 MB; a PNG of 8 MB
+with 7,900 colour profiles took 17 s). So a file is taken apart here first: its size is read from its header,
+the segments that hold pixels are kept and their bytes are counted, and all others are left out. The one thing
+that is read of the others is which way up the image is (EXIF orientation).
 """
 
 from __future__ import annotations
@@ -145,7 +145,8 @@ class _Bare:
     Parameters
     ----------
     wanted
-        Width and height that the image must have, or the other way round: it may say that it lies on its side.
+        Width and height that the image must have, or the other way round: it may say that it lies on its
+        side.
     """
 
     def __init__(self, start: bytes, wanted: tuple[int, int]) -> None:

@@ -142,25 +142,46 @@ def test_what_expands_costs_no_more_than_reading_it(name: str) -> None:
 def test_the_pixels_are_those_of_the_file_without_metadata() -> None:
     colour = Image.fromarray(RANDOM.integers(0, 256, (28, 28, 3), dtype=np.uint8))
     palette = GREY.convert("P")
-    extra_png = (chunk(b"tEXt", b"a\0b"), chunk(b"iCCP", b"x\0\0" + zlib.compress(b"profile")), chunk(b"gAMA", b"\0\0\xb1\x8f"))
-    extra_jpeg = (segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0<x/>"), segment(0xE2, b"ICC_PROFILE\0\1\1x"), segment(0xFE, b"hi"))
+    extra_png = (
+        chunk(b"tEXt", b"a\0b"),
+        chunk(b"iCCP", b"x\0\0" + zlib.compress(b"profile")),
+        chunk(b"gAMA", b"\0\0\xb1\x8f"),
+    )
+    extra_jpeg = (
+        segment(0xE1, b"http://ns.adobe.com/xap/1.0/\0<x/>"),
+        segment(0xE2, b"ICC_PROFILE\0\1\1x"),
+        segment(0xFE, b"hi"),
+    )
     for image in (GREY, colour, palette):
-        np.testing.assert_array_equal(pixels(png_with(*extra_png, image=image)), pixels(file_of(image, "PNG")))
+        np.testing.assert_array_equal(
+            pixels(png_with(*extra_png, image=image)), pixels(file_of(image, "PNG"))
+        )
     for image in (GREY, colour):
-        np.testing.assert_array_equal(pixels(jpeg_with(*extra_jpeg, image=image)), pixels(file_of(image, "JPEG", quality=95)))
+        np.testing.assert_array_equal(
+            pixels(jpeg_with(*extra_jpeg, image=image)), pixels(file_of(image, "JPEG", quality=95))
+        )
 
 
 def test_decoded_pixels_are_pillows_own() -> None:
     """Every flavour that Pillow writes: progressive, optimised, restart markers, interlaced rows of all filters."""
     colour = Image.fromarray(RANDOM.integers(0, 256, (28, 28, 3), dtype=np.uint8))
     for image in (GREY, colour):
-        for options in ({}, {"progressive": True}, {"optimize": True}, {"subsampling": 0}, {"restart_marker_blocks": 1}, {"quality": 1}):
+        for options in (
+            {},
+            {"progressive": True},
+            {"optimize": True},
+            {"subsampling": 0},
+            {"restart_marker_blocks": 1},
+            {"quality": 1},
+        ):
             data = file_of(image, "JPEG", **options)
             wanted = np.asarray(Image.open(io.BytesIO(data)).convert("L"))
             np.testing.assert_array_equal(pixels(data), NETWORK.preprocess(wanted[None]))
     for image in (GREY, colour, GREY.convert("1"), GREY.convert("P")):
         data = file_of(image, "PNG", optimize=True)
-        np.testing.assert_array_equal(pixels(data), NETWORK.preprocess(np.asarray(Image.open(io.BytesIO(data)).convert("L"))[None]))
+        np.testing.assert_array_equal(
+            pixels(data), NETWORK.preprocess(np.asarray(Image.open(io.BytesIO(data)).convert("L"))[None])
+        )
 
 
 @pytest.mark.parametrize("order", ["<", ">"])
