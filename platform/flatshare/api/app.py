@@ -28,7 +28,10 @@ from flatshare.api.http import (
     request_id_of,
 )
 from flatshare.api.identity import Identities
-from flatshare.api.oip import add_oip_routes
+from flatshare.api.local_only import LocalOnly
+from flatshare.api.oip import OPEN_PATHS, add_oip_routes, error_form
+from flatshare.api.oip_schemas import InferRequest
+from flatshare.api.openapi import documented
 from flatshare.api.payload import decode_images, decode_json, decode_pixels
 from flatshare.api.schemas import MODEL_ID_HEADER, PredictReply, PredictRequest
 from flatshare.api.stream import LinesResponse, answers, lines_of
@@ -46,6 +49,20 @@ _ABOUT: Final = """Many customers, one pool of replicas. Name your model in the
 NDJSON: Final = "application/x-ndjson"
 
 _BINARY: Final = {"schema": {"type": "string", "format": "binary"}}
+
+_STREAM_BODY: Final = {
+    "schema": {"type": "string", "description": "A JSON object of /predict a line."},
+    "example": '{"image": [[0.0, 0.0]]}\n',
+}
+_STREAM_REPLY: Final = {
+    "description": "A line for each line, as it is ready: its index, and what /predict answers or its error.",
+    "content": {
+        NDJSON: {
+            "schema": {"type": "string"},
+            "example": '{"index": 0, "predicted_label": [7], "version": 1, "tier": "device"}\n',
+        }
+    },
+}
 
 
 def create_app(
@@ -67,8 +84,11 @@ def create_app(
     max_body_bytes, max_rows
         Limits of one request; beyond them 413.
     """
-    app = FastAPI(title="flatshare", description=_ABOUT, version="1")
-    install_error_handlers(app)
+    # A redirect by slash would name http:// behind TLS, and send the key after it in clear.
+    app = FastAPI(
+        title="flatshare", description=_ABOUT, version="1", redirect_slashes=False, docs_url=None, redoc_url=None
+    )
+    install_error_handlers(app, error_form)
 
     async def enter(request: Incoming) -> Ticket:
         """The caller known, the ref parsed and the request let in, before a byte of the body is read."""
@@ -95,7 +115,7 @@ def create_app(
     async def documented_only(request: Request) -> Response:
         return await predict(request)  # FastAPI wants its own class in the signature
 
-    documented: dict[str, Any] = {
+    described: dict[str, Any] = {
         "response_model": PredictReply,
         "responses": {200: {"headers": _reply_headers()}, **ERROR_REPLIES},
     }
@@ -103,7 +123,7 @@ def create_app(
         "requestBody": {
             "required": True,
             "content": {
-                "application/json": {"schema": PredictRequest.model_json_schema()},
+                "application/json": {"schema": {"$ref": "#/components/schemas/PredictRequest"}},
                 "application/octet-stream": _BINARY,
                 "application/x-npy": _BINARY,
             },
@@ -117,7 +137,7 @@ def create_app(
         ],
     }
     for path, name in (("/predict", "predict"), ("/", "predict_at_root")):
-        app.post(path, operation_id=name, openapi_extra=body_of_predict, **documented)(documented_only)
+        app.post(path, operation_id=name, openapi_extra=body_of_predict, **described)(documented_only)
 
     @app.post(
         "/classify",
@@ -139,7 +159,7 @@ def create_app(
             },
             "parameters": [_model_id_parameter()],
         },
-        **documented,
+        **described,
     )
     async def classify(request: Request) -> Response:
         """Classify images: one PNG or JPEG file, several as multipart/form-data, or raw uint8 pixels."""
@@ -164,9 +184,9 @@ def create_app(
         "/predict/stream",
         operation_id="predict_stream",
         response_class=StreamingResponse,
-        responses={200: {"content": {NDJSON: {}}}, **ERROR_REPLIES},
+        responses={200: _STREAM_REPLY, **ERROR_REPLIES},
         openapi_extra={
-            "requestBody": {"required": True, "content": {NDJSON: {"schema": {"type": "string"}}}},
+            "requestBody": {"required": True, "content": {NDJSON: _STREAM_BODY}},
             "parameters": [_model_id_parameter()],
         },
     )
@@ -198,7 +218,9 @@ def create_app(
         max_body_bytes=max_body_bytes,
         max_rows=max_rows,
     )
-    return HotRoutes(app, {"/predict": predict, "/": predict})
+    documented(app, open_paths=OPEN_PATHS, bodies=[PredictRequest, InferRequest])
+    # The hot routes ask ``identities``, which looks at the same; the others are not all for callers with keys.
+    return HotRoutes(LocalOnly(app, error_form) if identities.off else app, {"/predict": predict, "/": predict})
 
 
 _MODEL_ID: Final = MODEL_ID_HEADER.encode()
@@ -218,7 +240,10 @@ def model_id_of(request: Incoming) -> str:
         value for name, value in headers if name == _MODEL_ID_WITH_DASHES
     ]
     if len(found) != 1:
-        raise BadInput(f"name one model in the {MODEL_ID_HEADER} header: acme, acme:canary or acme@7")
+        raise BadInput(
+            f"name one model in the {MODEL_ID_HEADER} header: acme, acme:canary or acme@7; behind a proxy that "
+            f"drops names with underscores (nginx does), write {MODEL_ID_HEADER.replace('_', '-')}"
+        )
     text: str = found[0].decode("latin-1")
     return text
 

@@ -44,6 +44,7 @@ TABLE: Final[Mapping[type[Exception], HttpError]] = {
     registry_errors.Unavailable: HttpError(503, "store_unavailable", retry_after_s=1),
     errors.Unauthenticated: HttpError(401, "unauthenticated"),
     errors.Forbidden: HttpError(403, "forbidden"),
+    errors.NotLocal: HttpError(403, "not_local"),
     errors.Suspended: HttpError(403, "tenant_suspended"),
     errors.TooSlow: HttpError(408, "too_slow"),
     errors.BodyOverQuota: HttpError(413, "over_body_bytes"),

@@ -91,7 +91,7 @@ def world() -> World:
 @pytest.fixture
 async def client(world: World) -> AsyncIterator[httpx.AsyncClient]:
     transport = httpx.ASGITransport(app=world.app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         yield client
 
 
@@ -231,3 +231,42 @@ async def test_its_openapi_documents_every_route(client: httpx.AsyncClient) -> N
         for method, operation in operations.items():
             assert operation.get("description"), f"{method} {path} has no description"
             assert "404" in operation["responses"]
+
+
+@pytest.mark.parametrize("path", ["/tenants/", "/tenants/acme/", "/docs/", "/replicas/"])
+async def test_a_trailing_slash_is_no_redirect(client: httpx.AsyncClient, path: str) -> None:
+    reply = await client.get(path)
+    assert (reply.status_code, reply.headers.get("location")) == (404, None)
+    assert reply.json()["error"]["code"] == "no_such_route"
+
+
+async def test_the_hint_names_the_docs_of_this_plane(world: World) -> None:
+    transport = httpx.ASGITransport(app=world.app, root_path="/admin")
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+        for method, path in (("GET", "/admin/nope"), ("PATCH", "/admin/tenants")):
+            reply = await client.request(method, path)
+            assert "GET /admin/docs" in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("number", ["9" * 5000, "9" * 4000, "0", "-1", "100000000"])
+async def test_numbers_that_are_no_version_are_refused(
+    world: World, client: httpx.AsyncClient, number: str
+) -> None:
+    world.registry.create_tenant(TenantId("acme"))
+    world.register(1)
+    json_type = {"content-type": "application/json"}
+    body = f'{{"version": {number}}}'
+    for reply in (
+        await client.get(f"/tenants/acme/versions/{number}"),
+        await client.delete(f"/tenants/acme/versions/{number}"),
+        await client.put("/tenants/acme/aliases/production", content=body, headers=json_type),
+    ):
+        assert (reply.status_code, reply.json()["error"]["code"]) == (400, "bad_input"), reply.text[:200]
+        assert len(reply.text) < 600
+    for method, path, body in (
+        ("POST", "/tenants/acme/keys", f'{{"lifetime_s": {number}}}'),
+        ("POST", "/tenants/acme/keys/acme.x/rotate", f'{{"grace_s": {number}}}'),
+        ("PUT", "/tenants/acme/quotas", f'{{"quotas": {{"burst": {number}}}}}'),
+    ):
+        reply = await client.request(method, path, content=body, headers=json_type)
+        assert reply.status_code < 500, reply.text[:200]
