@@ -86,7 +86,12 @@ def create_app(
     """
     # A redirect by slash would name http:// behind TLS, and send the key after it in clear.
     app = FastAPI(
-        title="flatshare", description=_ABOUT, version="1", redirect_slashes=False, docs_url=None, redoc_url=None
+        title="flatshare",
+        description=_ABOUT,
+        version="1",
+        redirect_slashes=False,
+        docs_url=None,
+        redoc_url=None,
     )
     install_error_handlers(app, error_form)
 
@@ -220,7 +225,9 @@ def create_app(
     )
     documented(app, open_paths=OPEN_PATHS, bodies=[PredictRequest, InferRequest])
     # The hot routes ask ``identities``, which looks at the same; the others are not all for callers with keys.
-    return HotRoutes(LocalOnly(app, error_form) if identities.off else app, {"/predict": predict, "/": predict})
+    return HotRoutes(
+        LocalOnly(app, error_form) if identities.off else app, {"/predict": predict, "/": predict}
+    )
 
 
 _MODEL_ID: Final = MODEL_ID_HEADER.encode()

@@ -214,7 +214,10 @@ def _refuse_extensions(document: dict[str, Any]) -> None:
         It does; names the parameter.
     """
     tensors = [
-        one for field in ("inputs", "outputs") if isinstance(document.get(field), list) for one in document[field]
+        one
+        for field in ("inputs", "outputs")
+        if isinstance(document.get(field), list)
+        for one in document[field]
     ]
     for one in (document, *tensors):
         parameters = one.get("parameters") if isinstance(one, dict) else None

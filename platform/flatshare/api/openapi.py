@@ -1,4 +1,4 @@
-"""The OpenAPI document of a plane, and the page that shows it. Nothing in either is fetched from elsewhere."""
+"""The OpenAPI document of a plane, and the page that shows it, which fetches nothing from elsewhere."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _SECURITY_SCHEMES: Final = {
     },
     "apiKey": {"type": "apiKey", "in": "header", "name": "x-api-key", "description": "An API key."},
 }
-_SECURITY: Final = [{"bearer": []}, {"apiKey": []}]
+_SECURITY: Final[list[dict[str, list[str]]]] = [{"bearer": []}, {"apiKey": []}]
 
 _FRAMEWORKS_ERRORS: Final = ("HTTPValidationError", "ValidationError")
 """Schemas of FastAPI's 422, in whose place we answer 400."""

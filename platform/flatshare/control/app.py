@@ -11,6 +11,7 @@ from fastapi import FastAPI, Request, Response
 
 from flatshare.api.http import ERROR_REPLIES, install_error_handlers, request_id_of
 from flatshare.api.identity import Identities
+from flatshare.api.openapi import documented
 from flatshare.control.access import Gate, caller_of
 from flatshare.control.erasure import Erasing, Erasure, Erasures
 from flatshare.control.erasure_record import Record, Signer
@@ -33,8 +34,10 @@ from flatshare.control.schemas import (
     Refreshed,
     RotateRequest,
     TenantReply,
+    VersionNumber,
     VersionReply,
 )
+from flatshare.engine.quotas import effective_quotas
 from flatshare.errors import ServeError
 from flatshare_registry.catalog import Registry
 from flatshare_registry.errors import InvalidInput
@@ -67,6 +70,8 @@ def create_control_app(
     identities: Identities,
     plans: Mapping[str, Quotas] | None = None,
     erasure_key_file: Path | None = None,
+    *,
+    default_quotas: Quotas | None = None,
 ) -> Gate:
     """Build the control plane over a registry and a fleet; mounted under ``/admin``.
 
@@ -78,16 +83,23 @@ def create_control_app(
         Limits by plan, to check names against.
     erasure_key_file
         Where the key that signs erasure records is, or will be; None: nothing can be erased.
+    default_quotas
+        What replicas hold a tenant to where neither its quotas nor its plan say.
     """
-    app = FastAPI(title="flatshare control plane", description=_ABOUT, version="1", responses=ERROR_REPLIES)
+    app = FastAPI(
+        title="flatshare control plane", description=_ABOUT, version="1", responses=ERROR_REPLIES,
+        redirect_slashes=False, docs_url=None, redoc_url=None,
+        generate_unique_id_function=lambda route: route.name,  # what clients' functions are called
+    )  # fmt: skip
     install_error_handlers(app)
     _add_tenants(app, registry, fleet)
     _add_leaving(app, registry, fleet, erasure_key_file)
     _add_keys(app, registry, fleet)
-    _add_quotas(app, registry, fleet, plans or {})
+    _add_quotas(app, registry, fleet, plans or {}, default_quotas)
     _add_versions(app, registry, fleet)
     _add_aliases(app, registry, fleet)
     _add_fleet(app, registry, fleet)
+    documented(app)
     return Gate(app, identities)
 
 
@@ -216,12 +228,12 @@ def _add_keys(app: FastAPI, registry: Registry, fleet: Fleet) -> None:
         return Refreshed(refreshed=await fleet.refresh(parsed))
 
 
-def _add_quotas(app: FastAPI, registry: Registry, fleet: Fleet, plans: Mapping[str, Quotas]) -> None:
+def _add_quotas(
+    app: FastAPI, registry: Registry, fleet: Fleet, plans: Mapping[str, Quotas], default: Quotas | None
+) -> None:
     def reply(head: TenantHead, refreshed: list[str] | None = None) -> QuotasReply:
-        plan = plans.get(head.plan) or plans.get(DEFAULT_PLAN) or Quotas()
-        return QuotasReply(
-            plan=head.plan, own=head.quotas, effective=head.quotas.over(plan), refreshed=refreshed or []
-        )
+        effective = effective_quotas(head, plans, default)
+        return QuotasReply(plan=head.plan, own=head.quotas, effective=effective, refreshed=refreshed or [])
 
     @app.get("/tenants/{tenant}/quotas", tags=["quotas"])
     def show_quotas(tenant: str) -> QuotasReply:
@@ -249,12 +261,12 @@ def _add_versions(app: FastAPI, registry: Registry, fleet: Fleet) -> None:
         return [VersionReply.of(record) for record in registry.list_versions(TenantId(tenant))]
 
     @app.get("/tenants/{tenant}/versions/{version}", tags=["versions"])
-    def show_version(tenant: str, version: int) -> VersionReply:
+    def show_version(tenant: str, version: VersionNumber) -> VersionReply:
         """One version."""
         return VersionReply.of(registry.version(TenantId(tenant), version))
 
     @app.delete("/tenants/{tenant}/versions/{version}", tags=["versions"])
-    async def delete_version(tenant: str, version: int, request: Request) -> Refreshed:
+    async def delete_version(tenant: str, version: VersionNumber, request: Request) -> Refreshed:
         """Delete a version that no alias names."""
         parsed = TenantId(tenant)
         await asyncio.to_thread(_for(registry, request).delete_version, parsed, version)

@@ -40,8 +40,9 @@ class ControlPlane:
         fleet = Fleet(pool_handle(), _pool_states)
         identities = Identities(RegistryHeads(registry), self._operators, token_verifier(self._settings))
         return create_control_app(
-            registry, fleet, identities, self._settings.plans, Path(self._settings.erasure_key_file)
-        )
+            registry, fleet, identities, self._settings.plans, Path(self._settings.erasure_key_file),
+            default_quotas=self._settings.default_quotas,
+        )  # fmt: skip
 
 
 def control_application(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from datetime import datetime
+from typing import Annotated
 
 from pydantic import BaseModel, Field
 
@@ -11,6 +12,7 @@ from flatshare.cache.stats import CacheStats
 from flatshare.cache.tiers import State, Tier
 from flatshare.control.fleet import FleetView
 from flatshare.pool.snapshot import ReplicaSnapshot
+from flatshare_registry.ids import MAX_VERSION
 from flatshare_registry.records import (
     ApiKey,
     AuditEntry,
@@ -38,8 +40,12 @@ __all__ = [
     "Refreshed",
     "RotateRequest",
     "TenantReply",
+    "VersionNumber",
     "VersionReply",
 ]
+
+
+VersionNumber = Annotated[int, Field(ge=1, le=MAX_VERSION)]
 
 
 class NewTenant(BaseModel):
@@ -53,7 +59,7 @@ class NewTenant(BaseModel):
 class AliasChange(BaseModel):
     """Where an alias should point."""
 
-    version: int = Field(strict=True, description="One of the tenant's versions.", examples=[7])
+    version: VersionNumber = Field(strict=True, description="One of the tenant's versions.", examples=[7])
 
 
 class ModelRequest(BaseModel):

@@ -17,13 +17,27 @@ from flatshare.cache.shares import NO_SHARE, Share
 from flatshare.errors import TooManyAtOnce, TooManyColdLoads, TooManyRequests
 from flatshare_registry.records import DEFAULT_PLAN, Quotas, TenantHead
 
-__all__ = ["Bucket", "QuotaKeeper"]
+__all__ = ["Bucket", "QuotaKeeper", "effective_quotas"]
 
 MAX_ACCOUNTS: Final = 50_000
 """Tenants whose accounts are kept; beyond it the longest unused starts anew, with a full bucket."""
 
 COLD_BURST: Final = 10
 """Loads that a tenant may do at once, whatever its rate a minute: a replica that just started needs some."""
+
+
+def effective_quotas(head: TenantHead, plans: Mapping[str, Quotas], default: Quotas | None = None) -> Quotas:
+    """What holds for a tenant: its own limits over its plan's, over the default.
+
+    Parameters
+    ----------
+    plans
+        Limits by the name of the plan; a name that is not there is the default plan.
+    default
+        For tenants about whom neither their own limits nor their plan say anything.
+    """
+    plan = plans.get(head.plan) or plans.get(DEFAULT_PLAN) or Quotas()
+    return head.quotas.over(plan.over(default or Quotas()))
 
 
 class Bucket:
@@ -153,8 +167,7 @@ class QuotaKeeper:
         account = self._accounts.get(head.tenant)
         if account is not None and account.revision >= head.revision:
             return account  # a request that came before a change must not undo it
-        plan = self._plans.get(head.plan) or self._plans.get(DEFAULT_PLAN) or Quotas()
-        limits = head.quotas.over(plan.over(self._default))
+        limits = effective_quotas(head, self._plans, self._default)
         if account is None:
             account = self._accounts[head.tenant] = _Account(limits, head.revision, self._clock())
         elif account.limits != limits:

@@ -214,7 +214,9 @@ async def test_the_openapi_shows_bodies_replies_errors_and_the_header(client: ht
     assert document["components"]["schemas"]["PredictReply"]["examples"] == [{"predicted_label": [7]}]
 
 
-@pytest.mark.parametrize("path", ["/predict/", "/classify/", "/predict/stream/", "/docs/", "/v2/health/live/"])
+@pytest.mark.parametrize(
+    "path", ["/predict/", "/classify/", "/predict/stream/", "/docs/", "/v2/health/live/"]
+)
 async def test_a_trailing_slash_is_no_redirect(client: httpx.AsyncClient, path: str) -> None:
     """A redirect says http:// behind TLS, and a client that follows it sends its key in clear."""
     for method in ("GET", "POST"):

@@ -108,9 +108,13 @@ async def test_with_keys_any_host_is_served(world: World) -> None:
     page = {"origin": "https://evil.example", "sec-fetch-site": "cross-site"}
     async with httpx.AsyncClient(transport=transport, base_url="https://models.example") as client:
         assert (await client.get("/v2/models/acme", headers={**page, **key})).status_code == 200
-        simple = await client.get("/v2/models/acme", headers={**page, "cookie": f"x-api-key={key['x-api-key']}"})
+        simple = await client.get(
+            "/v2/models/acme", headers={**page, "cookie": f"x-api-key={key['x-api-key']}"}
+        )
         asked = await client.request(
             "OPTIONS", "/predict", headers={**page, "access-control-request-headers": "authorization"}
         )
     assert simple.status_code == 401, "what a page can send without asking first is nobody's"
-    assert not [name for name in asked.headers if name.startswith("access-control-")], "and asking is not answered"
+    assert not [name for name in asked.headers if name.startswith("access-control-")], (
+        "and asking is not answered"
+    )

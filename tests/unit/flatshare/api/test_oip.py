@@ -162,10 +162,17 @@ async def test_a_shape_of_thousands_of_digits_is_refused(client: httpx.AsyncClie
 @pytest.mark.parametrize(
     ("document", "name"),
     [
-        ({"inputs": [GOOD], "outputs": [{"name": "logits", "parameters": {"classification": 3}}]}, "classification"),
+        (
+            {"inputs": [GOOD], "outputs": [{"name": "logits", "parameters": {"classification": 3}}]},
+            "classification",
+        ),
         ({"inputs": [GOOD], "parameters": {"classification": 3}}, "classification"),
         (
-            {"inputs": [GOOD | {"parameters": {"shared_memory_region": "a", "shared_memory_byte_size": 3136}}]},
+            {
+                "inputs": [
+                    GOOD | {"parameters": {"shared_memory_region": "a", "shared_memory_byte_size": 3136}}
+                ]
+            },
             "shared_memory_region",
         ),
         (

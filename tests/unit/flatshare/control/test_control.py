@@ -17,10 +17,13 @@ from flatshare.cache.stats import CacheStats
 from flatshare.cache.tiers import ResidentInfo, State, Tier
 from flatshare.control import fleet as fleet_module
 from flatshare.control.app import RegistryHeads, create_control_app
+from flatshare.engine.quotas import QuotaKeeper
 from flatshare.pool.details import ReplicaState
 from flatshare.pool.snapshot import ReplicaSnapshot
+from flatshare.settings import Settings
 from flatshare_registry.catalog import Registry
 from flatshare_registry.ids import TenantId
+from flatshare_registry.records import Quotas
 from flatshare_registry.stores.memory import MemoryStore
 from flatshare_registry.testing.files import TINY_SPECS, tiny_weights
 
@@ -270,3 +273,31 @@ async def test_numbers_that_are_no_version_are_refused(
     ):
         reply = await client.request(method, path, content=body, headers=json_type)
         assert reply.status_code < 500, reply.text[:200]
+
+
+async def test_quotas_show_what_replicas_hold_a_tenant_to(world: World) -> None:
+    """With the very function of the replicas, and the share of a replica's places that nobody wrote down."""
+    settings = Settings(
+        max_ongoing_requests=10, max_queued_requests=30, tenant_share=0.25,
+        plans={"default": Quotas(requests_per_s=9.0), "gold": Quotas(concurrent_requests=33)},
+    )  # fmt: skip
+    app = create_control_app(
+        world.registry,
+        fleet_module.Fleet(world.replicas, lambda: []),
+        Identities(RegistryHeads(world.registry), None),
+        settings.plans,
+        default_quotas=settings.default_quotas,
+    )
+    keeper = QuotaKeeper(settings.plans, concurrent_requests=settings.default_quotas.concurrent_requests)
+    acme = TenantId("acme")
+    world.registry.create_tenant(acme)
+    transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+        for own, plan, wanted in (
+            ({}, None, 10), ({"burst": 5}, None, 10), ({}, "gold", 33), ({"concurrent_requests": 2}, "gold", 2),
+        ):  # fmt: skip
+            answer = await client.put("/tenants/acme/quotas", json={"quotas": own, "plan": plan})
+            shown = (await client.get("/tenants/acme/quotas")).json()["effective"]
+            assert answer.json()["effective"] == shown
+            assert shown["concurrent_requests"] == wanted
+            assert Quotas(**shown) == keeper.limits(world.registry.head(acme))
