@@ -55,7 +55,7 @@ _STREAM_BODY: Final = {
     "example": '{"image": [[0.0, 0.0]]}\n',
 }
 _STREAM_REPLY: Final = {
-    "description": "A line for each line, as it is ready: its index, and what /predict answers or its error.",
+    "description": "A line for each line, as it is ready: its index, and what /predict answers or an error.",
     "content": {
         NDJSON: {
             "schema": {"type": "string"},
@@ -224,10 +224,9 @@ def create_app(
         max_rows=max_rows,
     )
     documented(app, open_paths=OPEN_PATHS, bodies=[PredictRequest, InferRequest])
-    # The hot routes ask ``identities``, which looks at the same; the others are not all for callers with keys.
-    return HotRoutes(
-        LocalOnly(app, error_form) if identities.off else app, {"/predict": predict, "/": predict}
-    )
+    # The hot routes ask ``identities``, which looks at the same; of the others some need no key.
+    others = LocalOnly(app, error_form) if identities.off else app
+    return HotRoutes(others, {"/predict": predict, "/": predict})
 
 
 _MODEL_ID: Final = MODEL_ID_HEADER.encode()
@@ -248,8 +247,8 @@ def model_id_of(request: Incoming) -> str:
     ]
     if len(found) != 1:
         raise BadInput(
-            f"name one model in the {MODEL_ID_HEADER} header: acme, acme:canary or acme@7; behind a proxy that "
-            f"drops names with underscores (nginx does), write {MODEL_ID_HEADER.replace('_', '-')}"
+            f"name one model in the {MODEL_ID_HEADER} header: acme, acme:canary or acme@7; behind a proxy "
+            f"that drops names with underscores (nginx does), write {MODEL_ID_HEADER.replace('_', '-')}"
         )
     text: str = found[0].decode("latin-1")
     return text

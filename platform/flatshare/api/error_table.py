@@ -39,6 +39,7 @@ TABLE: Final[Mapping[type[Exception], HttpError]] = {
     registry_errors.NotFound: HttpError(404, "not_found"),
     registry_errors.AlreadyExists: HttpError(409, "already_exists"),
     registry_errors.StillReferenced: HttpError(409, "still_referenced"),
+    registry_errors.AliasMoved: HttpError(409, "alias_moved"),
     registry_errors.Conflict: HttpError(409, "conflict", retry_after_s=1),
     registry_errors.Corrupt: HttpError(500, "model_corrupt"),
     registry_errors.Unavailable: HttpError(503, "store_unavailable", retry_after_s=1),

@@ -50,7 +50,8 @@ def check_local(headers: Mapping[str, str]) -> None:
     origin = headers.get("origin")
     if origin is not None and not _same(origin, host):
         raise NotLocal(
-            f"authentication is off, so no page of another site may call; the Origin header says {origin[:80]!a}"
+            "authentication is off, so no page of another site may call; the Origin header says "
+            f"{origin[:80]!a}"
         )
     site = headers.get("sec-fetch-site")
     if site is not None and site.strip().lower() not in ("none", "same-origin"):

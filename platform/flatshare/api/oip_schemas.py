@@ -30,8 +30,8 @@ TAG: Final = "open inference protocol"
 HEADER_LENGTH: Final = "inference-header-content-length"
 
 _BINARY_ABOUT: Final = (
-    f"The JSON document, then the binary tensors one after the other; the header {HEADER_LENGTH} says how long "
-    "the JSON is."
+    f"The JSON document, then the binary tensors one after the other; the header {HEADER_LENGTH} says how "
+    "long the JSON is."
 )
 
 

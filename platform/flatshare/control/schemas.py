@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from dataclasses import asdict
 from datetime import datetime
-from typing import Annotated
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, Field
 
 from flatshare.cache.stats import CacheStats
 from flatshare.cache.tiers import State, Tier
-from flatshare.control.fleet import FleetView
+from flatshare.control.fleet import FleetView, Told
 from flatshare.pool.snapshot import ReplicaSnapshot
 from flatshare_registry.ids import MAX_VERSION
 from flatshare_registry.records import (
@@ -38,10 +38,12 @@ __all__ = [
     "QuotasReply",
     "QuotasRequest",
     "Refreshed",
+    "RollbackRequest",
     "RotateRequest",
     "TenantReply",
     "VersionNumber",
     "VersionReply",
+    "told",
 ]
 
 
@@ -60,6 +62,18 @@ class AliasChange(BaseModel):
     """Where an alias should point."""
 
     version: VersionNumber = Field(strict=True, description="One of the tenant's versions.", examples=[7])
+
+
+class RollbackRequest(BaseModel):
+    """What is rolled back from."""
+
+    expected: VersionNumber | None = Field(
+        default=None,
+        description="The version that the alias names now. If it names another, 409; if its last move was "
+        "the rollback from this one, nothing is changed: so a request can be sent again. Without it each "
+        "request is one more move.",
+        examples=[8],
+    )
 
 
 class ModelRequest(BaseModel):
@@ -141,9 +155,10 @@ class VersionReply(BaseModel):
 
 
 class AuditReply(BaseModel):
-    """Who changed what, oldest first."""
+    """Who changed what: a page of the log."""
 
-    entries: list[AuditEntry]
+    entries: list[AuditEntry] = Field(description="Oldest first.")
+    next: str | None = Field(description="`before` of the page of older entries; null when there are none.")
 
 
 class AuditVerified(BaseModel):
@@ -201,6 +216,20 @@ class Refreshed(BaseModel):
     """Which replicas read the tenant anew; the others do within their view's TTL."""
 
     refreshed: list[str]
+    missed: list[str] | None = Field(
+        description="Replicas that exist and were not reached: they start, update, stop, or did not answer "
+        "in time. Null when Serve could not say which exist."
+    )
+
+    @classmethod
+    def of(cls, now: Told) -> Self:
+        """From whom the fleet reached."""
+        return cls(**told(now))
+
+
+def told(now: Told) -> dict[str, Any]:
+    """The fields of :class:`Refreshed`, for bodies that have more."""
+    return {"refreshed": list(now.reached), "missed": None if now.missed is None else list(now.missed)}
 
 
 class NewKeyReply(Refreshed):

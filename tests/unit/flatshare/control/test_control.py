@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -23,7 +24,7 @@ from flatshare.pool.snapshot import ReplicaSnapshot
 from flatshare.settings import Settings
 from flatshare_registry.catalog import Registry
 from flatshare_registry.ids import TenantId
-from flatshare_registry.records import Quotas
+from flatshare_registry.records import Action, Quotas
 from flatshare_registry.stores.memory import MemoryStore
 from flatshare_registry.testing.files import TINY_SPECS, tiny_weights
 
@@ -106,7 +107,7 @@ async def test_tenants_from_birth_to_death(world: World, client: httpx.AsyncClie
     world.register(1)
     shown = (await client.get("/tenants/acme")).json()
     assert (shown["versions"], shown["aliases"]) == ([1], {"production": 1})
-    assert (await client.delete("/tenants/acme")).json() == {"refreshed": ["r1", "r2"]}
+    assert (await client.delete("/tenants/acme")).json() == {"refreshed": ["r1", "r2"], "missed": ["r9"]}
     assert (await client.get("/tenants/acme")).status_code == 404
     actions = [one["action"] for one in (await client.get("/tenants/acme/audit")).json()["entries"]]
     assert actions == ["tenant.created", "version.registered", "tenant.deleted"]
@@ -136,7 +137,7 @@ async def test_a_replica_that_does_not_answer_does_not_undo_a_change(
     world.register(2)
     world.replicas.stuck = True
     moved = await client.put("/tenants/acme/aliases/production", json={"version": 2})
-    assert (moved.status_code, moved.json()["refreshed"]) == (200, [])
+    assert (moved.status_code, moved.json()["refreshed"], moved.json()["missed"]) == (200, [], ["r1", "r9"])
     assert world.registry.head(TenantId("acme")).aliases == {"production": 2}
     fleet = (await client.get("/replicas")).json()
     assert (fleet["replicas"], [one["replica"] for one in fleet["not_answering"]]) == ([], ["r1", "r9"])
@@ -154,6 +155,7 @@ async def test_a_replica_that_dies_while_it_is_told_does_not_undo_a_change(
     world.replicas.refreshed = ["r2", RuntimeError("actor died")]
     moved = await client.put("/tenants/acme/aliases/production", json={"version": 2})
     assert (moved.status_code, moved.json()["refreshed"]) == (200, ["r2"])
+    assert moved.json()["missed"] == ["r1", "r9"], "who could not be told is named"
 
 
 async def test_the_fleet_is_shown_with_totals_and_those_that_cannot_answer(client: httpx.AsyncClient) -> None:
@@ -301,3 +303,90 @@ async def test_quotas_show_what_replicas_hold_a_tenant_to(world: World) -> None:
             assert answer.json()["effective"] == shown
             assert shown["concurrent_requests"] == wanted
             assert Quotas(**shown) == keeper.limits(world.registry.head(acme))
+
+
+async def test_a_rollback_that_is_sent_again_does_not_undo_itself(
+    world: World, client: httpx.AsyncClient
+) -> None:
+    world.registry.create_tenant(TenantId("acme"))
+    for value in (1, 2, 3):
+        world.register(value)
+    path = "/tenants/acme/aliases/production"
+    await client.put(path, json={"version": 2})
+    for _ in range(2):
+        reply = await client.post(f"{path}/rollback", json={"expected": 2})
+        assert (reply.status_code, reply.json()["tenant"]["production"]) == (200, 1)
+    await client.put(path, json={"version": 3})
+    reply = await client.post(f"{path}/rollback", json={"expected": 2})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (409, "alias_moved")
+    assert "retry-after" not in reply.headers, "no waiting helps"
+    for body in ({"expected": 0}, {"expected": "x"}, ["x"]):
+        assert (await client.post(f"{path}/rollback", json=body)).status_code == 400
+    for wanted in (1, 3):  # without it, as ever
+        assert (await client.post(f"{path}/rollback")).json()["tenant"]["production"] == wanted
+
+
+async def test_one_idempotency_key_makes_one_key(world: World, client: httpx.AsyncClient) -> None:
+    world.registry.create_tenant(TenantId("acme"))
+    headers = {"idempotency-key": "0b7f2c9e-7a60-4b0e-a7f5-6a1f3c1d9f00"}
+    made = await client.post("/tenants/acme/keys", json={}, headers=headers)
+    again = await client.post("/tenants/acme/keys", json={}, headers=headers)
+    assert (made.status_code, again.status_code) == (201, 409)
+    assert again.json()["error"]["code"] == "already_exists"
+    assert made.json()["id"] in again.json()["error"]["message"]
+    assert made.json()["key"].rpartition("_")[2] not in again.text
+    rotate = f"/tenants/acme/keys/{made.json()['id']}/rotate"
+    rotated = await client.post(rotate, json={}, headers=headers)
+    assert (rotated.status_code, (await client.post(rotate, json={}, headers=headers)).status_code) == (
+        201,
+        409,
+    )
+    assert len((await client.get("/tenants/acme/keys")).json()) == 2
+    for bad in ("", "x" * 256):
+        reply = await client.post("/tenants/acme/keys", json={}, headers={"idempotency-key": bad})
+        assert reply.status_code == 400
+
+
+async def test_the_log_is_shown_by_pages(world: World, client: httpx.AsyncClient) -> None:
+    world.registry.create_tenant(TenantId("acme"))
+    for value in range(1, 130):
+        world.registry.note(TenantId("acme"), Action.FLEET_UNLOAD, {"model": f"acme@{value}"})
+    first = (await client.get("/tenants/acme/audit")).json()
+    assert [one["revision"] for one in first["entries"]] == list(range(31, 131)), "the newest, oldest first"
+    second = (await client.get("/tenants/acme/audit", params={"before": first["next"]})).json()
+    assert [one["revision"] for one in second["entries"]] == list(range(1, 31))
+    assert second["next"] is None
+    few = (await client.get("/tenants/acme/audit", params={"limit": 2})).json()
+    assert [one["revision"] for one in few["entries"]] == [129, 130]
+    for query in (
+        {"limit": 0},
+        {"limit": 1001},
+        {"limit": "9" * 5000},
+        {"before": "../x"},
+        {"before": "9" * 26},
+    ):
+        status = (await client.get("/tenants/acme/audit", params=query)).status_code
+        assert status == (200 if query == {"before": "9" * 26} else 400)
+
+
+async def test_a_log_is_verified_once_at_a_time(
+    world: World, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it is read, in a thread that goes on when the caller leaves."""
+    world.registry.create_tenant(TenantId("acme"))
+    begun, go_on = threading.Event(), threading.Event()
+    verify = world.registry.verify_audit
+
+    def slow(tenant: TenantId) -> list[str]:
+        begun.set()
+        assert go_on.wait(30)
+        return verify(tenant)
+
+    monkeypatch.setattr(world.registry, "verify_audit", slow)
+    first = asyncio.create_task(client.get("/tenants/acme/audit/verify"))
+    await asyncio.to_thread(begun.wait, 30)
+    second = await client.get("/tenants/acme/audit/verify")
+    assert (second.status_code, second.json()["error"]["code"]) == (429, "over_concurrent_requests")
+    go_on.set()
+    assert (await first).json()["whole"]
+    assert (await client.get("/tenants/acme/audit/verify")).json()["whole"]
