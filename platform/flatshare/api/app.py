@@ -135,6 +135,7 @@ def create_app(
         },
         "parameters": [
             _model_id_parameter(),
+            _request_id_parameter(),
             _header_parameter(
                 DTYPE_HEADER, "Of an octet-stream: uint8 pixels (default) or float32.", "float32"
             ),
@@ -162,7 +163,7 @@ def create_app(
                     },
                 },
             },
-            "parameters": [_model_id_parameter()],
+            "parameters": [_model_id_parameter(), _request_id_parameter()],
         },
         **described,
     )
@@ -192,7 +193,7 @@ def create_app(
         responses={200: _STREAM_REPLY, **ERROR_REPLIES},
         openapi_extra={
             "requestBody": {"required": True, "content": {NDJSON: _STREAM_BODY}},
-            "parameters": [_model_id_parameter()],
+            "parameters": [_model_id_parameter(), _request_id_parameter()],
         },
     )
     async def stream(request: Request) -> LinesResponse:
@@ -306,6 +307,11 @@ def _reply_headers() -> dict[str, Any]:
 def _header_parameter(name: str, description: str, example: str) -> dict[str, Any]:
     schema = {"type": "string"}
     return {"name": name, "in": "header", "description": description, "schema": schema, "example": example}
+
+
+def _request_id_parameter() -> dict[str, Any]:
+    about = "Yours, to find the request again: 1 to 64 of letters, digits and ._:-"
+    return _header_parameter(REQUEST_ID_HEADER, about, "01JD8ZQ6E4W7YB1R2N9K3M5T0V")
 
 
 def _model_id_parameter() -> dict[str, Any]:

@@ -51,11 +51,13 @@ ERROR_REPLIES: Final[dict[int | str, dict[str, Any]]] = {
         403: "The key may not do this, or the tenant is suspended.",
         404: "No such tenant, alias or version; or not this key's.",
         408: "The body did not arrive in time.",
+        409: "What is there is in the way: it exists already, is referred to, or somebody changed it.",
         413: "Over a stated limit.",
         429: "Over a limit of the tenant's, which the code names; Retry-After says when to try again.",
         500: "The model or the service failed; tell the operator.",
         503: "No room, or the store is down; Retry-After says when to try again.",
         504: "Not answered in time; retry.",
+        507: "The model is larger than all that a replica may hold.",
     }.items()
 }
 

@@ -36,6 +36,8 @@ from flatshare.control.schemas import (
     RollbackRequest,
     RotateRequest,
     TenantReply,
+    Unloaded,
+    Unpinned,
     VersionNumber,
     VersionReply,
     told,
@@ -384,15 +386,15 @@ def _add_fleet(app: FastAPI, registry: Registry, fleet: Fleet) -> None:
         return Refreshed.of(done)
 
     @app.post("/unpin", tags=["fleet"])
-    async def unpin(body: ModelRequest, request: Request) -> dict[str, int]:
+    async def unpin(body: ModelRequest, request: Request) -> Unpinned:
         """Let a pinned model be evicted again; on how many replicas it was pinned."""
         model = await noted(request, body.model, Action.FLEET_UNPIN)
         await asyncio.to_thread(registry.pins.remove, ModelRef.parse(model))
-        return {"unpinned": await fleet.unpin(model)}
+        return Unpinned(unpinned=await fleet.unpin(model))
 
     @app.post("/unload", tags=["fleet"])
-    async def unload(body: ModelRequest, request: Request) -> dict[str, int]:
+    async def unload(body: ModelRequest, request: Request) -> Unloaded:
         """Free a model everywhere, as its leases end, and end its pin; its next request loads it again."""
         model = await noted(request, body.model, Action.FLEET_UNLOAD)
         await asyncio.to_thread(registry.pins.remove, ModelRef.parse(model))
-        return {"unloaded": await fleet.unload(model)}
+        return Unloaded(unloaded=await fleet.unload(model))

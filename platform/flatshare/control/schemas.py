@@ -41,6 +41,8 @@ __all__ = [
     "RollbackRequest",
     "RotateRequest",
     "TenantReply",
+    "Unloaded",
+    "Unpinned",
     "VersionNumber",
     "VersionReply",
     "told",
@@ -89,6 +91,18 @@ class PreloadRequest(ModelRequest):
         default=False,
         description="Also keep it, on replicas that start later too, until it is unpinned or unloaded.",
     )
+
+
+class Unpinned(BaseModel):
+    """What became of a pin."""
+
+    unpinned: int = Field(description="On how many replicas the model was pinned.")
+
+
+class Unloaded(BaseModel):
+    """What became of a model."""
+
+    unloaded: int = Field(description="On how many replicas the model was resident.")
 
 
 class ErasingReply(BaseModel):
