@@ -15,8 +15,9 @@ from typing import Final
 
 from flatshare_registry import layout
 from flatshare_registry.erasure import Eraser
-from flatshare_registry.errors import AliasMoved, AlreadyExists, NotFound, StillReferenced, Unavailable
+from flatshare_registry.errors import AlreadyExists, NotFound, StillReferenced, Unavailable
 from flatshare_registry.heads import HeadStore, select
+from flatshare_registry.history import audit_page, version_before
 from flatshare_registry.ids import PRODUCTION, AliasName, ModelRef, TenantId
 from flatshare_registry.pins import Pins
 from flatshare_registry.records import (
@@ -342,27 +343,7 @@ class Registry:
         """
 
         def previous(head: TenantHead) -> int:
-            current = head.aliases.get(alias)
-            if current is None:
-                raise NotFound(f"tenant {tenant} has no alias {alias}")
-            moves = (one for one in self._heads.newest_first(tenant, head) if one.alias == alias)
-            if expected not in (None, current):
-                last = next(moves, None)
-                if (
-                    last is not None
-                    and last.action is Action.ALIAS_ROLLED_BACK
-                    and (last.from_version, last.to_version) == (expected, current)
-                ):
-                    return current  # it is done already
-                raise AliasMoved(f"{tenant}:{alias} names version {current}, not {expected}")
-            for entry in moves:
-                if entry.to_version == current and entry.from_version is not None:
-                    if entry.from_version not in head.versions:
-                        raise NotFound(
-                            f"{tenant}:{alias} named version {entry.from_version} before, which is deleted"
-                        )
-                    return entry.from_version
-            raise NotFound(f"{tenant}:{alias} has named no version before {current}")
+            return version_before(head, alias, self._heads.newest_first(tenant, head), expected)
 
         return self._move_alias(tenant, alias, previous, Action.ALIAS_ROLLED_BACK)
 
@@ -401,7 +382,7 @@ class Registry:
             There has never been such a tenant.
         """
         with ThreadPoolExecutor(LIST_THREADS) as threads:
-            return self._heads.audit_page(tenant, limit, before, threads)
+            return audit_page(self.store, self.last_entry(tenant), limit, before, threads)
 
     def note(self, tenant: TenantId, action: Action, detail: Mapping[str, str]) -> None:
         """Write an audit entry of something that is done with a tenant outside the registry.

@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import Executor
 from datetime import datetime
 from typing import Final
 
@@ -260,25 +259,6 @@ class HeadStore:
             entry = AuditEntry.decode(self._store.get(meta.key).data, meta.key)
             entries[entry.revision] = entry
         return [entries[revision] for revision in sorted(entries)]
-
-    def audit_page(
-        self, tenant: TenantId, limit: int, before: str | None, threads: Executor
-    ) -> tuple[list[AuditEntry], bool]:
-        """See :meth:`flatshare_registry.Registry.audit_page`; ``threads`` read the entries."""
-        last = self._read_any(tenant)[0].last_entry
-        end = None if before is None else layout.log_key(tenant, before)
-        found = (meta.key for meta in self._store.list(layout.log_prefix(tenant)))
-        # Ids of one tenant rise with its revisions (see _id_after), so key order is their order. The last
-        # entry may be in the head alone.
-        keys = {*found, layout.log_key(tenant, last.id)}
-        older = sorted(key for key in keys if end is None or key < end)
-
-        def read(key: str) -> AuditEntry:
-            if key == layout.log_key(tenant, last.id):
-                return last
-            return AuditEntry.decode(self._store.get(key).data, key)
-
-        return list(threads.map(read, older[max(len(older) - limit, 0) :])), len(older) > limit
 
     def last_used(self, tenant: TenantId) -> dict[str, datetime]:
         """When each of a tenant's keys was used last, as the replicas have noted it."""

@@ -17,13 +17,13 @@ from flatshare.control.access import Gate, caller_of
 from flatshare.control.erasure import Erasing, Erasure, Erasures
 from flatshare.control.erasure_record import Record, Signer
 from flatshare.control.fleet import Fleet, Told
+from flatshare.control.fleet_schemas import FleetReply
 from flatshare.control.schemas import (
     AliasChange,
     AliasChanged,
     AuditReply,
     AuditVerified,
     ErasingReply,
-    FleetReply,
     KeyReply,
     ModelRequest,
     NewKeyReply,
