@@ -23,6 +23,10 @@ BROADCAST_TIMEOUT_S: Final = 10.0
 """Seconds that all replicas have to answer a broadcast; one that does not is starting, stopping or stuck."""
 
 
+STATES_TIMEOUT_S: Final = 5.0
+"""Seconds that Serve's controller has to say which replicas exist."""
+
+
 class Broadcasts(Protocol):
     """What the fleet asks of a ``DeploymentHandle``."""
 
@@ -84,7 +88,7 @@ class Fleet:
 
     async def view(self) -> FleetView:
         """Ask everybody. When the replicas do not answer in time, there are states but no snapshots."""
-        reading = asyncio.create_task(asyncio.to_thread(self._read_states))
+        reading = asyncio.create_task(self._states())
         try:
             found = await self._broadcast("snapshot")
         except FleetUnavailable:
@@ -141,7 +145,7 @@ class Fleet:
             Serve can't say.
         """
         try:
-            states = await asyncio.to_thread(self._read_states)
+            states = await self._states()
         except Unavailable as error:
             raise FleetUnavailable(f"nobody can say which replicas exist: {error.message}") from error
         return sorted(one.replica for one in states if one.state != "STARTING")
@@ -178,10 +182,24 @@ class Fleet:
         """Who of those that exist answered with its name."""
         reached = {one for one in answers if isinstance(one, str)}
         try:
-            states = await asyncio.to_thread(self._read_states)
+            states = await self._states()
         except Unavailable:
             return Told(tuple(sorted(reached)), None)
         return Told(tuple(sorted(reached)), tuple(sorted({one.replica for one in states} - reached)))
+
+    async def _states(self) -> list[ReplicaState]:
+        """Serve's word on every replica.
+
+        Raises
+        ------
+        Unavailable
+            It does not come, or not in time: a controller that hangs must not hold up who changed something.
+        """
+        try:
+            async with asyncio.timeout(STATES_TIMEOUT_S):
+                return await asyncio.to_thread(self._read_states)
+        except TimeoutError:
+            raise Unavailable(f"Serve's controller did not answer within {STATES_TIMEOUT_S:g} s") from None
 
     async def _broadcast(self, method: str, *arguments: str | bool | list[str]) -> list[Any]:
         """Every running replica's result, or the exception that it raised.

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from flatshare.control import erasure as erasure_module
+from flatshare.control import fleet as fleet_module
 from flatshare.control.erasure import Erasure
 from flatshare.control.erasure_record import Signer
 from flatshare.control.fleet import Fleet, Told
@@ -99,6 +101,23 @@ async def test_when_serve_is_not_to_be_asked_who_was_missed_is_not_known() -> No
     pool = Pool(r1="RUNNING")
     pool.details_down = True
     assert await Fleet(pool, pool.read).refresh("acme") == Told(("r1",), None)
+
+
+async def test_a_controller_that_hangs_holds_up_no_change(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(fleet_module, "STATES_TIMEOUT_S", 0.02)
+    pool, go_on = Pool(r1="RUNNING"), threading.Event()
+
+    def hangs() -> list[ReplicaState]:
+        go_on.wait(30)
+        return []
+
+    fleet = Fleet(pool, hangs)
+    try:
+        assert await fleet.refresh("acme") == Told(("r1",), None)
+        with pytest.raises(FleetUnavailable, match="did not answer within"):
+            await fleet.may_answer()
+    finally:
+        go_on.set()
 
 
 @pytest.fixture
