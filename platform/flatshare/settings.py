@@ -215,6 +215,12 @@ class Settings(RegistrySettings):
         description="Address of a running platform, for client commands; by default what `up` wrote.",
     )
 
+    @property
+    def default_quotas(self) -> Quotas:
+        """What a tenant may use of one replica where neither its quotas nor its plan say."""
+        places = self.max_ongoing_requests + self.max_queued_requests
+        return Quotas(concurrent_requests=max(int(places * self.tenant_share), 1))
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.port == self.serve_port:

@@ -266,7 +266,7 @@ class HeadStore:
         for meta in self._store.list(layout.used_prefix(tenant)):
             key_id = meta.key.rpartition("/")[2].removesuffix(".json")
             # A note that can't be read is no reason to show nobody's.
-            with contextlib.suppress(NotFound, ValueError, KeyError, TypeError):
+            with contextlib.suppress(NotFound, ValueError, OverflowError, OSError, KeyError, TypeError):
                 used[key_id] = utc(float(json.loads(self._store.get(meta.key).data)["used_at"]))
         return used
 

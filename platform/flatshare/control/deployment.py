@@ -37,11 +37,12 @@ class ControlPlane:
     def __serve_build_asgi_app__(self) -> Gate:
         """Called by Serve after the constructor."""
         registry = Registry(self._settings.open_store(), actor="control-plane")
-        fleet = Fleet(pool_handle(), _pool_states)
+        fleet = Fleet(pool_handle(), _pool_states, registry.any_head)
         identities = Identities(RegistryHeads(registry), self._operators, token_verifier(self._settings))
         return create_control_app(
-            registry, fleet, identities, self._settings.plans, Path(self._settings.erasure_key_file)
-        )
+            registry, fleet, identities, self._settings.plans, Path(self._settings.erasure_key_file),
+            default_quotas=self._settings.default_quotas,
+        )  # fmt: skip
 
 
 def control_application(

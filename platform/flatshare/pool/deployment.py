@@ -109,11 +109,10 @@ class ClassifierPool:
         ]
         load_threads, local_threads, part_threads, view_threads, key_threads = self._threads
         store = settings.open_store()
-        places = settings.max_ongoing_requests + settings.max_queued_requests
         self._decoding = DecodeRoom()
         self._quotas = QuotaKeeper(
             settings.plans,
-            concurrent_requests=max(int(places * settings.tenant_share), 1),
+            concurrent_requests=settings.default_quotas.concurrent_requests,
             bytes_limit=bytes_limit(settings),
         )
         self._advertiser = Advertiser(self, self.load_model, self._held_ids)

@@ -294,7 +294,7 @@ def _range_header(byte_range: ByteRange | None) -> dict[str, str]:
 def _whole_size(reply: Mapping[str, Any]) -> int | None:
     """Length of the object of which a reply holds a range; None when the reply does not say."""
     whole = str(reply.get("ContentRange", "")).rpartition("/")[2]
-    return int(whole) if whole.isdigit() else None
+    return int(whole) if whole.isascii() and whole.isdigit() and len(whole) < 20 else None
 
 
 def _first_line(error: BaseException) -> str:

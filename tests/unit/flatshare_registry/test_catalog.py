@@ -10,6 +10,7 @@ import pytest
 from flatshare_registry import layout
 from flatshare_registry.catalog import Registry
 from flatshare_registry.errors import (
+    AliasMoved,
     AlreadyExists,
     Conflict,
     Corrupt,
@@ -20,7 +21,7 @@ from flatshare_registry.errors import (
     Unavailable,
 )
 from flatshare_registry.ids import PRODUCTION, AliasName, ModelRef, TenantId
-from flatshare_registry.records import Action
+from flatshare_registry.records import Action, AuditEntry
 from flatshare_registry.stores.base import Overwrite
 from flatshare_registry.stores.local import LocalStore
 from flatshare_registry.stores.memory import MemoryStore
@@ -106,6 +107,65 @@ def test_promote_and_roll_back(registry: Registry) -> None:
     assert registry.rollback(ACME).aliases["production"] == 2
     assert registry.rollback(ACME).aliases["production"] == 3  # a rollback is a move like any other
     assert registry.head(ACME).aliases["canary"] == 3
+
+
+def test_a_rollback_that_says_from_what_can_be_sent_again(registry: Registry) -> None:
+    for value in (1, 2, 3):
+        register(registry, value)
+    registry.set_alias(ACME, PRODUCTION, 2)
+    for _ in range(3):
+        assert registry.rollback(ACME, expected=2).aliases["production"] == 1
+    moves = [entry for entry in registry.audit(ACME) if entry.action is Action.ALIAS_ROLLED_BACK]
+    assert len(moves) == 1, "the later ones changed nothing"
+    registry.set_alias(ACME, CANARY, 2)  # another alias's move is not this one's
+    assert registry.rollback(ACME, expected=2).aliases["production"] == 1
+    for expected in (3, 7):
+        with pytest.raises(AliasMoved, match=f"names version 1, not {expected}"):
+            registry.rollback(ACME, expected=expected)
+    registry.set_alias(ACME, PRODUCTION, 3)
+    with pytest.raises(AliasMoved, match="names version 3, not 2"):
+        registry.rollback(ACME, expected=2)
+    assert registry.rollback(ACME, expected=3).aliases["production"] == 1
+    assert registry.rollback(ACME, expected=1).aliases["production"] == 3, "asked for, so done"
+
+
+def test_a_rollback_from_what_never_was_is_refused(registry: Registry) -> None:
+    register(registry, 1)
+    with pytest.raises(AliasMoved):
+        registry.rollback(ACME, expected=2)
+
+
+def test_the_log_is_read_by_pages(registry: Registry) -> None:
+    for value in range(1, 8):
+        register(registry, value)
+    everything = registry.audit(ACME)
+    assert registry.audit_page(ACME, 100) == (everything, False)
+    assert registry.audit_page(ACME, len(everything)) == (everything, False)
+    seen: list[AuditEntry] = []
+    before, more = None, True
+    while more:
+        page, more = registry.audit_page(ACME, 3, before)
+        assert 0 < len(page) <= 3
+        seen, before = page + seen, page[0].id
+    assert seen == everything
+    assert registry.audit_page(ACME, 3, everything[0].id) == ([], False)
+    with pytest.raises(NotFound):
+        registry.audit_page(TenantId("nobody"), 3)
+
+
+def test_a_page_reads_no_more_than_its_entries_and_knows_the_one_in_the_head(registry: Registry) -> None:
+    for value in range(1, 8):
+        register(registry, value)
+    last = registry.head(ACME).last_entry
+    registry.store.delete(layout.log_key(ACME, last.id))  # its writer died before it wrote that
+    read: list[str] = []
+    counted = Registry(
+        FaultyStore(registry.store, before=lambda operation, key: read.append(f"{operation} {key}"))
+    )
+    page, more = counted.audit_page(ACME, 3)
+    assert (page, more) == (registry.audit(ACME)[-3:], True)
+    assert page[-1] == last
+    assert len([one for one in read if "/log/" in one and one.startswith("get")]) == 2
 
 
 def test_rollback_without_history_or_to_a_deleted_version_is_refused(registry: Registry) -> None:

@@ -46,6 +46,33 @@ def test_a_keys_secret_is_stored_nowhere(registry: Registry) -> None:
     assert (entry.action, entry.detail["key"]) == ("key.created", made.id)
 
 
+def test_a_request_that_is_sent_again_makes_no_second_key(registry: Registry) -> None:
+    tenancy = registry.tenancy
+    made = tenancy.create_key(ACME, once="3f0c")
+    assert is_valid(parse_key(made.text), registry.head(ACME).keys[made.id].sha256)
+    with pytest.raises(AlreadyExists, match=made.id):
+        tenancy.create_key(ACME, once="3f0c")
+    assert list(registry.head(ACME).keys) == [made.id]
+    others = {
+        tenancy.create_key(ACME, once="3f0d").id,
+        tenancy.create_key(ACME).id,
+        tenancy.create_key(ACME).id,
+    }
+    assert len({made.id, *others}) == 4
+    rotated = tenancy.rotate_key(ACME, made.id, grace_s=60, once="3f0c")
+    with pytest.raises(AlreadyExists, match=rotated.id):
+        tenancy.rotate_key(ACME, made.id, grace_s=60, once="3f0c")
+    assert tenancy.rotate_key(ACME, rotated.id, grace_s=60, once="3f0c").id not in (made.id, rotated.id)
+    registry.create_tenant(TenantId("globex"))
+    other = tenancy.create_key(TenantId("globex"), once="3f0c")
+    assert other.id.partition(".")[2] != made.id.partition(".")[2], (
+        "one tenant's ids tell nothing of another's"
+    )
+    tenancy.revoke_key(ACME, made.id)
+    again = tenancy.create_key(ACME, once="3f0c")
+    assert again.sha256 != made.sha256, "the secret is random, whatever the id"
+
+
 def test_rotation_leaves_both_good_for_the_grace_and_then_one(registry: Registry, clock: ManualClock) -> None:
     old = registry.tenancy.create_key(ACME, [Scope.MANAGE], label="ci")
     new = registry.tenancy.rotate_key(ACME, old.id, grace_s=3600)
