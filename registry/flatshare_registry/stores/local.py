@@ -154,6 +154,11 @@ class LocalStore:
         """See :class:`BlobStore`: nothing is kept here."""
         return (meta.key for meta in list(self.list(prefix)))
 
+    def shows_versions(self, key: str) -> bool:
+        """See :class:`BlobStore`: no versions are kept here."""
+        check_key(key)
+        return True
+
     def _path(self, key: str) -> Path:
         return self._root / check_key(key)
 

@@ -97,6 +97,10 @@ class FaultyStore:
         self.before("list", prefix)
         return self.inner.history(prefix)
 
+    def shows_versions(self, key: str) -> bool:
+        self.before("list", key)
+        return self.inner.shows_versions(key)
+
     def purge(self, key: str, *, keep_latest: bool = False) -> int:
         self.before("delete", key)
         removed = self.inner.purge(key, keep_latest=keep_latest)
