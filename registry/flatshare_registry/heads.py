@@ -294,14 +294,14 @@ class HeadStore:
                 problems.append(f"{meta.key} holds another entry, {entry.id} of {entry.tenant}")
             entries.append(entry)
         latest = self._read_any(tenant)[0].revision  # somebody may have changed the tenant while we read
-        return problems + chain_problems(head, entries, latest)
+        return sorted(problems) + chain_problems(head, sorted(entries, key=lambda one: one.id), latest)
 
     def newest_first(self, tenant: TenantId, head: TenantHead) -> Iterator[AuditEntry]:
         """Changes of a tenant, the newest first, read one by one: for whoever needs only the last few."""
         yield head.last_entry
         # Ids of one tenant rise with its revisions (see _id_after), so key order is their order.
         keys = [meta.key for meta in self._store.list(layout.log_prefix(tenant))]
-        for key in reversed(keys):
+        for key in sorted(keys, reverse=True):
             if key != layout.log_key(tenant, head.last_entry.id):
                 yield AuditEntry.decode(self._store.get(key).data, key)
 

@@ -76,7 +76,7 @@ def read_records(store: BlobStore, tenant: TenantId) -> list[Record]:
     """
     records: list[Record] = []
     held = layout.erasure_held_prefix(tenant)
-    for meta in store.list(layout.erasures_prefix(tenant)):
+    for meta in sorted(store.list(layout.erasures_prefix(tenant)), key=lambda meta: meta.key):
         if meta.key == layout.erasure_plan_key(tenant) or meta.key.startswith(held):
             continue
         try:

@@ -158,7 +158,10 @@ class BlobStore(Protocol):
         ...
 
     def list(self, prefix: str) -> Iterator[BlobMeta]:
-        """All objects under a prefix (empty, or ending with ``/``), in key order."""
+        """All objects under a prefix (empty, or ending with ``/``), in any order.
+
+        Most S3 stores list in key order, but not all do (Amazon's directory buckets): who needs one sorts.
+        """
         ...
 
     def delete(self, key: str) -> None:

@@ -24,6 +24,7 @@ from flatshare_registry.errors import NotFound
 from flatshare_registry.stores.base import Create, Overwrite
 from flatshare_registry.stores.memory import MemoryStore
 from flatshare_registry.stores.s3 import S3Options, S3Store, make_s3_client
+from flatshare_registry.testing.faults import DisorderedStore
 from flatshare_registry.testing.files import TINY_SPECS, tiny_weights
 
 from ....odd_s3 import ODDITIES, odd_s3
@@ -214,6 +215,12 @@ async def test_what_an_erasure_is_verified_by(world: World) -> None:
     assert problems() == [f"blob {digest[:12]} is still in the store"]
     store.put(layout.version_key(ACME, 1), b"{}", Create())
     assert len(problems()) == 1 and "versions/00000001.json is still" in problems()[0]
+
+
+async def test_records_are_read_oldest_first_whatever_the_order_of_the_listing(world: World) -> None:
+    made = [await world.erasure.run(ACME, f"try {number}") for number in range(3)]
+    found = read_records(DisorderedStore(world.registry.store), ACME)
+    assert [one["id"] for one in found] == sorted(one["id"] for one in made)
 
 
 async def test_a_store_that_shows_no_versions_is_named_in_the_record(
