@@ -347,15 +347,17 @@ class Registry:
 
     # -- audit
 
-    def audit(self, tenant: TenantId) -> list[AuditEntry]:
+    def audit(self, tenant: TenantId, *, since_created: bool = False) -> list[AuditEntry]:
         """All changes of a tenant, oldest first; also of one that was deleted.
+
+        A tenant itself may read those ``since_created``: its id may have been another customer's before.
 
         Raises
         ------
         NotFound
             There has never been such a tenant.
         """
-        return self._heads.audit(tenant)
+        return self._heads.audit(tenant, since_created=since_created)
 
     def note(self, tenant: TenantId, action: Action, detail: Mapping[str, str]) -> None:
         """Write an audit entry of something that is done with a tenant outside the registry.
