@@ -62,6 +62,8 @@ _OPERATOR: Final = {
     "SignatureDoesNotMatch": "the secret key is wrong; check the credentials",
 }
 
+_Versions = list[dict[str, Any]]
+
 
 @dataclass(frozen=True, slots=True)
 class S3Options:
@@ -254,7 +256,7 @@ class S3Store:
             found = self._versions(name, lambda: self._is_there(key))
             return found is not None and any(one["Key"] == name for one in found)
 
-    def _versions(self, start: str, is_any: Callable[[], bool]) -> list[dict[str, Any]] | None:
+    def _versions(self, start: str, is_any: Callable[[], bool]) -> _Versions | None:
         """Versions and marks of deletion of objects whose names start so; None: the store can't list them.
 
         Parameters
@@ -268,7 +270,7 @@ class S3Store:
             return found
         return self._ask_for_versions(start) or None  # it may have come between the two questions
 
-    def _ask_for_versions(self, start: str) -> list[dict[str, Any]] | None:
+    def _ask_for_versions(self, start: str) -> _Versions | None:
         pages = self._client.get_paginator("list_object_versions").paginate(Bucket=self._bucket, Prefix=start)
         try:
             return [

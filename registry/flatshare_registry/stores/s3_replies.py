@@ -81,7 +81,7 @@ def http_date_s(text: str) -> float:
 
 
 def _is_partial(reply: Mapping[str, Any]) -> bool:
-    return reply["ResponseMetadata"]["HTTPStatusCode"] == 206
+    return bool(reply["ResponseMetadata"]["HTTPStatusCode"] == 206)
 
 
 def _first_byte(reply: Mapping[str, Any], asked: ByteRange) -> int:
