@@ -17,7 +17,7 @@ from flatshare_registry import layout
 from flatshare_registry.erasure import Eraser
 from flatshare_registry.errors import AlreadyExists, NotFound, StillReferenced, Unavailable
 from flatshare_registry.heads import HeadStore, select
-from flatshare_registry.history import audit_page, version_before
+from flatshare_registry.history import audit_page, since_created, version_before
 from flatshare_registry.ids import PRODUCTION, AliasName, ModelRef, TenantId
 from flatshare_registry.pins import Pins
 from flatshare_registry.records import (
@@ -359,18 +359,20 @@ class Registry:
 
     # -- audit
 
-    def audit(self, tenant: TenantId) -> list[AuditEntry]:
+    def audit(self, tenant: TenantId, *, since_created: bool = False) -> list[AuditEntry]:
         """All changes of a tenant, oldest first; also of one that was deleted.
+
+        A tenant itself may read those ``since_created``: its id may have been another customer's before.
 
         Raises
         ------
         NotFound
             There has never been such a tenant.
         """
-        return self._heads.audit(tenant)
+        return self._heads.audit(tenant, since_created=since_created)
 
     def audit_page(
-        self, tenant: TenantId, limit: int, before: str | None = None
+        self, tenant: TenantId, limit: int, before: str | None = None, *, own: bool = False
     ) -> tuple[list[AuditEntry], bool]:
         """The newest changes of a tenant, or the newest before an entry; also of one that was deleted.
 
@@ -380,6 +382,8 @@ class Registry:
             Most entries that are read.
         before
             An entry's id.
+        own
+            Only of this tenant: not what was done to one that had its id before.
 
         Returns
         -------
@@ -392,7 +396,9 @@ class Registry:
             There has never been such a tenant.
         """
         with ThreadPoolExecutor(LIST_THREADS) as threads:
-            return audit_page(self.store, self.last_entry(tenant), limit, before, threads)
+            head = self.any_head(tenant)
+            page = audit_page(self.store, head, limit, before, threads)
+            return since_created(head, page) if own else page
 
     def note(self, tenant: TenantId, action: Action, detail: Mapping[str, str]) -> None:
         """Write an audit entry of something that is done with a tenant outside the registry.

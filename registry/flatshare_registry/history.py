@@ -11,22 +11,22 @@ from flatshare_registry.ids import AliasName, TenantId
 from flatshare_registry.records import Action, AuditEntry, TenantHead
 from flatshare_registry.stores.base import BlobStore
 
-__all__ = ["audit_page", "version_before"]
+__all__ = ["audit_page", "since_created", "version_before"]
 
 
 def audit_page(
-    store: BlobStore, last: AuditEntry, limit: int, before: str | None, threads: Executor
+    store: BlobStore, head: TenantHead, limit: int, before: str | None, threads: Executor
 ) -> tuple[list[AuditEntry], bool]:
     """See :meth:`flatshare_registry.Registry.audit_page`.
 
     Parameters
     ----------
-    last
-        The tenant's last entry; its object may not be written yet.
+    head
+        The tenant's; its last entry's object may not be written yet.
     threads
         Read the entries.
     """
-    tenant = TenantId(last.tenant)
+    last, tenant = head.last_entry, TenantId(head.tenant)
     last_key, end = layout.log_key(tenant, last.id), before and layout.log_key(tenant, before)
     keys = {last_key, *(meta.key for meta in store.list(layout.log_prefix(tenant)))}
     # Ids of one tenant rise with its revisions, so key order is their order.
@@ -36,6 +36,16 @@ def audit_page(
         return last if key == last_key else AuditEntry.decode(store.get(key).data, key)
 
     return list(threads.map(read, older[max(len(older) - limit, 0) :])), len(older) > limit
+
+
+def since_created(head: TenantHead, page: tuple[list[AuditEntry], bool]) -> tuple[list[AuditEntry], bool]:
+    """A page without what was done to another tenant of the same id, before it was given out again."""
+    entries, more = page
+    own = [entry for entry in entries if entry.at >= head.created_at]
+    for index in reversed(range(len(own))):
+        if own[index].action is Action.TENANT_CREATED:
+            return own[index:], False
+    return own, more and len(own) == len(entries)
 
 
 def version_before(

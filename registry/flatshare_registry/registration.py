@@ -16,6 +16,7 @@ from flatshare_registry.errors import AlreadyExists, InvalidInput, NotFound, Una
 from flatshare_registry.heads import MAX_SWAP_TRIES, HeadStore
 from flatshare_registry.ids import PRODUCTION, AliasName, TenantId
 from flatshare_registry.records import Action, TenantHead, VersionRecord, utc
+from flatshare_registry.store_clock import store_now
 from flatshare_registry.stores.base import BlobStore, Create, Overwrite
 from flatshare_registry.weights import TensorSpec, WeightsFile, check_architecture, describe
 
@@ -158,7 +159,8 @@ class Registrar:
             return True
         except AlreadyExists:
             try:
-                stale = self._clock() - self._store.head(key).modified_s > BLOB_REFRESH_S
+                # By the store's clock, as gc counts: this machine's may be behind.
+                stale = store_now(self._store) - self._store.head(key).modified_s > BLOB_REFRESH_S
             except NotFound:  # collected between the two calls
                 stale = True
             if stale:

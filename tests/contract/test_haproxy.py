@@ -246,6 +246,10 @@ def test_what_is_no_http_is_refused_and_reaches_nobody(
 
 
 HOSTILE = {
+    "many headers": UNPARSABLE["many headers"],
+    "as many headers as there is room for": b"GET / HTTP/1.1\r\n"
+    + b"a:\r\n" * 3900
+    + b"connection: close\r\n\r\n",
     "unknown method": b"FOO /predict HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n",
     "no slash": b"GET predict HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n",
     "asterisk": b"OPTIONS * HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n",
@@ -283,6 +287,12 @@ def test_nobody_there_is_503_in_json(edge: Edge) -> None:
     reply = httpx.post(edge.url, headers={MODEL: "m", "x-request-id": "abc"})
     assert (reply.status_code, reply.json()["error"]["code"]) == (503, "no_replica")
     assert (reply.headers["retry-after"], reply.json()["error"]["request_id"]) == ("1", "abc")
+
+
+def test_as_many_headers_as_haproxy_takes_by_itself_go_through(edge: Edge, backends: list[Backend]) -> None:
+    edge.process.start(edge.config(backends[:1]))
+    many = {f"x-{number}": "1" for number in range(90)}
+    assert httpx.post(edge.url, headers={MODEL: "acme", **many}, content=b"x").status_code == 200
 
 
 def test_header_hygiene(edge: Edge, backends: list[Backend]) -> None:

@@ -36,6 +36,7 @@ from typing import Final
 from flatshare.cache.tier_files import (
     boot_id,
     is_locked,
+    is_still_named,
     overwrite,
     read_number,
     remove_orphan,
@@ -126,17 +127,17 @@ class HostTier:
         The file was checked against its digest when it was published and can't be written since; here
         its length is checked. Kept by this process for as long as the view lives.
         """
+        path = self.path(digest)
         try:
-            handle = os.open(self.path(digest), os.O_RDONLY | os.O_CLOEXEC)
+            handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             return None
         try:
             fcntl.flock(handle, fcntl.LOCK_SH)  # waits at most for an eviction's look at this file
-            status = os.fstat(handle)
-            if status.st_size != size_bytes:
+            if os.fstat(handle).st_size != size_bytes:
                 return None  # the record is wrong, or the file is damaged: publish() puts that right
-            if not status.st_nlink:
-                return None  # evicted between the two calls
+            if not is_still_named(handle, path):
+                return None  # evicted between the two calls; or scrubbed by one that died, and all zeros
             os.utime(handle)
             return view_of(handle)
         except OSError as error:
@@ -234,7 +235,7 @@ class HostTier:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # From here on nobody maps, evicts or scrubs this file; but somebody may have, a moment ago,
                 # and the path may be another tenant's new file of the same bytes by now.
-                if os.fstat(handle).st_ino == path.stat().st_ino:
+                if is_still_named(handle, path):
                     # First it loses its name, then its bytes: a crash between the two leaves an orphan,
                     # which is overwritten when orphans are removed, and never zeros under a digest.
                     orphan = self._temporary(whole_pages(os.fstat(handle).st_size))
@@ -287,9 +288,8 @@ class HostTier:
                     return None
                 time.sleep(LOCK_RETRY_S)
                 continue
-            with contextlib.suppress(FileNotFoundError):
-                if os.stat(path).st_ino == os.fstat(handle).st_ino:
-                    return handle
+            if is_still_named(handle, path):
+                return handle
             os.close(handle)  # its owner removed it when it had done: that was another lock
 
     def _evict(self, taken: int) -> int:
@@ -357,12 +357,17 @@ class HostTier:
     @contextlib.contextmanager
     def _usage_locked(self) -> Iterator[int]:
         # A handle of its own each time: a lock belongs to the open file, so threads exclude each other too.
-        handle = os.open(self._root / "usage", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            yield handle
-        finally:
-            os.close(handle)
+        path = self._root / "usage"
+        while True:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX)
+                if not is_still_named(handle, path):
+                    continue  # somebody removed our files while we waited: the lock is another one now
+                yield handle
+                return
+            finally:
+                os.close(handle)
 
 
 def open_host_tier(folder: str, budget_bytes: int) -> HostTier | None:

@@ -267,6 +267,11 @@ def erase(
         f"on {len(record['nodes'])} nodes",
         soft_wrap=True,
     )
+    if record["store"].get("versions_checked") is False:
+        out.print(
+            "the store can't list versions: if it keeps earlier ones, remove those by its own means",
+            soft_wrap=True,
+        )
     if kept:
         out.print(f"kept, because another tenant has registered the same weights: {', '.join(kept)}")
     out.print(f"record {record['id']}, signed with {record['signature']['public_key']}", soft_wrap=True)
@@ -327,7 +332,7 @@ def verify_erasure(
         if public_key is None:
             out.print("whose key that is only its owner can say: compare it, or give --public-key")
         for note in notes:
-            out.print(note)
+            out.print(printable(note), soft_wrap=True)
         if not problems:
             out.print(f"good: {len(records)} records of {tenant}, and nothing of it is in the store")
     if problems:

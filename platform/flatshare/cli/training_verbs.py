@@ -16,7 +16,7 @@ from flatshare.cli.context import (
     probe_of,
     tell_replicas,
 )
-from flatshare.cli.output import AsJson, err, out, print_json, print_table, progress_bar, size
+from flatshare.cli.output import AsJson, err, out, print_json, print_table, printable, progress_bar, size
 from flatshare_registry.errors import InvalidInput
 from flatshare_registry.ids import TenantId
 
@@ -190,6 +190,11 @@ def convert(
     if trust_torchscript and is_torchscript(file):
         err.print("warning:", style="yellow", end=" ")
         err.print(TORCHSCRIPT_WARNING, soft_wrap=True)
-    data = to_safetensors(file, architecture(architecture_name), trust_torchscript=trust_torchscript)
+    notes: list[str] = []
+    data = to_safetensors(
+        file, architecture(architecture_name), trust_torchscript=trust_torchscript, note=notes.append
+    )
     _write(out_file, data)
     out.print(f"{out_file}: {size(len(data))}, a {architecture_name}")
+    for note in notes:
+        out.print(printable(note), soft_wrap=True)

@@ -162,6 +162,7 @@ def _add_tenants(app: FastAPI, registry: Registry, fleet: Fleet) -> None:
     @app.get("/tenants/{tenant}/audit", tags=["tenants"])
     def audit(
         tenant: str,
+        request: Request,
         limit: Annotated[int, Query(ge=1, le=MAX_AUDIT_ENTRIES, description="Most entries.")] = 100,
         before: Annotated[
             str | None,
@@ -172,7 +173,8 @@ def _add_tenants(app: FastAPI, registry: Registry, fleet: Fleet) -> None:
         ] = None,
     ) -> AuditReply:
         """Who changed what: the newest entries, or the newest before one; oldest first within the page."""
-        entries, more = registry.audit_page(TenantId(tenant), limit, before)
+        own = caller_of(request).tenant is not None
+        entries, more = registry.audit_page(TenantId(tenant), limit, before, own=own)
         return AuditReply(entries=entries, next=entries[0].id if more else None)
 
     verifying: set[TenantId] = set()

@@ -8,12 +8,13 @@ from typing import Any, Final, cast
 from ray import serve
 
 from flatshare.api.identity import Identities, OperatorKeys
+from flatshare.api.tokens import token_verifier
 from flatshare.control.access import Gate
 from flatshare.control.app import RegistryHeads, create_control_app
 from flatshare.control.fleet import Fleet
 from flatshare.pool.controller import read_details
-from flatshare.pool.deployment import POOL_APP, POOL_DEPLOYMENT, pool_handle, token_verifier
 from flatshare.pool.details import ReplicaState, replica_states
+from flatshare.pool.handle import POOL_APP, POOL_DEPLOYMENT, pool_handle
 from flatshare.settings import Settings
 from flatshare_registry.catalog import Registry
 

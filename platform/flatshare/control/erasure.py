@@ -118,6 +118,7 @@ class Erasure:
                     for one in gone.kept_blobs
                 ],
                 "objects": gone.objects,
+                "versions_checked": gone.versions_checked,
             },
             "replicas": [
                 {

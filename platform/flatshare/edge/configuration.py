@@ -14,8 +14,9 @@ What matters, and why:
 - ``idle-close-on-response``: after a reload the old worker closes a client's connection with its
   next answer; without it, it closes idle ones at once, under clients that are just about to use them.
 - Headers that only Serve may set are removed; the request id is the caller's only if it is safe.
-- What HAProxy can't parse it answers itself, with its own fixed 400 page (2.8 has no setting for that);
-  everything else is answered in our JSON, also what Serve would answer in plain text.
+- What HAProxy can't parse it answers itself, with its own fixed 400 page (2.8 has no setting for that: it takes
+  ``errorfile`` and ``http-error`` for what it has parsed); everything else is answered in our JSON, also what
+  Serve would answer in plain text, and more than ``MAX_HEADERS`` headers: so it parses more than that.
 - Who is refused by the replicas again and again (400 to 499, ``REFUSALS`` times in ten seconds) is held
   back here, a second each time, by the key that they show, but for ``HELD_BACK_PER_S`` requests: a replica's
   refusal costs a quarter of a millisecond of its core, and a flood of them would be felt by others.
@@ -36,6 +37,9 @@ from typing import Final
 from flatshare.pool.details import Target
 
 __all__ = ["EdgeOptions", "render", "server_ids"]
+
+MAX_HEADERS: Final = 110
+"""Most headers of a request, with the few that the edge adds: HAProxy's own limit is 101."""
 
 HEADER_BYTES: Final = 16 * 1024
 """Room for a request's line and headers in the buffer, beside the body that can be sent again."""
@@ -141,6 +145,7 @@ global
     hard-stop-after {server_timeout_s:.0f}s
     tune.bufsize {buffer_bytes}
     tune.maxrewrite {REWRITE_BYTES}
+    tune.http.maxhdr {HEADER_BYTES // 4}
 
 defaults
     mode http
@@ -180,6 +185,7 @@ frontend edge
     http-request del-header x-serve-router- -m beg
     http-request del-header x-flatshare- -m beg
     http-request set-header x-forwarded-for %[src]
+    {_refuse(400, options)} if {{ req.fhdr_cnt gt {MAX_HEADERS} }}
     {_refuse(400, options)} if {{ req.fhdr_cnt(authorization) gt 1 }} or {{ req.fhdr_cnt(x-api-key) gt 1 }}
     http-request set-var(txn.shown) req.fhdr(authorization),word(2,' ') if {{ req.fhdr(authorization) -m found }}
     http-request set-var(txn.shown) req.fhdr(x-api-key) unless {{ req.fhdr(authorization) -m found }}

@@ -30,8 +30,8 @@ from flatshare.errors import LocalError
 from flatshare.local.cluster_guard import check_cluster
 from flatshare.local.state import PlatformState
 from flatshare.pool.controller import read_details
-from flatshare.pool.deployment import POOL_APP, pool_application
 from flatshare.pool.details import Target, app_status, targets
+from flatshare.pool.handle import POOL_APP
 from flatshare.settings import LOOPBACK_HOSTS, Settings
 from flatshare_registry.errors import Unavailable
 
@@ -228,6 +228,9 @@ def _applications(
             "port": settings.port if settings.edge == "serve" else settings.serve_port,
         },
     )
+    # The pool's classes, and torch with them: only who deploys them needs these, not an edge of its own.
+    from flatshare.pool.deployment import pool_application
+
     try:
         _deploy(pool_application(settings, operators, environment), POOL_APP, "/")
         _deploy(control_application(settings, operators, environment), CONTROL_APP, CONTROL_PREFIX)

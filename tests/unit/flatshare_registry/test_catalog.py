@@ -25,7 +25,7 @@ from flatshare_registry.records import Action, AuditEntry
 from flatshare_registry.stores.base import Overwrite
 from flatshare_registry.stores.local import LocalStore
 from flatshare_registry.stores.memory import MemoryStore
-from flatshare_registry.testing.faults import CrashAtStep, FaultyStore, ManualClock
+from flatshare_registry.testing.faults import CrashAtStep, DisorderedStore, FaultyStore, ManualClock
 from flatshare_registry.testing.files import TINY_SPECS as SPECS
 from flatshare_registry.testing.files import encode_safetensors
 from flatshare_registry.testing.files import tiny_weights as weights
@@ -37,9 +37,9 @@ def make(store: object = None, clock: ManualClock | None = None) -> Registry:
     return Registry(store or MemoryStore(), actor="tests", clock=clock or ManualClock())
 
 
-@pytest.fixture
-def registry() -> Registry:
-    registry = make()
+@pytest.fixture(params=[MemoryStore, lambda: DisorderedStore(MemoryStore())], ids=["ordered", "disordered"])
+def registry(request: pytest.FixtureRequest) -> Registry:
+    registry = make(request.param())
     registry.create_tenant(ACME)
     return registry
 
@@ -166,6 +166,15 @@ def test_a_page_reads_no_more_than_its_entries_and_knows_the_one_in_the_head(reg
     assert (page, more) == (registry.audit(ACME)[-3:], True)
     assert page[-1] == last
     assert len([one for one in read if "/log/" in one and one.startswith("get")]) == 2
+
+
+def test_rollback_goes_to_the_last_move_whatever_the_order_of_the_listing(registry: Registry) -> None:
+    for value in (1, 2, 3):
+        register(registry, value)
+    for version in (3, 2, 3):
+        registry.set_alias(ACME, PRODUCTION, version)
+    registry.set_alias(ACME, CANARY, 1)
+    assert registry.rollback(ACME).aliases["production"] == 2
 
 
 def test_rollback_without_history_or_to_a_deleted_version_is_refused(registry: Registry) -> None:
@@ -383,7 +392,7 @@ def test_log_keys_sort_by_revision_even_with_a_clock_that_is_behind(registry: Re
     for value in (2, 3, 4):
         behind.register(ACME, weights(value), "tiny", SPECS)
         registry.set_alias(ACME, CANARY, value)
-    keys = [meta.key for meta in registry.store.list(layout.log_prefix(ACME))]
+    keys = sorted(meta.key for meta in registry.store.list(layout.log_prefix(ACME)))
     ids = [layout.log_key(ACME, entry.id) for entry in registry.audit(ACME)]
     assert keys == ids
 

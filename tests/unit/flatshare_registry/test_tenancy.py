@@ -73,6 +73,54 @@ def test_a_request_that_is_sent_again_makes_no_second_key(registry: Registry) ->
     assert again.sha256 != made.sha256, "the secret is random, whatever the id"
 
 
+def test_who_was_given_a_used_id_does_not_read_what_was_before(registry: Registry) -> None:
+    registry.tenancy.create_key(ACME, [Scope.MANAGE], label="the old customer's secret project")
+    registry.delete_tenant(ACME)
+    own = registry.audit(ACME, since_created=True)
+    assert own[0].action == "tenant.created", "of one that is gone, its own life"
+    registry.create_tenant(ACME)
+    new = registry.tenancy.create_key(ACME, [Scope.MANAGE], label="new")
+    own = registry.audit(ACME, since_created=True)
+    assert [entry.action for entry in own] == ["tenant.created", "key.created"]
+    assert own[1].detail["key"] == new.id
+    everything = registry.audit(ACME)
+    assert [entry.action for entry in everything] == [
+        "tenant.created", "key.created", "tenant.deleted", "tenant.created", "key.created",
+    ]  # fmt: skip
+    assert everything[3:] == own
+
+
+def test_pages_of_the_log_end_where_the_id_was_given_out_again(
+    registry: Registry, clock: ManualClock
+) -> None:
+    for _ in range(3):
+        registry.tenancy.create_key(ACME, [Scope.MANAGE], label="the old customer's")
+    registry.delete_tenant(ACME)
+    old = registry.audit(ACME)
+    clock.advance(1)
+    registry.create_tenant(ACME)
+    registry.tenancy.create_key(ACME, [Scope.MANAGE], label="new")
+    entries, more = registry.audit_page(ACME, 100, own=True)
+    assert [entry.action for entry in entries] == ["tenant.created", "key.created"]
+    assert not more
+    for cursor in (old[-1].id, old[2].id, entries[0].id):
+        assert registry.audit_page(ACME, 100, cursor, own=True) == ([], False)
+    assert registry.audit_page(ACME, 1, own=True) == (entries[1:], True)
+    assert len(registry.audit_page(ACME, 100)[0]) == len(old) + 2, "operators see all"
+
+
+def test_entries_of_before_are_not_even_read(registry: Registry) -> None:
+    for _ in range(20):
+        registry.tenancy.suspend(ACME)
+        registry.tenancy.resume(ACME)
+    registry.delete_tenant(ACME)
+    registry.create_tenant(ACME)
+    read: list[str] = []
+    counted = Registry(FaultyStore(registry.store, before=lambda operation, key: read.append(key)), actor="x")
+    assert len(counted.audit(ACME, since_created=True)) == 1
+    assert len([key for key in read if "/log/" in key and not key.endswith("/")]) == 0
+
+
 def test_rotation_leaves_both_good_for_the_grace_and_then_one(registry: Registry, clock: ManualClock) -> None:
     old = registry.tenancy.create_key(ACME, [Scope.MANAGE], label="ci")
     new = registry.tenancy.rotate_key(ACME, old.id, grace_s=3600)

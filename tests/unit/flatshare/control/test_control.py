@@ -11,11 +11,9 @@ import httpx
 import pytest
 
 from flatshare.api.identity import Identities
-from flatshare.cache.device import DeviceMemory
 from flatshare.cache.host_tier import HostUsage
-from flatshare.cache.promotions import SwapInfo
 from flatshare.cache.stats import CacheStats
-from flatshare.cache.tiers import ResidentInfo, State, Tier
+from flatshare.cache.tiers import DeviceMemory, ResidentInfo, State, SwapInfo, Tier
 from flatshare.control import fleet as fleet_module
 from flatshare.control.app import RegistryHeads, create_control_app
 from flatshare.engine.quotas import QuotaKeeper
