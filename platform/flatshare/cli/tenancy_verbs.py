@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
@@ -12,6 +13,7 @@ import httpx
 import typer
 from pydantic import ValidationError
 
+from flatshare.cli.answers import Erased, Erasing, Plans, QuotasShown, parsed
 from flatshare.cli.context import (
     StoreOption,
     UrlOption,
@@ -19,11 +21,13 @@ from flatshare.cli.context import (
     need_serve_extra,
     open_registry,
     platform_url,
+    registry_for_change,
     tell_replicas,
 )
 from flatshare.cli.output import (
     AsJson,
     err,
+    need_stdout,
     out,
     print_json,
     print_table,
@@ -32,10 +36,12 @@ from flatshare.cli.output import (
     size,
     when,
 )
-from flatshare_registry.errors import Corrupt, InvalidInput, Unavailable
+from flatshare.errors import ServeError
+from flatshare.settings import load_settings
+from flatshare_registry.errors import Corrupt, InvalidInput, RegistryError, Unavailable
 from flatshare_registry.ids import TenantId
 from flatshare_registry.keys import NewKey
-from flatshare_registry.records import Quotas, Scope
+from flatshare_registry.records import DEFAULT_PLAN, Quotas, Scope
 from flatshare_registry.transfer import export_tenant, import_tenant, read_head
 
 keys_app = typer.Typer(help="Make, list, rotate and revoke tenants' API keys.", no_args_is_help=True)
@@ -81,13 +87,14 @@ def create_key(
     as_json: AsJson = False,
 ) -> None:
     """Make an API key. It is shown once and stored nowhere."""
-    made = open_registry(store).tenancy.create_key(
+    need_stdout()
+    made = registry_for_change(store, url).tenancy.create_key(
         TenantId(tenant),
         scope or [Scope.PREDICT],
         label=label,
         lifetime_s=None if days is None else days * DAY_S,
     )
-    _show_new(made, tell_replicas(TenantId(tenant), url), as_json=as_json)
+    _show_new(TenantId(tenant), made, url, as_json=as_json)
 
 
 @keys_app.command("rotate")
@@ -99,17 +106,20 @@ def rotate_key(
     as_json: AsJson = False,
 ) -> None:
     """Make a key like another one, which ends after a grace period."""
+    need_stdout()
     tenant = _tenant_of(key_id)
-    made = open_registry(store).tenancy.rotate_key(tenant, key_id, grace_s=grace_hours * HOUR_S)
-    _show_new(made, tell_replicas(tenant, url), as_json=as_json)
+    made = registry_for_change(store, url).tenancy.rotate_key(tenant, key_id, grace_s=grace_hours * HOUR_S)
+    _show_new(tenant, made, url, as_json=as_json)
 
 
 @keys_app.command("revoke")
 def revoke_key(key_id: KeyArgument, store: StoreOption = None, url: UrlOption = None) -> None:
     """Take a key away, at once where a platform runs."""
     tenant = _tenant_of(key_id)
-    open_registry(store).tenancy.revoke_key(tenant, key_id)
-    out.print(f"revoked {key_id}; {tell_replicas(tenant, url)}")
+    registry_for_change(store, url).tenancy.revoke_key(tenant, key_id)
+    told = tell_replicas(tenant, url)
+    out.print(f"revoked {key_id}; {told}", soft_wrap=True)
+    told.check()
 
 
 @keys_app.command("list")
@@ -147,12 +157,17 @@ def list_keys(tenant: TenantArgument, store: StoreOption = None, as_json: AsJson
     )
 
 
-def _show_new(made: NewKey, told: str, *, as_json: bool) -> None:
+def _show_new(tenant: TenantId, made: NewKey, url: str | None, *, as_json: bool) -> None:
+    """Show a new key, first of all: it can't be shown again, whatever becomes of telling a platform of it."""
     if as_json:
         print_json({"id": made.id, "key": made.text})
-        return
-    out.print(made.text, soft_wrap=True)
-    err.print(f"key {made.id}; {told}. It is not stored: keep it now.", soft_wrap=True)
+    else:
+        out.print(made.text, soft_wrap=True)
+    sys.stdout.flush()
+    told = tell_replicas(tenant, url)
+    if not as_json:
+        err.print(f"key {made.id}; {told}. It is not stored: keep it now.", soft_wrap=True)
+    told.check()
 
 
 def _tenant_of(key_id: str) -> TenantId:
@@ -168,9 +183,11 @@ def _tenant_of(key_id: str) -> TenantId:
 @quotas_app.command("show")
 def show_quotas(tenant: TenantArgument, url: UrlOption = None, as_json: AsJson = False) -> None:
     """Show a tenant's plan, what of it is different, and what holds (asks the running platform)."""
-    found = call("GET", f"{platform_url(url)}/admin/tenants/{TenantId(tenant)}/quotas").json()
+    route = f"{platform_url(url)}/admin/tenants/{TenantId(tenant)}/quotas"
+    found = parsed(call("GET", route), QuotasShown)
+    own, effective = found["own"], found["effective"]
     if as_json:
-        print_json({name: found[name] for name in ("plan", "own", "effective")})
+        print_json({"plan": found["plan"], "own": own, "effective": effective})
         return
     print_table(
         f"{tenant}, plan {found['plan']}",
@@ -179,8 +196,8 @@ def show_quotas(tenant: TenantArgument, url: UrlOption = None, as_json: AsJson =
             (
                 name,
                 *(
-                    "-" if found[whose][name] is None else f"{found[whose][name]:g}"
-                    for whose in ("own", "effective")
+                    "-" if (value := limits.get(name)) is None else f"{value:g}"
+                    for limits in (own, effective)
                 ),
             )
             for name in Quotas.model_fields
@@ -200,13 +217,31 @@ def set_quotas(
     url: UrlOption = None,
 ) -> None:
     """Change what is different from the plan; limits that are not named stay as they are."""
-    parsed = TenantId(tenant)
-    registry = open_registry(store)
-    quotas = _changed(registry.head(parsed).quotas, limits or [])
-    head = registry.tenancy.set_quotas(parsed, quotas, plan=plan)
+    wanted = TenantId(tenant)
+    registry = registry_for_change(store, url)
+    if plan is not None:
+        _known_plan(plan, url)
+    head = registry.tenancy.edit_quotas(wanted, lambda quotas: _changed(quotas, limits or []), plan=plan)
     own = head.quotas.model_dump(exclude_none=True)
     shown = ", ".join(f"{name}={value:g}" for name, value in own.items()) or "as the plan says"
-    out.print(f"{tenant}: plan {head.plan}, {shown}; {tell_replicas(parsed, url)}", soft_wrap=True)
+    told = tell_replicas(wanted, url)
+    out.print(f"{tenant}: plan {head.plan}, {shown}; {told}", soft_wrap=True)
+    told.check()
+
+
+def _known_plan(plan: str, url: str | None) -> None:
+    """Raise when there is no such plan: on the platform that runs, else in ``FLATSHARE_PLANS`` here."""
+    names = {DEFAULT_PLAN, *load_settings().plans}
+    try:
+        base = platform_url(url)
+        names = {DEFAULT_PLAN, *parsed(call("GET", f"{base}/admin/plans"), Plans)["plans"]}
+        where = f"the platform at {base} knows"
+    except (RegistryError, ServeError) as error:
+        where = (
+            f"no platform could be asked ({error.message}), and FLATSHARE_PLANS here names, with the default,"
+        )
+    if plan not in names:
+        raise InvalidInput(f"there is no plan {plan[:80]!a}: {where} {', '.join(sorted(names))}")
 
 
 def _changed(quotas: Quotas, limits: list[str]) -> Quotas:
@@ -228,14 +263,18 @@ def _changed(quotas: Quotas, limits: list[str]) -> Quotas:
 
 def suspend(tenant: TenantArgument, store: StoreOption = None, url: UrlOption = None) -> None:
     """Refuse a tenant's requests from now on; nothing is deleted."""
-    open_registry(store).tenancy.suspend(TenantId(tenant))
-    out.print(f"{tenant} is suspended; {tell_replicas(TenantId(tenant), url)}")
+    registry_for_change(store, url).tenancy.suspend(TenantId(tenant))
+    told = tell_replicas(TenantId(tenant), url)
+    out.print(f"{tenant} is suspended; {told}", soft_wrap=True)
+    told.check()
 
 
 def resume(tenant: TenantArgument, store: StoreOption = None, url: UrlOption = None) -> None:
     """Answer a suspended tenant's requests again."""
-    open_registry(store).tenancy.resume(TenantId(tenant))
-    out.print(f"{tenant} is active; {tell_replicas(TenantId(tenant), url)}")
+    registry_for_change(store, url).tenancy.resume(TenantId(tenant))
+    told = tell_replicas(TenantId(tenant), url)
+    out.print(f"{tenant} is active; {told}", soft_wrap=True)
+    told.check()
 
 
 # -- leaving
@@ -248,11 +287,11 @@ def erase(
     as_json: AsJson = False,
 ) -> None:
     """Erase a tenant for good: from replicas, nodes and the store. Run again, it finishes."""
-    parsed = TenantId(tenant)
+    leaving = TenantId(tenant)
     if not yes:
         typer.confirm(f"Erase tenant {tenant}, its weights and keys, everywhere and for good?", abort=True)
     with err.status("erasing ...") as status:
-        route = f"{platform_url(url)}/admin/tenants/{parsed}/erase"
+        route = f"{platform_url(url)}/admin/tenants/{leaving}/erase"
         record = _erase(route, lambda step: status.update(f"erasing: {printable(step)} ..."))
     if as_json:
         print_json(record)
@@ -272,16 +311,15 @@ def erase(
     out.print(f"record {record['id']}, signed with {record['signature']['public_key']}", soft_wrap=True)
 
 
-def _erase(route: str, tell: Callable[[str], None]) -> dict[str, Any]:
+def _erase(route: str, tell: Callable[[str], None]) -> Erased:
     """Ask until it is done, also while a replica that died owes a receipt: every step can be done again."""
     left = ERASE_TRIES
     while True:
         try:
             reply = call("POST", route, timeout=ERASE_TIMEOUT_S)
-            found: dict[str, Any] = reply.json()
             if reply.status_code == httpx.codes.OK:
-                return found
-            tell(found["step"])  # it goes on; the next request waits for its end
+                return parsed(reply, Erased)
+            tell(parsed(reply, Erasing)["step"])  # it goes on; the next request waits for its end
         except Unavailable as error:
             left -= 1
             if not left:
@@ -306,15 +344,14 @@ def verify_erasure(
     need_serve_extra()
     from flatshare.control.erasure_record import Signer, erasure_problems, read_records
     from flatshare.local.keys import key_file
-    from flatshare.settings import Settings
 
-    parsed = TenantId(tenant)
+    erased = TenantId(tenant)
     registry = open_registry(store)
-    own = Path(Settings().erasure_key_file or key_file("erasure"))
+    own = Path(load_settings().erasure_key_file or key_file("erasure"))
     if public_key is None and own.exists():
         public_key = Signer(own).public_key
-    records = read_records(registry.store, parsed)
-    problems, notes = erasure_problems(registry, parsed, records, public_key)
+    records = read_records(registry.store, erased)
+    problems, notes = erasure_problems(registry, erased, records, public_key)
     if as_json:
         print_json({"good": not problems, "problems": problems, "notes": notes, "records": records})
     else:
@@ -354,14 +391,16 @@ def import_(
     url: UrlOption = None,
 ) -> None:
     """Bring an exported tenant into this registry, byte for byte."""
-    registry = open_registry(store)
+    registry = registry_for_change(store, url)
     with progress_bar("blobs") as progress:
         done = import_tenant(registry.store, folder, progress)
-    head = read_head(folder)
+    told = tell_replicas(TenantId(read_head(folder).tenant), url)
     out.print(
         f"imported {done['versions']} versions, {done['blobs']} blobs ({size(done['blob_bytes'])}), "
-        f"{done['log']} log entries; {tell_replicas(TenantId(head.tenant), url)}"
+        f"{done['log']} log entries; {told}",
+        soft_wrap=True,
     )
+    told.check()
 
 
 def _iso(moment: datetime | None) -> str | None:
