@@ -27,6 +27,7 @@ from flatshare.control.schemas import (
     NewKeyReply,
     NewKeyRequest,
     NewTenant,
+    PlansReply,
     PreloadRequest,
     QuotasReply,
     QuotasRequest,
@@ -88,6 +89,7 @@ def create_control_app(
     _add_versions(app, registry, fleet)
     _add_aliases(app, registry, fleet)
     _add_fleet(app, registry, fleet)
+    _add_plans(app, plans or {})
     return Gate(app, identities)
 
 
@@ -281,6 +283,13 @@ def _add_aliases(app: FastAPI, registry: Registry, fleet: Fleet) -> None:
     async def rollback(tenant: str, alias: str, request: Request) -> AliasChanged:
         """Point an alias back at what it named before its last move."""
         return await changed(TenantId(tenant), _for(registry, request).rollback, AliasName(alias))
+
+
+def _add_plans(app: FastAPI, plans: Mapping[str, Quotas]) -> None:
+    @app.get("/plans", tags=["quotas"])
+    def list_plans() -> PlansReply:
+        """The plans that a tenant can be on, and their limits."""
+        return PlansReply(plans={DEFAULT_PLAN: Quotas(), **plans})
 
 
 def _add_fleet(app: FastAPI, registry: Registry, fleet: Fleet) -> None:
