@@ -271,16 +271,17 @@ def _source(place: tuple[int | str, ...], given: Mapping[str, object]) -> str:
 
 
 PREFIX: Final = "FLATSHARE_"
-_INTERNAL: Final = frozenset({"FLATSHARE_READY_FD", "FLATSHARE_UP_LOG"})
+_INTERNAL: Final = frozenset({"READY_FD", "UP_LOG"})
 """What ``up --detach`` tells its child."""
 
 
 def unknown_variables(environment: Iterable[str]) -> dict[str, str | None]:
     """Names of variables that look like settings and are none, and the setting that was meant, perhaps."""
-    known = {f"{PREFIX}{name.upper()}" for name in Settings.model_fields}
-    names = sorted(name for name in environment if name.upper().startswith(PREFIX))
-    return {
-        name: next(iter(difflib.get_close_matches(name.upper(), known, 1, 0.8)), None)
-        for name in names
-        if name.upper() not in known | _INTERNAL
-    }
+    known = {name.upper() for name in Settings.model_fields}
+    found: dict[str, str | None] = {}
+    for name in sorted(environment):
+        rest = name.upper().removeprefix(PREFIX)
+        if name.upper().startswith(PREFIX) and rest not in known | _INTERNAL:
+            near = difflib.get_close_matches(rest, known, 1, 0.7)
+            found[name] = f"{PREFIX}{near[0]}" if near else None
+    return found

@@ -14,7 +14,9 @@ from typing import Any
 import pytest
 import uvicorn
 from starlette.applications import Starlette
-from starlette.routing import Mount
+from starlette.requests import Request
+from starlette.responses import JSONResponse
+from starlette.routing import Mount, Route
 
 from flatshare.api.identity import Identities, OperatorKeys, Role
 from flatshare.control.app import RegistryHeads, create_control_app
@@ -109,6 +111,14 @@ class ControlPlane:
     replicas: Replicas
     states: list[ReplicaState]
     registry: Registry
+    predicted: list[dict[str, str]] = field(default_factory=list)
+    """Headers of what came to the data plane, which is played."""
+    failures: list[int] = field(default_factory=list)
+    """Statuses of the data plane's next answers; 200 when there are none left."""
+    code: str = ""
+    """Of these answers; by default their status."""
+    held_back: bool = False
+    """As the edge holds back a key that was refused too often: 429 on the control plane."""
 
 
 @pytest.fixture
@@ -124,8 +134,26 @@ def control(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Control
         Identities(RegistryHeads(registry), operators),
         {"gold": Quotas(requests_per_s=100), "silver": Quotas(requests_per_s=10)},
     )
-    with listening(Starlette(routes=[Mount("/admin", app)])) as url:
-        yield ControlPlane(url, admin.text, viewer.text, replicas, states, registry)
+    plane = ControlPlane("", admin.text, viewer.text, replicas, states, registry)
+
+    async def edge(scope: Any, receive: Any, send: Any) -> None:
+        target = app
+        if plane.held_back:
+            error = {"code": "too_many_refusals", "message": "too many", "request_id": "r"}
+            target = JSONResponse({"error": error}, 429)
+        await target(scope, receive, send)
+
+    async def predict(request: Request) -> JSONResponse:
+        plane.predicted.append(dict(request.headers))
+        status = plane.failures.pop(0) if plane.failures else 200
+        if status != 200:
+            return JSONResponse({"error": {"code": plane.code or f"c{status}"}}, status)
+        return JSONResponse({"predicted_label": [1]}, headers={"x-flatshare-tier": "device"})
+
+    routes = [Mount("/admin", edge), Route("/predict", predict, methods=["POST"])]
+    with listening(Starlette(routes=routes)) as url:
+        plane.url = url
+        yield plane
 
 
 @contextmanager

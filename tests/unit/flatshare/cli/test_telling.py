@@ -111,6 +111,16 @@ def test_several_platforms_here_are_said_after_the_change(control: Any) -> None:
     assert "acme is suspended" in result.stdout
 
 
+def test_what_is_wrong_on_this_machine_is_said_after_the_change_too(control: Any) -> None:
+    control.registry.create_tenant(TenantId("acme"))
+    runs_here(control.url)
+    PlatformState.path(8000).write_text("{")
+    result = run("tenants", "suspend", "acme")
+    assert isinstance(result.exception, NotTold)
+    assert "is damaged" in str(result.exception)
+    assert control.registry.head(TenantId("acme")).state == "suspended"
+
+
 @pytest.mark.parametrize(
     "verb",
     [
