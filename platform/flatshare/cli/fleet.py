@@ -11,6 +11,7 @@ import typer
 from flatshare.cli.answers import Fleet, Labels, Refreshed, Unloaded, Unpinned, parsed
 from flatshare.cli.context import UrlOption, call, platform_url
 from flatshare.cli.output import AsJson, out, print_json, print_table, size, when
+from flatshare.errors import FleetUnavailable
 from flatshare_registry.errors import InvalidInput
 from flatshare_registry.ids import ModelRef
 
@@ -155,6 +156,8 @@ def preload(
     """Make a model resident on every replica before its first request."""
     body = {"model": str(ModelRef.parse(model)), "pin": pin}
     done = parsed(call("POST", f"{platform_url(url)}/admin/preload", json=body), Refreshed)["refreshed"]
+    if not done:
+        raise FleetUnavailable(f"no replica took up {model}: is one running? (flatshare replicas)")
     out.print(f"{model} is resident{' and pinned' if pin else ''} on {len(done)} replicas")
 
 

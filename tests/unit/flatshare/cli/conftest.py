@@ -88,11 +88,12 @@ class Replicas:
 
     def __init__(self) -> None:
         self.refreshed: list[str] = ["r1", "r2"]
+        self.preloaded: list[str] = []
         self.calls: list[str] = []
 
     def broadcast(self, method: str, *arguments: object) -> Any:
         self.calls.append(" ".join([method, *map(str, arguments)]))
-        found = {"refresh": self.refreshed}.get(method, [])
+        found = {"refresh": self.refreshed, "preload": self.preloaded}.get(method, [])
 
         class Answers:
             async def results_async(self, *, return_exceptions: bool) -> list[Any]:

@@ -17,6 +17,7 @@ from typer.testing import CliRunner, Result
 from flatshare.cli.context import Told, tell_replicas
 from flatshare.cli.errors import EXIT_CODES, NotTold, exit_code
 from flatshare.cli.main import app
+from flatshare.errors import FleetUnavailable
 from flatshare.local.state import PlatformState
 from flatshare.models.mnist_cnn import ARCHITECTURE
 from flatshare_registry import TenantId
@@ -181,6 +182,15 @@ def test_no_replica_that_took_it_up_is_no_success(control: Any, monkeypatch: pyt
     monkeypatch.setenv("FLATSHARE_API_KEY", manage)
     with pytest.raises(NotTold, match="no replica of the platform"):
         tell_replicas("acme", control.url).check()  # this key may not ask how many there are
+
+
+def test_a_preload_that_nobody_took_up_is_no_success(control: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLATSHARE_API_KEY", control.admin_key)
+    control.registry.create_tenant(TenantId("acme"))
+    result = run("preload", "acme", "--url", control.url)
+    assert isinstance(result.exception, FleetUnavailable)
+    control.replicas.preloaded = ["r1"]
+    assert "acme is resident on 1 replicas" in ok("preload", "acme", "--url", control.url)
 
 
 # -- no platform
