@@ -1,4 +1,4 @@
-"""Verbs of tenancy: API keys, quotas, suspension, erasure, moving a tenant to another registry."""
+"""Verbs of tenancy: API keys, suspension, erasure, moving a tenant to another registry."""
 
 from __future__ import annotations
 
@@ -7,13 +7,12 @@ import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import httpx
 import typer
-from pydantic import ValidationError
 
-from flatshare.cli.answers import Erased, Erasing, Plans, QuotasShown, parsed
+from flatshare.cli.answers import Erased, Erasing, parsed
 from flatshare.cli.context import (
     StoreOption,
     UrlOption,
@@ -36,16 +35,15 @@ from flatshare.cli.output import (
     size,
     when,
 )
-from flatshare.errors import ServeError
+from flatshare.cli.quotas_verbs import quotas_app
 from flatshare.settings import load_settings
-from flatshare_registry.errors import Corrupt, InvalidInput, RegistryError, Unavailable
+from flatshare_registry.errors import Corrupt, InvalidInput, Unavailable
 from flatshare_registry.ids import TenantId
 from flatshare_registry.keys import NewKey
-from flatshare_registry.records import DEFAULT_PLAN, Quotas, Scope
+from flatshare_registry.records import Scope
 from flatshare_registry.transfer import export_tenant, import_tenant, read_head
 
 keys_app = typer.Typer(help="Make, list, rotate and revoke tenants' API keys.", no_args_is_help=True)
-quotas_app = typer.Typer(help="Show and set what a tenant may use.", no_args_is_help=True)
 erasure_app = typer.Typer(help="Records of erased tenants.", no_args_is_help=True)
 
 TenantArgument = Annotated[str, typer.Argument(metavar="TENANT")]
@@ -175,87 +173,6 @@ def _tenant_of(key_id: str) -> TenantId:
     if key_id.startswith("fs_"):
         raise InvalidInput("name the key's id (acme.q3v7k2m9d1), not the key itself")
     return TenantId(key_id.partition(".")[0])
-
-
-# -- quotas
-
-
-@quotas_app.command("show")
-def show_quotas(tenant: TenantArgument, url: UrlOption = None, as_json: AsJson = False) -> None:
-    """Show a tenant's plan, what of it is different, and what holds (asks the running platform)."""
-    route = f"{platform_url(url)}/admin/tenants/{TenantId(tenant)}/quotas"
-    found = parsed(call("GET", route), QuotasShown)
-    own, effective = found["own"], found["effective"]
-    if as_json:
-        print_json({"plan": found["plan"], "own": own, "effective": effective})
-        return
-    print_table(
-        f"{tenant}, plan {found['plan']}",
-        ["limit", "own#", "holds#"],
-        [
-            (
-                name,
-                *(
-                    "-" if (value := limits.get(name)) is None else f"{value:g}"
-                    for limits in (own, effective)
-                ),
-            )
-            for name in Quotas.model_fields
-        ],
-    )
-
-
-@quotas_app.command("set")
-def set_quotas(
-    tenant: TenantArgument,
-    limits: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[LIMIT=VALUE]...", help="requests_per_s=50 ...; LIMIT=- takes it away."),
-    ] = None,
-    plan: Annotated[str | None, typer.Option(help="Also put the tenant on this plan.")] = None,
-    store: StoreOption = None,
-    url: UrlOption = None,
-) -> None:
-    """Change what is different from the plan; limits that are not named stay as they are."""
-    wanted = TenantId(tenant)
-    registry = registry_for_change(store, url)
-    if plan is not None:
-        _known_plan(plan, url)
-    head = registry.tenancy.edit_quotas(wanted, lambda quotas: _changed(quotas, limits or []), plan=plan)
-    own = head.quotas.model_dump(exclude_none=True)
-    shown = ", ".join(f"{name}={value:g}" for name, value in own.items()) or "as the plan says"
-    told = tell_replicas(wanted, url)
-    out.print(f"{tenant}: plan {head.plan}, {shown}; {told}", soft_wrap=True)
-    told.check()
-
-
-def _known_plan(plan: str, url: str | None) -> None:
-    """Raise when there is no such plan: on the platform that runs, else in ``FLATSHARE_PLANS`` here."""
-    names = {DEFAULT_PLAN, *load_settings().plans}
-    try:
-        base = platform_url(url)
-        names = {DEFAULT_PLAN, *parsed(call("GET", f"{base}/admin/plans"), Plans)["plans"]}
-        where = f"the platform at {base} knows"
-    except (RegistryError, ServeError) as error:
-        where = (
-            f"no platform could be asked ({error.message}), and FLATSHARE_PLANS here names, with the default,"
-        )
-    if plan not in names:
-        raise InvalidInput(f"there is no plan {plan[:80]!a}: {where} {', '.join(sorted(names))}")
-
-
-def _changed(quotas: Quotas, limits: list[str]) -> Quotas:
-    document: dict[str, Any] = quotas.model_dump()
-    for text in limits:
-        name, equals, value = text.partition("=")
-        if name not in Quotas.model_fields or not equals:
-            raise InvalidInput(f"{text[:80]!a} is not LIMIT=VALUE; limits: {', '.join(Quotas.model_fields)}")
-        document[name] = None if value == "-" else value
-    try:
-        return Quotas.model_validate(document)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise InvalidInput(f"{first['loc'][0]}: {first['msg']}") from None
 
 
 # -- suspend, resume

@@ -57,9 +57,9 @@ def test_where_no_platform_can_be_asked_the_setting_here_counts(
 
 
 def test_a_colleagues_change_meanwhile_stands(control: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    from flatshare.cli import tenancy_verbs
+    from flatshare.cli import quotas_verbs
 
-    changed, calls = tenancy_verbs._changed, []
+    changed, calls = quotas_verbs._changed, []
 
     def meanwhile(*arguments: Any) -> Any:
         calls.append(arguments)
@@ -67,7 +67,7 @@ def test_a_colleagues_change_meanwhile_stands(control: Any, monkeypatch: pytest.
             assert run("quotas", "set", "acme", "burst=10", "--url", NOBODY).exit_code == 0
         return changed(*arguments)
 
-    monkeypatch.setattr(tenancy_verbs, "_changed", meanwhile)
+    monkeypatch.setattr(quotas_verbs, "_changed", meanwhile)
     assert run("quotas", "set", "acme", "requests_per_s=50", "--url", NOBODY).exit_code == 0
     quotas = control.registry.head(ACME).quotas
     assert (quotas.burst, quotas.requests_per_s) == (10, 50)
