@@ -81,7 +81,7 @@ class Registry:
         self.store = store
         self._clock = clock
         self._heads = HeadStore(store, actor, clock, request_id)
-        self._registrar = Registrar(store, self._heads, actor, clock)
+        self._registrar = Registrar(store, self._heads, actor, clock, self.create_tenant)
         self.tenancy = Tenancy(self._heads)
         self.eraser = Eraser(store, self._heads)
         self.pins = Pins(store, self._heads)
@@ -204,6 +204,7 @@ class Registry:
         alias: AliasName | None = None,
         metadata: Mapping[str, str] | None = None,
         probe: Probe | None = None,
+        create: bool = False,
     ) -> Registered:
         """Register weights as the tenant's next version; idempotent for equal weights.
 
@@ -222,16 +223,20 @@ class Registry:
             Runs the weights once, before anything is stored; the answer is kept with the version, and
             every replica compares its own with it (``flatshare.models.probe``). This package has no
             torch; None registers without.
+        create
+            Make the tenant if it is missing: with this version, or not at all.
 
         Raises
         ------
         InvalidWeights
             The file is malformed or not of this architecture; the store has not been touched.
         NotFound
-            No such tenant.
+            No such tenant, and ``create`` was not said.
+        AlreadyExists
+            ``create`` was said, and a tenant of this id was erased.
         """
         done = self._registrar.register(
-            tenant, weights, architecture, wanted, alias=alias, metadata=metadata, probe=probe
+            tenant, weights, architecture, wanted, alias=alias, metadata=metadata, probe=probe, create=create
         )
         if alias is not None and not done.created:
             self.set_alias(tenant, alias, done.version.version)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import datetime, timedelta
 from typing import Any, Final
 
@@ -156,11 +156,30 @@ class Tenancy:
         InvalidInput
             A floor above the cap.
         """
-        cap, floor = quotas.resident_bytes, quotas.resident_floor_bytes
-        if cap is not None and floor is not None and floor > cap:
-            raise InvalidInput(f"resident_floor_bytes {floor} is more than resident_bytes {cap}")
+        return self.edit_quotas(tenant, lambda quotas_now: quotas, plan=plan)
+
+    def edit_quotas(
+        self, tenant: TenantId, edit: Callable[[Quotas], Quotas], *, plan: str | None = None
+    ) -> TenantHead:
+        """Change what is different from the plan; and the plan, if one is named.
+
+        Parameters
+        ----------
+        edit
+            Gets what is different now and returns what should be. It is called again when somebody else's
+            change came first, so two changes of different limits at a time both stand.
+
+        Raises
+        ------
+        InvalidInput
+            A floor above the cap.
+        """
 
         def change(head: TenantHead) -> TenantHead:
+            quotas = edit(head.quotas)
+            cap, floor = quotas.resident_bytes, quotas.resident_floor_bytes
+            if cap is not None and floor is not None and floor > cap:
+                raise InvalidInput(f"resident_floor_bytes {floor} is more than resident_bytes {cap}")
             return head.model_copy(update={"quotas": quotas, "plan": plan if plan is not None else head.plan})
 
         def tell(old: TenantHead, new: TenantHead) -> dict[str, str]:

@@ -125,6 +125,7 @@ CONTROL: dict[tuple[str, str], Row] = {
     ("PUT", "/tenants/{tenant}/aliases/{alias}"): change_own(json={"version": 2}),
     ("DELETE", "/tenants/{tenant}/aliases/{alias}"): change_own(),
     ("POST", "/tenants/{tenant}/aliases/{alias}/rollback"): change_own(),
+    ("GET", "/plans"): view(),
     ("GET", "/replicas"): view(),
     ("POST", "/preload"): change(json={"model": "acme"}),
     ("POST", "/unpin"): change(json={"model": "acme"}),

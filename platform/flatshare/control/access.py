@@ -79,6 +79,7 @@ RULES: Final[Mapping[tuple[str, str], Access]] = {
     ("PUT", "/tenants/{tenant}/aliases/{alias}"): Access.CHANGE_OWN,
     ("DELETE", "/tenants/{tenant}/aliases/{alias}"): Access.CHANGE_OWN,
     ("POST", "/tenants/{tenant}/aliases/{alias}/rollback"): Access.CHANGE_OWN,
+    ("GET", "/plans"): Access.VIEW,
     ("GET", "/replicas"): Access.VIEW,
     ("POST", "/preload"): Access.CHANGE,
     ("POST", "/unpin"): Access.CHANGE,

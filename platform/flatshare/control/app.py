@@ -29,6 +29,7 @@ from flatshare.control.schemas import (
     NewKeyReply,
     NewKeyRequest,
     NewTenant,
+    PlansReply,
     PreloadRequest,
     QuotasReply,
     QuotasRequest,
@@ -119,6 +120,7 @@ def create_control_app(
     _add_versions(app, registry, fleet)
     _add_aliases(app, registry, fleet)
     _add_fleet(app, registry, fleet)
+    _add_plans(app, plans or {})
     documented(app)
     return Gate(app, identities)
 
@@ -359,6 +361,13 @@ def _add_aliases(app: FastAPI, registry: Registry, fleet: Fleet) -> None:
         """Point an alias back at what it named before its last move; with `expected`, once only."""
         back = partial(_for(registry, request).rollback, expected=body.expected if body else None)
         return await changed(TenantId(tenant), back, AliasName(alias))
+
+
+def _add_plans(app: FastAPI, plans: Mapping[str, Quotas]) -> None:
+    @app.get("/plans", tags=["quotas"])
+    def list_plans() -> PlansReply:
+        """The plans that a tenant can be on, and their limits."""
+        return PlansReply(plans={DEFAULT_PLAN: Quotas(), **plans})
 
 
 def _add_fleet(app: FastAPI, registry: Registry, fleet: Fleet) -> None:

@@ -29,6 +29,7 @@ __all__ = [
     "NewKeyReply",
     "NewKeyRequest",
     "NewTenant",
+    "PlansReply",
     "PreloadRequest",
     "QuotasReply",
     "QuotasRequest",
@@ -254,6 +255,12 @@ class QuotasReply(Refreshed):
     plan: str
     own: Quotas = Field(description="What is different from the plan.")
     effective: Quotas = Field(description="What holds; null: no limit of the tenant's own.")
+
+
+class PlansReply(BaseModel):
+    """The plans that tenants can be on."""
+
+    plans: dict[str, Quotas] = Field(description="Limits by name; null: no limit of the plan's.")
 
 
 class AliasChanged(Refreshed):

@@ -50,7 +50,7 @@ class LocalStore:
     def __init__(self, root: Path) -> None:
         self._root = root.absolute()
         self.url = self._root.as_uri()
-        with _translated("the store folder"):
+        with _translated(f"the store folder {self._root}"):
             self._root.mkdir(parents=True, exist_ok=True)
 
     def get(self, key: str, byte_range: ByteRange | None = None) -> StoredBlob:

@@ -10,9 +10,11 @@ from __future__ import annotations
 import base64
 import contextlib
 import hashlib
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, cast
+from urllib.parse import urlsplit
 
 import boto3
 import botocore.exceptions
@@ -92,23 +94,59 @@ class S3Options:
 
 
 def make_s3_client(options: S3Options) -> S3Client:
-    """A boto3 client with timeouts and bounded retries; safe to share between threads."""
-    return boto3.session.Session().client(
-        "s3",
-        endpoint_url=options.endpoint_url,
-        region_name=options.region,
-        config=Config(
-            connect_timeout=options.connect_timeout_s,
-            read_timeout=options.read_timeout_s,
-            retries={"mode": "standard", "total_max_attempts": options.max_attempts},
-            max_pool_connections=options.max_connections,
-            # By default boto3 sends a checksum behind the body where there is TLS, in a framing (aws-chunked)
-            # that many look-alikes refuse, or store as if it were the object. Puts have Content-MD5 instead,
-            # which every S3 checks.
-            request_checksum_calculation="when_required",
-            response_checksum_validation="when_required",
-        ),
-    )
+    """A boto3 client with timeouts and bounded retries; safe to share between threads.
+
+    Raises
+    ------
+    InvalidInput
+        A variable or a file of AWS's says what can't be; the message has its name.
+    """
+    try:
+        client = boto3.session.Session().client(
+            "s3",
+            endpoint_url=options.endpoint_url,
+            region_name=options.region,
+            config=Config(
+                connect_timeout=options.connect_timeout_s,
+                read_timeout=options.read_timeout_s,
+                retries={"mode": "standard", "total_max_attempts": options.max_attempts},
+                max_pool_connections=options.max_connections,
+                # By default boto3 sends a checksum behind the body where there is TLS, in a framing
+                # (aws-chunked) that many look-alikes refuse, or store as if it were the object. Puts have
+                # Content-MD5 instead, which every S3 checks.
+                request_checksum_calculation="when_required",
+                response_checksum_validation="when_required",
+            ),
+        )
+    except botocore.exceptions.ProfileNotFound as error:
+        name = _first_set("AWS_DEFAULT_PROFILE", "AWS_PROFILE") or "AWS's profile"
+        raise InvalidInput(f"{name}: {_first_line(error)}") from error
+    except botocore.exceptions.InvalidRegionError as error:
+        name = "FLATSHARE_S3_REGION" if options.region else "AWS_DEFAULT_REGION, or AWS's configuration"
+        raise InvalidInput(f"{name}: {_first_line(error)}") from error
+    except botocore.exceptions.BotoCoreError as error:  # a file of AWS's; its path is in the text
+        raise InvalidInput(f"the way to S3: {_first_line(error)}") from error
+    except ValueError as error:  # botocore's word for an endpoint without scheme or host
+        raise _bad_endpoint(options, str(error)) from None
+    if urlsplit(client.meta.endpoint_url).scheme not in ("http", "https"):
+        raise _bad_endpoint(options, client.meta.endpoint_url)
+    return client
+
+
+def _bad_endpoint(options: S3Options, text: str) -> InvalidInput:
+    """The error for an S3 endpoint that is no URL: who says so, and what without a password."""
+    if options.endpoint_url:
+        name = "FLATSHARE_S3_ENDPOINT_URL"
+    else:
+        name = _first_set("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL") or os.environ.get(
+            "AWS_CONFIG_FILE", "~/.aws/config"
+        )
+    endpoint = text.removeprefix("Invalid endpoint: ").rpartition("@")[2]
+    return InvalidInput(f"{name}: {endpoint[:80]!a} is no endpoint; write http://host:port or https://host")
+
+
+def _first_set(*names: str) -> str | None:
+    return next((name for name in names if os.environ.get(name)), None)
 
 
 class S3Store:

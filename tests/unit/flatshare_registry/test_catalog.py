@@ -14,6 +14,7 @@ from flatshare_registry.errors import (
     AlreadyExists,
     Conflict,
     Corrupt,
+    InvalidInput,
     InvalidWeights,
     NotFound,
     RegistryError,
@@ -487,3 +488,53 @@ def test_pins_are_kept_by_ref_and_forgotten_by_version() -> None:
     registry.pins.add(ModelRef.parse("acme"))
     registry.delete_tenant(acme)
     assert [str(ref) for ref in registry.pins.refs()] == ["globex"]
+
+
+# -- a tenant that is made with its first version
+
+
+def test_a_missing_tenant_is_made_with_its_version_or_not_at_all() -> None:
+    registry = make()
+
+    def refuse(data: bytes | memoryview) -> tuple[float, ...]:
+        raise InvalidWeights("they do not run")
+
+    with pytest.raises(InvalidWeights):
+        registry.register(ACME, b"junk", "tiny", SPECS, create=True)
+    with pytest.raises(InvalidWeights):
+        registry.register(ACME, weights(1.0), "tiny", SPECS, create=True, probe=refuse)
+    with pytest.raises(InvalidInput):
+        registry.register(ACME, weights(1.0), "tiny", SPECS, create=True, metadata={"a": "b" * 5000})
+    with pytest.raises(NotFound):
+        registry.register(ACME, weights(1.0), "tiny", SPECS)
+    assert list(registry.store.list("")) == [], "nothing of it is there"
+    assert registry.register(ACME, weights(1.0), "tiny", SPECS, create=True).version.version == 1
+    assert [entry.action for entry in registry.audit(ACME)] == [
+        Action.TENANT_CREATED,
+        Action.VERSION_REGISTERED,
+    ]
+    assert registry.register(ACME, weights(2.0), "tiny", SPECS, create=True).version.version == 2
+
+
+def test_a_tenant_that_a_colleague_makes_meanwhile_is_taken() -> None:
+    registry = make()
+
+    def colleague(data: bytes | memoryview) -> tuple[float, ...]:
+        registry.create_tenant(ACME)
+        return (1.0,)
+
+    done = registry.register(ACME, weights(1.0), "tiny", SPECS, create=True, probe=colleague)
+    assert (done.created, registry.head(ACME).aliases) == (True, {PRODUCTION: 1})
+
+
+def test_a_deleted_tenant_comes_back_and_an_erased_one_does_not() -> None:
+    registry = make()
+    registry.register(ACME, weights(1.0), "tiny", SPECS, create=True)
+    registry.delete_tenant(ACME)
+    assert registry.register(ACME, weights(1.0), "tiny", SPECS, create=True).version.version == 2
+    leaving = registry.eraser.begin(ACME)
+    registry.eraser.remove(leaving)
+    registry.eraser.finish(leaving)
+    with pytest.raises(AlreadyExists, match="erased"):
+        registry.register(ACME, weights(3.0), "tiny", SPECS, create=True)
+    assert [meta.key for meta in registry.store.list("blobs/")] == []

@@ -174,6 +174,24 @@ def test_quotas_are_what_differs_from_the_plan(registry: Registry) -> None:
             Quotas.model_validate(bad)
 
 
+def test_two_edits_of_quotas_at_a_time_both_stand(registry: Registry) -> None:
+    seen: list[Quotas] = []
+
+    def slow(quotas: Quotas) -> Quotas:
+        seen.append(quotas)
+        if len(seen) == 1:  # a colleague is faster than this edit's swap
+            registry.tenancy.edit_quotas(ACME, lambda now: now.model_copy(update={"burst": 10}))
+        return quotas.model_copy(update={"requests_per_s": 50.0})
+
+    head = registry.tenancy.edit_quotas(ACME, slow, plan="gold")
+    assert (head.quotas.burst, head.quotas.requests_per_s, head.plan) == (10, 50.0, "gold")
+    assert [one.burst for one in seen] == [None, 10]
+    with pytest.raises(InvalidInput, match="floor"):
+        registry.tenancy.edit_quotas(
+            ACME, lambda now: now.model_copy(update={"resident_bytes": 5, "resident_floor_bytes": 6})
+        )
+
+
 def test_suspension_deletes_nothing(registry: Registry, clock: ManualClock) -> None:
     record = registry.register(ACME, tiny_weights(1.0), "tiny", TINY_SPECS).version
     registry.tenancy.suspend(ACME)
