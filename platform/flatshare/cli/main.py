@@ -46,7 +46,8 @@ def main() -> None:
         err.print(printable(error.message), soft_wrap=True)
         sys.exit(exit_code(error))
     except OSError as error:  # a full disk, a closed pipe: whatever this machine refuses us
-        sys.stderr.write(f"error: {error.strerror or error}\n")
+        reason = error.strerror or str(error)
+        sys.stderr.write(f"error: {error.filename}: {reason}\n" if error.filename else f"error: {reason}\n")
         sys.exit(7)
 
 

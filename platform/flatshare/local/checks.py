@@ -160,10 +160,10 @@ def check_socket_folder(folder: Path) -> None:
         Its path is too long for a socket, or holds what HAProxy can't read.
     """
     text = str(folder)
-    if len(text.encode()) > MAX_SOCKET_PATH or any(not one.isprintable() or one == "," for one in text):
+    if len(text.encode()) > MAX_SOCKET_PATH or any(not one.isprintable() or one in ",$" for one in text):
         raise LocalError(
             f"HAProxy can't have its sockets in {text!a}: set TMPDIR to a folder whose path is shorter than "
-            f"{MAX_SOCKET_PATH} bytes and has no comma"
+            f"{MAX_SOCKET_PATH} bytes and has no comma and no $"
         )
 
 

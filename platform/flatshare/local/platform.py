@@ -193,9 +193,10 @@ def edge_options(settings: Settings, admin_socket: Path) -> EdgeOptions:
         max_body_bytes=settings.max_body_bytes,
         retry_body_bytes=settings.retry_body_bytes,
         request_timeout_s=settings.request_timeout_s,
-        tls_cert=settings.tls_cert,
+        tls_cert=str(Path(settings.tls_cert).absolute()) if settings.tls_cert else "",
         max_connections_per_address=settings.max_connections_per_address,
         max_connections=affordable_connections(settings.replicas),
+        trusted_proxies=settings.proxy_networks(),
         threads=max((os.cpu_count() or 1) // CORES_PER_EDGE_THREAD, 1),
     )
 
