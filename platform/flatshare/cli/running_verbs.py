@@ -12,6 +12,7 @@ import typer
 from flatshare.cli.context import call
 from flatshare.cli.output import AsJson, err, out, print_json, print_table
 from flatshare.errors import Forbidden, LocalError, OverQuota, ServeError, SettingsError, Unauthenticated
+from flatshare.local.processes import wait_until_ended
 from flatshare.local.state import PlatformState, known_states
 from flatshare.settings import load_settings
 from flatshare_registry.errors import RegistryError
@@ -64,13 +65,11 @@ def _end(state: PlatformState) -> None:
         family = process.children(recursive=True)
         process.send_signal(signal.SIGTERM)
     with err.status("stopping ..."):
-        try:
-            process.wait(STOP_TIMEOUT_S)
-        except psutil.TimeoutExpired:
-            err.print(f"pid {state.pid} did not end in {STOP_TIMEOUT_S:g} s; killing it", style="yellow")
-            process.kill()
-    _, alive = psutil.wait_procs(family, timeout=10)
-    for one in alive:
+        for one in wait_until_ended([process], STOP_TIMEOUT_S):
+            err.print(f"pid {one.pid} did not end in {STOP_TIMEOUT_S:g} s; killing it", style="yellow")
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+    for one in wait_until_ended(family, 10):
         with contextlib.suppress(psutil.NoSuchProcess):
             one.kill()
     state.remove()

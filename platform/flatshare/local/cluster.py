@@ -141,11 +141,13 @@ def reachable_cluster(wanted: str) -> str | None:
     if found.get("nobody") and wanted == "auto" and not os.environ.get("RAY_ADDRESS"):
         logger.warning("Ray's address file names %s, where nobody listens; starting a cluster", address)
         return None
-    problem = (
-        found.get("problem")
-        or f"no answer within {ANSWER_TIMEOUT_S} s; does it ask for a token (RAY_AUTH_TOKEN_PATH)?"
+    problem = found.get("problem") or (
+        f"no answer within {ANSWER_TIMEOUT_S} s (does it ask for a token? RAY_AUTH_TOKEN_PATH)"
     )
-    raise LocalError(f"the Ray cluster at {address or wanted} can't be joined: {problem}; or use --ray local")
+    where = wanted if address in (None, wanted) else f"{wanted} ({address})"
+    raise LocalError(
+        f"the Ray cluster at {where} can't be joined: {problem}; --ray local starts one of our own"
+    )
 
 
 def _join(address: str, **options: Any) -> None:

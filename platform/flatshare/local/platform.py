@@ -27,7 +27,8 @@ from flatshare.edge.supervisor import EdgeSupervisor, EdgeTargets
 from flatshare.errors import LocalError
 from flatshare.local.checks import affordable_connections
 from flatshare.local.cluster import joined_cluster, ray_cluster
-from flatshare.local.state import PlatformState, descendants
+from flatshare.local.processes import descendants
+from flatshare.local.state import PlatformState
 from flatshare.pool.controller import read_details
 from flatshare.pool.deployment import POOL_APP, pool_application
 from flatshare.pool.details import Target, app_status, targets

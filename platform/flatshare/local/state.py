@@ -14,12 +14,10 @@ from typing import Literal
 import psutil
 
 from flatshare.errors import LocalError
+from flatshare.local.processes import Process, same_process, wait_until_ended
 from flatshare.settings import Settings
 
-__all__ = ["PlatformState", "descendants", "find_states", "known_states", "state_folder", "url_of"]
-
-Process = tuple[int, float]
-"""Process id and start time: ids are used again."""
+__all__ = ["PlatformState", "find_states", "known_states", "state_folder", "url_of"]
 
 
 def state_folder() -> Path:
@@ -39,15 +37,6 @@ def state_folder() -> Path:
         raise LocalError(
             "there is no folder to keep state in: set XDG_STATE_HOME, or HOME, to one of yours"
         ) from error
-
-
-def descendants() -> tuple[Process, ...]:
-    """All that this process has started, and what those have."""
-    found = []
-    for child in psutil.Process().children(recursive=True):
-        with contextlib.suppress(psutil.NoSuchProcess):
-            found.append((child.pid, child.create_time()))
-    return tuple(found)
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,22 +174,21 @@ class PlatformState:
 
     def process(self) -> psutil.Process | None:
         """The ``up`` process, if it is still that process."""
-        return _same_process(self.pid, self.started_at)
+        return same_process(self.pid, self.started_at)
 
     def end_leftovers(self) -> list[str]:
         """End what a killed ``up`` left behind and forget it; names of what was ended.
 
         HAProxy and Ray's daemons end with ``up`` by themselves; two agents of Ray do not.
         """
-        found = [_same_process(pid, started_at) for pid, started_at in self.family]
+        found = [same_process(pid, started_at) for pid, started_at in self.family]
         alive = [process for process in found if process is not None]
         names = []
         for process in alive:
             with contextlib.suppress(psutil.NoSuchProcess):
                 names.append(process.name())
                 process.terminate()
-        _, stubborn = psutil.wait_procs(alive, timeout=5)
-        for process in stubborn:
+        for process in wait_until_ended(alive, 5):
             with contextlib.suppress(psutil.NoSuchProcess):
                 process.kill()
         self.remove()
@@ -219,16 +207,6 @@ def url_of(settings: Settings) -> str:
     everywhere = {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104  # names only
     host = everywhere.get(settings.host, f"[{settings.host}]" if ":" in settings.host else settings.host)
     return f"{'https' if settings.tls_cert else 'http'}://{host}:{settings.port}"
-
-
-def _same_process(pid: int, started_at: float) -> psutil.Process | None:
-    """The process with this id, if it started then: ids are used again."""
-    try:
-        process = psutil.Process(pid)
-        same = abs(process.create_time() - started_at) < 1 and process.status() != psutil.STATUS_ZOMBIE
-    except psutil.NoSuchProcess:
-        return None
-    return process if same else None
 
 
 def find_states() -> list[PlatformState]:
