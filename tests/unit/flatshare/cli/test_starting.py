@@ -40,6 +40,8 @@ class Starting:
             name: value for name, value in os.environ.items() if not name.startswith(("FLATSHARE_", "RAY_"))
         }
         self.environment = {**clean, "FLATSHARE_HOST_DIR": "off", "RAY_TMPDIR": str(folder / "ray")}
+        # Else Ray takes loopback for the machine's own address, where the server does not listen.
+        self.environment["RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"] = "0"
 
         def ignore() -> None:
             for number in ignored:
