@@ -82,7 +82,7 @@ class Backend:
                     return
                 outer.requests.append({key.lower(): value for key, value in self.headers.items()})
                 outer.bodies.append(len(body))
-                if self.path == "/predict/stream":
+                if "x-test-stream" in self.headers:
                     self.stream()
                     return
                 self.answer(outer.name.encode())
@@ -513,7 +513,9 @@ def test_a_reload_loses_no_request(edge: Edge, backends: list[Backend]) -> None:
 def a_stream(edge: Edge, backend: Backend) -> Iterator[tuple[queue.SimpleQueue[bytes], Iterator[bytes]]]:
     """An answer that goes on: what is put in, and what comes out."""
     with httpx.Client(timeout=10) as client:
-        with client.stream("POST", f"{edge.url}/predict/stream", headers={MODEL: "m"}) as reply:
+        with client.stream(
+            "POST", f"{edge.url}/predict/stream", headers={MODEL: "m", "x-test-stream": "1"}
+        ) as reply:
             pieces = reply.iter_raw()
             assert next(pieces) == b"first"
             source = backend.streams[-1]
