@@ -57,6 +57,12 @@ class Settings(RegistrySettings):
         "append to X-Forwarded-For is the client's address, for limits by address.",
     )
 
+    trust_ray_network: bool = Field(
+        default=False,
+        description="Listen beyond loopback although the Ray cluster asks callers for no token: who reaches "
+        "its ports can run code on it, so a firewall must keep others out.",
+    )
+
     # -- who may call
     auth: Literal["on", "off"] = Field(
         default="on", description="off: everybody who reaches the port is the operator. For trying things."
@@ -70,6 +76,12 @@ class Settings(RegistrySettings):
     )
     api_key: SecretStr = Field(
         default=SecretStr(""), description="What client commands show; by default the admin key's file."
+    )
+    key_trust_s: float = Field(
+        default=3600.0,
+        gt=0,
+        description="Seconds for which a replica that can't reach the store believes the keys that it knows; "
+        "then their requests get 503. A revocation is told to every replica, with or without the store.",
     )
     erasure_key_file: str = Field(
         default="",
@@ -188,6 +200,12 @@ class Settings(RegistrySettings):
     max_body_bytes: int = Field(
         default=8 * 1024**2, ge=1024, description="Longest request body, in bytes; beyond it 413."
     )
+    body_memory_bytes: int = Field(
+        default=512 * 1024**2,
+        ge=1024**2,
+        description="Bytes of long bodies and their rows that one replica holds at a time; beyond it 503, "
+        "and 429 for a tenant whose own take more than tenant_share of it.",
+    )
     max_rows: int = Field(default=1024, ge=1, description="Most images in one request; beyond it 413.")
     retry_body_bytes: int = Field(
         default=64 * 1024,
@@ -215,6 +233,8 @@ class Settings(RegistrySettings):
             raise ValueError("device=cpu with gpus_per_replica above 0 would reserve GPUs and not use them")
         if self.retry_body_bytes > self.max_body_bytes:
             raise ValueError("retry_body_bytes is larger than max_body_bytes")
+        if self.body_memory_bytes < 4 * self.max_body_bytes:
+            raise ValueError("body_memory_bytes is less than four bodies of max_body_bytes")
         if self.host not in LOOPBACK_HOSTS and self.auth == "off":
             raise ValueError(
                 f"host {self.host!a} is not loopback, and auth=off lets everybody in: use auth=on"

@@ -125,9 +125,10 @@ def _up_here(settings: Settings, ray_address: str) -> None:
             try:
                 state.claim()
 
+                from flatshare.local.ray_token import cluster_token_file
                 from flatshare.pool.environment import prepare
 
-                environment = prepare(settings.edge)
+                environment = prepare(settings.edge, cluster_token_file(ray_address))
 
                 # Only now: ray reads its flags when it is imported.
                 from flatshare.local.operators import operators_of
@@ -284,9 +285,10 @@ def edge(
 
     check_edge(settings, warn=_warn)
 
+    from flatshare.local.ray_token import cluster_token_file
     from flatshare.pool.environment import prepare
 
-    prepare(settings.edge)
+    prepare(settings.edge, cluster_token_file(ray_address))
 
     from flatshare.local.platform import running_edge
 

@@ -66,8 +66,8 @@ def ray_cluster(wanted: str, environment: dict[str, str]) -> Iterator[tuple[str,
 
 
 @contextlib.contextmanager
-def joined_cluster(wanted: str) -> Iterator[None]:
-    """Connected to a cluster that runs already.
+def joined_cluster(wanted: str) -> Iterator[str]:
+    """Connected to a cluster that runs already; its address.
 
     Raises
     ------
@@ -80,7 +80,7 @@ def joined_cluster(wanted: str) -> Iterator[None]:
     with _signals_kept():
         _join(address)
     try:
-        yield
+        yield address
     finally:
         ray.shutdown()
 
@@ -98,7 +98,6 @@ def own_cluster() -> Iterator[str]:
                 num_cpus=max(cores, 64),
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
-                _node_ip_address="127.0.0.1",
                 namespace="flatshare",
                 **QUIET,
             )

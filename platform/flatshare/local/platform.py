@@ -27,6 +27,7 @@ from flatshare.edge.supervisor import EdgeSupervisor, EdgeTargets
 from flatshare.errors import LocalError
 from flatshare.local.checks import affordable_connections
 from flatshare.local.cluster import joined_cluster, ray_cluster
+from flatshare.local.cluster_guard import check_cluster
 from flatshare.local.processes import descendants
 from flatshare.local.state import PlatformState
 from flatshare.pool.controller import read_details
@@ -80,6 +81,7 @@ def running_platform(
         address, own = stack.enter_context(ray_cluster(ray_address, environment))
         state = replace(state, ray_address=address, family=descendants())
         state.save()
+        check_cluster(address, settings)
         report(f"starting {settings.replicas} replicas and the control plane")
         stack.enter_context(_applications(settings, operators, environment, keep_cluster=not own))
         watch = _watch_nothing
@@ -103,7 +105,8 @@ def running_edge(settings: Settings, ray_address: str) -> Iterator[EdgeSuperviso
     LocalError
         There is no such cluster, HAProxy does not start, or it would open a pool without keys to others.
     """
-    with joined_cluster(ray_address):
+    with joined_cluster(ray_address) as address:
+        check_cluster(address, settings)
         if settings.host not in LOOPBACK_HOSTS:
             demand_keys(edge_targets())  # the pool was started elsewhere, with settings of its own
         with _edge(settings) as supervisor:

@@ -8,21 +8,22 @@ import functools
 import logging
 import os
 import time
+from collections.abc import Awaitable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, cast
 
 import numpy as np
 import ray
 import torch
-from numpy.typing import NDArray
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
 from flatshare.api.app import create_app
+from flatshare.api.decoding import INLINE_BYTES, DecodeRoom
 from flatshare.api.hot import HotRoutes
 from flatshare.api.identity import LOCAL_OPERATOR, Identities, OperatorKeys
-from flatshare.api.payload import decode_array
+from flatshare.api.payload import READY, decode_array
 from flatshare.api.tokens import TokenVerifier
 from flatshare.cache.device import device_budget, open_device
 from flatshare.cache.fetch import TensorSource
@@ -35,11 +36,12 @@ from flatshare.cache.policy import POLICIES
 from flatshare.cache.promotions import Promotions
 from flatshare.cache.threads import in_thread
 from flatshare.cache.tiers import ModelKey
+from flatshare.cache.trust import TrustedHeads
 from flatshare.cache.view import RegistryView
 from flatshare.engine.admission import Admission
 from flatshare.engine.inference import Inference
-from flatshare.engine.quotas import QuotaKeeper
-from flatshare.engine.service import InferenceService
+from flatshare.engine.quotas import BytesLimit, QuotaKeeper
+from flatshare.engine.service import InferenceService, Rows
 from flatshare.errors import BadInput
 from flatshare.models.architecture import Architecture
 from flatshare.pool.key_use import KeyUse
@@ -50,6 +52,8 @@ from flatshare.pool.router import HomeReplicaRouter
 from flatshare.pool.snapshot import ReplicaSnapshot
 from flatshare.settings import Settings
 from flatshare_registry.catalog import Registry
+from flatshare_registry.errors import InvalidRef, Unavailable
+from flatshare_registry.heads import decode_head
 from flatshare_registry.ids import ModelRef, TenantId
 from flatshare_registry.records import TenantHead
 
@@ -107,8 +111,11 @@ class ClassifierPool:
         load_threads, local_threads, part_threads, view_threads, key_threads = self._threads
         store = settings.open_store()
         places = settings.max_ongoing_requests + settings.max_queued_requests
+        self._decoding = DecodeRoom()
         self._quotas = QuotaKeeper(
-            settings.plans, concurrent_requests=max(int(places * settings.tenant_share), 1)
+            settings.plans,
+            concurrent_requests=max(int(places * settings.tenant_share), 1),
+            bytes_limit=bytes_limit(settings),
         )
         self._advertiser = Advertiser(self, self.load_model, self._held_ids)
         registry = Registry(store)
@@ -150,12 +157,16 @@ class ClassifierPool:
             promotions=self._promotions,
             inference=self._inference,
             admission=Admission(settings.max_ongoing_requests, settings.max_queued_requests),
-            cold=Admission(settings.max_queued_requests + 1, 0),
+            cold=cold_places(settings.max_queued_requests),
             quotas=self._quotas,
             timeout_s=settings.request_timeout_s,
         )
+        self._key_use = KeyUse(store, key_threads)
         self._identities = Identities(
-            self._view, operators, token_verifier(settings), used=KeyUse(store, key_threads)
+            TrustedHeads(self._view, settings.key_trust_s),
+            operators,
+            token_verifier(settings),
+            used=self._key_use,
         )
         self._restoring = asyncio.get_running_loop().create_task(
             restore_pins(
@@ -175,6 +186,7 @@ class ClassifierPool:
             replica=self.replica,
             max_body_bytes=self._settings.max_body_bytes,
             max_rows=self._settings.max_rows,
+            room=self._decoding,
         )
 
     # -- handles
@@ -185,7 +197,8 @@ class ClassifierPool:
         Parameters
         ----------
         batch
-            ``{"image": array}``, shapes as over HTTP.
+            ``{"image": array}``, shapes as over HTTP. With ``"values": "model-ready"`` whole numbers of 0 to
+            255 are taken as they are, and not refused as raw pixels.
 
         Returns
         -------
@@ -199,13 +212,23 @@ class ClassifierPool:
         if not isinstance(cast("object", batch), dict):  # a handle passes on whatever it was given
             raise BadInput("the batch must be a dict")
 
-        def decode(network: Architecture) -> NDArray[np.float32]:
+        ref = ModelRef.parse(model_ref)
+
+        def decode(network: Architecture) -> Rows | Awaitable[Rows]:
             if network.input.name not in batch:
                 raise BadInput(f'the batch must be a dict with the key "{network.input.name}"')
-            return decode_array(batch[network.input.name], network.input, self._settings.max_rows)
+            values = batch[network.input.name]
+            size = values.nbytes if isinstance(values, np.ndarray) else INLINE_BYTES + 1
+            return self._decoding.here_or_there(
+                ref.tenant,
+                size,
+                lambda: decode_array(
+                    values, network.input, self._settings.max_rows, ready=batch.get("values") == READY
+                ),
+            )
 
         # Who has a handle is inside the cluster, which is one trust domain: the operator's.
-        with await self._service.enter(LOCAL_OPERATOR, ModelRef.parse(model_ref)) as ticket:
+        with await self._service.enter(LOCAL_OPERATOR, ref) as ticket:
             prediction = await self._service.predict(ticket, decode)
         return {**batch, "predicted_label": prediction.labels}
 
@@ -244,11 +267,26 @@ class ClassifierPool:
             stats=dataclasses.replace(self._cache.stats),
         )
 
-    async def refresh(self, tenant: str) -> str:
-        """Read a tenant anew and try its failed versions again; returns this replica's name."""
+    async def refresh(self, tenant: str, told: str | None = None) -> str:
+        """Read a tenant anew and try its failed versions again; returns this replica's name.
+
+        Parameters
+        ----------
+        told
+            The tenant's head (JSON) as the control plane has just read it: a replica that can't reach the
+            store believes that, and refuses a key that was revoked.
+        """
         parsed = TenantId(tenant)
         self._cache.forget_failures(parsed)
-        head = await self._view.refresh(parsed)
+        given = decode_head(parsed, told.encode()) if told is not None else None
+        if given is not None:
+            self._view.learn(given)
+        try:
+            head = await self._view.refresh(parsed)
+        except Unavailable:
+            if given is None:
+                raise
+            head = given if given.state.exists else None
         for record in self._cache.resident_records():
             if record.tenant == parsed and (head is None or record.version not in head.versions):
                 self._cache.unload(ModelKey.of(record))
@@ -271,13 +309,15 @@ class ClassifierPool:
 
     async def unpin(self, model_ref: str) -> bool:
         """Let what a ref means here be evicted again; whether it was pinned."""
-        record = await self._view.resolve(ModelRef.parse(model_ref), self._settings.request_timeout_s)
-        return self._cache.unpin(ModelKey.of(record))
+        return sum(self._cache.unpin(key) for key in await self._meant(model_ref)) > 0
 
     async def unload(self, model_ref: str) -> bool:
         """Free what a ref means here, once its leases have ended; whether it was resident."""
-        record = await self._view.resolve(ModelRef.parse(model_ref), self._settings.request_timeout_s)
-        return self._cache.unload(ModelKey.of(record))
+        return sum(self._cache.unload(key) for key in await self._meant(model_ref)) > 0
+
+    async def _meant(self, model_ref: str) -> list[ModelKey]:
+        ref = ModelRef.parse(model_ref)
+        return self._promotions.meant(ref, await self._view.resolve(ref, self._settings.request_timeout_s))
 
     async def fence(self, tenant: str) -> str:
         """Answer nothing for a tenant that is being erased, for a while; returns this replica's name."""
@@ -290,7 +330,9 @@ class ClassifierPool:
         self._service.fence(parsed, FENCE_S)
         self._view.forget(parsed)
         told = self._cache.erase(parsed)
+        deadline = time.monotonic() + ERASE_WAIT_S
         clean = await self._cache.erased(parsed, ERASE_WAIT_S)
+        clean = await self._key_use.stop(parsed, deadline - time.monotonic()) and clean
         self._advertiser.changed()
         return EraseReceipt(
             self.replica, self._node_id(), told.models, told.overwritten_bytes, clean, time.time()
@@ -314,6 +356,7 @@ class ClassifierPool:
         self._promotions.close()
         await self._cache.close(DRAIN_S)
         await asyncio.to_thread(self._inference.close)
+        self._decoding.close()
         for threads in self._threads:
             threads.shutdown(wait=False, cancel_futures=True)
 
@@ -333,11 +376,28 @@ class ClassifierPool:
             head = self._view.last_head(tenant)
             if head is not None:
                 for alias, number in head.aliases.items():
-                    ref = ModelRef.parse(f"{tenant}:{alias}")
+                    try:
+                        ref = ModelRef.parse(f"{tenant}:{alias}")
+                    except InvalidRef:  # one damaged head must not stop the others' ids
+                        continue
                     serving = self._promotions.serving(ref)
                     if (serving.version if serving is not None else number) == record.version:
                         held.add(str(ref))
         return held
+
+
+def bytes_limit(settings: Settings) -> BytesLimit:
+    """What bodies may take in a replica; one largest body and its rows of every tenant always may."""
+    tenant = int(settings.body_memory_bytes * settings.tenant_share)
+    return BytesLimit(settings.body_memory_bytes, max(tenant, 2 * settings.max_body_bytes))
+
+
+def cold_places(max_queued_requests: int) -> Admission:
+    """Places for requests that wait for the registry or for a load: half at once, and half in turns of
+    tenants.
+    """
+    half = max_queued_requests // 2 + 1
+    return Admission(half, half)
 
 
 def token_verifier(settings: Settings) -> TokenVerifier | None:
