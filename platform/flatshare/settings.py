@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping
+from ipaddress import ip_network
 from typing import Final, Literal, Self
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
@@ -53,7 +54,12 @@ class Settings(RegistrySettings):
         default=1024,
         ge=1,
         description="Connections that the edge takes from one address at a time; more are closed at once. "
-        "Raise it behind a load balancer.",
+        "Not from trusted_proxies.",
+    )
+    trusted_proxies: str = Field(
+        default="",
+        description="Addresses or networks of load balancers before the edge, with commas between. What they "
+        "append to X-Forwarded-For is the client's address, for limits by address.",
     )
 
     trust_ray_network: bool = Field(
@@ -259,9 +265,19 @@ class Settings(RegistrySettings):
             raise ValueError("edge=serve listens on loopback only; edge=haproxy takes other addresses")
         if self.tls_cert and self.edge == "serve":
             raise ValueError("tls_cert needs edge=haproxy")
+        if self.proxy_networks() and self.edge == "serve":
+            raise ValueError("trusted_proxies needs edge=haproxy")
         if bool(self.jwt_issuer) != bool(self.jwt_jwks):
             raise ValueError("jwt_issuer and jwt_jwks go together")
         return self
+
+    def proxy_networks(self) -> tuple[str, ...]:
+        """``trusted_proxies``, one by one; raises ``ValueError`` for what is no network."""
+        names = [name for part in self.trusted_proxies.split(",") if (name := part.strip())]
+        try:
+            return tuple(str(ip_network(name, strict=False)) for name in names)
+        except ValueError as error:
+            raise ValueError(f"trusted_proxies: {error}") from error
 
 
 def load_settings(**given: object) -> Settings:

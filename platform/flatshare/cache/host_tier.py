@@ -25,8 +25,6 @@ import fcntl
 import logging
 import os
 import secrets
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -48,12 +46,9 @@ from flatshare.cache.tier_files import (
 )
 from flatshare.cache.tier_writer import TensorWriter
 
-__all__ = ["HostTier", "HostUsage", "Scrubbed", "open_host_tier"]
+__all__ = ["HostTier", "HostUsage", "Scrubbed"]
 
 logger = logging.getLogger("flatshare.cache")
-
-MAX_DEFAULT_BYTES: Final = 8 * 1024**3
-"""Most that the tier takes without being told."""
 
 LOCK_RETRY_S: Final = 0.005
 """How often a lock that another process holds is tried again: flock has no deadline of its own."""
@@ -368,32 +363,3 @@ class HostTier:
                 return
             finally:
                 os.close(handle)
-
-
-def open_host_tier(folder: str, budget_bytes: int) -> HostTier | None:
-    """The host tier that the settings mean, or None: a replica without one streams from the store.
-
-    Parameters
-    ----------
-    folder
-        A folder, ``auto`` or ``off``.
-    budget_bytes
-        0 for a quarter of the file system, at most 8 GiB.
-    """
-    if folder == "off":
-        return None
-    if folder == "auto":
-        shared = Path("/dev/shm")  # noqa: S108  # the node's tmpfs; our folder in it is private
-        base = shared if shared.is_dir() else Path(tempfile.gettempdir())
-        root = base / f"flatshare-{os.getuid()}"
-    else:
-        root = Path(folder)
-    try:
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        budget = budget_bytes or min(shutil.disk_usage(root).total // 4, MAX_DEFAULT_BYTES)
-        return HostTier(root, budget)
-    except OSError as error:
-        logger.warning(
-            "no host tier in %s (%s): every load comes from the store", root, error.strerror or error
-        )
-        return None

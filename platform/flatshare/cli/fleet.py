@@ -136,6 +136,9 @@ def print_fleet(fleet: Fleet, *, models: bool) -> None:
             )
     for node, host in {one["node"]: one["host"] for one in fleet["replicas"] if one["host"]}.items():
         out.print(f"host tier of {node}: {size(host['used_bytes'])} of {size(host['budget_bytes'])} in files")
+    for one in fleet["replicas"]:
+        if one["host"] is None:
+            out.print(f"{one['replica']}: no host tier, every load comes from the store", soft_wrap=True)
     totals = fleet["totals"]
     rates = ", ".join(f"{tier} {rate:.1%}" for tier, rate in totals["hit_rate"].items())
     loads = f"{totals['loads']} loads"

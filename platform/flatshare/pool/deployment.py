@@ -26,7 +26,8 @@ from flatshare.api.payload import READY, decode_array
 from flatshare.api.tokens import token_verifier
 from flatshare.cache.device import device_budget, open_device
 from flatshare.cache.fetch import TensorSource
-from flatshare.cache.host_tier import Scrubbed, open_host_tier
+from flatshare.cache.host_place import open_host_tier
+from flatshare.cache.host_tier import Scrubbed
 from flatshare.cache.ledger import Ledger
 from flatshare.cache.loading import DeviceLoader
 from flatshare.cache.model_cache import LOCAL_CONCURRENCY, ModelCache

@@ -30,6 +30,8 @@ def test_options_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
         ({"host": "192.168.1.5", "auth": "off"}, "not loopback"),
         ({"host": "192.168.1.5", "edge": "serve"}, "loopback only"),
         ({"tls_cert": "/x.pem", "edge": "serve"}, "edge=haproxy"),
+        ({"trusted_proxies": "10.0.0.0/8", "edge": "serve"}, "edge=haproxy"),
+        ({"trusted_proxies": "10.0.0.0/8, lb.example"}, "lb.example"),
         ({"jwt_issuer": "https://i"}, "go together"),
         ({"jwt_jwks": "/x"}, "go together"),
         ({"plans": {"gold": {"speed": 3}}}, "plans.gold.speed"),
@@ -114,3 +116,9 @@ def test_variables_that_are_no_settings_are_found() -> None:
     assert unknown_variables(names) == {
         "FLATSHARE_": None, "FLATSHARE_SLOT": "FLATSHARE_SLOTS", "FLATSHARE_STROE": "FLATSHARE_STORE",
     }  # fmt: skip
+
+
+def test_trusted_proxies_are_networks_with_commas_between() -> None:
+    given = load_settings(trusted_proxies="10.1.2.3/8, 192.0.2.7 ,2001:db8::1,")
+    assert given.proxy_networks() == ("10.0.0.0/8", "192.0.2.7/32", "2001:db8::1/128")
+    assert load_settings().proxy_networks() == ()

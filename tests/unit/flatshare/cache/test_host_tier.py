@@ -19,7 +19,8 @@ from pathlib import Path
 import pytest
 
 from flatshare.cache import host_tier as module
-from flatshare.cache.host_tier import HostTier, open_host_tier
+from flatshare.cache.host_place import open_host_tier
+from flatshare.cache.host_tier import HostTier
 from flatshare.cache.tier_files import PAGE, unlink_unless_mapped
 
 BIG = 100 * 1024
