@@ -79,6 +79,7 @@ class Registry:
         clock: Callable[[], float] = time.time,
     ) -> None:
         self.store = store
+        self.actor = actor
         self._clock = clock
         self._heads = HeadStore(store, actor, clock, request_id)
         self._registrar = Registrar(store, self._heads, actor, clock, self.create_tenant)
@@ -178,12 +179,18 @@ class Registry:
             No such tenant, and nothing of it left over.
         """
         leftovers = [meta.key for prefix in _leftovers(tenant) for meta in self.store.list(prefix)]
+        # A delete may come late: a tenant that is given this id meanwhile must not use these numbers.
+        numbers = [found[1] for found in map(layout.version_of, leftovers) if found is not None]
         try:
             self._heads.change(
                 tenant,
                 Action.TENANT_DELETED,
                 lambda head: with_past(head, head.versions.values()).model_copy(
-                    update={**EMPTY, "state": TenantState.DELETED}
+                    update={
+                        **EMPTY,
+                        "state": TenantState.DELETED,
+                        "next_version": max([head.next_version, *(number + 1 for number in numbers)]),
+                    }
                 ),
             )
         except NotFound:

@@ -10,23 +10,20 @@ from __future__ import annotations
 import contextlib
 import json
 from collections.abc import Callable, Collection
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any
 
 from flatshare_registry import layout
-from flatshare_registry.errors import AlreadyExists, Corrupt, InvalidWeights, NotFound
+from flatshare_registry.blobs import BlobRemoval, NamedBlobs
+from flatshare_registry.errors import Corrupt, InvalidWeights, NotFound
 from flatshare_registry.heads import HeadStore
 from flatshare_registry.ids import TenantId
 from flatshare_registry.records import Action, TenantHead, TenantState, VersionRecord, with_past
-from flatshare_registry.stores.base import BlobMeta, BlobStore, Create, Overwrite
+from flatshare_registry.stores.base import BlobStore, Overwrite
 from flatshare_registry.tenancy import EMPTY
 from flatshare_registry.weights import describe
 
 __all__ = ["Eraser", "Leaving", "StoreErasure"]
-
-READ_THREADS: Final = 16
-"""Heads read at a time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -159,28 +156,20 @@ class Eraser:
         """
         tenant = leaving.tenant
         versions_checked = self._store.shows_versions(layout.head_key(tenant))  # the tombstone is there
-        # What an erasure that was cut short had taken, and another tenant names, comes back first.
-        held = {
-            meta.key.rpartition("/")[2].partition(".")[0]
-            for meta in self._store.list(layout.erasure_held_prefix(tenant))
-        }
-        seen: dict[str, tuple[str, Collection[str]]] = {}
-        named = self._named_by_others(tenant, seen)
+        others = NamedBlobs(self._store, but=tenant)
+        removal = BlobRemoval(self._store, layout.erasure_held_prefix(tenant), others)
+        removal.restore()
+        named = others.now()
         kept = [digest for digest in leaving.blobs if digest in named]
-        for digest in held & named:
-            self._put_back(tenant, digest)
         going = [digest for digest in leaving.blobs if digest not in named]
         objects = 0
         for index, digest in enumerate(going):
-            objects += self._take(tenant, digest)
+            objects += removal.take(digest)
             progress(index + 1, len(going) + 1)
-        # Who registered the same weights meanwhile gets them back; only then is the copy let go.
-        if going:
-            for digest in set(going) & self._named_by_others(tenant, seen):
-                self._put_back(tenant, digest)
-                going.remove(digest)
-                kept.append(digest)
-        self._store.purge_all(layout.erasure_held_prefix(tenant))
+        # Who registered the same weights meanwhile gets them back; only then are the copies let go.
+        for digest in removal.settle(going):
+            going.remove(digest)
+            kept.append(digest)
         for prefix in (
             layout.used_prefix(tenant), layout.pins_prefix(tenant), layout.versions_prefix(tenant)
         ):  # fmt: skip
@@ -205,43 +194,3 @@ class Eraser:
                     record = VersionRecord.decode(self._store.get(meta.key).data, meta.key)
                     left -= {one.sha256 for one in record.tensors}
         return left
-
-    def _named_by_others(self, tenant: TenantId, seen: dict[str, tuple[str, Collection[str]]]) -> set[str]:
-        """Blobs that some other tenant's head names now.
-
-        Parameters
-        ----------
-        seen
-            By key, ETag of a head and what it named; added to. Heads that did not change are not read again.
-        """
-        others = [
-            meta
-            for meta in self._store.list(layout.TENANTS)
-            if layout.tenant_of_head(meta.key) not in (None, tenant)
-        ]
-
-        def names(meta: BlobMeta) -> Collection[str]:
-            if meta.key not in seen or seen[meta.key][0] != meta.etag:
-                try:
-                    blob = self._store.get(meta.key)
-                except NotFound:
-                    return ()
-                head = TenantHead.decode(blob.data, meta.key)
-                named = tuple(head.versions.values()) if head.state.exists else ()
-                seen[meta.key] = (blob.meta.etag, named)
-            return seen[meta.key][1]
-
-        with ThreadPoolExecutor(READ_THREADS) as threads:
-            return {digest for found in threads.map(names, others) for digest in found}
-
-    def _take(self, tenant: TenantId, digest: str) -> int:
-        """Remove a blob, and keep a copy aside until it is sure that nobody else came to name it."""
-        key = layout.blob_key(digest)
-        with contextlib.suppress(NotFound):  # then hidden versions may be left
-            self._store.put(layout.erasure_held_key(tenant, digest), self._store.get(key).data, Overwrite())
-        return self._store.purge(key)
-
-    def _put_back(self, tenant: TenantId, digest: str) -> None:
-        with contextlib.suppress(AlreadyExists, NotFound):
-            data = self._store.get(layout.erasure_held_key(tenant, digest)).data
-            self._store.put(layout.blob_key(digest), data, Create())

@@ -3,7 +3,8 @@
 Collected are blobs that no committed version names, and version records that no head names.
 Objects are listed *before* heads are read, and a registration that reuses an old blob writes it
 again first, so whatever a registration in progress needs is younger than the grace period. Age is
-read again just before each delete; what is left is the time of that one request.
+read again just before each delete; a delete may still come late, or twice, so weights go in two steps
+(``blobs.py``), and of version records only those go whose number nobody can be given again.
 """
 
 from __future__ import annotations
@@ -14,9 +15,9 @@ from dataclasses import dataclass
 from typing import Final
 
 from flatshare_registry import layout
+from flatshare_registry.blobs import BLOB_REFRESH_S, BlobRemoval, NamedBlobs
 from flatshare_registry.errors import InvalidInput, NotFound
 from flatshare_registry.records import TenantHead
-from flatshare_registry.registration import BLOB_REFRESH_S
 from flatshare_registry.store_clock import agreed_now
 from flatshare_registry.stores.base import BlobMeta, BlobStore
 
@@ -76,11 +77,17 @@ def collect(
     now_s = agreed_now(store, clock())
     blobs = [meta for meta in store.list(layout.BLOBS) if layout.digest_of(meta.key) is not None]
     tenant_objects = list(store.list(layout.TENANTS))
+    named = NamedBlobs(store)
+    removal = BlobRemoval(store, layout.HELD, named)
+    if remove:
+        removal.restore(older_than_s=MIN_GRACE_S)
     live_digests: set[str] = set()
     live_versions: set[tuple[str, int]] = set()
+    next_versions: dict[str, int] = {}
     for meta in tenant_objects:
         if layout.tenant_of_head(meta.key) is not None:
             head = TenantHead.decode(store.get(meta.key).data, meta.key)
+            next_versions[head.tenant] = head.next_version
             if head.state.exists:
                 live_digests.update(head.versions.values())
                 live_versions.update((head.tenant, number) for number in head.versions)
@@ -88,22 +95,32 @@ def collect(
     unnamed += [
         meta
         for meta in tenant_objects
-        if (version := layout.version_of(meta.key)) is not None and version not in live_versions
+        if (version := layout.version_of(meta.key)) is not None
+        and version not in live_versions
+        # The next registration may be given this number, and put its record there.
+        and version[1] < next_versions.get(version[0], version[1] + 1)
     ]
     garbage = tuple(meta for meta in unnamed if now_s - meta.modified_s > grace_s)
     if remove:
-        garbage = tuple(meta for meta in garbage if _delete_unless_renewed(store, meta))
+        garbage = tuple(meta for meta in garbage if _remove_unless_renewed(store, meta, removal))
+        digests = {layout.digest_of(meta.key): meta for meta in garbage}
+        back = removal.settle(digest for digest in digests if digest is not None)
+        garbage = tuple(meta for meta in garbage if layout.digest_of(meta.key) not in back)
     live_blobs = sum(layout.digest_of(meta.key) in live_digests for meta in blobs)
     return GarbageReport(remove, garbage, len(unnamed) - len(garbage), live_blobs)
 
 
-def _delete_unless_renewed(store: BlobStore, meta: BlobMeta) -> bool:
-    """Delete an object unless it was written again since it was listed."""
+def _remove_unless_renewed(store: BlobStore, meta: BlobMeta, removal: BlobRemoval) -> bool:
+    """Remove an object unless it was written again since it was listed."""
     try:
         # Whole seconds: some stores list with milliseconds and answer HEAD without.
         if int(store.head(meta.key).modified_s) != int(meta.modified_s):
             return False
     except NotFound:
         return False
-    store.delete(meta.key)
+    digest = layout.digest_of(meta.key)
+    if digest is None:
+        store.delete(meta.key)
+    else:
+        removal.take(digest)
     return True

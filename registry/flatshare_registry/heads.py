@@ -168,7 +168,13 @@ class HeadStore:
         """
         entry = self._entry(tenant, 1, Action.TENANT_CREATED)
         head = TenantHead(tenant=tenant, created_at=entry.at, last_entry=entry)
-        self._store.put(layout.head_key(tenant), head.encode(), Create())
+        try:
+            self._store.put(layout.head_key(tenant), head.encode(), Create())
+        except AlreadyExists:
+            found = self.read_any(tenant)
+            if not self._landed(entry, found):
+                raise
+            return found
         with contextlib.suppress(Unavailable, Conflict):
             self._write_log(entry)
         return head
@@ -211,10 +217,10 @@ class HeadStore:
         """
         # The random half names this change over all tries; the time half is made anew for each.
         mark = new_ulid(self._clock())[ULID_TIME_CHARS:]
+        tried: AuditEntry | None = None
         for _ in range(MAX_SWAP_TRIES):
             head, etag = self._read_any(tenant)
-            if head.last_entry.id.endswith(mark):
-                # An earlier try landed although its answer was lost (a put that boto3 retried).
+            if tried is not None and self._landed(tried, head):
                 return head
             if not head.state.exists and not also_deleted:
                 raise NotFound(f"there is no tenant {tenant}")
@@ -234,6 +240,7 @@ class HeadStore:
                 previous=head.last_entry.link,
             )
             changed = wanted.model_copy(update={"revision": entry.revision, "last_entry": entry})
+            tried = entry
             try:
                 self._store.put(layout.head_key(tenant), changed.encode(), UpdateIf(etag))
             except Conflict:
@@ -244,6 +251,25 @@ class HeadStore:
                 self._write_log(entry)
             return changed
         raise Unavailable(f"tenant {tenant} could not be changed: {MAX_SWAP_TRIES} swaps in a row lost")
+
+    def entry_after(self, head: TenantHead, action: Action, detail: Mapping[str, str]) -> AuditEntry:
+        """The entry that follows a head's last one."""
+        mark = new_ulid(self._clock())[ULID_TIME_CHARS:]
+        return self._entry(
+            TenantId(head.tenant),
+            head.revision + 1,
+            action,
+            entry_id=_id_after(head.last_entry.id, mark, self._clock()),
+            detail=detail,
+            previous=head.last_entry.link,
+        )
+
+    def write_log(self, entry: AuditEntry) -> None:
+        """Write an entry's object, unless it is there; what fails is written by whoever changes the head
+        next.
+        """
+        with contextlib.suppress(Unavailable, Conflict):
+            self._write_log(entry)
 
     def audit(self, tenant: TenantId, *, since_created: bool = False) -> list[AuditEntry]:
         """All changes of a tenant, or those ``since_created``, oldest first; also of one that was deleted.
@@ -314,6 +340,20 @@ class HeadStore:
                 yield entry
                 if entry.action is Action.TENANT_CREATED:
                     return
+
+    def _landed(self, entry: AuditEntry, head: TenantHead) -> bool:
+        """Whether a swap that was answered as lost has landed all the same: its first answer never came.
+
+        Then its entry is the head's last one, or in the log: who changed the head after it has written it
+        there before.
+        """
+        if head.last_entry.id == entry.id:
+            return True
+        try:
+            self._store.head(layout.log_key(TenantId(entry.tenant), entry.id))
+        except NotFound:
+            return False
+        return True
 
     def _read_any(self, tenant: TenantId) -> tuple[TenantHead, str]:
         """Head and ETag, active or deleted."""
@@ -394,4 +434,6 @@ def select(head: TenantHead, ref: ModelRef) -> int:
     version = head.aliases.get(ref.selector)
     if version is None:
         raise NotFound(f"tenant {ref.tenant} has no alias {ref.selector}")
+    if version not in head.versions:  # a head that was brought in from elsewhere may say anything
+        raise NotFound(f"{ref} names version {version}, which does not exist")
     return version

@@ -11,6 +11,8 @@
     erasures/<tenant>/plan.json                 what is to be erased, while that is under way
     clock/<ulid>                                empty, for a moment: what time it is by the store's clock
     blobs/sha256/<ab>/<digest>.safetensors      weights, named by content, shared by equal versions
+    held/<digest>.safetensors                   weights that are being removed, until nobody can have come to
+    name them store.json                                  the store's identity
 """
 
 from __future__ import annotations
@@ -21,9 +23,11 @@ from typing import Final
 from flatshare_registry.errors import Corrupt
 from flatshare_registry.ids import ModelRef, TenantId
 
+IDENTITY: Final = "store.json"
 TENANTS: Final = "tenants/"
 BLOBS: Final = "blobs/sha256/"
 PINS: Final = "pins/"
+HELD: Final = "held/"
 
 _HEAD: Final = re.compile(r"tenants/([^/]+)/head\.json")
 _VERSION: Final = re.compile(r"tenants/([^/]+)/versions/([0-9]{8})\.json")
@@ -94,11 +98,6 @@ def erasure_plan_key(tenant: TenantId) -> str:
 def erasure_held_prefix(tenant: TenantId) -> str:
     """Prefix of weights that are being removed, until it is sure that nobody else came to name them."""
     return f"{erasures_prefix(tenant)}held/"
-
-
-def erasure_held_key(tenant: TenantId, digest: str) -> str:
-    """Key of such weights."""
-    return f"{erasure_held_prefix(tenant)}{digest}.safetensors"
 
 
 def erasure_key(tenant: TenantId, record_id: str) -> str:

@@ -141,6 +141,7 @@ class Action(StrEnum):
     """What an audit entry records."""
 
     TENANT_CREATED = "tenant.created"
+    TENANT_IMPORTED = "tenant.imported"
     TENANT_DELETED = "tenant.deleted"
     VERSION_REGISTERED = "version.registered"
     VERSION_DELETED = "version.deleted"

@@ -6,28 +6,23 @@ last step readers see nothing of it, and a retry takes up what is there.
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
 from flatshare_registry import layout
+from flatshare_registry.blobs import BlobRemoval, NamedBlobs, put_if_gone, put_shared
 from flatshare_registry.errors import AlreadyExists, InvalidInput, NotFound, Unavailable
 from flatshare_registry.heads import MAX_SWAP_TRIES, HeadStore
 from flatshare_registry.ids import PRODUCTION, AliasName, TenantId
 from flatshare_registry.records import Action, TenantHead, VersionRecord, utc
-from flatshare_registry.store_clock import store_now
-from flatshare_registry.stores.base import BlobStore, Create, Overwrite
+from flatshare_registry.stores.base import BlobStore, Create
 from flatshare_registry.weights import TensorSpec, WeightsFile, check_architecture, describe
 
-__all__ = ["BLOB_REFRESH_S", "Probe", "Registered", "Registrar"]
+__all__ = ["Probe", "Registered", "Registrar"]
 
 Probe = Callable[[bytes | memoryview], tuple[float, ...]]
 """Runs weights on their architecture's probe input; raises to refuse weights that do not run."""
-
-BLOB_REFRESH_S: Final = 3600.0
-"""A blob that is already there and older than this is written again when a registration reuses it,
-so that ``gc`` (whose grace period is never shorter than twice this) can't take it in the meantime."""
 
 MAX_VERSIONS: Final = 1000
 """Most live versions of one tenant: all are named in its head, which every replica re-reads."""
@@ -173,33 +168,20 @@ class Registrar:
 
     def _mend_blob(self, digest: str, weights: bytes | memoryview) -> None:
         """Put the blob there again if an erasure of another tenant took it while this one came to name it."""
-        key = layout.blob_key(digest)
-        try:
-            self._store.head(key)
-        except NotFound:
-            with contextlib.suppress(AlreadyExists):
-                self._store.put(key, weights, Create())
+        put_if_gone(self._store, layout.blob_key(digest), weights)
 
     def _take_back(self, digest: str | None) -> None:
-        """Remove a blob that this registration put there. Who else came to name it meanwhile mends it."""
+        """Remove a blob that this registration put there, unless somebody else came to name it meanwhile."""
         if digest is not None:
-            self._store.purge(layout.blob_key(digest))
+            named = NamedBlobs(self._store)
+            if digest not in named.now():
+                removal = BlobRemoval(self._store, layout.HELD, named)
+                removal.take(digest)
+                removal.settle([digest])
 
     def _put_blob(self, digest: str, weights: bytes | memoryview) -> bool:
         """Put the blob there; whether it was not."""
-        key = layout.blob_key(digest)
-        try:
-            self._store.put(key, weights, Create())
-            return True
-        except AlreadyExists:
-            try:
-                # By the store's clock, as gc counts: this machine's may be behind.
-                stale = store_now(self._store) - self._store.head(key).modified_s > BLOB_REFRESH_S
-            except NotFound:  # collected between the two calls
-                stale = True
-            if stale:
-                self._store.put(key, weights, Overwrite())
-            return False
+        return put_shared(self._store, layout.blob_key(digest), weights)
 
     def _create_record(
         self,

@@ -1,21 +1,46 @@
-"""A tenant as a folder: all that the registry has of it, byte for byte, from one store into another.
+"""A tenant as a folder: all that the registry has of it, from one store into another.
 
 <folder>/head.json  versions/00000001.json ...  log/<ulid>.json ...  blobs/<sha256>.safetensors ...
+
+A folder may come from anybody, so an import believes nothing that it can check: records must say what the
+weights hold, names and numbers must be possible, and what a tenant may use is its new operator's to say. The
+import itself is an entry of the tenant's log, which goes on where the other store's ended.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
+import os
+import stat
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 from flatshare_registry import layout
-from flatshare_registry.errors import AlreadyExists, Corrupt, InvalidInput, NotFound
-from flatshare_registry.heads import chain_problems
-from flatshare_registry.ids import TenantId
-from flatshare_registry.records import AuditEntry, TenantHead, VersionRecord
+from flatshare_registry.blobs import put_if_gone, put_shared
+from flatshare_registry.errors import (
+    AlreadyExists,
+    Corrupt,
+    InvalidInput,
+    InvalidRef,
+    InvalidWeights,
+    NotFound,
+)
+from flatshare_registry.heads import HeadStore, chain_problems
+from flatshare_registry.ids import MAX_VERSION, AliasName, TenantId
+from flatshare_registry.records import (
+    DEFAULT_PLAN,
+    Action,
+    AuditEntry,
+    Quotas,
+    TenantHead,
+    VersionRecord,
+)
 from flatshare_registry.stores.base import BlobStore, Create
+from flatshare_registry.weights import describe
 
 __all__ = ["Transferred", "export_tenant", "import_tenant", "read_head"]
 
@@ -23,6 +48,9 @@ Transferred = dict[str, int]
 """Counts: versions, entries of the log, blobs, and bytes of blobs."""
 
 Progress = Callable[[int, int], None]
+
+MAX_RECORD_BYTES = 16 * 1024**2
+"""Longest head, record or entry that is read."""
 
 
 def export_tenant(
@@ -77,38 +105,65 @@ def export_tenant(
 
 
 def import_tenant(
-    store: BlobStore, folder: Path, progress: Progress = lambda done, total: None
+    store: BlobStore,
+    folder: Path,
+    progress: Progress = lambda done, total: None,
+    *,
+    actor: str = "unknown",
+    clock: Callable[[], float] = time.time,
+    with_quotas: bool = False,
 ) -> Transferred:
-    """Bring an exported tenant into a store; visible in one step, at the end. Run again, it finishes.
+    """Bring an exported tenant into a store; visible in one step, near the end. Run again, it finishes.
+
+    Parameters
+    ----------
+    actor, clock
+        Who does it and when, for the tenant's log.
+    with_quotas
+        Also take its plan and limits over. Else it begins with the default plan.
 
     Raises
     ------
     InvalidInput
-        The folder is not a whole export: nothing was written.
+        The folder is not a whole export, or holds what can't be: nothing was written.
     AlreadyExists
         The store has, or had, another tenant of this id; or came to have one while this ran.
     """
-    head = _checked(folder)
+    export = _checked(folder)
+    head = export.head
     tenant = TenantId(head.tenant)
-    raw = (folder / "head.json").read_bytes()
-    with contextlib.suppress(NotFound):
-        there = store.get(layout.head_key(tenant)).data
-        if there != raw:
-            raise AlreadyExists(f"there is, or was, a tenant {tenant} in this store")
+    _check_free(store, head)
     size = 0
-    digests = sorted(set(head.versions.values()))  # what was checked, and nothing else that lies there
-    for index, digest in enumerate(digests):
-        data = (folder / "blobs" / f"{digest}.safetensors").read_bytes()
+    for index, (digest, path) in enumerate(export.blobs.items()):
+        data = _read(path, export.sizes[digest])
         size += len(data)
-        with contextlib.suppress(AlreadyExists):
-            store.put(layout.blob_key(digest), data, Create())
-        progress(index + 1, len(digests))
-    for number in sorted(head.versions):
-        key = layout.version_key(tenant, number)
-        _put(store, key, (folder / "versions" / key.rpartition("/")[2]).read_bytes())
-    for path in sorted((folder / "log").glob("*.json")):
-        _put(store, f"{layout.log_prefix(tenant)}{path.name}", path.read_bytes())
-    _put(store, layout.head_key(tenant), raw)
+        put_shared(store, layout.blob_key(digest), data)
+        progress(index + 1, len(export.blobs))
+    for key, data in export.records.items():
+        put_shared(store, key, data)
+        if store.get(key).data != data:
+            raise AlreadyExists(f"the store has another {key}")
+    for key, data in export.entries.items():
+        try:
+            store.put(key, data, Create())
+        except AlreadyExists:
+            if store.get(key).data != data:
+                raise AlreadyExists(f"the store has another {key}") from None
+    heads = HeadStore(store, actor, clock)
+    told = {"link": head.last_entry.link, "quotas": "kept" if with_quotas else "default"}
+    entry = heads.entry_after(head, Action.TENANT_IMPORTED, told)
+    limits = {} if with_quotas else {"plan": DEFAULT_PLAN, "quotas": Quotas()}
+    imported = head.model_copy(update={**limits, "revision": entry.revision, "last_entry": entry})
+    try:
+        store.put(layout.head_key(tenant), imported.encode(), Create())
+        heads.write_log(entry)
+    except AlreadyExists:
+        _check_free(store, head)  # an import that was cut short, or whose answer was lost, is this one
+    # gc, or somebody's erasure of the same weights, may have taken what was not named until now.
+    for digest, path in export.blobs.items():
+        put_if_gone(store, layout.blob_key(digest), _read(path, export.sizes[digest]))
+    for key, data in export.records.items():
+        put_if_gone(store, key, data)
     return _counts(folder, size)
 
 
@@ -121,13 +176,24 @@ def read_head(folder: Path) -> TenantHead:
         There is none that can be read.
     """
     try:
-        return TenantHead.decode((folder / "head.json").read_bytes(), "head.json")
+        return TenantHead.decode(_read(folder / "head.json"), "head.json")
     except (OSError, Corrupt) as error:
         raise InvalidInput(f"{folder} is not an export") from error
 
 
-def _checked(folder: Path) -> TenantHead:
-    """The head of an export in which nothing is missing, and nothing is another's.
+@dataclass(frozen=True, slots=True)
+class _Export:
+    """A folder that was found to be whole: what is to be written, by key; and where the weights are."""
+
+    head: TenantHead
+    records: dict[str, bytes]
+    entries: dict[str, bytes]
+    blobs: dict[str, Path]
+    sizes: dict[str, int]
+
+
+def _checked(folder: Path) -> _Export:
+    """An export in which nothing is missing, nothing is another's, and nothing is impossible.
 
     Raises
     ------
@@ -136,34 +202,100 @@ def _checked(folder: Path) -> TenantHead:
     """
     log: list[AuditEntry] = []
     try:
-        head = TenantHead.decode((folder / "head.json").read_bytes(), "head.json")
+        head = TenantHead.decode(_read(folder / "head.json"), "head.json")
         tenant = TenantId(head.tenant)
+        _check_head(head, folder)
+        export = _Export(head, {}, {}, {}, {})
         for number, digest in head.versions.items():
-            name = layout.version_key(tenant, number).rpartition("/")[2]
-            record = VersionRecord.decode((folder / "versions" / name).read_bytes(), name)
+            key = layout.version_key(tenant, number)
+            name = key.rpartition("/")[2]
+            raw = _read(folder / "versions" / name)
+            record = VersionRecord.decode(raw, name)
             if (record.tenant, record.version, record.digest) != (tenant, number, digest):
                 raise InvalidInput(f"{folder}: versions/{name} is not what head.json says")
-            _check(digest, (folder / "blobs" / f"{digest}.safetensors").read_bytes())
-        for path in (folder / "log").glob("*.json"):
-            entry = AuditEntry.decode(path.read_bytes(), path.name)
+            blob = folder / "blobs" / f"{digest}.safetensors"
+            data = _read(blob, record.size_bytes)
+            _check(digest, data)
+            described = describe(data)
+            if (described.tensors, described.size_bytes) != (record.tensors, record.size_bytes):
+                raise InvalidInput(f"{folder}: versions/{name} does not say what its weights hold")
+            export.records[key] = raw
+            export.blobs[digest], export.sizes[digest] = blob, record.size_bytes
+        for path in sorted((folder / "log").glob("*.json")):
+            raw = _read(path)
+            entry = AuditEntry.decode(raw, path.name)
             if entry.tenant != tenant or path.stem != entry.id:
                 raise InvalidInput(f"{folder}: log/{path.name} is another's")
             log.append(entry)
+            export.entries[layout.log_key(tenant, entry.id)] = raw
         problems = chain_problems(head, log, head.revision)
         if problems:
             raise InvalidInput(f"{folder}: its audit log is not whole: {problems[0]}")
-    except (OSError, Corrupt) as error:
-        why = error.message if isinstance(error, Corrupt) else f"{error.filename}: {error.strerror}"
+    except (OSError, Corrupt, InvalidWeights) as error:
+        why = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error.message
         raise InvalidInput(f"{folder} is not a whole export: {why}") from error
-    return head
+    return export
 
 
-def _put(store: BlobStore, key: str, data: bytes) -> None:
-    try:
-        store.put(key, data, Create())
-    except AlreadyExists:
-        if store.get(key).data != data:
-            raise AlreadyExists(f"the store has another {key}") from None
+def _check_head(head: TenantHead, folder: Path) -> None:
+    """Return if a head says nothing that a registry would not have written.
+
+    Raises
+    ------
+    InvalidInput
+        It does.
+    """
+    if not head.state.exists:
+        raise InvalidInput(f"{folder}: its tenant was deleted or erased")
+    for number in head.versions:
+        if not 1 <= number <= MAX_VERSION or number >= head.next_version:
+            raise InvalidInput(f"{folder}: head.json names version {number}, which can't be")
+    for alias, number in head.aliases.items():
+        try:
+            AliasName(alias)
+        except InvalidRef as error:
+            raise InvalidInput(f"{folder}: head.json: {error.message}") from None
+        if number not in head.versions:
+            raise InvalidInput(f"{folder}: head.json: {alias} names version {number}, which is not there")
+    for key_id in head.keys:
+        if not key_id.startswith(f"{head.tenant}."):
+            raise InvalidInput(f"{folder}: head.json has a key of somebody else")
+
+
+def _check_free(store: BlobStore, head: TenantHead) -> None:
+    """Return if there is no tenant of this id, or just what an import of the same folder made.
+
+    Raises
+    ------
+    AlreadyExists
+        There is, or was, another.
+    """
+    with contextlib.suppress(NotFound):
+        there = TenantHead.decode(store.get(layout.head_key(TenantId(head.tenant))).data, "head.json")
+        last = there.last_entry
+        same = last.action is Action.TENANT_IMPORTED and last.previous == head.last_entry.link
+        if not same:
+            raise AlreadyExists(f"there is, or was, a tenant {head.tenant} in this store")
+
+
+def _read(path: Path, size: int | None = None) -> bytes:
+    """The bytes of a regular file: no link, no pipe, no device, and not longer than it may be.
+
+    Raises
+    ------
+    OSError
+        It is not that.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC)
+    with os.fdopen(handle, "rb") as file:
+        status = os.fstat(handle)
+        if not stat.S_ISREG(status.st_mode):
+            raise OSError(errno.EINVAL, "not a regular file", str(path))
+        if status.st_size > MAX_RECORD_BYTES and size is None:
+            raise OSError(errno.EFBIG, "longer than a record can be", str(path))
+        if size is not None and status.st_size != size:
+            raise OSError(errno.EINVAL, f"{status.st_size} bytes, not the {size} of its record", str(path))
+        return file.read()
 
 
 def _check(digest: str, data: bytes) -> None:

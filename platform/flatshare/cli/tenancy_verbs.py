@@ -309,13 +309,16 @@ def export(
 
 def import_(
     folder: Annotated[Path, typer.Argument(help="What `export` wrote.")],
+    with_quotas: Annotated[
+        bool, typer.Option("--with-quotas", help="Also take over its plan and limits; else the default plan.")
+    ] = False,
     store: StoreOption = None,
     url: UrlOption = None,
 ) -> None:
-    """Bring an exported tenant into this registry, byte for byte."""
+    """Bring an exported tenant into this registry; all of it is checked first."""
     registry = registry_for_change(store, url)
     with progress_bar("blobs") as progress:
-        done = import_tenant(registry.store, folder, progress)
+        done = import_tenant(registry.store, folder, progress, actor=registry.actor, with_quotas=with_quotas)
     told = tell_replicas(TenantId(read_head(folder).tenant), url)
     out.print(
         f"imported {done['versions']} versions, {done['blobs']} blobs ({size(done['blob_bytes'])}), "

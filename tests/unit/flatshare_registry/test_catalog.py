@@ -21,9 +21,10 @@ from flatshare_registry.errors import (
     StillReferenced,
     Unavailable,
 )
+from flatshare_registry.heads import select
 from flatshare_registry.ids import PRODUCTION, AliasName, ModelRef, TenantId
 from flatshare_registry.records import Action, AuditEntry
-from flatshare_registry.stores.base import Overwrite
+from flatshare_registry.stores.base import BlobMeta, BlobStore, Create, Overwrite, PutMode
 from flatshare_registry.stores.local import LocalStore
 from flatshare_registry.stores.memory import MemoryStore
 from flatshare_registry.testing.faults import CrashAtStep, DisorderedStore, FaultyStore, ManualClock
@@ -538,3 +539,64 @@ def test_a_deleted_tenant_comes_back_and_an_erased_one_does_not() -> None:
     with pytest.raises(AlreadyExists, match="erased"):
         registry.register(ACME, weights(3.0), "tiny", SPECS, create=True)
     assert [meta.key for meta in registry.store.list("blobs/")] == []
+
+
+class LostAnswers(FaultyStore):
+    """A put of a head lands and its answer is lost; then somebody else's change; then boto3's retry meets 412."""
+
+    meanwhile: Callable[[], object]
+    lost = False
+
+    def put(self, key: str, data: bytes | memoryview, mode: PutMode) -> BlobMeta:
+        meta = super().put(key, data, mode)
+        if key == layout.head_key(ACME) and not self.lost:
+            self.lost = True
+            self.meanwhile()
+            raise AlreadyExists("412") if isinstance(mode, Create) else Conflict("412")
+        return meta
+
+
+def losing(store: BlobStore, meanwhile: Callable[[], object]) -> Registry:
+    faulty = LostAnswers(store)
+    faulty.meanwhile = meanwhile
+    return Registry(faulty, actor="oncall")
+
+
+def test_a_change_whose_answer_is_lost_is_done_once(registry: Registry) -> None:
+    """A colleague's change lies on top of it, so it is not the last entry any more."""
+    for value in (1, 2):
+        register(registry, value)
+    registry.set_alias(ACME, PRODUCTION, 2)
+    oncall = losing(registry.store, lambda: registry.tenancy.create_key(ACME))
+    assert oncall.rollback(ACME).aliases["production"] == 1
+    moves = [entry for entry in registry.audit(ACME) if entry.actor == "oncall"]
+    assert [(entry.from_version, entry.to_version) for entry in moves] == [(2, 1)]
+    key = registry.tenancy.create_key(ACME)
+    losing(registry.store, lambda: registry.set_alias(ACME, PRODUCTION, 2)).tenancy.revoke_key(ACME, key.id)
+    losing(registry.store, lambda: registry.create_tenant(ACME)).delete_tenant(ACME)
+    assert registry.head(ACME).versions == {}, "it was created again, and is not deleted a second time"
+
+
+def test_a_creation_whose_answer_is_lost_is_a_creation() -> None:
+    store = MemoryStore()
+    registry = Registry(store)
+    assert losing(store, lambda: registry.tenancy.suspend(ACME)).create_tenant(ACME).tenant == ACME
+    with pytest.raises(AlreadyExists):
+        losing(store, lambda: None).create_tenant(ACME)
+
+
+def test_numbers_of_a_deleted_tenant_are_not_given_out_again(registry: Registry) -> None:
+    """Also not those of registrations that were cut short: their records' deletes may come late."""
+    register(registry, 1)
+    registry.store.put(layout.version_key(ACME, 7), b"{}", Create())
+    registry.delete_tenant(ACME)
+    registry.create_tenant(ACME)
+    assert register(registry, 2) == 8
+
+
+def test_an_alias_of_a_version_that_is_not_there_is_not_found(registry: Registry) -> None:
+    register(registry, 1)
+    head = registry.head(ACME)
+    damaged = head.model_copy(update={"aliases": {**head.aliases, "canary": 7}})
+    with pytest.raises(NotFound, match="version 7"):
+        select(damaged, ModelRef.parse("acme:canary"))

@@ -1,13 +1,15 @@
 """Garbage collection: what it takes, what it spares."""
 
+from collections.abc import Callable
+
 import pytest
 
 from flatshare_registry import layout
+from flatshare_registry.blobs import BLOB_REFRESH_S
 from flatshare_registry.catalog import Registry
 from flatshare_registry.errors import Corrupt, InvalidInput, Unavailable
 from flatshare_registry.gc import DEFAULT_GRACE_S, collect
 from flatshare_registry.ids import PRODUCTION, TenantId
-from flatshare_registry.registration import BLOB_REFRESH_S
 from flatshare_registry.store_clock import MAX_SKEW_S, store_now
 from flatshare_registry.stores.base import Overwrite
 from flatshare_registry.stores.memory import MemoryStore
@@ -83,8 +85,12 @@ def test_what_a_crashed_registration_left_is_collected(
         )
     clock.advance(DEFAULT_GRACE_S + 1)
     report = collect(store, remove=True, clock=clock)
-    assert {key.partition("/")[0] for key in (meta.key for meta in report.garbage)} == {"blobs", "tenants"}
+    assert [meta.key.partition("/")[0] for meta in report.garbage] == ["blobs"]
     assert registry.register(ACME, weights(9), "tiny", SPECS).created
+    # Its record's number has passed now: nobody can be given it again.
+    report = collect(store, remove=True, clock=clock)
+    assert [meta.key for meta in report.garbage] == [layout.version_key(ACME, 2)]
+    assert [record.version for record in registry.list_versions(ACME)] == [1, 3]
 
 
 def test_a_reused_old_blob_is_written_again_so_that_gc_cannot_take_it(
@@ -173,3 +179,87 @@ def test_nothing_is_deleted_while_a_head_cannot_be_read(
     with pytest.raises(Corrupt):
         collect(store, remove=True, clock=clock)
     assert blobs(store) == 1
+
+
+class SentTwice(FaultyStore):
+    """Deletes and purges are done, and done once more after ``between``: the first answer was lost."""
+
+    between: Callable[[str], None]
+
+    def delete(self, key: str) -> None:
+        super().delete(key)
+        self.between(key)
+        super().delete(key)
+
+    def purge(self, key: str, *, keep_latest: bool = False) -> int:
+        gone = super().purge(key, keep_latest=keep_latest)
+        self.between(key)
+        return gone + super().purge(key, keep_latest=keep_latest)
+
+
+def test_a_delete_that_is_sent_twice_takes_nothing_from_who_came_meanwhile(
+    registry: Registry, store: MemoryStore, clock: ManualClock
+) -> None:
+    globex = TenantId("globex")
+    registry.create_tenant(globex)
+    registry.register(ACME, weights(2), "tiny", SPECS, alias=PRODUCTION)
+    registry.delete_version(ACME, 1)
+    clock.advance(2 * DEFAULT_GRACE_S)
+
+    def register(key: str) -> None:
+        if key.startswith(layout.BLOBS) and not registry.head(globex).versions:
+            registry.register(globex, weights(1), "tiny", SPECS)
+
+    twice = SentTwice(store)
+    twice.between = register
+    report = collect(twice, remove=True, clock=clock)
+    assert registry.head(globex).versions, "it came while its blob was going"
+    assert store.get(layout.blob_key(registry.version(globex, 1).digest)).data == bytes(weights(1))
+    assert report.garbage == ()
+    assert list(store.list(layout.HELD)) == []
+
+
+def test_what_a_gc_that_was_cut_short_had_taken_comes_back(
+    registry: Registry, store: MemoryStore, clock: ManualClock
+) -> None:
+    """Killed between taking a blob and looking who came to name it: the next one puts it back."""
+    globex = TenantId("globex")
+    registry.create_tenant(globex)
+    registry.register(ACME, weights(2), "tiny", SPECS, alias=PRODUCTION)
+    digest = registry.version(ACME, 1).digest
+    registry.delete_version(ACME, 1)
+    clock.advance(2 * DEFAULT_GRACE_S)
+
+    class Killed(BaseException):
+        pass
+
+    def killed(key: str) -> None:
+        if key == layout.blob_key(digest):
+            raise Killed
+
+    twice = SentTwice(store)
+    twice.between = killed
+    with pytest.raises(Killed):
+        collect(twice, remove=True, clock=clock)
+    assert [meta.key for meta in store.list(layout.HELD)] == [f"{layout.HELD}{digest}.safetensors"]
+    registry.register(globex, weights(1), "tiny", SPECS)
+    store.delete(layout.blob_key(digest))  # the killed one's request, which comes late
+    collect(store, remove=True, clock=clock)
+    assert store.get(layout.blob_key(digest)).data == bytes(weights(1))
+    clock.advance(2 * DEFAULT_GRACE_S)
+    collect(store, remove=True, clock=clock)
+    assert list(store.list(layout.HELD)) == []
+    assert store.get(layout.blob_key(digest)).data == bytes(weights(1))
+
+
+def test_a_record_whose_number_may_be_given_out_again_is_not_garbage(
+    registry: Registry, store: MemoryStore, clock: ManualClock
+) -> None:
+    """A registration that died left record 2; the next one may be given that number while gc looks at it."""
+    left = layout.version_key(ACME, 2)
+    store.put(left, store.get(layout.version_key(ACME, 1)).data, Overwrite())
+    clock.advance(2 * DEFAULT_GRACE_S)
+    assert collect(store, remove=True, clock=clock).garbage == ()
+    registry.register(ACME, weights(3), "tiny", SPECS)  # takes the next number after it
+    clock.advance(2 * DEFAULT_GRACE_S)
+    assert [meta.key for meta in collect(store, remove=True, clock=clock).garbage] == [left]
