@@ -126,6 +126,9 @@ ODDITIES: Final[dict[str, Oddity]] = {
     "range-ignored": Oddity(request=lambda seen: _without(seen, "range")),
     "framing-kept": Oddity(request=_framing_kept),
     "weak-etags": Oddity(reply=_weak_etags),
+    "creates-unconditional": Oddity(request=lambda seen: _without(seen, "if-none-match")),
+    "updates-unconditional": Oddity(request=lambda seen: _without(seen, "if-match")),
+    "conditions-dropped": Oddity(request=lambda seen: _without(seen, "if-match", "if-none-match")),
     "lost-is-304": Oddity(reply=_lost_condition(Reply(304, {}, b""))),
     "lost-is-409": Oddity(reply=_lost_condition(_error(409, "OperationAborted"))),
 }
@@ -140,7 +143,7 @@ ODDITIES["other-oddest"] = _together(
 )
 """By name: ``no-versions`` answers 501 to ListObjectVersions, ``versions-ignored`` lists plainly instead;
 ``range-ignored`` sends whole objects; ``framing-kept`` stores what ``aws-chunked`` puts around an object;
-``weak-etags`` says ``W/`` in headers; ``lost-is-...`` has another status where S3 has 412."""
+``weak-etags`` says ``W/`` in headers; ``...-unconditional`` and ``conditions-dropped`` ignore conditions of puts; ``lost-is-...`` has another status where S3 has 412."""
 
 
 @contextlib.contextmanager

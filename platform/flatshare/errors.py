@@ -20,6 +20,7 @@
     ├── Overloaded              no room now; retry after ``retry_after_s``
     │   └── NoRoom              every slot is leased and none came free before the deadline
     ├── DeadlineExceeded        it was accepted but not answered in time; retry
+    ├── OtherStore              the call is about another store than this platform's
     ├── FleetUnavailable        not all replicas answered in time; retry
     ├── ModelFailed             this version can't be served (corrupt, or does not load); tell an operator
     │   ├── NeverFits           it is larger than the whole budget of a replica; no waiting helps
@@ -47,6 +48,7 @@ __all__ = [
     "NeverFits",
     "NoRoom",
     "NotLocal",
+    "OtherStore",
     "OverQuota",
     "Overloaded",
     "ProbeFailed",
@@ -163,6 +165,10 @@ class DeadlineExceeded(ServeError):
     """Accepted, but the deadline passed first."""
 
     retry_after_s = 1
+
+
+class OtherStore(ServeError):
+    """A change was told, or asked for, that concerns another store than this platform's."""
 
 
 class FleetUnavailable(ServeError):

@@ -15,6 +15,7 @@ from flatshare_registry.errors import (
     RegistryError,
     StillReferenced,
     Unavailable,
+    UnfitStore,
 )
 from flatshare_registry.ids import PRODUCTION, AliasName, ModelRef, TenantId
 from flatshare_registry.keys import NewKey
@@ -49,6 +50,7 @@ __all__ = [
     "TensorRecord",
     "TensorSpec",
     "Unavailable",
+    "UnfitStore",
     "VersionRecord",
     "WeightsFile",
     "describe",

@@ -10,6 +10,7 @@
     │   └── AliasMoved            the alias does not name what the caller said it does; look, then decide
     ├── StillReferenced           refused because something names it; move the alias first
     ├── Corrupt                   stored bytes are not what their name or schema says; tell an operator
+    ├── UnfitStore                the store ignores what the registry rests on; use another
     └── Unavailable               the store did not answer (in time); retry later
 
 Messages are for people and are not part of the API. No HTTP in here: the serving package maps
@@ -30,6 +31,7 @@ __all__ = [
     "RegistryError",
     "StillReferenced",
     "Unavailable",
+    "UnfitStore",
 ]
 
 
@@ -83,3 +85,7 @@ class Corrupt(RegistryError):
 
 class Unavailable(RegistryError):
     """The store did not answer, or not in time; retry later."""
+
+
+class UnfitStore(RegistryError):
+    """The store ignores conditional writes; changes in it would be lost."""

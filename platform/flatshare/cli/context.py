@@ -17,6 +17,7 @@ from flatshare.cli.web import NobodyListens, send, shown, without_key
 from flatshare.errors import (
     BadInput,
     Forbidden,
+    OtherStore,
     OverQuota,
     ServeError,
     SettingsError,
@@ -26,7 +27,9 @@ from flatshare.models.architecture import Architecture
 from flatshare.settings import load_settings
 from flatshare_registry.catalog import Registry
 from flatshare_registry.errors import InvalidInput, NotFound, RegistryError, Unavailable
+from flatshare_registry.identity import STORE_HEADER, ensure_identity
 from flatshare_registry.registration import Probe
+from flatshare_registry.stores.base import BlobStore
 
 __all__ = [
     "Platform",
@@ -166,8 +169,10 @@ def call(method: str, url: str, **options: Any) -> httpx.Response:
         raise not_ours(reply, f"a redirect to {target}, which is not followed: a key is shown where you say")
     if reply.status_code < 400:
         return reply
+    problem_code = ""
     try:
         problem = parsed(reply, Problem)["error"]
+        problem_code = problem["code"]
         text = without_key(f"{problem['message']} (request {problem['request_id']})", headers)
     except InvalidInput as error:
         # A proxy on the way may answer for a platform that is gone; what else is not in our form is not ours.
@@ -180,6 +185,8 @@ def call(method: str, url: str, **options: Any) -> httpx.Response:
         raise Forbidden(text)
     if reply.status_code == 404:
         raise NotFound(text)
+    if problem_code == "other_store":
+        raise OtherStore(text)
     if reply.status_code == 429:
         raise OverQuota(text)
     if reply.status_code in (502, 503, 504):
@@ -238,12 +245,14 @@ def registry_for_change(store: str | None, url: str | None) -> Registry:
     """
     registry = open_registry(store)
     if url:
-        _refuse_strangers(url.rstrip("/"))
+        _refuse_strangers(url.rstrip("/"), registry)
     return registry
 
 
-def _refuse_strangers(base: str) -> None:
-    """Raise when what answers at an address is no platform; without showing it a key."""
+def _refuse_strangers(base: str, registry: Registry) -> None:
+    """Raise when what answers at an address is no platform, or one of another store; without showing it a
+    key.
+    """
     try:
         reply = send("GET", f"{base}/admin/openapi.json", timeout_s=CLIENT_TIMEOUT_S, headers={})
     except Unavailable:  # down, or not reached: whoever tells it of the change says so
@@ -254,7 +263,10 @@ def _refuse_strangers(base: str) -> None:
         if reply.status_code == httpx.codes.OK:
             title = parsed(reply, About)["info"]["title"]
             if title == "flatshare control plane":
-                return
+                serves = reply.headers.get(STORE_HEADER)
+                if serves is None or serves == ensure_identity(registry.store):
+                    return
+                raise InvalidInput(f"the platform at {shown(base)} serves another store.")
             raise not_ours(reply, f"it is {title[:80]!a}")
         raise not_ours(reply, "it has no control plane")
     except InvalidInput as error:
@@ -292,8 +304,29 @@ class Told:
             raise NotTold(f"the change stands in the store, but {self.failure}; {LATER}")
 
 
-def tell_replicas(tenant: str, url: str | None) -> Told:
-    """After a change in the store: have a running platform see it at once; says how it went. Never fails."""
+def about(store: BlobStore) -> dict[str, str]:
+    """A header for calls that change something: which store they are about.
+
+    Raises
+    ------
+    UnfitStore, Unavailable
+        The store has no identity yet, and can't be given one.
+    """
+    return {STORE_HEADER: ensure_identity(store)}
+
+
+def own_store() -> dict[str, str]:
+    """As :func:`about`, of the store that the environment names, if it names one."""
+    settings = load_settings()
+    return about(settings.open_store()) if settings.store else {}
+
+
+def tell_replicas(registry: Registry, tenant: str, url: str | None) -> Told:
+    """After a change in the store: have a running platform see it at once; says how it went. Never fails.
+
+    A platform of another store is not told, and takes nothing from us: the same tenant of its own is
+    another's.
+    """
     try:
         platform = find_platform(url)
     except (RegistryError, ServeError) as error:  # several run here
@@ -301,9 +334,13 @@ def tell_replicas(tenant: str, url: str | None) -> Told:
     base = platform.url
     try:
         route = f"{base}/admin/tenants/{tenant}/refresh"
-        refreshed = parsed(call("POST", route), Refreshed)["refreshed"]
+        reply = call("POST", route, headers=about(registry.store))
+        refreshed = parsed(reply, Refreshed)["refreshed"]
         if refreshed or (replicas := _replicas(base)) == 0:
             return Told(f"{len(refreshed)} replicas see it now")
+    except OtherStore as error:
+        text = f"no platform of this store was told: the one at {shown(base)} serves another"
+        return Told(f"{text}; {LATER}", f"{text} ({error.message})" if url else None)
     except (RegistryError, ServeError) as error:
         nobody = isinstance(error, NobodyListens) and not platform.found
         if nobody or not platform.asked_for:

@@ -9,7 +9,7 @@ from typing import Annotated
 import typer
 
 from flatshare.cli.answers import Fleet, Labels, Refreshed, Unloaded, Unpinned, parsed
-from flatshare.cli.context import UrlOption, call, platform_url
+from flatshare.cli.context import UrlOption, call, own_store, platform_url
 from flatshare.cli.output import AsJson, out, print_json, print_table, size, when
 from flatshare.errors import FleetUnavailable
 from flatshare_registry.errors import InvalidInput
@@ -158,7 +158,9 @@ def preload(
 ) -> None:
     """Make a model resident on every replica before its first request."""
     body = {"model": str(ModelRef.parse(model)), "pin": pin}
-    done = parsed(call("POST", f"{platform_url(url)}/admin/preload", json=body), Refreshed)["refreshed"]
+    done = parsed(
+        call("POST", f"{platform_url(url)}/admin/preload", json=body, headers=own_store()), Refreshed
+    )["refreshed"]
     if not done:
         raise FleetUnavailable(f"no replica took up {model}: is one running? (flatshare replicas)")
     out.print(f"{model} is resident{' and pinned' if pin else ''} on {len(done)} replicas")
@@ -167,12 +169,16 @@ def preload(
 def unpin(model: RefArgument, url: UrlOption = None) -> None:
     """Let a pinned model be evicted again."""
     body = {"model": str(ModelRef.parse(model))}
-    done = parsed(call("POST", f"{platform_url(url)}/admin/unpin", json=body), Unpinned)["unpinned"]
+    done = parsed(call("POST", f"{platform_url(url)}/admin/unpin", json=body, headers=own_store()), Unpinned)[
+        "unpinned"
+    ]
     out.print(f"{model} was pinned on {done} replicas")
 
 
 def unload(model: RefArgument, url: UrlOption = None) -> None:
     """Free a model everywhere; it is loaded again at its next request."""
     body = {"model": str(ModelRef.parse(model))}
-    done = parsed(call("POST", f"{platform_url(url)}/admin/unload", json=body), Unloaded)["unloaded"]
+    done = parsed(
+        call("POST", f"{platform_url(url)}/admin/unload", json=body, headers=own_store()), Unloaded
+    )["unloaded"]
     out.print(f"{model} was freed on {done} replicas")

@@ -21,6 +21,8 @@ from flatshare.cli.output import err, out
 from flatshare.cli.running_verbs import STOP_TIMEOUT_S, PortOption, down, status
 from flatshare.errors import LocalError, SettingsError
 from flatshare.settings import Settings, load_settings
+from flatshare_registry.errors import Unavailable
+from flatshare_registry.identity import ensure_identity
 
 READY_FD_VARIABLE: Final = "FLATSHARE_READY_FD"
 """Set by ``up --detach`` for its child: where to write one JSON line when everything answers."""
@@ -92,7 +94,10 @@ def up(
         raise SettingsError("no store: set FLATSHARE_STORE or --store to s3://bucket/prefix or file:///path")
     if settings.store.startswith("memory:"):
         raise SettingsError("memory:// is one process's own; replicas are others. Use s3:// or file://")
-    settings.open_store()  # a store URL that can't be opened is refused before anything starts
+    try:
+        ensure_identity(settings.open_store())  # also sees that it honours conditional writes
+    except Unavailable as error:  # what is resident or on the node can be served all the same
+        _warn(f"the store does not answer now: {error.message}")
 
     from flatshare.local.checks import check_machine
     from flatshare.local.state import PlatformState

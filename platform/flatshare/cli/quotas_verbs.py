@@ -72,7 +72,7 @@ def set_quotas(
     head = registry.tenancy.edit_quotas(wanted, lambda quotas: _changed(quotas, limits or []), plan=plan)
     own = head.quotas.model_dump(exclude_none=True)
     shown = ", ".join(f"{name}={value:g}" for name, value in own.items()) or "as the plan says"
-    told = tell_replicas(wanted, url)
+    told = tell_replicas(registry, wanted, url)
     out.print(f"{tenant}: plan {head.plan}, {shown}; {told}", soft_wrap=True)
     told.check()
 

@@ -39,9 +39,10 @@ def add_to(app: typer.Typer) -> None:
 @tenants_app.command("create")
 def create_tenant(tenant: TenantArgument, store: StoreOption = None, url: UrlOption = None) -> None:
     """Create a tenant."""
-    head = registry_for_change(store, url).create_tenant(TenantId(tenant))
+    registry = registry_for_change(store, url)
+    head = registry.create_tenant(TenantId(tenant))
     out.print(f"created tenant {head.tenant}; register its model: flatshare register {head.tenant} FILE")
-    tell_replicas(head.tenant, url).check()
+    tell_replicas(registry, head.tenant, url).check()
 
 
 @tenants_app.command("list")
@@ -99,8 +100,9 @@ def delete_tenant(
     """Delete a tenant with its versions and aliases; its weights go with the next gc."""
     if not yes:
         typer.confirm(f"Delete tenant {tenant} and all its versions?", abort=True)
-    registry_for_change(store, url).delete_tenant(TenantId(tenant))
-    told = tell_replicas(TenantId(tenant), url)
+    registry = registry_for_change(store, url)
+    registry.delete_tenant(TenantId(tenant))
+    told = tell_replicas(registry, TenantId(tenant), url)
     out.print(f"deleted tenant {tenant}; {told}", soft_wrap=True)
     told.check()
 
@@ -125,7 +127,8 @@ def register(
     notes = dict(_note(text) for text in note or [])
     also = AliasName(alias) if alias else None
     data = read_weights(file)
-    done = registry_for_change(store, url).register(
+    registry = registry_for_change(store, url)
+    done = registry.register(
         parsed,
         data,
         network.name,
@@ -135,7 +138,7 @@ def register(
         probe=probe_of(network),
         create=create,
     )
-    told = tell_replicas(parsed, url)
+    told = tell_replicas(registry, parsed, url)
     if as_json:
         print_json({**_version_document(done.version), "created": done.created})
     else:
@@ -180,8 +183,9 @@ def delete_version(
 ) -> None:
     """Delete a version that no alias names."""
     tenant, number = _exact(ref)
-    registry_for_change(store, url).delete_version(tenant, number)
-    told = tell_replicas(tenant, url)
+    registry = registry_for_change(store, url)
+    registry.delete_version(tenant, number)
+    told = tell_replicas(registry, tenant, url)
     out.print(f"deleted {tenant}@{number}; {told}", soft_wrap=True)
     told.check()
 
@@ -194,8 +198,9 @@ def promote(
 ) -> None:
     """Point an alias (production) at a version."""
     tenant, number = _exact(ref)
-    registry_for_change(store, url).set_alias(tenant, AliasName(alias), number)
-    told = tell_replicas(tenant, url)
+    registry = registry_for_change(store, url)
+    registry.set_alias(tenant, AliasName(alias), number)
+    told = tell_replicas(registry, tenant, url)
     out.print(f"{tenant}:{alias} is now version {number}; {told}", soft_wrap=True)
     told.check()
 
@@ -204,8 +209,9 @@ def rollback(
     tenant: TenantArgument, alias: AliasOption = PRODUCTION, store: StoreOption = None, url: UrlOption = None
 ) -> None:
     """Point an alias back at what it named before its last move."""
-    head = registry_for_change(store, url).rollback(TenantId(tenant), AliasName(alias))
-    told = tell_replicas(head.tenant, url)
+    registry = registry_for_change(store, url)
+    head = registry.rollback(TenantId(tenant), AliasName(alias))
+    told = tell_replicas(registry, head.tenant, url)
     out.print(f"{tenant}:{alias} is version {head.aliases[alias]} again; {told}", soft_wrap=True)
     told.check()
 
@@ -217,8 +223,9 @@ def remove_alias(
     url: UrlOption = None,
 ) -> None:
     """Remove an alias."""
-    registry_for_change(store, url).remove_alias(TenantId(tenant), AliasName(alias))
-    told = tell_replicas(TenantId(tenant), url)
+    registry = registry_for_change(store, url)
+    registry.remove_alias(TenantId(tenant), AliasName(alias))
+    told = tell_replicas(registry, TenantId(tenant), url)
     out.print(f"removed {tenant}:{alias}; {told}", soft_wrap=True)
     told.check()
 

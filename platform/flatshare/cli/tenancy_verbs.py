@@ -19,6 +19,7 @@ from flatshare.cli.context import (
     call,
     need_serve_extra,
     open_registry,
+    own_store,
     platform_url,
     registry_for_change,
     tell_replicas,
@@ -37,6 +38,7 @@ from flatshare.cli.output import (
 )
 from flatshare.cli.quotas_verbs import quotas_app
 from flatshare.settings import load_settings
+from flatshare_registry.catalog import Registry
 from flatshare_registry.errors import Corrupt, InvalidInput, Unavailable
 from flatshare_registry.ids import TenantId
 from flatshare_registry.keys import NewKey
@@ -86,13 +88,14 @@ def create_key(
 ) -> None:
     """Make an API key. It is shown once and stored nowhere."""
     need_stdout()
-    made = registry_for_change(store, url).tenancy.create_key(
+    registry = registry_for_change(store, url)
+    made = registry.tenancy.create_key(
         TenantId(tenant),
         scope or [Scope.PREDICT],
         label=label,
         lifetime_s=None if days is None else days * DAY_S,
     )
-    _show_new(TenantId(tenant), made, url, as_json=as_json)
+    _show_new(registry, TenantId(tenant), made, url, as_json=as_json)
 
 
 @keys_app.command("rotate")
@@ -106,16 +109,18 @@ def rotate_key(
     """Make a key like another one, which ends after a grace period."""
     need_stdout()
     tenant = _tenant_of(key_id)
-    made = registry_for_change(store, url).tenancy.rotate_key(tenant, key_id, grace_s=grace_hours * HOUR_S)
-    _show_new(tenant, made, url, as_json=as_json)
+    registry = registry_for_change(store, url)
+    made = registry.tenancy.rotate_key(tenant, key_id, grace_s=grace_hours * HOUR_S)
+    _show_new(registry, tenant, made, url, as_json=as_json)
 
 
 @keys_app.command("revoke")
 def revoke_key(key_id: KeyArgument, store: StoreOption = None, url: UrlOption = None) -> None:
     """Take a key away, at once where a platform runs."""
     tenant = _tenant_of(key_id)
-    registry_for_change(store, url).tenancy.revoke_key(tenant, key_id)
-    told = tell_replicas(tenant, url)
+    registry = registry_for_change(store, url)
+    registry.tenancy.revoke_key(tenant, key_id)
+    told = tell_replicas(registry, tenant, url)
     out.print(f"revoked {key_id}; {told}", soft_wrap=True)
     told.check()
 
@@ -155,14 +160,14 @@ def list_keys(tenant: TenantArgument, store: StoreOption = None, as_json: AsJson
     )
 
 
-def _show_new(tenant: TenantId, made: NewKey, url: str | None, *, as_json: bool) -> None:
+def _show_new(registry: Registry, tenant: TenantId, made: NewKey, url: str | None, *, as_json: bool) -> None:
     """Show a new key, first of all: it can't be shown again, whatever becomes of telling a platform of it."""
     if as_json:
         print_json({"id": made.id, "key": made.text})
     else:
         out.print(made.text, soft_wrap=True)
     sys.stdout.flush()
-    told = tell_replicas(tenant, url)
+    told = tell_replicas(registry, tenant, url)
     if not as_json:
         err.print(f"key {made.id}; {told}. It is not stored: keep it now.", soft_wrap=True)
     told.check()
@@ -180,16 +185,18 @@ def _tenant_of(key_id: str) -> TenantId:
 
 def suspend(tenant: TenantArgument, store: StoreOption = None, url: UrlOption = None) -> None:
     """Refuse a tenant's requests from now on; nothing is deleted."""
-    registry_for_change(store, url).tenancy.suspend(TenantId(tenant))
-    told = tell_replicas(TenantId(tenant), url)
+    registry = registry_for_change(store, url)
+    registry.tenancy.suspend(TenantId(tenant))
+    told = tell_replicas(registry, TenantId(tenant), url)
     out.print(f"{tenant} is suspended; {told}", soft_wrap=True)
     told.check()
 
 
 def resume(tenant: TenantArgument, store: StoreOption = None, url: UrlOption = None) -> None:
     """Answer a suspended tenant's requests again."""
-    registry_for_change(store, url).tenancy.resume(TenantId(tenant))
-    told = tell_replicas(TenantId(tenant), url)
+    registry = registry_for_change(store, url)
+    registry.tenancy.resume(TenantId(tenant))
+    told = tell_replicas(registry, TenantId(tenant), url)
     out.print(f"{tenant} is active; {told}", soft_wrap=True)
     told.check()
 
@@ -238,7 +245,7 @@ def _erase(route: str, tell: Callable[[str], None]) -> Erased:
     left = ERASE_TRIES
     while True:
         try:
-            reply = call("POST", route, timeout=ERASE_TIMEOUT_S)
+            reply = call("POST", route, timeout=ERASE_TIMEOUT_S, headers=own_store())
             if reply.status_code == httpx.codes.OK:
                 return parsed(reply, Erased)
             tell(parsed(reply, Erasing)["step"])  # it goes on; the next request waits for its end
@@ -319,7 +326,7 @@ def import_(
     registry = registry_for_change(store, url)
     with progress_bar("blobs") as progress:
         done = import_tenant(registry.store, folder, progress, actor=registry.actor, with_quotas=with_quotas)
-    told = tell_replicas(TenantId(read_head(folder).tenant), url)
+    told = tell_replicas(registry, TenantId(read_head(folder).tenant), url)
     out.print(
         f"imported {done['versions']} versions, {done['blobs']} blobs ({size(done['blob_bytes'])}), "
         f"{done['log']} log entries; {told}",

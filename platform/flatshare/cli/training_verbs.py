@@ -151,7 +151,7 @@ def train_tenant(
             metadata=notes, probe=probe_of(network), create=True,
         )  # fmt: skip
         document["version"] = done.version.version
-        told = tell_replicas(parsed, url)
+        told = tell_replicas(registry, parsed, url)
         registered = f"; registered as {done.version.name}; {told}"
     if as_json:
         print_json(document)

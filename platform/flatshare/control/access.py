@@ -10,9 +10,10 @@ such pages out, here for open routes too.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from enum import Enum
 from typing import Final
@@ -28,7 +29,9 @@ from flatshare.api.identity import Caller, Identities, Role
 from flatshare.api.local_only import check_local
 from flatshare.api.openapi import DOCS_PATHS
 from flatshare.engine.quotas import Bucket
-from flatshare.errors import Forbidden, ServeError, TooManyAtOnce, TooManyRequests
+from flatshare.errors import Forbidden, OtherStore, ServeError, TooManyAtOnce, TooManyRequests
+from flatshare_registry.errors import RegistryError
+from flatshare_registry.identity import STORE_HEADER
 from flatshare_registry.ids import TenantId
 from flatshare_registry.records import Scope as KeyScope
 
@@ -103,12 +106,13 @@ class Gate:
         When it is built: a route has no row in :data:`RULES`.
     """
 
-    def __init__(self, app: FastAPI, identities: Identities) -> None:
+    def __init__(self, app: FastAPI, identities: Identities, store_id: Callable[[], str]) -> None:
         missing = [key for route in app.routes for key in _keys(route) if key not in RULES]
         if missing:
             raise ServeError(f"routes without a rule of access: {missing}")
         self._app = app
         self._identities = identities
+        self._store_id = store_id
         self._tenants: LRUCache[str, _Account] = LRUCache(10_000)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -125,15 +129,46 @@ class Gate:
                 caller = await self._identities.identify(request.headers)
                 _check(access, caller, tenant)
                 scope[_CALLER] = caller
+                await self._check_store(request)
                 with self._counted(caller):
                     receive = _given(await read_body(request, MAX_BODY_BYTES), receive)
                     await self._app(scope, receive, send)
                 return
-            await self._app(scope, receive, send)
+            await self._app(scope, receive, await self._naming_the_store(scope, send))
         except ClientDisconnect:
             return
         except Exception as error:
             await error_reply(request, error)(scope, receive, send)
+
+    async def _check_store(self, request: Request) -> None:
+        """Return if a change is about this platform's store, or does not say.
+
+        Raises
+        ------
+        OtherStore
+            It is about another.
+        """
+        wanted = request.headers.get(STORE_HEADER)
+        if wanted is None or request.method in ("GET", "HEAD"):
+            return
+        if wanted != await asyncio.to_thread(self._store_id):
+            raise OtherStore("this platform serves another store than the one that the change is in")
+
+    async def _naming_the_store(self, scope: Scope, send: Send) -> Send:
+        """``send`` for the document that clients look at first: its headers name the store."""
+        if not str(scope["path"]).endswith("/openapi.json"):
+            return send
+        try:
+            own = (await asyncio.to_thread(self._store_id)).encode()
+        except RegistryError:  # the document itself needs no store
+            return send
+
+        async def named(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                message = {**message, "headers": [*message["headers"], (STORE_HEADER.encode(), own)]}
+            await send(message)
+
+        return named
 
     @contextlib.contextmanager
     def _counted(self, caller: Caller) -> Iterator[None]:

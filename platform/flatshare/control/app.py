@@ -47,6 +47,7 @@ from flatshare.engine.quotas import effective_quotas
 from flatshare.errors import ServeError, TooManyAtOnce
 from flatshare_registry.catalog import Registry
 from flatshare_registry.errors import InvalidInput
+from flatshare_registry.identity import StoreIdentity
 from flatshare_registry.ids import AliasName, ModelRef, TenantId
 from flatshare_registry.records import DEFAULT_PLAN, Action, Quotas, TenantHead
 
@@ -122,7 +123,7 @@ def create_control_app(
     _add_fleet(app, registry, fleet)
     _add_plans(app, plans or {})
     documented(app)
-    return Gate(app, identities)
+    return Gate(app, identities, StoreIdentity(registry.store))
 
 
 def _for(registry: Registry, request: Request) -> Registry:

@@ -11,6 +11,7 @@ import base64
 import contextlib
 import hashlib
 import os
+import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final, cast
@@ -32,6 +33,7 @@ from flatshare_registry.stores.base import (
     check_key,
     check_prefix,
 )
+from flatshare_registry.stores.conditions import check_conditions
 from flatshare_registry.stores.s3_replies import (
     cut,
     etag_of,
@@ -149,6 +151,10 @@ def _first_set(*names: str) -> str | None:
     return next((name for name in names if os.environ.get(name)), None)
 
 
+_checking = threading.RLock()
+_checked: set[str] = set()  # guarded by _checking: buckets that were found to honour conditions
+
+
 class S3Store:
     """Objects below one prefix of a bucket.
 
@@ -209,6 +215,8 @@ class S3Store:
             condition["IfNoneMatch"] = "*"
         elif isinstance(mode, UpdateIf):
             condition["IfMatch"] = mode.etag
+        if condition:
+            self._check_once()
         for left in reversed(range(CONFLICT_TRIES)):
             try:
                 return self._put(key, data, mode, condition)
@@ -222,6 +230,19 @@ class S3Store:
                         raise AlreadyExists(f"{key} already exists") from None
                     raise
         raise AssertionError("unreachable: the last try returns or raises")
+
+    def _check_once(self) -> None:
+        """Before a process's first conditional write: see that this bucket honours the condition."""
+        place = f"{self._client.meta.endpoint_url}/{self._bucket}"
+        with _checking:
+            if place in _checked:
+                return
+            _checked.add(place)  # before: the check itself writes
+            try:
+                check_conditions(self)
+            except BaseException:
+                _checked.discard(place)
+                raise
 
     def _put(self, key: str, data: bytes | memoryview, mode: PutMode, condition: dict[str, str]) -> BlobMeta:
         with self._translated(key, mode):

@@ -12,6 +12,7 @@ import pytest
 
 from flatshare_registry.errors import AlreadyExists, Conflict, InvalidInput, NotFound
 from flatshare_registry.stores.base import CHUNK_BYTES, BlobStore, ByteRange, Create, Overwrite, UpdateIf
+from flatshare_registry.stores.conditions import check_conditions
 
 __all__ = ["BlobStoreSuite"]
 
@@ -193,6 +194,10 @@ class BlobStoreSuite:
     def test_bad_prefixes_are_refused(self, store: BlobStore, prefix: str) -> None:
         with pytest.raises(InvalidInput):
             list(store.list(prefix))
+
+    def test_conditions_are_honoured(self, store: BlobStore) -> None:
+        check_conditions(store)
+        assert list(store.list("")) == [], "it leaves nothing behind"
 
     def test_one_of_many_creates_wins(self, store: BlobStore) -> None:
         outcomes: list[str] = []

@@ -17,12 +17,13 @@ from typer.testing import CliRunner, Result
 from flatshare.cli.context import Told, tell_replicas
 from flatshare.cli.errors import EXIT_CODES, NotTold, exit_code
 from flatshare.cli.main import app
-from flatshare.errors import FleetUnavailable
+from flatshare.errors import FleetUnavailable, OtherStore
 from flatshare.local.state import PlatformState
 from flatshare.models.mnist_cnn import ARCHITECTURE
-from flatshare_registry import TenantId
+from flatshare_registry import Registry, TenantId
 from flatshare_registry.errors import InvalidInput
 from flatshare_registry.keys import parse_key
+from flatshare_registry.stores.memory import MemoryStore
 from flatshare_registry.testing.files import encode_safetensors
 
 NOBODY = "http://127.0.0.1:9"
@@ -96,10 +97,10 @@ def test_a_platform_found_here_that_refuses_is_one_too(control: Any, monkeypatch
     runs_here(control.url)
     monkeypatch.setenv("FLATSHARE_ADMIN_KEY", "wrong")
     with pytest.raises(NotTold):
-        tell_replicas("acme", None).check()
+        tell_replicas(control.registry, "acme", None).check()
     runs_here(NOBODY)  # it runs, says its process, and does not answer
     with pytest.raises(NotTold, match="nothing answers"):
-        tell_replicas("acme", None).check()
+        tell_replicas(control.registry, "acme", None).check()
 
 
 def test_several_platforms_here_are_said_after_the_change(control: Any) -> None:
@@ -150,8 +151,9 @@ def test_every_changing_verb_says_that_it_was_not_told(
     from flatshare_registry.transfer import export_tenant
 
     acme, registry = TenantId("acme"), control.registry
-    registry.create_tenant(TenantId("leaver"))
-    export_tenant(registry.store, TenantId("leaver"), tmp_path / "out")
+    elsewhere = Registry(MemoryStore())
+    elsewhere.create_tenant(TenantId("comer"))
+    export_tenant(elsewhere.store, TenantId("comer"), tmp_path / "out")
     registry.create_tenant(acme)
     for value in (1.0, 2.0):
         registry.register(acme, tiny_weights(value), "tiny", TINY_SPECS)
@@ -163,9 +165,8 @@ def test_every_changing_verb_says_that_it_was_not_told(
         "FILE": weights(tmp_path),
         "FOLDER": str(tmp_path / "out"),
     }
-    other = [] if verb[1] != "import" else ["--store", (tmp_path / "other").as_uri()]
     monkeypatch.setenv("FLATSHARE_API_KEY", control.viewer_key)
-    result = run(*[replaced.get(word, word) for word in verb], "--url", control.url, *other)
+    result = run(*[replaced.get(word, word) for word in verb], "--url", control.url)
     assert isinstance(result.exception, NotTold), result.output + repr(result.exception)
     assert result.stdout, "what was done is said all the same"
 
@@ -175,13 +176,17 @@ def test_no_replica_that_took_it_up_is_no_success(control: Any, monkeypatch: pyt
     control.registry.create_tenant(TenantId("acme"))
     control.replicas.refreshed = []
     with pytest.raises(NotTold, match="none of 2 replicas"):
-        tell_replicas("acme", control.url).check()
+        tell_replicas(control.registry, "acme", control.url).check()
     control.states.clear()
-    assert tell_replicas("acme", control.url) == Told("0 replicas see it now"), "there are none to tell"
+    assert tell_replicas(control.registry, "acme", control.url) == Told("0 replicas see it now"), (
+        "there are none to tell"
+    )
     manage = control.registry.tenancy.create_key(TenantId("acme"), ["manage"]).text
     monkeypatch.setenv("FLATSHARE_API_KEY", manage)
     with pytest.raises(NotTold, match="no replica of the platform"):
-        tell_replicas("acme", control.url).check()  # this key may not ask how many there are
+        tell_replicas(
+            control.registry, "acme", control.url
+        ).check()  # this key may not ask how many there are
 
 
 def test_a_preload_that_nobody_took_up_is_no_success(control: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -215,14 +220,15 @@ def test_a_stranger_at_the_default_port_was_not_asked_for(
 ) -> None:
     from flatshare.cli import context
 
+    registry = Registry(MemoryStore())
     refusal = {"error": {"code": "unauthenticated", "message": "who?", "request_id": "r"}}
     with serve(lambda method, path: (401, {}, json.dumps(refusal).encode())) as site:
         monkeypatch.setattr(context, "DEFAULT_URL", site.url)
-        told = tell_replicas("acme", None)
+        told = tell_replicas(registry, "acme", None)
         assert told.failure is None
         assert "no running platform was told (who?" in told.text
         monkeypatch.setenv("FLATSHARE_API_KEY", "abcdefgh")
-        assert tell_replicas("acme", None).failure is not None, "a key is for a platform"
+        assert tell_replicas(registry, "acme", None).failure is not None, "a key is for a platform"
 
 
 # -- something else at its address
@@ -334,3 +340,50 @@ def test_the_exit_code_is_one_of_its_own() -> None:
     assert [kind for kind, code in EXIT_CODES.items() if code == 8] == [NotTold]
     shown = CliRunner().invoke(app, ["--help"])
     assert "8 changed in the store" in " ".join(shown.output.split())
+
+
+# -- a platform of another store
+
+
+@pytest.fixture
+def elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, control: Any) -> Path:
+    """The environment names another store than the platform that runs here; both have a tenant acme."""
+    control.registry.create_tenant(TenantId("acme"))
+    monkeypatch.setenv("FLATSHARE_API_KEY", control.admin_key)
+    monkeypatch.setenv("FLATSHARE_STORE", (tmp_path / "other").as_uri())
+    runs_here(control.url)
+    return tmp_path / "other"
+
+
+def test_nobody_tells_a_platform_about_another_stores_tenants(control: Any, elsewhere: Path) -> None:
+    for arguments in (
+        ("tenants", "create", "acme"),
+        ("tenants", "suspend", "acme"),
+        ("keys", "create", "acme"),
+    ):
+        result = run(*arguments)
+        assert result.exit_code == 0, result.output
+        assert "serves another" in result.output or arguments[1] == "create"
+    assert control.replicas.calls == []
+    assert control.registry.head(TenantId("acme")).keys == {}
+
+
+def test_an_erasure_of_another_stores_tenant_reaches_nobody(control: Any, elsewhere: Path) -> None:
+    result = run("tenants", "erase", "acme", "--yes")
+    assert isinstance(result.exception, OtherStore), result.output
+    assert exit_code(result.exception) == 4
+    assert control.registry.head(TenantId("acme")).state.exists
+    assert control.replicas.calls == []
+
+
+@pytest.mark.parametrize("verb", ["preload", "unload"])
+def test_nor_are_models_of_another_store_moved(control: Any, elsewhere: Path, verb: str) -> None:
+    assert isinstance(run(verb, "acme").exception, OtherStore)
+    assert control.replicas.calls == []
+
+
+def test_a_platform_that_is_named_is_asked_before_the_change(control: Any, elsewhere: Path) -> None:
+    result = run("tenants", "create", "globex", "--url", control.url)
+    assert isinstance(result.exception, InvalidInput)
+    assert "serves another store. Nothing was changed" in result.exception.message
+    assert not (elsewhere / "tenants").exists()
