@@ -11,12 +11,14 @@ import pytest
 from numpy.typing import NDArray
 
 from flatshare.cache.tiers import ModelKey, State, Tier
+from flatshare.engine.admission import Admission
 from flatshare.engine.service import FEW_ROWS, Prediction
 from flatshare.errors import (
     DeadlineExceeded,
     IsolationBroken,
     ModelFailed,
     NoRoom,
+    Overloaded,
     RowsOverQuota,
     Suspended,
     TooLarge,
@@ -24,7 +26,8 @@ from flatshare.errors import (
     TooManyColdLoads,
     TooManyRequests,
 )
-from flatshare_registry.errors import Unavailable
+from flatshare_registry.errors import NotFound, Unavailable
+from flatshare_registry.ids import PRODUCTION, ModelRef
 from flatshare_registry.stores.memory import MemoryStore
 from flatshare_registry.testing.faults import FaultyStore
 
@@ -114,6 +117,10 @@ async def test_rows_are_decoded_within_the_smaller_limit_and_the_tenants_own_is_
     with await story.enter() as ticket, pytest.raises(TooLarge) as caught:
         ticket.decode(2, decode)
     assert not isinstance(caught.value, RowsOverQuota), "anybody's limit is not the tenant's"
+    await story.limit(rows_per_request=2)
+    with await story.enter() as ticket, pytest.raises(TooLarge) as caught:
+        ticket.decode(2, decode)
+    assert not isinstance(caught.value, RowsOverQuota), "nor is it where both are the same"
     await story.limit(rows_per_request=2)
     with await story.enter() as ticket, pytest.raises(RowsOverQuota, match="acme: more than 2 rows"):
         ticket.decode(8, decode)
@@ -253,3 +260,42 @@ async def test_labels_are_the_likeliest_classes_however_many_rows_there_are(rows
     wanted = [int(np.argmax(row)) for row in logits]
     found = Prediction(logits, version, Tier.DEVICE)
     assert (found.label_list(), found.labels.tolist()) == (wanted, wanted)
+
+
+async def test_who_may_not_is_not_let_in_before_anything_is_looked_up() -> None:
+    class Nobody:
+        def may_predict(self, ref: ModelRef) -> None:
+            raise NotFound("not yours")
+
+    story = Story()
+    with pytest.raises(NotFound, match="not yours"):
+        await story.service.enter(Nobody(), ModelRef.parse("acme"))
+    assert story.view.last_head(ACME) is None
+
+
+async def test_promise_11_what_is_known_needs_none_of_the_places_of_those_who_wait_for_the_store() -> None:
+    story = Story(cold=Admission(1, 0))
+    await story.ask()
+    async with story.cold.hold(1):
+        assert (await story.ask()).tier is Tier.DEVICE
+        with pytest.raises(Overloaded):
+            await story.enter("globex")
+    await story.enter("globex")
+
+
+async def test_promise_10_the_old_version_answers_while_the_promoted_one_loads() -> None:
+    story = Story()
+    await story.ask()
+    two = story.register(ACME, 22)
+    story.registry.set_alias(ACME, PRODUCTION, two)
+    gate = story.loader.gate(f"acme@{two}")
+    old, new = story.view.last_head(ACME), await story.view.refresh(ACME)
+    story.service.promotions.moved(old, new)
+    await settle()
+    for _ in range(3):
+        answer = await story.ask()
+        assert (answer.version.version, answer.tier) == (1, Tier.DEVICE)
+    gate.set()
+    await story.service.promotions.settled("acme", 5)
+    answer = await story.ask()
+    assert (answer.version.version, answer.tier) == (two, Tier.DEVICE)
