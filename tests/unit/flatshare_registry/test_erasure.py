@@ -17,6 +17,7 @@ from flatshare_registry.stores.memory import MemoryStore
 from flatshare_registry.stores.s3 import S3Options, S3Store, make_s3_client
 from flatshare_registry.testing.faults import CrashAtStep, FaultyStore
 from flatshare_registry.testing.files import TINY_SPECS, tiny_weights
+from flatshare_registry.weights import describe
 
 ACME, GLOBEX = TenantId("acme"), TenantId("globex")
 
@@ -225,17 +226,40 @@ def test_a_bucket_with_versioning_keeps_nothing(s3_url: str) -> None:
     assert (head.state, head.keys, head.aliases) == (TenantState.ERASED, {}, {})
 
 
-def test_a_registration_that_loses_its_tenant_leaves_nothing() -> None:
+@pytest.mark.parametrize("weights", [tiny_weights(9.0), tiny_weights(8.0)], ids=["its own", "globex's too"])
+def test_a_registration_that_loses_its_tenant_leaves_nothing(weights: bytes) -> None:
     store = MemoryStore()
     registry = filled(store)
+    if weights == tiny_weights(8.0):
+        registry.register(GLOBEX, weights, "tiny", TINY_SPECS)
 
     def bury(operation: str, key: str) -> None:
         if operation == "put" and key == layout.version_key(ACME, 4):
             registry.eraser.begin(ACME)
 
+    before = left(registry)
     with pytest.raises(NotFound):
-        Registry(FaultyStore(store, before=bury)).register(ACME, tiny_weights(9.0), "tiny", TINY_SPECS)
+        Registry(FaultyStore(store, before=bury)).register(ACME, weights, "tiny", TINY_SPECS)
+    assert left(registry) == before | {layout.erasure_plan_key(ACME)}, "before an erasure goes on"
     erase(registry)
+    if weights == tiny_weights(8.0):
+        assert store.get(layout.blob_key(registry.version(GLOBEX, 2).digest)).data == weights
+        registry.delete_version(GLOBEX, 2)
+        store.delete(layout.version_key(GLOBEX, 2))
+        store.delete(layout.blob_key(describe(weights).digest))
+    check_erased(registry)
+
+
+def test_what_replicas_noted_while_the_store_was_being_erased_goes_at_the_end() -> None:
+    store = MemoryStore()
+    registry = filled(store)
+    leaving = registry.eraser.begin(ACME)
+    registry.eraser.remove(leaving)
+    store.put(layout.used_key(ACME, "late"), b'{"used_at": 2}', Create())
+    store.put(f"{layout.pins_prefix(ACME)}late.json", b"{}", Create())
+    store.put(layout.used_key(GLOBEX, "other"), b'{"used_at": 2}', Create())
+    registry.eraser.finish(leaving)
+    store.delete(layout.used_key(GLOBEX, "other"))  # there, or this would say so
     check_erased(registry)
 
 

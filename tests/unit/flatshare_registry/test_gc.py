@@ -43,14 +43,18 @@ def test_a_dry_run_is_the_default_and_removes_nothing(
     registry: Registry, store: MemoryStore, clock: ManualClock
 ) -> None:
     registry.register(ACME, weights(2), "tiny", SPECS, alias=PRODUCTION)
+    registry.register(ACME, weights(3), "tiny", SPECS)
+    dead = layout.blob_key(registry.version(ACME, 1).digest)
+    live = {layout.blob_key(registry.version(ACME, number).digest) for number in (2, 3)}
     registry.delete_version(ACME, 1)
     clock.advance(DEFAULT_GRACE_S + 1)
     report = collect(store, clock=clock)
-    assert (len(report.garbage), report.removed, report.live_blobs, blobs(store)) == (1, False, 1, 2)
+    assert [meta.key for meta in report.garbage] == [dead]
+    assert (report.removed, report.live_blobs, report.spared, blobs(store)) == (False, 2, 0, 3)
     assert report.size_bytes == len(weights(1))
-    assert len(collect(store, remove=True, clock=clock).garbage) == 1
-    assert blobs(store) == 1
-    assert registry.version(ACME, 2).digest in next(iter(store.list(layout.BLOBS))).key
+    assert [meta.key for meta in collect(store, remove=True, clock=clock).garbage] == [dead]
+    assert {meta.key for meta in store.list(layout.BLOBS)} == live
+    assert [registry.version(ACME, number).version for number in (2, 3)] == [2, 3], "their records stay"
 
 
 def test_what_is_young_is_spared(registry: Registry, store: MemoryStore, clock: ManualClock) -> None:

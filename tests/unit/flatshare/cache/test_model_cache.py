@@ -608,9 +608,12 @@ async def test_one_lease_that_ends_lets_in_all_for_whom_there_is_room(loader: Fa
     loader.parts |= {f"small-{n}": share(f"s{n}") for n in range(4)}
     waiting = [asyncio.create_task(cache.lease(version(f"small-{n}"), 5)) for n in range(4)]
     await settle()
+    assert (cache.ledger.held_bytes, cache.ledger.reserved_bytes, cache.occupied) == (100, 0, 1)
     lease.release()
     for one in await asyncio.wait_for(asyncio.gather(*waiting), 2):
         one.release()
+    assert held(cache) == {f"small-{n}" for n in range(4)}
+    assert (cache.ledger.held_bytes, cache.ledger.reserved_bytes, cache.occupied) == (40, 0, 4)
 
 
 async def test_one_that_does_not_fit_does_not_hold_up_others(loader: FakeLoader) -> None:
@@ -641,6 +644,9 @@ async def test_loads_that_wait_for_room_do_not_hold_what_the_other_needs(loader:
     await settle()
     holder.release()
     await asyncio.wait_for(asyncio.gather(*waiting), 3)
+    parts = {one for name in held(cache) for one in loader.parts[name].items()}
+    assert cache.ledger.held_bytes == sum(size for _, size in parts) <= 60
+    assert (cache.ledger.reserved_bytes, cache.occupied) == (0, len(held(cache)))
 
 
 async def test_a_failed_load_wakes_who_waits_for_what_it_held(loader: FakeLoader) -> None:

@@ -118,6 +118,8 @@ def test_cold_loads_have_a_rate_a_minute(registry: Registry, clock: ManualClock)
         keeper.cold_load(acme)
     clock.advance(1)
     keeper.cold_load(acme)
+    with pytest.raises(TooManyColdLoads):
+        keeper.cold_load(acme)  # one in a second, not more
 
 
 def test_what_a_plan_says_holds_where_the_tenant_has_nothing_of_its_own(registry: Registry) -> None:
