@@ -24,7 +24,7 @@ __all__ = ["Baseline", "Trial", "baseline", "trial", "warm_up"]
 
 SLOW_TO_IMPORT: Final = (
     "pytest", "pytest_asyncio.plugin", "pytest_timeout", "hypothesis", "schemathesis.pytest.plugin", "coverage", "numpy", "torch",
-    "safetensors.torch", "boto3", "fastapi", "httpx", "moto.server", "orjson", "pydantic_settings", "uvicorn",
+    "safetensors.torch", "boto3", "fastapi", "httpx", "anyio.pytest_plugin", "anyio._backends._asyncio", "cachetools", "moto.server", "orjson", "pydantic_settings", "uvicorn",
 )  # fmt: skip
 OPTIONS: Final = ("-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning")
 """A plug-in of pytest's comes in with what is imported before; nobody needs its own asserts rewritten."""

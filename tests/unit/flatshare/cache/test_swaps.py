@@ -93,14 +93,17 @@ async def test_any_other_change_of_the_tenant_leaves_a_swap_alone(swaps: Swaps, 
         swaps.registry.set_alias(ACME, CANARY, 3)
     else:
         swaps.registry.register(ACME, tiny_weights(9), "tiny", TINY_SPECS)
+    told = swaps.changes
     swaps.see()
     await settle()
+    assert swaps.changes == told, "nothing that an alias means here has changed"
     assert swaps.under_way == [("acme", "production", 1, 2)]
     assert swaps.serving() == 1, "requests go on on the old one, rather than wait for a cold load"
     assert swaps.loader.prepared.count("acme@2") == 1, "its load was not begun anew"
     gate.set()
     await swaps.promotions.settled("acme", 5)
     assert (swaps.serving(), swaps.under_way, swaps.cache.stats.swaps) == (None, [], 1)
+    assert swaps.changes == told + 1, "now it means the new one"
     assert "acme@2" in resident(swaps.cache)
 
 
@@ -227,6 +230,24 @@ async def test_a_version_that_failed_to_load_is_tried_again_after_its_time_and_n
     assert swaps.serving() == 1
     await swaps.promotions.settled("acme", 5)
     assert (swaps.serving(), swaps.under_way) == (None, [])
+
+
+async def test_an_old_version_that_was_deleted_with_the_promotion_answers_no_more(swaps: Swaps) -> None:
+    swaps.gate("acme@2")
+    swaps.registry.set_alias(ACME, PRODUCTION, 2)
+    swaps.registry.delete_version(ACME, 1)
+    swaps.see()  # both at once
+    assert (swaps.under_way, swaps.serving()) == ([], None)
+
+
+async def test_redirected_the_old_version_still_is_the_one_that_answered_last(swaps: Swaps) -> None:
+    """Although the one in between is here too by now."""
+    swaps.reading[2] = asyncio.Event()
+    swaps.promote(2)
+    await use(swaps.cache, version("acme", 2))  # asked for by its number
+    swaps.gate("acme@3")
+    swaps.promote(3)
+    assert (swaps.serving(), swaps.under_way) == (1, [("acme", "production", 1, 3)])
 
 
 async def test_an_old_version_that_was_evicted_answers_no_more(swaps: Swaps) -> None:

@@ -133,4 +133,11 @@ def test_ids_are_in_haproxys_range_also_where_all_clash(monkeypatch: pytest.Monk
     names = [f"replica-{number}" for number in range(200)]
     assert all(0 < number <= MAX_SERVER_ID for number in server_ids(names).values())
     monkeypatch.setattr(configuration, "MAX_SERVER_ID", 5)
-    assert sorted(server_ids("abcde").values()) == [1, 2, 3, 4, 5]
+    ids = server_ids("abcd").values()
+    assert len(set(ids)) == 4 and all(0 < number <= 5 for number in ids)
+
+
+@pytest.mark.xfail(strict=True, reason="a fault, once in 2^31 names: HAProxy refuses two servers of one id")
+def test_no_replica_has_the_id_of_the_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(configuration, "MAX_SERVER_ID", 5)
+    assert all(5 not in server_ids([name]).values() for name in "abcdefgh")
