@@ -156,7 +156,11 @@ def _walk(node: ast.AST) -> Iterator[ast.AST]:
         if name in ("annotation", "returns", "type_params", "decorator_list"):
             continue
         for child in value if isinstance(value, list) else [value]:
-            if not isinstance(child, ast.AST) or isinstance(child, ast.Assert | ast.JoinedStr) or _is_plumbing(child):
+            if (
+                not isinstance(child, ast.AST)
+                or isinstance(child, ast.Assert | ast.JoinedStr)
+                or _is_plumbing(child)
+            ):
                 continue
             if isinstance(child, ast.If) and ast.unparse(child.test) == "TYPE_CHECKING":
                 continue
@@ -182,14 +186,17 @@ def _may_go(node: ast.stmt) -> bool:
     if isinstance(node, ast.Assign):
         return all(isinstance(target, ast.Attribute | ast.Subscript) for target in node.targets)
     if isinstance(node, ast.Return):
-        return node.value is not None and not (isinstance(node.value, ast.Constant) and node.value.value is None)
+        return node.value is not None and not (
+            isinstance(node.value, ast.Constant) and node.value.value is None
+        )
     return isinstance(node, ast.AugAssign | ast.Raise | ast.Delete | ast.Continue | ast.Break)
 
 
 def _is_text(node: ast.BinOp) -> bool:
     """Whether this puts texts together or formats them."""
     return any(
-        isinstance(side, ast.JoinedStr) or (isinstance(side, ast.Constant) and isinstance(side.value, str | bytes))
+        isinstance(side, ast.JoinedStr)
+        or (isinstance(side, ast.Constant) and isinstance(side.value, str | bytes))
         for side in (node.left, node.right)
     )
 
@@ -232,7 +239,9 @@ def _flat(statement: str) -> str:
 
 def _differing(before: str, after: str) -> tuple[str, str]:
     """The lines in which two texts differ."""
-    matcher = difflib.SequenceMatcher(None, old := before.splitlines(), new := after.splitlines(), autojunk=False)
+    matcher = difflib.SequenceMatcher(
+        None, old := before.splitlines(), new := after.splitlines(), autojunk=False
+    )
     gone: list[str] = []
     come: list[str] = []
     for tag, i, j, k, m in matcher.get_opcodes():

@@ -109,7 +109,9 @@ def mutate(
         progress(0, len(chosen), None)
         ground = baseline(context, copy, module, tests, max(time_limit_s, LEAST_S))
         if ground.trial.status != "passed" or not ground.durations:
-            raise SystemExit(f"the tests do not pass as they are ({ground.trial.status}):\n{ground.trial.output[-3000:]}")
+            raise SystemExit(
+                f"the tests do not pass as they are ({ground.trial.status}):\n{ground.trial.output[-3000:]}"
+            )
         for stale_code in (module.parent / "__pycache__").glob(f"{module.stem}.*.pyc"):
             stale_code.unlink()
         killers: list[str] = []
@@ -150,13 +152,21 @@ def _try(
 
 def main(arguments: list[str] | None = None) -> int:
     """The command; 1 when an entry of the list of equivalent changes matches nothing any more."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("module", help="its path from the root")
-    parser.add_argument("--tests", action="append", help="what to run (default: the unit tests of its folder; repeatable)")
+    parser.add_argument(
+        "--tests", action="append", help="what to run (default: the unit tests of its folder; repeatable)"
+    )
     parser.add_argument("--count", type=int, default=35, help="changes to try, at most")
-    parser.add_argument("--seed", type=int, default=None, help="draws them (default: a new one, which is told)")
+    parser.add_argument(
+        "--seed", type=int, default=None, help="draws them (default: a new one, which is told)"
+    )
     parser.add_argument("--line", type=int, action="append", help="only changes of this line (repeatable)")
-    parser.add_argument("--time-limit", type=float, default=900.0, metavar="SECONDS", help="begin no trial after it")
+    parser.add_argument(
+        "--time-limit", type=float, default=900.0, metavar="SECONDS", help="begin no trial after it"
+    )
     parser.add_argument("--json", type=Path, help="write the outcome there")
     parser.add_argument("--equivalent", type=Path, default=EQUIVALENT, help=argparse.SUPPRESS)
     parser.add_argument("--root", type=Path, default=ROOT, help=argparse.SUPPRESS)
@@ -172,7 +182,9 @@ def main(arguments: list[str] | None = None) -> int:
     return 1 if report.stale else 0
 
 
-def _with_bar(root: Path, file: str, tests: list[str], count: int, seed: int, options: argparse.Namespace) -> Report:
+def _with_bar(
+    root: Path, file: str, tests: list[str], count: int, seed: int, options: argparse.Namespace
+) -> Report:
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 
@@ -209,10 +221,14 @@ def _print(report: Report) -> None:
         if not verdict.killed:
             print("    " + mutant.diff.replace("\n", "\n    "))
     for entry in report.stale:
-        print(f"STALE: no change of {entry.file} is this any more; mend or remove the entry of equivalent.toml:")
+        print(
+            f"STALE: no change of {entry.file} is this any more; mend or remove the entry of equivalent.toml:"
+        )
         print(f"    - {entry.before}\n    + {entry.after}")
     if len(report.verdicts) < report.tried_of:
-        print(f"the time was over: {report.tried_of - len(report.verdicts)} of {report.tried_of} were not tried")
+        print(
+            f"the time was over: {report.tried_of - len(report.verdicts)} of {report.tried_of} were not tried"
+        )
     print(
         f"{report.file}: {report.killed} of {len(report.verdicts)} killed, score {report.score:.2f}"
         f" (seed {report.seed}; {report.equivalent} listed as equivalent)"

@@ -73,7 +73,9 @@ class Baseline:
     def tests_for(self, first: int, last: int) -> list[str]:
         """Tests that run any of these lines, the fastest first."""
         who = {name for line in range(first, last + 1) for name in self.lines.get(line, ())}
-        tests = [one for one in self.durations if EVERYWHERE in who or one in who or one.split("::")[0] in who]
+        tests = [
+            one for one in self.durations if EVERYWHERE in who or one in who or one.split("::")[0] in who
+        ]
         return sorted(tests, key=lambda one: self.durations[one])
 
 
@@ -87,7 +89,9 @@ def warm_up() -> Any:
 def baseline(context: Any, copy: Path, module: Path, tests: Sequence[str], timeout_s: float) -> Baseline:
     """Run all tests once, and note which line of the module each of them runs."""
     answer = copy / "baseline.json"
-    done = _in_child(context, _run_baseline, (str(copy), str(module), list(tests), str(answer)), copy, timeout_s)
+    done = _in_child(
+        context, _run_baseline, (str(copy), str(module), list(tests), str(answer)), copy, timeout_s
+    )
     if done.status != "passed":
         return Baseline(done)
     found = json.loads(answer.read_text())

@@ -40,7 +40,9 @@ def register(registry: Registry, tenant: TenantId = ACME, weights: bytes = WEIGH
 
 def left(store: MemoryStore) -> set[str]:
     """All objects but audit logs, plans and heads."""
-    return {meta.key for meta in store.list("") if "/versions/" in meta.key or meta.key.startswith(layout.BLOBS)}
+    return {
+        meta.key for meta in store.list("") if "/versions/" in meta.key or meta.key.startswith(layout.BLOBS)
+    }
 
 
 def ends(registry: Registry, how: str) -> None:
@@ -107,7 +109,9 @@ def test_a_tenant_that_is_gone_when_the_weights_are_there_already_leaves_them(
     assert left(store) == {BLOB, layout.version_key(GLOBEX, number)}
 
 
-@pytest.mark.xfail(strict=True, reason="a fault: what a registration takes back is not looked for in others' heads")
+@pytest.mark.xfail(
+    strict=True, reason="a fault: what a registration takes back is not looked for in others' heads"
+)
 def test_weights_that_another_tenant_registered_meanwhile_outlive_the_registration_that_put_them_there(
     store: MemoryStore, registry: Registry
 ) -> None:
@@ -159,7 +163,11 @@ def test_weights_that_lay_there_long_are_written_again_so_that_no_collection_tak
 def test_a_versions_notes_have_a_limit_all_together(store: MemoryStore, registry: Registry) -> None:
     half = MAX_METADATA_CHARS // 2
     before = left(store)
-    for notes in ({"k": "v" * MAX_METADATA_CHARS}, {"a" * half: "b" * half, "c": ""}, {"a": "x" * half, "b": "y" * half}):
+    for notes in (
+        {"k": "v" * MAX_METADATA_CHARS},
+        {"a" * half: "b" * half, "c": ""},
+        {"a": "x" * half, "b": "y" * half},
+    ):
         with pytest.raises(InvalidInput, match="metadata is longer than 4096"):
             registry.register(ACME, WEIGHTS, "tiny", TINY_SPECS, metadata=notes)
     assert left(store) == before

@@ -165,7 +165,10 @@ def test_a_damaged_file_never_raises_anything_else(noise: bytes, at: int, patch:
         assert (accepted.size_bytes, accepted.digest) == (len(data), hashlib.sha256(data).hexdigest())
         position = 8 + int.from_bytes(data[:8], "little")
         for one in accepted.tensors:
-            assert (one.start, one.end - one.start) == (position, math.prod(one.shape) * DTYPE_BYTES[one.dtype])
+            assert (one.start, one.end - one.start) == (
+                position,
+                math.prod(one.shape) * DTYPE_BYTES[one.dtype],
+            )
             assert one.sha256 == hashlib.sha256(data[one.start : one.end]).hexdigest()
             position = one.end
         assert position == len(data) and accepted.tensors

@@ -137,12 +137,15 @@ def test_something() -> None:
     assert allowed(0, 5)
     assert not allowed(9, 5)
 """
-STRONG = WEAK + """
+STRONG = (
+    WEAK
+    + """
 
 def test_the_limit_itself_is_not_allowed() -> None:
     assert allowed(4, 5)
     assert not allowed(5, 5)
 """
+)
 
 
 @pytest.fixture

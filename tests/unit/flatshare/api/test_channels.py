@@ -85,7 +85,9 @@ def test_rows_of_three_channels_have_one_short_form(shape: tuple[int, ...]) -> N
         np.testing.assert_array_equal(rows.ravel(), value.astype(np.float32).ravel())
 
 
-@pytest.mark.parametrize("shape", [(4, 5), (2, 4, 5), (1, 4, 5), (3, 5, 4), (4, 5, 3), (1, 1, 3, 4, 5), (2, 1, 4, 5), (60,), ()])
+@pytest.mark.parametrize(
+    "shape", [(4, 5), (2, 4, 5), (1, 4, 5), (3, 5, 4), (4, 5, 3), (1, 1, 3, 4, 5), (2, 1, 4, 5), (60,), ()]
+)
 def test_a_channel_is_never_guessed(shape: tuple[int, ...]) -> None:
     with pytest.raises(BadInput, match=r"it must be \(N, 3, 4, 5\), or one row of it"):
         check_shape(shape, SPEC, 8)
@@ -121,7 +123,9 @@ NOT_FINITE = [math.nan, math.inf, -math.inf, 1e39, -1e300]
 @pytest.mark.parametrize("value", NOT_FINITE)
 @pytest.mark.parametrize("where", [0, 59])
 @pytest.mark.parametrize("form", ["list", "array", "array of 32 bits"])
-def test_a_number_that_is_not_finite_is_refused_from_python_callers_too(value: float, where: int, form: str) -> None:
+def test_a_number_that_is_not_finite_is_refused_from_python_callers_too(
+    value: float, where: int, form: str
+) -> None:
     array = np.zeros((1, 3, 4, 5))
     array.ravel()[where] = value
     with np.errstate(over="ignore"):

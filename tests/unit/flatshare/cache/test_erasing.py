@@ -65,7 +65,9 @@ async def test_other_tenants_loads_and_leases_are_not_waited_for(loader: Scripte
     assert resident(cache) == {"globex@1", "initech@1"}
 
 
-async def test_a_load_that_an_erasure_overtook_on_the_device_is_overwritten_there(loader: ScriptedLoader) -> None:
+async def test_a_load_that_an_erasure_overtook_on_the_device_is_overwritten_there(
+    loader: ScriptedLoader,
+) -> None:
     """All but what another tenant has too."""
     cache = make(loader, budget=100)
     loader.parts |= {
@@ -100,7 +102,9 @@ async def test_a_load_of_a_withdrawn_version_is_overwritten_too(loader: Scripted
     assert (loader.scrubbed, cache.occupied, cache.ledger.held_bytes) == (["acme@1"], 0, 0)
 
 
-async def test_who_asks_for_a_version_whose_load_an_erasure_overtook_does_not_join_it(loader: ScriptedLoader) -> None:
+async def test_who_asks_for_a_version_whose_load_an_erasure_overtook_does_not_join_it(
+    loader: ScriptedLoader,
+) -> None:
     cache = make(loader)
     gate = loader.preparing["acme@1"] = asyncio.Event()
     loading = asyncio.create_task(cache.lease(version("acme"), 5))

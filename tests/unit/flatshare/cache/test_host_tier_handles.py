@@ -54,7 +54,9 @@ def gone(tier: HostTier, size: int) -> None:
 
 @pytest.mark.parametrize("size", [BIG, SMALL])
 @pytest.mark.parametrize("way", [read, another_length, gone])
-def test_a_read_leaves_no_descriptor_open(tier: HostTier, way: Callable[[HostTier, int], None], size: int) -> None:
+def test_a_read_leaves_no_descriptor_open(
+    tier: HostTier, way: Callable[[HostTier, int], None], size: int
+) -> None:
     way(tier, size)
     before = descriptors()
     for _ in range(20):

@@ -318,7 +318,9 @@ def test_a_large_download_holds_a_few_parts_at_a_time(
         ranges = fetch_module._ranges(sorted(record.tensors, key=lambda one: one.start))
         for number, _ in enumerate(source._read_parts(record, ranges, time.monotonic() + 60)):
             while not number and len(store.gets) < 2:
-                time.sleep(0.001)  # what comes next is on its way: the test's own time-out says where it is not
+                time.sleep(
+                    0.001
+                )  # what comes next is on its way: the test's own time-out says where it is not
             ahead.append(len(store.gets) - number - 1)
     assert len(ranges) == 48
     assert 1 <= max(ahead) <= fetch_module.PARTS_AHEAD

@@ -113,7 +113,9 @@ def own(
     size: int, cap: int | None, residents: dict[ModelKey, Resident], leaving: dict[ModelKey, Resident] | None = None,
     keys: list[ModelKey] | None = None,
 ) -> list[str] | None:  # fmt: skip
-    found = own_victims("a", size, cap, residents if keys is None else keys, residents, (leaving or {}).values())
+    found = own_victims(
+        "a", size, cap, residents if keys is None else keys, residents, (leaving or {}).values()
+    )
     return None if found is None else list(map(str, found))
 
 

@@ -69,7 +69,9 @@ class Swaps:
 
     @property
     def under_way(self) -> list[tuple[str, str, int, int]]:
-        return [(one.tenant, one.alias, one.from_version, one.to_version) for one in self.promotions.snapshot()]
+        return [
+            (one.tenant, one.alias, one.from_version, one.to_version) for one in self.promotions.snapshot()
+        ]
 
 
 @pytest.fixture
@@ -174,7 +176,9 @@ async def test_a_tenant_that_was_never_seen_and_one_that_came_begin_nothing(swap
     assert swaps.under_way == []
 
 
-async def test_an_alias_that_was_removed_or_an_old_version_that_was_deleted_ends_its_swap(swaps: Swaps) -> None:
+async def test_an_alias_that_was_removed_or_an_old_version_that_was_deleted_ends_its_swap(
+    swaps: Swaps,
+) -> None:
     swaps.promote(1, alias=CANARY)
     for name in ("acme@2", "globex@2"):
         swaps.gate(name)
@@ -213,7 +217,9 @@ async def test_settled_waits_for_the_tenants_own_swaps_and_only_so_long(swaps: S
     assert swaps.serving("globex") == 1
 
 
-async def test_a_version_that_failed_to_load_is_tried_again_after_its_time_and_not_before(swaps: Swaps) -> None:
+async def test_a_version_that_failed_to_load_is_tried_again_after_its_time_and_not_before(
+    swaps: Swaps,
+) -> None:
     swaps.loader.prepare_errors["acme@2"] = Unavailable("down")
     swaps.promote(2)
     await swaps.promotions.settled("acme", 5)

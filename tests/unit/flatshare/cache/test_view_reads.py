@@ -97,7 +97,9 @@ async def test_forgetting_forgets_heads_and_records_and_tells_once(world: World)
     assert len(world.reads) == before + 2, "neither its head nor its record was kept"
 
 
-async def test_a_full_read_that_was_on_its_way_is_not_remembered_after_the_tenant_was_forgotten(world: World) -> None:
+async def test_a_full_read_that_was_on_its_way_is_not_remembered_after_the_tenant_was_forgotten(
+    world: World,
+) -> None:
     world.gate = threading.Event()
     waiting = asyncio.create_task(world.view.head(ACME))
     await world.reading()

@@ -18,7 +18,9 @@ def loader() -> ScriptedLoader:
     return ScriptedLoader()
 
 
-async def test_one_lease_that_ends_makes_room_for_all_that_fit_and_each_is_counted(loader: ScriptedLoader) -> None:
+async def test_one_lease_that_ends_makes_room_for_all_that_fit_and_each_is_counted(
+    loader: ScriptedLoader,
+) -> None:
     cache = make(loader, slots=10, budget=100, room_timeout_s=60, load_concurrency=8)
     loader.parts["big@1"] = {part("big"): 100}
     lease = await cache.lease(version("big"), 5)
@@ -44,7 +46,10 @@ async def test_loads_that_wait_for_each_others_parts_all_end_and_hold_what_they_
         loader.parts[f"{name}@1"] = base | {part(f"head-{name}"): 10}
         loader.parts[f"{name}@2"] = base | {part(f"more-{name}"): 20}
     holder = await cache.lease(version("x"), 5)
-    waiting = [asyncio.create_task(use(cache, version(name, number))) for name, number in (("y", 1), ("y", 2), ("x", 2))]
+    waiting = [
+        asyncio.create_task(use(cache, version(name, number)))
+        for name, number in (("y", 1), ("y", 2), ("x", 2))
+    ]
     await settle()
     holder.release()
     await asyncio.wait_for(asyncio.gather(*waiting), 3)
@@ -56,7 +61,9 @@ async def test_loads_that_wait_for_each_others_parts_all_end_and_hold_what_they_
     assert (cache.ledger.held_bytes, cache.occupied) == (0, 0), "nothing was counted that nobody holds"
 
 
-async def test_a_load_that_waits_for_room_says_so_when_its_callers_time_is_over(loader: ScriptedLoader) -> None:
+async def test_a_load_that_waits_for_room_says_so_when_its_callers_time_is_over(
+    loader: ScriptedLoader,
+) -> None:
     cache = make(loader, slots=1, room_timeout_s=60)
     with await cache.lease(version("a"), 1):
         with pytest.raises(NoRoom, match="no room for b@1: all 1 slots"):
@@ -67,7 +74,9 @@ async def test_a_load_that_waits_for_room_says_so_when_its_callers_time_is_over(
     await cache.close(1)
 
 
-async def test_a_load_that_found_room_and_is_slow_again_is_late_and_not_without_room(loader: ScriptedLoader) -> None:
+async def test_a_load_that_found_room_and_is_slow_again_is_late_and_not_without_room(
+    loader: ScriptedLoader,
+) -> None:
     cache = make(loader, slots=1, room_timeout_s=60)
     lease = await cache.lease(version("a"), 1)
     waiting = asyncio.create_task(cache.lease(version("b"), 0.2))
@@ -79,7 +88,9 @@ async def test_a_load_that_found_room_and_is_slow_again_is_late_and_not_without_
     await cache.close(1)
 
 
-async def test_no_room_within_the_time_for_it_is_told_at_once_and_evicts_nothing(loader: ScriptedLoader) -> None:
+async def test_no_room_within_the_time_for_it_is_told_at_once_and_evicts_nothing(
+    loader: ScriptedLoader,
+) -> None:
     cache = make(loader, slots=1, room_timeout_s=0.02)
     lease = await cache.lease(version("a"), 1)
     with pytest.raises(NoRoom, match="no room for b@1"):
@@ -97,10 +108,17 @@ async def test_evictions_are_told_also_where_the_load_they_were_for_fails(loader
     with pytest.raises(ModelFailed):
         await cache.lease(version("b"), 5)
     assert (resident(cache), told[-1]) == (set(), set())
-    assert (cache.stats.evictions, cache.stats.load_failures, cache.occupied, cache.ledger.held_bytes) == (1, 1, 0, 0)
+    assert (cache.stats.evictions, cache.stats.load_failures, cache.occupied, cache.ledger.held_bytes) == (
+        1,
+        1,
+        0,
+        0,
+    )
 
 
-async def test_a_load_that_is_under_way_can_be_seen_until_it_ends_well_or_badly(loader: ScriptedLoader) -> None:
+async def test_a_load_that_is_under_way_can_be_seen_until_it_ends_well_or_badly(
+    loader: ScriptedLoader,
+) -> None:
     cache = make(loader)
     for name, error in (("a", None), ("b", Corrupt("bad"))):
         gate = loader.preparing[f"{name}@1"] = asyncio.Event()
@@ -124,12 +142,21 @@ async def test_a_pin_that_could_not_be_given_leaves_the_model_as_it_was(loader: 
         await cache.preload(version("c"), 5, pin=True)
     assert not cache.is_pinned(ModelKey("c", 1)) and cache.is_pinned(ModelKey("a", 1))
     await cache.preload(version("a"), 5, pin=True)  # the same again is no second pin
-    assert cache.unpin(ModelKey("a", 1)) and not cache.unpin(ModelKey("a", 1)) and not cache.unpin(ModelKey("x", 1))
+    assert (
+        cache.unpin(ModelKey("a", 1))
+        and not cache.unpin(ModelKey("a", 1))
+        and not cache.unpin(ModelKey("x", 1))
+    )
     await cache.preload(version("c"), 5, pin=True)
-    assert {str(key) for key in map(ModelKey.of, cache.resident_records()) if cache.is_pinned(key)} == {"b@1", "c@1"}
+    assert {str(key) for key in map(ModelKey.of, cache.resident_records()) if cache.is_pinned(key)} == {
+        "b@1",
+        "c@1",
+    }
 
 
-async def test_pins_take_at_most_half_of_the_bytes_and_what_they_share_counts_once(loader: ScriptedLoader) -> None:
+async def test_pins_take_at_most_half_of_the_bytes_and_what_they_share_counts_once(
+    loader: ScriptedLoader,
+) -> None:
     cache = make(loader, slots=10, budget=100)
     loader.parts |= {f"{name}@1": {part("base"): 30, part(name): 10} for name in "abc"}
     await cache.preload(version("a"), 5, pin=True)

@@ -13,7 +13,10 @@ from flatshare.control.access import BURST, MAX_UNDER_WAY
 from ....contract.planes import Control
 
 LOOK, LOOK_OWN = ("GET", "/tenants", None), ("GET", "/tenants/acme", None)
-CHANGE, CHANGE_OWN = ("POST", "/tenants", {"id": "new"}), ("PUT", "/tenants/acme/aliases/canary", {"version": 3})
+CHANGE, CHANGE_OWN = (
+    ("POST", "/tenants", {"id": "new"}),
+    ("PUT", "/tenants/acme/aliases/canary", {"version": 3}),
+)
 
 
 @pytest.fixture
@@ -53,7 +56,9 @@ async def test_each_role_may_what_it_is_for(
 
 
 @pytest.mark.parametrize("who", ["admin", "viewer"])
-async def test_operators_have_no_limit_that_one_could_use_up_for_the_others(control: Control, who: str) -> None:
+async def test_operators_have_no_limit_that_one_could_use_up_for_the_others(
+    control: Control, who: str
+) -> None:
     statuses = Counter([await status(control, who, LOOK_OWN) for _ in range(3 * BURST)])
     assert statuses == {200: 3 * BURST}
 
@@ -67,7 +72,10 @@ async def test_a_tenants_requests_have_a_rate_and_each_tenant_its_own(control: C
 
 async def test_requests_that_ended_are_under_way_no_more(control: Control) -> None:
     for _ in range(MAX_UNDER_WAY + 1):
-        assert await status(control, "manage", ("PUT", "/tenants/acme/aliases/canary", {"version": 99})) in (404, 422)
+        assert await status(control, "manage", ("PUT", "/tenants/acme/aliases/canary", {"version": 99})) in (
+            404,
+            422,
+        )
 
 
 @pytest.mark.parametrize("path", ["/openapi.json", "/docs", "/tenants", "/tenants/acme", "/nowhere"])
@@ -75,7 +83,10 @@ async def test_requests_that_ended_are_under_way_no_more(control: Control) -> No
 async def test_a_head_is_answered_as_a_get_or_refused_and_never_an_internal_error(
     control: Control, path: str, who: str
 ) -> None:
-    get, head = await status(control, who, ("GET", path, None)), await status(control, who, ("HEAD", path, None))
+    get, head = (
+        await status(control, who, ("GET", path, None)),
+        await status(control, who, ("HEAD", path, None)),
+    )
     assert head in (get, 405)
     if path == "/openapi.json":
         assert head == 200

@@ -76,7 +76,9 @@ def test_a_body_that_is_to_be_sent_again_fits_the_buffer_beside_its_headers(body
 
 def test_limits_and_places_are_those_of_the_options() -> None:
     text = render(
-        replace(OPTIONS, max_connections=77, threads=3, balance_factor=150, max_connections_per_address=5), [], []
+        replace(OPTIONS, max_connections=77, threads=3, balance_factor=150, max_connections_per_address=5),
+        [],
+        [],
     )
     assert found(text, r"^    maxconn (\d+)$") == "77"
     assert found(text, r"^    nbthread (\d+)$") == "3"
@@ -98,7 +100,9 @@ def test_every_error_is_json_with_its_code_and_the_request_id() -> None:
 
 
 def test_only_errors_that_may_be_over_soon_say_when_to_come_back() -> None:
-    told = re.findall(r"^    http-error status (\d+) .* hdr retry-after 1$", render(OPTIONS, [], []), re.MULTILINE)
+    told = re.findall(
+        r"^    http-error status (\d+) .* hdr retry-after 1$", render(OPTIONS, [], []), re.MULTILINE
+    )
     assert told == ["429", "502", "503", "504"]
 
 

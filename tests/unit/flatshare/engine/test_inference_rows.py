@@ -102,7 +102,9 @@ def inference() -> Iterator[Inference]:
 
 
 @pytest.mark.parametrize("by", [1, -1])
-async def test_a_network_that_gives_another_number_of_rows_gives_nobody_anothers(inference: Inference, by: int) -> None:
+async def test_a_network_that_gives_another_number_of_rows_gives_nobody_anothers(
+    inference: Inference, by: int
+) -> None:
     stage = Miscounts(by)
     with await cache_of(stage).lease(RECORD, 5) as lease:
         first = asyncio.create_task(inference.run(lease, ROWS[:1]))
