@@ -771,18 +771,22 @@ async def test_a_floor_of_many_bytes_keeps_a_part_of_the_slots_only(loader: Fake
     assert sorted(one.version for one in kept) == [7, 8], "one slot in four"
 
 
-@pytest.mark.parametrize("budget", [None, 80])
-async def test_floors_of_all_together_leave_room_for_others(loader: FakeLoader, budget: int | None) -> None:
+@pytest.mark.parametrize(
+    ("slots", "budget", "most"), [(8, None, 7), (64, 80, 8)], ids=["slots bind", "bytes bind"]
+)
+async def test_floors_of_all_together_leave_room_for_others(
+    loader: FakeLoader, slots: int, budget: int | None, most: int
+) -> None:
     """A floor in a plan is every tenant's: they can't all be kept, and nobody else could ever load."""
     size = sum(loader.check(version("t-0")).values())
     cache = make(
-        loader, slots=8, budget=budget, share_of=lambda tenant: Share(floor_bytes=size), room_timeout_s=1
+        loader, slots=slots, budget=budget, share_of=lambda tenant: Share(floor_bytes=size), room_timeout_s=1
     )
     for number in range(20):
         await use(cache, f"t-{number}")
     assert cache.is_resident(ModelKey.of(version("t-19")))
-    kept = {tenant for tenant in held(cache) if int(tenant.partition("-")[2]) < 8}
-    assert len(kept) == 7, "all slots but one are kept for those who had them"
+    kept = {tenant for tenant in held(cache) if int(tenant.partition("-")[2]) < most + 1}
+    assert len(kept) == most, "all but an eighth, and no more, is kept for those who had it"
 
 
 async def test_a_tenant_may_evict_below_its_own_floor(loader: FakeLoader) -> None:
