@@ -98,8 +98,8 @@ def mutate(
         chosen = sorted(random.Random(seed).sample(candidates, count), key=lambda one: one.line)
     deadline = time.monotonic() + time_limit_s
     verdicts: list[Verdict] = []
-    context = warm_up()
-    with tempfile.TemporaryDirectory(prefix="mutate-") as folder:
+    context = warm_up(root)
+    with tempfile.TemporaryDirectory(prefix="mutate-", ignore_cleanup_errors=True) as folder:
         copy = Path(folder).resolve()
         for part in ("platform", "registry", "tests", "scripts"):
             if (root / part).is_dir():

@@ -79,10 +79,12 @@ class Baseline:
         return sorted(tests, key=lambda one: self.durations[one])
 
 
-def warm_up() -> Any:
-    """The context whose children are cheap. Call once, before any trial."""
+def warm_up(root: Path) -> Any:
+    """The context whose children are cheap, for the tests of this tree. Call once, before any trial."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(list(SLOW_TO_IMPORT))
+    context.set_forkserver_preload(
+        list(SLOW_TO_IMPORT) if (root / "platform" / "flatshare").is_dir() else ["pytest"]
+    )
     return context
 
 

@@ -78,6 +78,11 @@ async def test_one_large_load_that_takes_several_models_leaves_each_its_floor() 
 def test_floors_keep_a_quarter_of_the_slots_for_one_and_leave_an_eighth_to_everybody() -> None:
     many = holding(*(("a", number, 1) for number in range(1, 9)))
     assert spared(many, {"a": GB}, slots=8) == ["a@7", "a@8"], "a quarter of eight"
+    for slots in (2, 3, 4, 7):
+        few = holding(*(("a", number, 1) for number in range(1, slots + 1)))
+        assert spared(few, {"a": GB}, slots=slots) == [f"a@{slots}"], (
+            "one at least, and one at most of so few"
+        )
     each = holding(*((tenant, 1, 1) for tenant in "abcdefgh"))
     assert spared(each, dict.fromkeys("abcdefgh", GB), slots=8) == [f"{one}@1" for one in "abcdefg"]
     more = holding(*((f"t{number}", 1, 1) for number in range(16)))
