@@ -22,10 +22,16 @@ from typing import Any, Final
 
 __all__ = ["Baseline", "Trial", "baseline", "trial", "warm_up"]
 
-SLOW_TO_IMPORT: Final = (
-    "pytest", "pytest_asyncio.plugin", "pytest_timeout", "hypothesis", "schemathesis.pytest.plugin", "coverage", "numpy", "torch",
-    "safetensors.torch", "boto3", "fastapi", "httpx", "anyio.pytest_plugin", "anyio._backends._asyncio", "cachetools", "moto.server", "orjson", "pydantic_settings", "uvicorn",
+PYTEST: Final = (
+    "pytest", "coverage", "hypothesis", "pytest_asyncio.plugin", "pytest_timeout", "schemathesis.pytest.plugin",
+    "anyio.pytest_plugin", "anyio._backends._asyncio",
 )  # fmt: skip
+OURS: Final = (
+    "numpy", "torch", "safetensors.torch", "boto3", "cachetools", "fastapi", "httpx", "moto.server", "orjson", "pydantic_settings",
+    "uvicorn",
+)  # fmt: skip
+"""What our sources import, and is slow to."""
+
 OPTIONS: Final = ("-q", "-p", "no:cacheprovider", "-W", "ignore::pytest.PytestAssertRewriteWarning")
 """A plug-in of pytest's comes in with what is imported before; nobody needs its own asserts rewritten."""
 
@@ -82,9 +88,8 @@ class Baseline:
 def warm_up(root: Path) -> Any:
     """The context whose children are cheap, for the tests of this tree. Call once, before any trial."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(
-        list(SLOW_TO_IMPORT) if (root / "platform" / "flatshare").is_dir() else ["pytest"]
-    )
+    ours = OURS if (root / "platform" / "flatshare").is_dir() else ()
+    context.set_forkserver_preload([*PYTEST, *ours])
     return context
 
 
