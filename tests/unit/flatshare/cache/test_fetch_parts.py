@@ -71,17 +71,31 @@ def right(*names: str) -> dict[str, bytes]:
     return {name: ARRAYS[name].tobytes() for name in names or ARRAYS}
 
 
+@pytest.mark.parametrize(("part", "ranges"), [(80_000, 4), (150_000, 2)])
 def test_parts_are_read_side_by_side(
-    store: PieceStore, record: VersionRecord, monkeypatch: pytest.MonkeyPatch
+    store: PieceStore, record: VersionRecord, monkeypatch: pytest.MonkeyPatch, part: int, ranges: int
 ) -> None:
     """Each read waits until as many are under way as there are threads: one after the other would never end."""
-    monkeypatch.setattr(fetch, "PART_BYTES", 80_000)
+    monkeypatch.setattr(fetch, "PART_BYTES", part)
     together = min(PARTS_AHEAD, 2)
     assert together > 1
     store.together = threading.Barrier(together)
     with ThreadPoolExecutor(together) as parts:
         assert read(TensorSource(store, None, parts), record, "base") == right("base")
-    assert len(store.asked) == 4
+    assert len(store.asked) == ranges
+
+
+def test_what_comes_in_one_part_waits_for_none_of_the_threads_of_others(
+    store: PieceStore, record: VersionRecord
+) -> None:
+    go = threading.Event()
+    with ThreadPoolExecutor(1) as parts:
+        parts.submit(go.wait, 10)
+        try:
+            assert read(TensorSource(store, None, parts), record, timeout_s=5) == right()
+            assert not go.is_set()
+        finally:
+            go.set()
 
 
 @pytest.mark.parametrize("with_parts", [False, True])

@@ -85,6 +85,26 @@ async def test_a_read_that_finds_no_change_after_the_tenant_was_forgotten_gives_
     assert world.view.last_head(ACME) is None
 
 
+async def test_a_head_that_made_room_for_others_during_a_read_of_it_is_not_gone(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Nobody erased it: it was only the longest unused."""
+    monkeypatch.setattr(view_module, "MAX_HEADS", 1)
+    with ThreadPoolExecutor(4) as threads:
+        world = World(threads)
+        world.registry.create_tenant(TenantId("globex"))
+        head = await world.view.head(ACME)
+        world.clock.advance(TTL_S * STALE_AFTER_TTLS + 1)
+        held = world.gate = threading.Event()
+        waiting = asyncio.create_task(world.view.head(ACME))
+        await world.reading()
+        world.gate = None
+        await world.view.head(TenantId("globex"))
+        assert world.view.last_head(ACME) is None
+        held.set()
+        assert await waiting == head
+
+
 async def test_forgetting_forgets_heads_and_records_and_tells_once(world: World) -> None:
     await world.view.resolve(ModelRef.parse("acme"), 5)
     world.told.clear()
@@ -159,6 +179,7 @@ async def test_a_refresh_asks_again_what_failed_or_was_missing_a_moment_ago(worl
     with pytest.raises(Unavailable):
         await world.view.head(ACME)  # remembered
     assert await world.view.refresh(ACME) is not None
+    world.view.forget(ACME)
     await world.view.head(ACME)
     with pytest.raises(Unavailable):
         await world.view.head(other)
