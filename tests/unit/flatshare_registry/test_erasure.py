@@ -9,7 +9,7 @@ import pytest
 
 from flatshare_registry import Registry, TenantId, layout
 from flatshare_registry.erasure import StoreErasure
-from flatshare_registry.errors import AlreadyExists, NotFound, Unavailable
+from flatshare_registry.errors import AlreadyExists, Corrupt, NotFound, Unavailable
 from flatshare_registry.ids import AliasName, ModelRef
 from flatshare_registry.records import TenantState
 from flatshare_registry.stores.base import Create, Overwrite
@@ -278,3 +278,61 @@ def test_weights_that_went_while_another_tenant_came_to_name_them_are_put_back()
         .version
     )
     assert store.get(layout.blob_key(record.digest)).data == tiny_weights(1.0)
+
+
+def test_an_erasure_tells_how_far_it_is_and_what_went() -> None:
+    store = MemoryStore()
+    registry = filled(store)
+    steps: list[tuple[int, int]] = []
+    leaving = registry.eraser.begin(ACME)
+    before = left(registry)
+    done = registry.eraser.remove(leaving, lambda now, all_: steps.append((now, all_)))
+    assert steps[-1][0] == steps[-1][1] > 1 and [now for now, _ in steps] == sorted(now for now, _ in steps)
+    assert all(now <= all_ for now, all_ in steps)
+    gone = before - left(registry)
+    assert done.objects == len(gone) > 4
+    assert {key for key in gone if key.startswith(layout.BLOBS)} == {
+        layout.blob_key(one) for one in done.removed_blobs
+    }
+    assert set(done.removed_blobs) | set(done.kept_blobs) == set(leaving.blobs)
+
+
+def test_a_plan_that_can_not_be_read_stops_an_erasure_rather_than_to_leave_something() -> None:
+    for plan in (b"{", b"{}", b"[]", b'{"versions": 1, "tensors": []}'):
+        registry = filled(MemoryStore())
+        registry.store.put(layout.erasure_plan_key(ACME), plan, Overwrite())
+        with pytest.raises(Corrupt, match="the plan of the erasure of acme"):
+            registry.eraser.begin(ACME)
+        assert layout.version_key(ACME, 1) in left(registry)
+
+
+def test_records_that_no_head_names_or_nobody_can_read_go_too() -> None:
+    store = MemoryStore()
+    registry = filled(store)
+    other = tiny_weights(7.0)
+    made = registry.register(ACME, other, "tiny", TINY_SPECS).version
+    record = store.get(layout.version_key(ACME, made.version)).data
+    registry.delete_version(ACME, made.version)
+    store.put(layout.version_key(ACME, made.version), record, Overwrite())  # of a deletion that was cut short
+    store.put(layout.version_key(ACME, 99), b"damaged", Create())
+    leaving = registry.eraser.begin(ACME)
+    assert (made.version, made.digest) in leaving.versions
+    registry.eraser.remove(leaving)
+    registry.eraser.finish(leaving)
+    check_erased(registry)
+
+
+def test_tensors_of_a_deleted_version_whose_weights_are_gone_or_damaged_are_no_reason_to_stop() -> None:
+    for change in ("gone", "damaged"):
+        store = MemoryStore()
+        registry = Registry(store)
+        registry.create_tenant(ACME)
+        digest = registry.register(ACME, tiny_weights(1.0), "tiny", TINY_SPECS).version.digest
+        registry.register(ACME, tiny_weights(2.0), "tiny", TINY_SPECS, alias=AliasName("production"))
+        registry.delete_version(ACME, 1)
+        if change == "gone":
+            store.delete(layout.blob_key(digest))
+        else:
+            store.put(layout.blob_key(digest), b"no weights", Overwrite())
+        assert digest in erase(registry).removed_blobs
+        assert not list(store.list(layout.BLOBS))

@@ -5,7 +5,7 @@ import pytest
 from flatshare_registry import layout
 from flatshare_registry.catalog import Registry
 from flatshare_registry.errors import Corrupt, InvalidInput, Unavailable
-from flatshare_registry.gc import DEFAULT_GRACE_S, collect
+from flatshare_registry.gc import DEFAULT_GRACE_S, MIN_GRACE_S, collect
 from flatshare_registry.ids import PRODUCTION, TenantId
 from flatshare_registry.registration import BLOB_REFRESH_S
 from flatshare_registry.stores.base import Overwrite
@@ -137,3 +137,59 @@ def test_nothing_is_deleted_while_a_head_cannot_be_read(
     with pytest.raises(Corrupt):
         collect(store, remove=True, clock=clock)
     assert blobs(store) == 1
+
+
+def test_the_grace_period_is_over_just_after_it_and_the_shortest_is_taken(
+    registry: Registry, store: MemoryStore, clock: ManualClock
+) -> None:
+    registry.delete_tenant(ACME)
+    clock.advance(MIN_GRACE_S)
+    report = collect(store, grace_s=MIN_GRACE_S, clock=clock)
+    assert (report.garbage, report.spared) == ((), 1), "its last second is part of it"
+    clock.advance(0.5)
+    assert len(collect(store, grace_s=MIN_GRACE_S, clock=clock).garbage) == 1
+
+
+def test_records_that_no_head_names_go_and_those_of_others_with_that_number_stay(
+    registry: Registry, store: MemoryStore, clock: ManualClock
+) -> None:
+    other = TenantId("other")
+    registry.create_tenant(other)
+    for number in (1, 2):
+        registry.register(other, weights(number), "tiny", SPECS)
+    record = store.get(layout.version_key(ACME, 1)).data
+    stray = layout.version_key(ACME, 2)  # of a registration that was cut short
+    store.put(stray, record, Overwrite())
+    for strange in ("blobs/README", "tenants/acme/notes.txt"):
+        store.put(strange, b"nobody's", Overwrite())
+    clock.advance(DEFAULT_GRACE_S + 1)
+    before = {meta.key for meta in store.list("")}
+    report = collect(store, remove=True, clock=clock)
+    assert [meta.key for meta in report.garbage] == [stray]
+    assert (report.removed, report.spared, report.live_blobs) == (True, 0, 2)
+    assert {meta.key for meta in store.list("")} == before - {stray}, "what it does not know it leaves alone"
+
+
+def test_what_is_spared_is_counted_beside_what_goes(
+    registry: Registry, store: MemoryStore, clock: ManualClock
+) -> None:
+    registry.delete_version(ACME, registry.register(ACME, weights(2), "tiny", SPECS).version.version)
+    clock.advance(DEFAULT_GRACE_S + 1)
+    registry.delete_version(ACME, registry.register(ACME, weights(3), "tiny", SPECS).version.version)
+    report = collect(store, remove=True, clock=clock)
+    assert (len(report.garbage), report.spared, report.live_blobs, blobs(store)) == (1, 1, 1, 2)
+
+
+def test_what_somebody_else_removed_meanwhile_is_not_said_to_be_our_doing(
+    registry: Registry, store: MemoryStore, clock: ManualClock
+) -> None:
+    registry.delete_tenant(ACME)
+    clock.advance(DEFAULT_GRACE_S + 1)
+    (key,) = [meta.key for meta in store.list(layout.BLOBS)]
+
+    def rival(operation: str, asked: str) -> None:
+        if operation == "head":
+            store.delete(key)
+
+    report = collect(FaultyStore(store, before=rival), remove=True, clock=clock)
+    assert (report.garbage, blobs(store)) == ((), 0)
