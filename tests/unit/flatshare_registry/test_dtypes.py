@@ -16,6 +16,8 @@ from flatshare_registry.weights import (
     MAX_DIMS,
     MAX_ELEMENTS,
     MAX_HEADER_BYTES,
+    TensorSpec,
+    check_architecture,
     describe,
     read_weights,
 )
@@ -119,3 +121,19 @@ def test_a_file_with_too_long_a_header_is_not_read(tmp_path: Path) -> None:
         read_weights(path)
     with pytest.raises(InvalidWeights, match="can't be read: No such file"):
         read_weights(tmp_path / "nothing")
+
+
+def test_the_first_three_differences_from_an_architecture_are_named_and_the_rest_counted() -> None:
+    tensors = describe(one()).tensors
+    for count, more in ((2, ""), (3, ""), (4, " and 1 more"), (9, " and 6 more")):
+        wanted = {"w": TensorSpec("U8", (2, 3)), **{f"x{n}": TensorSpec("U8", (1,)) for n in range(count)}}
+        with pytest.raises(InvalidWeights) as caught:
+            check_architecture(tensors, "net", wanted)
+        assert caught.value.message.count(" is missing") == min(count, 3)
+        assert caught.value.message.endswith(f"is missing{more}")
+    check_architecture(tensors, "net", {"w": TensorSpec("U8", (2, 3))})
+
+
+def test_bytes_that_end_before_they_begin_are_named_so() -> None:
+    with pytest.raises(InvalidWeights, match=r"data_offsets that are not \[start, end\]"):
+        describe(one(data_offsets=[6, 0]))

@@ -215,3 +215,27 @@ def test_another_versions_record_in_ones_place_is_never_believed(
     store.put(layout.version_key(ACME, 1), store.get(layout.version_key(tenant, number)).data, Overwrite())
     with pytest.raises(Corrupt, match="does not describe the version"):
         registry.version(ACME, 1)
+
+
+def test_a_head_is_read_only_where_it_is_another_than_the_one_that_is_known(
+    store: MemoryStore, registry: Registry
+) -> None:
+    answer = registry.head_unless(ACME, None)
+    assert answer is not None
+    head, etag = answer
+    assert head == registry.head(ACME)
+    assert registry.head_unless(ACME, etag) is None
+    registry.tenancy.create_key(ACME)
+    again = registry.head_unless(ACME, etag)
+    assert again is not None and again[0].revision == head.revision + 1 and again[1] != etag
+    registry.delete_tenant(ACME)
+    for known in (None, etag, again[1]):
+        with pytest.raises(NotFound, match="no tenant acme"):
+            registry.head_unless(ACME, known)
+
+
+def test_changes_are_told_newest_first_and_each_once(registry: Registry) -> None:
+    for _ in range(3):
+        registry.tenancy.create_key(ACME)
+    told = [entry.revision for entry in registry._heads.newest_first(ACME, registry.head(ACME))]
+    assert told == sorted(told, reverse=True) == list(range(told[0], 0, -1))

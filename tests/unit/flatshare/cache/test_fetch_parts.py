@@ -13,6 +13,7 @@ import pytest
 from flatshare.cache import fetch
 from flatshare.cache.fetch import PARTS_AHEAD, TensorSource
 from flatshare.cache.host_tier import HostTier
+from flatshare.cache.tiers import Tier
 from flatshare_registry import Registry, TenantId, layout
 from flatshare_registry.errors import Corrupt, Unavailable
 from flatshare_registry.records import VersionRecord
@@ -201,3 +202,45 @@ def test_a_wrong_tensor_publishes_nothing_and_gives_back_its_room(
         with pytest.raises(Corrupt, match="does not have its sha256"):
             TensorSource(store, tier).read(wrong, names, 5)
     assert (tier.digests(), tier.usage().used_bytes) == ([], 0)
+
+
+def test_what_the_node_has_is_read_there_and_what_it_has_not_is_not(
+    store: PieceStore, record: VersionRecord, tmp_path: Path
+) -> None:
+    tier = HostTier(tmp_path / "tier", 10**7)
+    source, without = TensorSource(store, tier), TensorSource(store)
+    assert not source.is_local(record, ARRAYS) and not without.is_local(record, ARRAYS)
+    assert source.read_local(record, ARRAYS) is None and without.read_local(record, ARRAYS) is None
+    read(source, record, "base", "small")
+    asked = len(store.asked)
+    assert (
+        source.is_local(record, ["base"]) and source.is_local(record, []) and not without.is_local(record, [])
+    )
+    by_name = {one.name: one.sha256 for one in record.tensors}
+    found = source.read_local(record, ["base", "small"])
+    assert found is not None and {digest: bytes(data) for digest, data in found.data.items()} == {
+        by_name[name]: data for name, data in right("base", "small").items()
+    }
+    assert source.read_local(record, ["base", "head"]) is None
+    assert found.tier is source.read(record, ["base", "small"], 5).tier is Tier.HOST
+    assert len(store.asked) == asked
+    mixed = source.read(record, ["base", "head"], 5)
+    assert mixed.tier is Tier.STORE and len(store.asked) == asked + 1
+    assert {digest: bytes(data) for digest, data in mixed.data.items()} == {
+        by_name[name]: data for name, data in right("base", "head").items()
+    }
+
+
+def test_files_that_went_bad_on_the_node_are_found_and_only_these_go(
+    store: PieceStore, record: VersionRecord, tmp_path: Path
+) -> None:
+    tier = HostTier(tmp_path / "tier", 10**7)
+    source = TensorSource(store, tier)
+    read(source, record)
+    by_name = {one.name: one.sha256 for one in record.tensors}
+    path = tier.path(by_name["head"])
+    path.chmod(0o600)
+    path.write_bytes(bytes(700))
+    assert source.recheck(record) == [by_name["head"]]
+    assert not tier.has(by_name["head"]) and tier.has(by_name["base"])
+    assert source.recheck(record) == TensorSource(store).recheck(record) == []

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 from flatshare.cache import view as view_module
-from flatshare.cache.view import FAILED_S, KEYS_AFTER_TTLS, STALE_AFTER_TTLS, RegistryView
+from flatshare.cache.view import FAILED_S, KEYS_AFTER_TTLS, RECHECK_S, STALE_AFTER_TTLS, RegistryView
 from flatshare_registry.catalog import Registry
 from flatshare_registry.errors import NotFound, Unavailable
 from flatshare_registry.ids import PRODUCTION, ModelRef, TenantId
@@ -269,3 +269,46 @@ async def test_an_older_answer_that_comes_home_last_does_not_undo_a_newer_one(wo
     world.clock.advance(TTL_S * STALE_AFTER_TTLS + 1)
     assert (await world.view.head(ACME)).revision == newer.revision
     assert world.view.last_head(ACME) is newer
+
+
+async def test_a_read_that_was_true_before_a_refresh_does_not_bring_a_deleted_tenant_back() -> None:
+    """It has its answer, and comes home after the refresh that found the tenant gone."""
+    late, answered = threading.Event(), threading.Event()
+    store, first = MemoryStore(), [True]
+    registry = Registry(store)
+    registry.create_tenant(ACME)
+
+    def after(operation: str, key: str) -> None:
+        if operation == "get" and first and first.pop():
+            answered.set()
+            assert late.wait(10)
+
+    with ThreadPoolExecutor(2) as threads:
+        view = RegistryView(Registry(FaultyStore(store, after=after)), threads, ttl_s=TTL_S)
+        early = asyncio.create_task(view.head(ACME))
+        await asyncio.to_thread(answered.wait, 10)
+        registry.delete_tenant(ACME)
+        assert await view.refresh(ACME) is None
+        late.set()
+        await asyncio.gather(early, return_exceptions=True)
+        assert view.last_head(ACME) is None
+        with pytest.raises(NotFound):
+            await view.head(ACME)
+
+
+async def test_that_there_is_no_such_alias_is_believed_for_its_time_and_then_looked_up(world: World) -> None:
+    await world.view.head(ACME)
+    canary = ModelRef.parse("acme:canary")
+    before = len(world.reads)
+    world.clock.advance(RECHECK_S)
+    for _ in range(3):
+        with pytest.raises(NotFound, match="no alias canary"):
+            world.view.resolve_now(canary)
+        with pytest.raises(NotFound, match="no alias canary"):
+            await world.view.resolve(canary, 5)
+    assert len(world.reads) == before
+    world.clock.advance(0.001)
+    assert world.view.resolve_now(canary) is None
+    with pytest.raises(NotFound, match="no alias canary"):
+        await world.view.resolve(canary, 5)
+    assert len(world.reads) == before + 1

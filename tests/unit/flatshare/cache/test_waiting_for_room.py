@@ -6,9 +6,11 @@ import asyncio
 
 import pytest
 
+from flatshare.cache.loader import Held, Placed, Prepared
 from flatshare.cache.tiers import ModelKey, State
 from flatshare.errors import DeadlineExceeded, ModelFailed, NoRoom
 from flatshare_registry.errors import Corrupt
+from flatshare_registry.records import VersionRecord
 
 from .scripted import SIZE, ScriptedLoader, make, part, resident, settle, use, version
 
@@ -140,6 +142,7 @@ async def test_a_pin_that_could_not_be_given_leaves_the_model_as_it_was(loader: 
         await cache.preload(version(name), 5, pin=True)
     with pytest.raises(NoRoom, match="pinning c@1 would leave none of 3 slots"):
         await cache.preload(version("c"), 5, pin=True)
+    assert "c@1" not in loader.prepared, "nothing is loaded for it, so nothing can be evicted for it"
     assert not cache.is_pinned(ModelKey("c", 1)) and cache.is_pinned(ModelKey("a", 1))
     await cache.preload(version("a"), 5, pin=True)  # the same again is no second pin
     assert (
@@ -224,3 +227,35 @@ async def test_a_snapshot_has_the_most_recently_used_first(loader: ScriptedLoade
         ("c", 104, 104), ("a", 103, 101), ("b", 102, 102),
     ]  # fmt: skip
     assert [info.generation for info in cache.snapshot()] == [3, 1, 2]
+
+
+async def test_a_load_that_is_larger_than_it_claimed_takes_bytes_and_no_second_slot(
+    loader: ScriptedLoader,
+) -> None:
+    cache = make(loader, slots=2, budget=100)
+    await use(cache, version("a"))
+    place = loader.place
+
+    async def larger(record: VersionRecord, prepared: Prepared, held: Held) -> Placed:
+        placed = await place(record, prepared, held)
+        return Placed(placed.model, {**placed.parts, part("more"): SIZE})
+
+    loader.place = larger  # type: ignore[method-assign]  # measured, it takes twice what it claimed
+    await use(cache, version("b"))
+    assert (resident(cache), cache.stats.evictions) == ({"a@1", "b@1"}, 0)
+    assert (cache.ledger.held_bytes, cache.ledger.reserved_bytes, cache.occupied) == (3 * SIZE, 0, 2)
+
+
+async def test_each_load_is_counted_with_the_time_that_it_took(loader: ScriptedLoader) -> None:
+    now = [100.0]
+    cache = make(loader, clock=lambda: now[0])
+    gate = loader.preparing["a@1"] = asyncio.Event()
+    loading = asyncio.create_task(use(cache, version("a")))
+    await settle()
+    now[0] += 3
+    gate.set()
+    await loading
+    times = cache.stats.load_times
+    assert (cache.stats.loads, sum(times.counts)) == (1, 1)
+    median_s = times.quantile_s(0.5)
+    assert median_s is not None and 3 <= median_s <= 6, "to the next step of its scale"

@@ -239,3 +239,13 @@ def test_how_many_wait_is_known_at_every_moment() -> None:
     while queue.take():
         counts.append(len(queue))
     assert counts == [3, 1, 0]
+
+
+def test_what_a_turn_leaves_over_counts_for_the_next_while_others_wait() -> None:
+    queue: FairQueue[Job] = FairQueue(64, quantum_rows=16)
+    fill(queue, *(Job("ten", 10) for _ in range(200)), *(Job("sixteen", 16) for _ in range(200)))
+    rows: Counter[str] = Counter()
+    while sum(rows.values()) < 2000:
+        for job in queue.take():
+            rows[job.tenant] += job.size
+    assert abs(rows["ten"] - rows["sixteen"]) <= 64, "whose jobs do not fill a turn gets no less"
