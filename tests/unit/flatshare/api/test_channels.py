@@ -165,3 +165,17 @@ def test_one_channel_has_two_short_forms() -> None:
         check_shape((0, 28, 28), spec, 2)
     with pytest.raises(TooLarge, match="holds 3 rows; the limit is 2"):
         check_shape((3, 28, 28), spec, 2)
+
+
+def test_a_shape_of_many_dimensions_is_told_shortly() -> None:
+    for dimensions in (8, 9, 30):
+        with pytest.raises(BadInput) as caught:
+            check_shape((2,) * dimensions, SPEC, 8)
+        told = str((2,) * 8) if dimensions == 8 else f"(2, ... {dimensions} dimensions)"
+        assert f"has shape {told};" in caught.value.message
+
+
+def test_numbers_wider_than_eight_bytes_and_other_kinds_are_refused() -> None:
+    for dtype in ("longdouble", "complex64", "bool", "datetime64[s]", "S1"):
+        with pytest.raises(BadInput, match="must hold uint8 pixels or numbers"):
+            decode_npy(npy(np.zeros((1, 3, 4, 5), dtype)), COLOURS, 8)

@@ -312,3 +312,56 @@ async def test_that_there_is_no_such_alias_is_believed_for_its_time_and_then_loo
     with pytest.raises(NotFound, match="no alias canary"):
         await world.view.resolve(canary, 5)
     assert len(world.reads) == before + 1
+
+
+async def test_a_head_whose_keys_can_still_be_believed_is_not_waited_for(world: World) -> None:
+    head = await world.view.head(ACME)
+    before = len(world.reads)
+    world.clock.advance(TTL_S * KEYS_AFTER_TTLS)
+    assert await world.view.head(ACME) is head
+    assert len(world.reads) == before
+    world.clock.advance(0.01)
+    await world.view.head(ACME)
+    assert len(world.reads) == before + 1
+
+
+async def test_to_forget_one_tenant_forgets_nothing_of_another(world: World) -> None:
+    other = TenantId("globex")
+    world.registry.create_tenant(other)
+    world.registry.register(other, tiny_weights(1), "tiny", TINY_SPECS)
+    for text in ("acme", "globex"):
+        await world.view.resolve(ModelRef.parse(text), 5)
+    world.view.forget(ACME)
+    assert world.view.resolve_now(ModelRef.parse("globex")) is not None
+    assert world.view.last_head(other) is not None
+
+
+async def test_reads_that_their_callers_left_or_that_are_cancelled_are_no_forgotten_errors(
+    world: World,
+) -> None:
+    import gc
+
+    reported: list[dict[str, Any]] = []
+    loop = asyncio.get_running_loop()
+    loop.set_exception_handler(lambda loop, context: reported.append(context))
+    await world.view.head(ACME)
+    world.gate = threading.Event()
+    with pytest.raises(Unavailable, match="did not answer within"):  # the record's read goes on
+        await world.view.resolve(ModelRef.parse("acme"), 0.02)
+    world.down = True
+    world.gate.set()
+    while len(asyncio.all_tasks()) > 1:
+        await asyncio.sleep(0.001)
+    world.down, world.gate = False, threading.Event()
+    globex = TenantId("globex")
+    for asked in (world.view.head(globex), world.view.record(ACME, 1)):
+        world.clock.advance(FAILED_S + 0.01)
+        caller = asyncio.create_task(asked)
+        await world.reading()
+        for task in asyncio.all_tasks() - {caller, asyncio.current_task()}:
+            task.cancel()  # as a loop that ends does
+        await asyncio.gather(caller, return_exceptions=True)
+    world.gate.set()
+    gc.collect()
+    await asyncio.sleep(0.01)
+    assert reported == []

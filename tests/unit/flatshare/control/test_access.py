@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from pathlib import Path
 
 import httpx
 import pytest
+from fastapi import FastAPI
 
-from flatshare.control.access import BURST, MAX_UNDER_WAY
+from flatshare.api.identity import Identities
+from flatshare.control.access import BURST, MAX_UNDER_WAY, Gate
+from flatshare.control.app import RegistryHeads
+from flatshare.errors import ServeError
 
 from ....contract.planes import Control
 
@@ -90,3 +95,61 @@ async def test_a_head_is_answered_as_a_get_or_refused_and_never_an_internal_erro
     assert head in (get, 405)
     if path == "/openapi.json":
         assert head == 200
+
+
+async def test_one_tenant_has_so_many_requests_under_way_and_no_more(control: Control) -> None:
+    """They are held inside the application: each with its place, until it is answered."""
+    app, go = FastAPI(openapi_url=None), asyncio.Event()
+    inside: list[str] = []
+
+    @app.get("/tenants/{tenant}")
+    async def look(tenant: str) -> str:
+        inside.append(tenant)
+        await go.wait()
+        return tenant
+
+    identities = Identities(RegistryHeads(control.registry), control.keys.operators)
+    transport = httpx.ASGITransport(app=Gate(app, identities))
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+
+        def ask(who: str, tenant: str = "acme") -> asyncio.Task[httpx.Response]:
+            return asyncio.create_task(client.get(f"/tenants/{tenant}", headers=control.keys.headers(who)))
+
+        held = [ask("manage" if number % 2 else "both") for number in range(MAX_UNDER_WAY)]
+        while len(inside) < MAX_UNDER_WAY:
+            await asyncio.sleep(0.001)
+        refused = await ask("manage")
+        assert (refused.status_code, refused.json()["error"]["message"]) == (
+            429, f"tenant acme has {MAX_UNDER_WAY} requests of this kind under way",
+        )  # fmt: skip
+        others = [ask("other tenant's", "globex"), *(ask("admin") for _ in range(2 * MAX_UNDER_WAY))]
+        while len(inside) < 3 * MAX_UNDER_WAY + 1:
+            await asyncio.sleep(0.001)
+        go.set()
+        answers = await asyncio.gather(*held, *others)
+        assert {one.status_code for one in answers} == {200}
+        for _ in range(MAX_UNDER_WAY + 1):
+            assert (await ask("manage")).status_code == 200, "their places are free again"
+
+
+def test_an_application_with_a_route_that_no_rule_names_is_not_begun(control: Control) -> None:
+    app = FastAPI(openapi_url=None)
+    app.get("/tenants")(lambda: "named")
+    identities = Identities(RegistryHeads(control.registry), control.keys.operators)
+    Gate(app, identities)
+    app.post("/tenants/{tenant}/everything")(lambda tenant: tenant)
+    with pytest.raises(ServeError, match=r"without a rule of access.*/tenants/\{tenant\}/everything"):
+        Gate(app, identities)
+
+
+async def test_a_refusal_says_what_the_key_is_for(control: Control) -> None:
+    transport = httpx.ASGITransport(app=control.app)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+        for who, method, path, message in (
+            ("viewer", "POST", "/tenants/acme/refresh", "a viewer's key may look, and change nothing"),
+            ("viewer", "POST", "/tenants/acme/suspend", "a viewer's key may look, and change nothing"),
+            ("both", "POST", "/tenants/acme/suspend", "this is for the platform's operators"),
+            ("both", "GET", "/replicas", "this is for the platform's operators"),
+        ):
+            reply = await client.request(method, path, headers=control.keys.headers(who))
+            assert (reply.status_code, reply.json()["error"]["message"]) == (403, message)

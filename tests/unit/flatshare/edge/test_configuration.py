@@ -107,6 +107,15 @@ def test_only_errors_that_may_be_over_soon_say_when_to_come_back() -> None:
     assert told == ["429", "502", "503", "504"]
 
 
+def test_what_the_edge_refuses_itself_it_answers_as_its_other_errors() -> None:
+    text = render(OPTIONS, [], [])
+    refused = re.findall(r"^    http-request return status (\d+) content-type application/json lf-string '(.*?)' hdr x-request-id %\[var\(txn.id\)\] .*if ", text, re.MULTILINE)  # fmt: skip
+    assert {int(status) for status, _ in refused} == {400, 405, 413, 429}
+    for status, body in refused:
+        assert json.loads(body)["error"]["code"] == ERROR_MESSAGES[int(status)][0]
+    assert "None" not in text
+
+
 def test_servers_are_named_by_what_they_are_and_not_by_their_place() -> None:
     pool = [Target("b", "10.0.0.2", 40001), Target("a", "10.0.0.1", 40000)]
     control = [Target("c", "10.0.0.9", 50000)]
