@@ -289,6 +289,8 @@ def test_an_erasure_tells_how_far_it_is_and_what_went() -> None:
     done = registry.eraser.remove(leaving, lambda now, all_: steps.append((now, all_)))
     assert steps[-1][0] == steps[-1][1] > 1 and [now for now, _ in steps] == sorted(now for now, _ in steps)
     assert all(now <= all_ for now, all_ in steps)
+    assert [now for now, _ in steps[:-1]] == [1, 2], "one for each blob that goes"
+    assert all(now < all_ for now, all_ in steps[:-1]), "done is what is done last"
     gone = before - left(registry)
     assert done.objects == len(gone) > 4
     assert {key for key in gone if key.startswith(layout.BLOBS)} == {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gc
 import hashlib
 import os
@@ -115,3 +116,24 @@ def test_writing_fetching_and_giving_up_leave_no_descriptor_open(tier: HostTier)
         assert tier.scrub([name(bytes([number]) * 5000)]).removed
     assert descriptors() == before
     assert tier.usage().used_bytes == used
+
+
+def test_what_could_not_be_erased_is_said_to_be_kept(tier: HostTier, monkeypatch: pytest.MonkeyPatch) -> None:
+    digest = name(CONTENT[BIG])
+
+    def fails(path: Path, target: Path) -> Path:
+        raise OSError(errno.EIO, "the disk is failing")
+
+    monkeypatch.setattr(Path, "rename", fails)
+    assert (tier.scrub([digest]).removed, tier.scrub([digest]).kept) == ((), (digest,))
+    assert tier.has(digest)
+    monkeypatch.undo()
+    assert tier.scrub([digest]).removed == (digest,)
+
+
+def test_nobody_else_can_read_or_change_anything_in_the_tier(tier: HostTier, tmp_path: Path) -> None:
+    with tier.fetching("a" * 64, 1):
+        everything = [path for path in (tmp_path / "tier").rglob("*") if path.is_file()]
+        assert len(everything) >= 4
+        for path in everything:
+            assert path.stat().st_mode & 0o177 == 0, path
