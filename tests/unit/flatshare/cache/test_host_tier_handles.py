@@ -132,6 +132,7 @@ def test_what_could_not_be_erased_is_said_to_be_kept(tier: HostTier, monkeypatch
 
 
 def test_nobody_else_can_read_or_change_anything_in_the_tier(tier: HostTier, tmp_path: Path) -> None:
+    assert (tmp_path / "tier").stat().st_mode & 0o077 == 0
     with tier.fetching("a" * 64, 1):
         everything = [path for path in (tmp_path / "tier").rglob("*") if path.is_file()]
         assert len(everything) >= 4

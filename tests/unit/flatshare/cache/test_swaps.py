@@ -280,6 +280,14 @@ async def test_after_a_swap_the_old_version_is_evicted_like_any_other() -> None:
     swaps.promotions.close()
 
 
+async def test_a_swap_pins_nothing_that_was_not_pinned(swaps: Swaps) -> None:
+    swaps.promote(2)
+    await swaps.promotions.settled("acme", 5)
+    await settle()
+    assert swaps.cache.is_resident(ModelKey("acme", 2))
+    assert not [info for info in swaps.cache.snapshot() if info.pinned]
+
+
 async def test_two_aliases_that_move_off_one_version_protect_it_until_both_have() -> None:
     swaps = Swaps(slots=3)
     cache, key = swaps.cache, ModelKey("acme", 1)
