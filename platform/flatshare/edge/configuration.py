@@ -132,9 +132,9 @@ def server_ids(names: Iterable[str]) -> dict[str, int]:
     ids: dict[str, int] = {}
     taken: set[int] = set()
     for name in sorted(names):
-        number = zlib.crc32(name.encode()) % MAX_SERVER_ID + 1
+        number = zlib.crc32(name.encode()) % (MAX_SERVER_ID - 1) + 1  # the last one is the fallback's
         while number in taken:
-            number = number % MAX_SERVER_ID + 1
+            number = number % (MAX_SERVER_ID - 1) + 1
         taken.add(number)
         ids[name] = number
     return ids

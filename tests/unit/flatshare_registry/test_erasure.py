@@ -9,7 +9,7 @@ import pytest
 
 from flatshare_registry import Registry, TenantId, layout
 from flatshare_registry.erasure import StoreErasure
-from flatshare_registry.errors import AlreadyExists, NotFound, Unavailable
+from flatshare_registry.errors import AlreadyExists, Corrupt, NotFound, Unavailable
 from flatshare_registry.ids import AliasName, ModelRef
 from flatshare_registry.records import TenantState
 from flatshare_registry.stores.base import Create, Overwrite
@@ -17,6 +17,7 @@ from flatshare_registry.stores.memory import MemoryStore
 from flatshare_registry.stores.s3 import S3Options, S3Store, make_s3_client
 from flatshare_registry.testing.faults import CrashAtStep, FaultyStore
 from flatshare_registry.testing.files import TINY_SPECS, tiny_weights
+from flatshare_registry.weights import describe
 
 ACME, GLOBEX = TenantId("acme"), TenantId("globex")
 
@@ -225,17 +226,40 @@ def test_a_bucket_with_versioning_keeps_nothing(s3_url: str) -> None:
     assert (head.state, head.keys, head.aliases) == (TenantState.ERASED, {}, {})
 
 
-def test_a_registration_that_loses_its_tenant_leaves_nothing() -> None:
+@pytest.mark.parametrize("weights", [tiny_weights(9.0), tiny_weights(8.0)], ids=["its own", "globex's too"])
+def test_a_registration_that_loses_its_tenant_leaves_nothing(weights: bytes) -> None:
     store = MemoryStore()
     registry = filled(store)
+    if weights == tiny_weights(8.0):
+        registry.register(GLOBEX, weights, "tiny", TINY_SPECS)
 
     def bury(operation: str, key: str) -> None:
         if operation == "put" and key == layout.version_key(ACME, 4):
             registry.eraser.begin(ACME)
 
+    before = left(registry)
     with pytest.raises(NotFound):
-        Registry(FaultyStore(store, before=bury)).register(ACME, tiny_weights(9.0), "tiny", TINY_SPECS)
+        Registry(FaultyStore(store, before=bury)).register(ACME, weights, "tiny", TINY_SPECS)
+    assert left(registry) == before | {layout.erasure_plan_key(ACME)}, "before an erasure goes on"
     erase(registry)
+    if weights == tiny_weights(8.0):
+        assert store.get(layout.blob_key(registry.version(GLOBEX, 2).digest)).data == weights
+        registry.delete_version(GLOBEX, 2)
+        store.delete(layout.version_key(GLOBEX, 2))
+        store.delete(layout.blob_key(describe(weights).digest))
+    check_erased(registry)
+
+
+def test_what_replicas_noted_while_the_store_was_being_erased_goes_at_the_end() -> None:
+    store = MemoryStore()
+    registry = filled(store)
+    leaving = registry.eraser.begin(ACME)
+    registry.eraser.remove(leaving)
+    store.put(layout.used_key(ACME, "late"), b'{"used_at": 2}', Create())
+    store.put(f"{layout.pins_prefix(ACME)}late.json", b"{}", Create())
+    store.put(layout.used_key(GLOBEX, "other"), b'{"used_at": 2}', Create())
+    registry.eraser.finish(leaving)
+    store.delete(layout.used_key(GLOBEX, "other"))  # there, or this would say so
     check_erased(registry)
 
 
@@ -254,3 +278,63 @@ def test_weights_that_went_while_another_tenant_came_to_name_them_are_put_back()
         .version
     )
     assert store.get(layout.blob_key(record.digest)).data == tiny_weights(1.0)
+
+
+def test_an_erasure_tells_how_far_it_is_and_what_went() -> None:
+    store = MemoryStore()
+    registry = filled(store)
+    steps: list[tuple[int, int]] = []
+    leaving = registry.eraser.begin(ACME)
+    before = left(registry)
+    done = registry.eraser.remove(leaving, lambda now, all_: steps.append((now, all_)))
+    assert steps[-1][0] == steps[-1][1] > 1 and [now for now, _ in steps] == sorted(now for now, _ in steps)
+    assert all(now <= all_ for now, all_ in steps)
+    assert [now for now, _ in steps[:-1]] == [1, 2], "one for each blob that goes"
+    assert all(now < all_ for now, all_ in steps[:-1]), "done is what is done last"
+    gone = before - left(registry)
+    assert done.objects == len(gone) > 4
+    assert {key for key in gone if key.startswith(layout.BLOBS)} == {
+        layout.blob_key(one) for one in done.removed_blobs
+    }
+    assert set(done.removed_blobs) | set(done.kept_blobs) == set(leaving.blobs)
+
+
+def test_a_plan_that_can_not_be_read_stops_an_erasure_rather_than_to_leave_something() -> None:
+    for plan in (b"{", b"{}", b"[]", b'{"versions": 1, "tensors": []}'):
+        registry = filled(MemoryStore())
+        registry.store.put(layout.erasure_plan_key(ACME), plan, Overwrite())
+        with pytest.raises(Corrupt, match="the plan of the erasure of acme"):
+            registry.eraser.begin(ACME)
+        assert layout.version_key(ACME, 1) in left(registry)
+
+
+def test_records_that_no_head_names_or_nobody_can_read_go_too() -> None:
+    store = MemoryStore()
+    registry = filled(store)
+    other = tiny_weights(7.0)
+    made = registry.register(ACME, other, "tiny", TINY_SPECS).version
+    record = store.get(layout.version_key(ACME, made.version)).data
+    registry.delete_version(ACME, made.version)
+    store.put(layout.version_key(ACME, made.version), record, Overwrite())  # of a deletion that was cut short
+    store.put(layout.version_key(ACME, 99), b"damaged", Create())
+    leaving = registry.eraser.begin(ACME)
+    assert (made.version, made.digest) in leaving.versions
+    registry.eraser.remove(leaving)
+    registry.eraser.finish(leaving)
+    check_erased(registry)
+
+
+def test_tensors_of_a_deleted_version_whose_weights_are_gone_or_damaged_are_no_reason_to_stop() -> None:
+    for change in ("gone", "damaged"):
+        store = MemoryStore()
+        registry = Registry(store)
+        registry.create_tenant(ACME)
+        digest = registry.register(ACME, tiny_weights(1.0), "tiny", TINY_SPECS).version.digest
+        registry.register(ACME, tiny_weights(2.0), "tiny", TINY_SPECS, alias=AliasName("production"))
+        registry.delete_version(ACME, 1)
+        if change == "gone":
+            store.delete(layout.blob_key(digest))
+        else:
+            store.put(layout.blob_key(digest), b"no weights", Overwrite())
+        assert digest in erase(registry).removed_blobs
+        assert not list(store.list(layout.BLOBS))

@@ -8,7 +8,7 @@ from flatshare_registry import layout
 from flatshare_registry.blobs import BLOB_REFRESH_S
 from flatshare_registry.catalog import Registry
 from flatshare_registry.errors import Corrupt, InvalidInput, Unavailable
-from flatshare_registry.gc import DEFAULT_GRACE_S, collect
+from flatshare_registry.gc import DEFAULT_GRACE_S, MIN_GRACE_S, collect
 from flatshare_registry.ids import PRODUCTION, TenantId
 from flatshare_registry.store_clock import MAX_SKEW_S, store_now
 from flatshare_registry.stores.base import Overwrite
@@ -46,14 +46,18 @@ def test_a_dry_run_is_the_default_and_removes_nothing(
     registry: Registry, store: MemoryStore, clock: ManualClock
 ) -> None:
     registry.register(ACME, weights(2), "tiny", SPECS, alias=PRODUCTION)
+    registry.register(ACME, weights(3), "tiny", SPECS)
+    dead = layout.blob_key(registry.version(ACME, 1).digest)
+    live = {layout.blob_key(registry.version(ACME, number).digest) for number in (2, 3)}
     registry.delete_version(ACME, 1)
     clock.advance(DEFAULT_GRACE_S + 1)
     report = collect(store, clock=clock)
-    assert (len(report.garbage), report.removed, report.live_blobs, blobs(store)) == (1, False, 1, 2)
+    assert [meta.key for meta in report.garbage] == [dead]
+    assert (report.removed, report.live_blobs, report.spared, blobs(store)) == (False, 2, 0, 3)
     assert report.size_bytes == len(weights(1))
-    assert len(collect(store, remove=True, clock=clock).garbage) == 1
-    assert blobs(store) == 1
-    assert registry.version(ACME, 2).digest in next(iter(store.list(layout.BLOBS))).key
+    assert [meta.key for meta in collect(store, remove=True, clock=clock).garbage] == [dead]
+    assert {meta.key for meta in store.list(layout.BLOBS)} == live
+    assert [registry.version(ACME, number).version for number in (2, 3)] == [2, 3], "their records stay"
 
 
 def test_what_is_young_is_spared(registry: Registry, store: MemoryStore, clock: ManualClock) -> None:
@@ -263,3 +267,60 @@ def test_a_record_whose_number_may_be_given_out_again_is_not_garbage(
     registry.register(ACME, weights(3), "tiny", SPECS)  # takes the next number after it
     clock.advance(2 * DEFAULT_GRACE_S)
     assert [meta.key for meta in collect(store, remove=True, clock=clock).garbage] == [left]
+
+
+def test_the_grace_period_is_over_just_after_it_and_the_shortest_is_taken(
+    registry: Registry, store: MemoryStore, clock: ManualClock
+) -> None:
+    registry.delete_tenant(ACME)
+    clock.advance(MIN_GRACE_S)
+    report = collect(store, grace_s=MIN_GRACE_S, clock=clock)
+    assert (report.garbage, report.spared) == ((), 1), "its last second is part of it"
+    clock.advance(0.5)
+    assert len(collect(store, grace_s=MIN_GRACE_S, clock=clock).garbage) == 1
+
+
+def test_records_that_no_head_names_go_and_those_of_others_with_that_number_stay(
+    registry: Registry, store: MemoryStore, clock: ManualClock
+) -> None:
+    other = TenantId("other")
+    registry.create_tenant(other)
+    for number in (1, 2):
+        registry.register(other, weights(number), "tiny", SPECS)
+    record = store.get(layout.version_key(ACME, 1)).data
+    stray = layout.version_key(ACME, 2)  # of a registration that was cut short
+    store.put(stray, record, Overwrite())
+    registry.register(ACME, weights(1.5), "tiny", SPECS)  # is given the number after it
+    for strange in ("blobs/README", "tenants/acme/notes.txt"):
+        store.put(strange, b"nobody's", Overwrite())
+    clock.advance(DEFAULT_GRACE_S + 1)
+    before = {meta.key for meta in store.list("")}
+    report = collect(store, remove=True, clock=clock)
+    assert [meta.key for meta in report.garbage] == [stray]
+    assert (report.removed, report.spared, report.live_blobs) == (True, 0, 3)
+    assert {meta.key for meta in store.list("")} == before - {stray}, "what it does not know it leaves alone"
+
+
+def test_what_is_spared_is_counted_beside_what_goes(
+    registry: Registry, store: MemoryStore, clock: ManualClock
+) -> None:
+    registry.delete_version(ACME, registry.register(ACME, weights(2), "tiny", SPECS).version.version)
+    clock.advance(DEFAULT_GRACE_S + 1)
+    registry.delete_version(ACME, registry.register(ACME, weights(3), "tiny", SPECS).version.version)
+    report = collect(store, remove=True, clock=clock)
+    assert (len(report.garbage), report.spared, report.live_blobs, blobs(store)) == (1, 1, 1, 2)
+
+
+def test_what_somebody_else_removed_meanwhile_is_not_said_to_be_our_doing(
+    registry: Registry, store: MemoryStore, clock: ManualClock
+) -> None:
+    registry.delete_tenant(ACME)
+    clock.advance(DEFAULT_GRACE_S + 1)
+    (key,) = [meta.key for meta in store.list(layout.BLOBS)]
+
+    def rival(operation: str, asked: str) -> None:
+        if operation == "head":
+            store.delete(key)
+
+    report = collect(FaultyStore(store, before=rival), remove=True, clock=clock)
+    assert (report.garbage, blobs(store)) == ((), 0)

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import time
 import tracemalloc
 from pathlib import Path
@@ -14,6 +15,7 @@ from hypothesis import strategies as st
 from flatshare_registry.errors import InvalidWeights
 from flatshare_registry.testing.files import encode_safetensors, frame, specs_of
 from flatshare_registry.weights import (
+    DTYPE_BYTES,
     MAX_HEADER_BYTES,
     TensorSpec,
     check_architecture,
@@ -157,9 +159,20 @@ def test_a_damaged_file_never_raises_anything_else(noise: bytes, at: int, patch:
     good[at : at + len(patch)] = patch
     for data in (bytes(good), noise, frame(noise)):
         try:
-            describe(data)
+            accepted = describe(data)
         except InvalidWeights:
-            pass
+            continue
+        # What is accepted all the same is described as it is: every byte after the header is some tensor's.
+        assert (accepted.size_bytes, accepted.digest) == (len(data), hashlib.sha256(data).hexdigest())
+        position = 8 + int.from_bytes(data[:8], "little")
+        for one in accepted.tensors:
+            assert (one.start, one.end - one.start) == (
+                position,
+                math.prod(one.shape) * DTYPE_BYTES[one.dtype],
+            )
+            assert one.sha256 == hashlib.sha256(data[one.start : one.end]).hexdigest()
+            position = one.end
+        assert position == len(data) and accepted.tensors
 
 
 def test_missing_and_unexpected_names_are_both_shown_the_nearest_first() -> None:

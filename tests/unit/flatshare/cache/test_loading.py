@@ -317,12 +317,16 @@ def test_a_large_download_holds_a_few_parts_at_a_time(
         source = TensorSource(store, None, parts)
         ranges = fetch_module._ranges(sorted(record.tensors, key=lambda one: one.start))
         for number, _ in enumerate(source._read_parts(record, ranges, time.monotonic() + 60)):
+            while not number and len(store.gets) < 2:
+                time.sleep(
+                    0.001
+                )  # what comes next is on its way: the test's own time-out says where it is not
             ahead.append(len(store.gets) - number - 1)
     assert len(ranges) == 48
-    assert max(ahead) <= fetch_module.PARTS_AHEAD
+    assert 1 <= max(ahead) <= fetch_module.PARTS_AHEAD
 
 
-async def test_large_weights_come_in_parts_side_by_side_and_tensors_span_them(
+async def test_large_weights_come_in_parts_and_tensors_span_them(
     store: CountingStore, record: VersionRecord, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:  # fmt: skip
@@ -473,12 +477,19 @@ def test_promise_5_versions_that_overlap_fetch_what_they_share_once(tmp_path: Pa
     assert sum(source.fetched_bytes for source in sources) == sum(unique.values())
 
 
-def test_a_model_that_goes_wrong_while_the_replica_stops_is_no_other_error(
-    store: CountingStore, record: VersionRecord
+async def test_a_model_that_goes_wrong_while_the_replica_stops_is_no_other_error(
+    store: CountingStore, record: VersionRecord, threads: ThreadPoolExecutor
 ) -> None:
+    """Its files are not looked at any more, but nothing that this process kept of it is used again."""
     over = ThreadPoolExecutor(1)
+    loader = DeviceLoader(TensorSource(store), DEVICE, over, threads)
+    first, _ = await load(loader_of(TensorSource(store), threads), record)
+    model, _ = await load(loader, record)
+    assert model.digest == first.digest == record.digest
+    del model
     over.shutdown()
-    DeviceLoader(TensorSource(store), DEVICE, over, over).distrust(record)
+    loader.distrust(record)
+    assert loader.hold(record) == {}
 
 
 async def test_a_device_that_is_out_of_memory_is_no_fault_of_the_model(

@@ -614,9 +614,12 @@ async def test_one_lease_that_ends_lets_in_all_for_whom_there_is_room(loader: Fa
     loader.parts |= {f"small-{n}": share(f"s{n}") for n in range(4)}
     waiting = [asyncio.create_task(cache.lease(version(f"small-{n}"), 5)) for n in range(4)]
     await settle()
+    assert (cache.ledger.held_bytes, cache.ledger.reserved_bytes, cache.occupied) == (100, 0, 1)
     lease.release()
     for one in await asyncio.wait_for(asyncio.gather(*waiting), 2):
         one.release()
+    assert held(cache) == {f"small-{n}" for n in range(4)}
+    assert (cache.ledger.held_bytes, cache.ledger.reserved_bytes, cache.occupied) == (40, 0, 4)
 
 
 async def test_one_that_does_not_fit_does_not_hold_up_others(loader: FakeLoader) -> None:
@@ -647,6 +650,9 @@ async def test_loads_that_wait_for_room_do_not_hold_what_the_other_needs(loader:
     await settle()
     holder.release()
     await asyncio.wait_for(asyncio.gather(*waiting), 3)
+    parts = {one for name in held(cache) for one in loader.parts[name].items()}
+    assert cache.ledger.held_bytes == sum(size for _, size in parts) <= 60
+    assert (cache.ledger.reserved_bytes, cache.occupied) == (0, len(held(cache)))
 
 
 async def test_a_failed_load_wakes_who_waits_for_what_it_held(loader: FakeLoader) -> None:
@@ -771,18 +777,22 @@ async def test_a_floor_of_many_bytes_keeps_a_part_of_the_slots_only(loader: Fake
     assert sorted(one.version for one in kept) == [7, 8], "one slot in four"
 
 
-@pytest.mark.parametrize("budget", [None, 80])
-async def test_floors_of_all_together_leave_room_for_others(loader: FakeLoader, budget: int | None) -> None:
+@pytest.mark.parametrize(
+    ("slots", "budget", "most"), [(8, None, 7), (64, 80, 8)], ids=["slots bind", "bytes bind"]
+)
+async def test_floors_of_all_together_leave_room_for_others(
+    loader: FakeLoader, slots: int, budget: int | None, most: int
+) -> None:
     """A floor in a plan is every tenant's: they can't all be kept, and nobody else could ever load."""
     size = sum(loader.check(version("t-0")).values())
     cache = make(
-        loader, slots=8, budget=budget, share_of=lambda tenant: Share(floor_bytes=size), room_timeout_s=1
+        loader, slots=slots, budget=budget, share_of=lambda tenant: Share(floor_bytes=size), room_timeout_s=1
     )
     for number in range(20):
         await use(cache, f"t-{number}")
     assert cache.is_resident(ModelKey.of(version("t-19")))
-    kept = {tenant for tenant in held(cache) if int(tenant.partition("-")[2]) < 8}
-    assert len(kept) == 7, "all slots but one are kept for those who had them"
+    kept = {tenant for tenant in held(cache) if int(tenant.partition("-")[2]) < most + 1}
+    assert len(kept) == most, "all but an eighth, and no more, is kept for those who had it"
 
 
 async def test_a_tenant_may_evict_below_its_own_floor(loader: FakeLoader) -> None:

@@ -161,8 +161,11 @@ async def test_a_second_promotion_while_the_first_is_under_way_wins(world: World
     world.down = True
     await world.promote(two)
     assert await world.serves() == 1
+    assert [(swap.from_version, swap.to_version) for swap in world.promotions.snapshot()] == [(1, two)]
     world.down = False
     await world.promote(three)
+    assert [swap.to_version for swap in world.promotions.snapshot()] in ([three], []), "redirected, or done"
+    assert await world.serves() in (1, three), "never the one that was given up"
     await world.promotions.settled("acme", 5)
     assert await world.serves() == 3
     await world.promote(two)

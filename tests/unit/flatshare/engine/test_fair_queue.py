@@ -245,3 +245,89 @@ def test_who_rode_along_for_a_minute_does_not_make_up_for_a_minute() -> None:
         history.put(Job("other", 64))
     waits = next(n for n in range(1, 501) if history.take()[0].tenant == "rider")
     assert waits <= -(-(64 + 16 + 8) // 16) + 1, "its debt is bounded, and so is its wait"
+
+
+def test_a_tenant_that_comes_and_goes_saves_nothing_up() -> None:
+    queue: FairQueue[Job] = FairQueue(64, quantum_rows=16)
+    fill(queue, *(Job("flood") for _ in range(2000)))
+    for _ in range(20):  # one row at a turn: fifteen that it did not use
+        queue.put(Job("now-and-then"))
+        while queue.take()[0].tenant != "now-and-then":
+            pass
+    fill(queue, *(Job("now-and-then") for _ in range(100)))
+    while (batch := queue.take())[0].tenant != "now-and-then":
+        pass
+    assert len(batch) <= 16, "the turns that it did not use are gone"
+
+
+def test_a_debt_outlives_an_empty_queue_while_others_wait() -> None:
+    queue: FairQueue[Job] = FairQueue(32, quantum_rows=8)
+    fill(
+        queue,
+        Job("a", 8, kind="base"),
+        *(Job("rider", 8, kind="base") for _ in range(3)),
+        *(Job("x", 8) for _ in range(20)),
+    )
+    assert [job.tenant for job in queue.take()] == ["a", "rider", "rider", "rider"]
+    queue.put(Job("rider", 8))  # it had nothing to run for a moment, and 24 rows are not paid for
+    order = [queue.take()[0].tenant for _ in range(6)]
+    assert order.index("rider") >= 3
+
+
+def test_a_debt_is_over_when_nobody_waits_any_more() -> None:
+    queue: FairQueue[Job] = FairQueue(32, quantum_rows=8)
+    fill(queue, Job("a", 8, kind="base"), *(Job("rider", 8, kind="base") for _ in range(3)))
+    drain(queue)
+    fill(queue, *(Job("rider", 8) for _ in range(4)), *(Job("x", 8) for _ in range(4)))
+    order = [batch[0].tenant for batch in drain(queue)]
+    assert order[:4].count("rider") == 2, "nobody had to wait for what it ran"
+
+
+def test_what_was_taken_out_is_not_paid_for() -> None:
+    queue: FairQueue[Job] = FairQueue(16, quantum_rows=16)
+    gone = [Job("a", 16) for _ in range(3)]
+    fill(queue, *gone, *(Job("b", 16) for _ in range(4)))
+    for job in gone:
+        assert queue.remove(job)
+    fill(queue, *(Job("a", 16) for _ in range(4)))
+    order = [batch[0].tenant for batch in drain(queue)]
+    assert order[:4].count("a") == 2
+
+
+def test_a_lone_tenant_owes_nothing_for_what_nobody_else_wanted() -> None:
+    queue: FairQueue[Job] = FairQueue(64, quantum_rows=16)
+    fill(queue, *(Job("first", 64) for _ in range(8)))
+    for _ in range(4):
+        queue.take()
+    fill(queue, *(Job("second", 16) for _ in range(16)))
+    rows: Counter[str] = Counter()
+    for _ in range(10):
+        for job in queue.take():
+            rows[job.tenant] += job.size
+    assert abs(rows["first"] - rows["second"]) <= 64
+
+
+def test_its_own_jobs_of_another_kind_wait_and_keep_their_order() -> None:
+    queue: FairQueue[Job] = FairQueue(64)
+    jobs = [Job("a", kind="one", number=1), Job("a", kind="two", number=2), Job("a", kind="one", number=3)]
+    fill(queue, *jobs)
+    assert [[job.number for job in batch] for batch in drain(queue)] == [[1, 3], [2]]
+
+
+def test_how_many_wait_is_known_at_every_moment() -> None:
+    queue: FairQueue[Job] = FairQueue(2)
+    fill(queue, *(Job("a") for _ in range(5)))
+    counts = []
+    while queue.take():
+        counts.append(len(queue))
+    assert counts == [3, 1, 0]
+
+
+def test_what_a_turn_leaves_over_counts_for_the_next_while_others_wait() -> None:
+    queue: FairQueue[Job] = FairQueue(64, quantum_rows=16)
+    fill(queue, *(Job("ten", 10) for _ in range(200)), *(Job("sixteen", 16) for _ in range(200)))
+    rows: Counter[str] = Counter()
+    while sum(rows.values()) < 2000:
+        for job in queue.take():
+            rows[job.tenant] += job.size
+    assert abs(rows["ten"] - rows["sixteen"]) <= 64, "whose jobs do not fill a turn gets no less"

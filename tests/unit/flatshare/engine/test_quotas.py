@@ -124,6 +124,8 @@ def test_cold_loads_have_a_rate_a_minute(registry: Registry, clock: ManualClock)
         keeper.cold_load(acme)
     clock.advance(1)
     keeper.cold_load(acme)
+    with pytest.raises(TooManyColdLoads):
+        keeper.cold_load(acme)  # one in a second, not more
 
 
 def test_what_a_plan_says_holds_where_the_tenant_has_nothing_of_its_own(registry: Registry) -> None:
@@ -188,3 +190,117 @@ def test_a_line_of_a_stream_takes_a_place_of_its_tenants(registry: Registry) -> 
     assert keeper.place(head(registry, "acme")) is not None
     with stream:
         pass
+
+
+def test_cold_loads_refill_at_their_rate_and_say_when_to_come_back(
+    registry: Registry, clock: ManualClock
+) -> None:
+    keeper = QuotaKeeper(clock=clock)
+    acme = head(registry, cold_loads_per_min=6)  # one in ten seconds, and six at once
+    for _ in range(6):
+        keeper.cold_load(acme)
+    with pytest.raises(TooManyColdLoads, match="6 models a minute") as caught:
+        keeper.cold_load(acme)
+    assert caught.value.retry_after_s in (10, 11)
+    clock.advance(caught.value.retry_after_s)
+    keeper.cold_load(acme)
+    with pytest.raises(TooManyColdLoads):
+        keeper.cold_load(acme)
+    clock.advance(8.5)
+    with pytest.raises(TooManyColdLoads) as caught:
+        keeper.cold_load(acme)
+    assert caught.value.retry_after_s == 1
+    clock.advance(3600)
+    for _ in range(6):
+        keeper.cold_load(acme)
+    with pytest.raises(TooManyColdLoads):
+        keeper.cold_load(acme)
+
+
+@pytest.mark.parametrize("rate", [0.5, 1, 3, 60, 1000])
+def test_who_comes_back_when_told_is_let_in(registry: Registry, clock: ManualClock, rate: float) -> None:
+    keeper = QuotaKeeper(clock=clock)
+    acme = head(registry, cold_loads_per_min=rate, requests_per_s=rate, burst=1)
+    for take in (keeper.cold_load, keeper.request):
+        refusal = None
+        for _ in range(COLD_BURST + 1):
+            try:
+                take(acme)
+            except (TooManyColdLoads, TooManyRequests) as error:
+                refusal = error
+                break
+        assert refusal is not None and refusal.retry_after_s is not None
+        assert refusal.retry_after_s >= 1, "never 'at once', never a time that is past"
+        clock.advance(refusal.retry_after_s)
+        take(acme)
+
+
+def test_a_tenant_without_a_rate_is_never_refused(registry: Registry, clock: ManualClock) -> None:
+    keeper = QuotaKeeper(clock=clock)
+    acme = head(registry)
+    for _ in range(1000):
+        keeper.cold_load(acme)
+        keeper.request(acme)
+    assert keeper.refused == 0
+
+
+def test_a_slow_rate_of_cold_loads_allows_one(registry: Registry, clock: ManualClock) -> None:
+    keeper = QuotaKeeper(clock=clock)
+    acme = head(registry, cold_loads_per_min=0.5)
+    keeper.cold_load(acme)
+    with pytest.raises(TooManyColdLoads) as caught:
+        keeper.cold_load(acme)
+    assert caught.value.retry_after_s in (120, 121)
+
+
+def test_each_refusal_is_counted_once_and_takes_nothing(registry: Registry, clock: ManualClock) -> None:
+    keeper = QuotaKeeper(clock=clock)
+    acme = head(registry, requests_per_s=1, burst=2, concurrent_requests=1, cold_loads_per_min=1)
+    keeper.cold_load(acme)
+    with keeper.request(acme):
+        with pytest.raises(TooManyAtOnce):
+            keeper.request(acme)
+    with keeper.request(acme):
+        pass  # the refused one took no token
+    with pytest.raises(TooManyRequests):
+        keeper.request(acme)
+    with pytest.raises(TooManyColdLoads):
+        keeper.cold_load(acme)
+    assert keeper.refused == 3
+    clock.advance(1)
+    with keeper.request(acme):
+        pass  # the refused one was not under way
+
+
+def test_ending_a_request_twice_frees_one_place(registry: Registry) -> None:
+    keeper = QuotaKeeper()
+    acme = head(registry, concurrent_requests=2)
+    first, _ = keeper.request(acme), keeper.request(acme)
+    for _ in range(3):
+        first.__exit__(None, None, None)
+    keeper.request(acme)
+    with pytest.raises(TooManyAtOnce):
+        keeper.request(acme)
+
+
+def test_a_part_of_a_request_counts_for_the_rate_only(registry: Registry, clock: ManualClock) -> None:
+    keeper = QuotaKeeper(clock=clock)
+    acme = head(registry, concurrent_requests=1, requests_per_s=1, burst=3)
+    with keeper.request(acme):
+        for _ in range(2):
+            with keeper.request(acme, counted=False):
+                pass
+        with pytest.raises(TooManyRequests):
+            keeper.request(acme, counted=False)
+        clock.advance(1)
+        with pytest.raises(TooManyAtOnce):
+            keeper.request(acme)
+
+
+def test_a_request_that_came_before_a_change_does_not_undo_it(registry: Registry, clock: ManualClock) -> None:
+    keeper = QuotaKeeper(clock=clock)
+    before = head(registry, requests_per_s=1, burst=50, rows_per_request=9)
+    after = head(registry, requests_per_s=1, burst=2, rows_per_request=4)
+    assert allowed(keeper, after, 5) == 2
+    assert allowed(keeper, before, 5) == 0
+    assert keeper.limits(before).rows_per_request == 4
