@@ -18,19 +18,23 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
 import psutil
+from tests.property.fuzz_run import Bounds, Planes, RouteResult, baseline, run_route
+from tests.property.watch import Watch
 
 from flatshare.api import identity
 from flatshare.cli.output import err, print_table
-from tests.property.fuzz_run import Bounds, Planes, RouteResult, baseline, run_route
-from tests.property.watch import Watch
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=1000, help="for each route")
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--route", action="append", help='routes with this in them: "classify", "GET /v2" (repeatable)')
-    parser.add_argument("--only", type=int, action="append", help="the request of this number only (repeatable)")
+    parser.add_argument(
+        "--route", action="append", help='routes with this in them: "classify", "GET /v2" (repeatable)'
+    )
+    parser.add_argument(
+        "--only", type=int, action="append", help="the request of this number only (repeatable)"
+    )
     parser.add_argument("--json", type=Path, help="write results and findings here")
     arguments = parser.parse_args()
     logging.disable(logging.CRITICAL)  # a failure is told with its route and number
@@ -43,12 +47,16 @@ async def run(arguments: argparse.Namespace) -> int:
     numbers = arguments.only or range(arguments.requests)
     with Planes.made() as planes:
         bounds = await baseline(planes.data, Bounds(), watch)
-        err.print(f"bounds of one request: loop lag {bounds.lag_s * 1e3:.0f} ms, {bounds.peak_bytes / 1e6:.0f} MB, {bounds.seconds:g} s")
+        err.print(
+            f"bounds of one request: loop lag {bounds.lag_s * 1e3:.0f} ms, {bounds.peak_bytes / 1e6:.0f} MB, {bounds.seconds:g} s"
+        )
         for plane, route in list(planes.all()):
             name = " ".join(route)
             if arguments.route and not any(part in name for part in arguments.route):
                 continue
-            found = await run_route(planes, plane, route, numbers, seed=arguments.seed, bounds=bounds, watch=watch)
+            found = await run_route(
+                planes, plane, route, numbers, seed=arguments.seed, bounds=bounds, watch=watch
+            )
             results.append((plane.name, found))
             err.print(f"{plane.name} {name}: {found.requests} requests, {len(found.findings)} findings")
             for finding in found.findings[:3]:

@@ -47,7 +47,9 @@ def compressed(chosen: random.Random, body: Body) -> Body:
                             "gzip, gzip", "gzip,deflate,br", "gzip," * 1000 + "gzip", "", "aes128gcm", "\xe9"])  # fmt: skip
     if chosen.random() < 0.5:  # what is in it is good, or a bomb of another kind
         content = {
-            "deflate": lambda: chosen.choice([zlib.compress(body.content, 9), zlib.compress(body.content, 9)[2:-4]]),
+            "deflate": lambda: chosen.choice(
+                [zlib.compress(body.content, 9), zlib.compress(body.content, 9)[2:-4]]
+            ),
             "br": lambda: _BROTLI_ZEROS[784],
             "zstd": lambda: _zstd_zeros(784),
             "gzip, gzip": lambda: gzip.compress(gzip.compress(body.content)),
@@ -61,7 +63,9 @@ def compressed(chosen: random.Random, body: Body) -> Body:
             "gzip, gzip": lambda: gzip.compress(gzip.compress(zeros, 9), 9),
         }.get(coding, lambda: gzip.compress(zeros, 9))()
     if chosen.random() < 0.15:
-        content = chosen.choice([content[:-5], content + content, content * 50, content + b"x" * 100, body.content, b""])
+        content = chosen.choice(
+            [content[:-5], content + content, content * 50, content + b"x" * 100, body.content, b""]
+        )
     if chosen.random() < 0.1 and "gzip" in coding:
         content = aligned_gzip(b"\0" * 784 * chosen.choice([1, 8, 9]), 784)
     return Body(content, body.kind, (*body.headers, ("content-encoding", coding)))

@@ -72,7 +72,9 @@ class RouteResult:
         self.requests += 1
         self.statuses[reply.status if reply is not None else 0] += 1
         self.worst = Cost(
-            max(self.worst.lag_s, cost.lag_s), max(self.worst.peak_bytes, cost.peak_bytes), max(self.worst.seconds, cost.seconds)
+            max(self.worst.lag_s, cost.lag_s),
+            max(self.worst.peak_bytes, cost.peak_bytes),
+            max(self.worst.seconds, cost.seconds),
         )
 
 
@@ -126,7 +128,12 @@ def honest(key: str, size: int = LIMIT) -> Request:
     row = [[0.12345678901234567] * 28] * 28
     text = json.dumps({"image": [[row]] * 8})
     text += " " * (size - len(text))
-    return Request("POST", "/predict", (("x-api-key", key), (MODEL, "acme"), ("content-type", "application/json")), text.encode())
+    return Request(
+        "POST",
+        "/predict",
+        (("x-api-key", key), (MODEL, "acme"), ("content-type", "application/json")),
+        text.encode(),
+    )
 
 
 async def baseline(plane: Plane, bounds: Bounds, watch: Watch) -> Bounds:
@@ -168,7 +175,9 @@ def judged(request: Request, reply: Reply, secrets: Sequence[str]) -> Iterator[s
             yield f"a message of {len(message)} characters, printable: {message.isprintable()}"
 
 
-async def measured(app: Any, request: Request, bounds: Bounds, watch: Watch) -> tuple[Reply | None, Cost, str]:
+async def measured(
+    app: Any, request: Request, bounds: Bounds, watch: Watch
+) -> tuple[Reply | None, Cost, str]:
     """The reply, what it cost, and what was wrong with sending it. What is slow is sent again; the least counts."""
     best: Cost | None = None
     for _ in range(TRIES):
@@ -183,14 +192,20 @@ async def measured(app: Any, request: Request, bounds: Bounds, watch: Watch) -> 
                 failure = f"raised {type(error).__name__}: {str(error)[:200]}"
         now = watch.cost
         # Memory is not asked again: what was freed may be kept by the allocator, and not grow a second time.
-        best = now if best is None else Cost(min(now.lag_s, best.lag_s), best.peak_bytes, min(now.seconds, best.seconds))
+        best = (
+            now
+            if best is None
+            else Cost(min(now.lag_s, best.lag_s), best.peak_bytes, min(now.seconds, best.seconds))
+        )
         if best.lag_s <= bounds.lag_s and best.seconds <= bounds.seconds:
             break
     assert best is not None
     return reply, best, failure
 
 
-async def run_one(plane: Plane, request: Request, bounds: Bounds, watch: Watch, result: RouteResult, number: int = 0) -> Reply | None:
+async def run_one(
+    plane: Plane, request: Request, bounds: Bounds, watch: Watch, result: RouteResult, number: int = 0
+) -> Reply | None:
     """Send one request and note what it cost, and what was wrong."""
     reply, cost, failure = await measured(plane.app, request, bounds, watch)
     result.add(reply, cost)
@@ -207,7 +222,16 @@ async def run_one(plane: Plane, request: Request, bounds: Bounds, watch: Watch, 
     return reply
 
 
-async def run_route(planes: Planes, plane: Plane, route: Route, numbers: Iterable[int], *, seed: int, bounds: Bounds, watch: Watch) -> RouteResult:
+async def run_route(
+    planes: Planes,
+    plane: Plane,
+    route: Route,
+    numbers: Iterable[int],
+    *,
+    seed: int,
+    bounds: Bounds,
+    watch: Watch,
+) -> RouteResult:
     """Send the requests of these numbers (of those that a seed makes for a route)."""
     result = RouteResult(route)
     wanted = set(numbers)

@@ -6,6 +6,7 @@ import random
 import string
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from typing import Any, Final
 from urllib.parse import quote
 
@@ -32,7 +33,9 @@ class Request:
     pieces: tuple[int, ...] = ()
 
     def __str__(self) -> str:
-        headers = {name: value[:60] for name, value in self.headers if name not in ("authorization", "x-api-key")}
+        headers = {
+            name: value[:60] for name, value in self.headers if name not in ("authorization", "x-api-key")
+        }
         return (
             f"{self.method} {self.path[:120]}{'?' + self.query[:60] if self.query else ''} {headers} "
             f"{len(self.body)} bytes{f' in pieces of {self.pieces}' if self.pieces else ''}: {self.body[:40]!r}"
@@ -41,7 +44,9 @@ class Request:
 
 def routes_of(app: Any) -> list[Route]:
     """All routes of a FastAPI application."""
-    return sorted((method, route.path) for route in app.routes for method in route.methods if method != "HEAD")
+    return sorted(
+        (method, route.path) for route in app.routes for method in route.methods if method != "HEAD"
+    )
 
 
 _BODIES: Final[Sequence[Callable[[random.Random], Body]]] = (
@@ -57,7 +62,24 @@ _FITTING: Final[Mapping[str, Sequence[Callable[[random.Random], Body]]]] = {
 _NUMBERS: Final = ("content-length", "inference-header-content-length", "x-tensor-shape", "x-tensor-dtype")
 _OTHERS: Final = ("x-request-id", "range", "expect", "accept", "accept-encoding", "traceparent", "cookie", "if-match", "te",
                   "x-forwarded-for", "host", "origin", "retry-after", "x-tensor-order", MODEL)  # fmt: skip
-_CONTROL_KEYS: Final = ("id", "scopes", "label", "lifetime_s", "grace_s", "quotas", "plan", "version", "model", "pin")
+_CONTROL_KEYS: Final = (
+    "id",
+    "scopes",
+    "label",
+    "lifetime_s",
+    "grace_s",
+    "quotas",
+    "plan",
+    "version",
+    "model",
+    "pin",
+)
+
+_CONTROL_GOOD: Final[Mapping[str, str]] = {
+    "/tenants": '"id": "new"', "/tenants/{tenant}/keys": '"label": "x"', "/tenants/{tenant}/quotas": '"quotas": {"burst": 5}',
+    "/tenants/{tenant}/keys/{key_id}/rotate": '"grace_s": 1', "/tenants/{tenant}/aliases/{alias}": '"version": 2',
+    "/preload": '"model": "acme"', "/unpin": '"model": "acme"', "/unload": '"model": "acme"',
+}  # fmt: skip
 
 
 class Maker:
@@ -87,7 +109,7 @@ class Maker:
             made = replace(made, headers=headers, body=body.content, pieces=self._pieces(len(body.content)))
         if chosen.random() < 0.5:
             made = self._claims(made)
-        if chosen.random() < 0.3:
+        if chosen.random() < 0.2:
             name, value = chosen.choice([*_NUMBERS, *_OTHERS]), number(chosen)
             made = replace(made, headers=(*(one for one in made.headers if one[0] != name), (name, value)))
         if chosen.random() < 0.15:
@@ -100,12 +122,14 @@ class Maker:
             if name is None:
                 continue
             good = {
-                "version": ["1", "1", "2", "3"], "alias": ["canary", "production", "new"], "key_id": ["acme.spare"],
-                "tenant": ["acme", "acme", "globex", "nobody"], "ref": ["acme", "acme", "acme@1", "acme:canary"],
+                "version": ["1", "1", "1", "3"], "alias": ["canary", "production", "new"], "key_id": ["acme.spare"],
+                "tenant": ["acme", "acme", "globex", "nobody"], "ref": ["acme", "acme", "acme", "acme@1", "acme:canary"],
             }.get(name, ["1"])  # fmt: skip
             text = chosen.choice(good)
-            if chosen.random() < (0.5 if name in ("version", "key_id") else 0.1):
-                text = chosen.choice([number(chosen), f"acme@{number(chosen)}", f"acme:{number(chosen)}", "%00", "a" * 9000])
+            if chosen.random() < (0.3 if name in ("version", "key_id") else 0.1):
+                text = chosen.choice(
+                    [number(chosen), f"acme@{number(chosen)}", f"acme:{number(chosen)}", "%00", "a" * 9000]
+                )
             path = path.replace(f"{{{name}}}", quote(text, safe="@:,%") or "%20")
         return path
 
@@ -114,23 +138,31 @@ class Maker:
         if template.startswith("/v2"):
             fitting: Sequence[Callable[[random.Random], Body]] = (body_bombs.oip,)
         else:
-            fitting = _FITTING.get(template, (self._control_body,))
+            fitting = _FITTING.get(template, (partial(self._control_body, template),))
         return chosen.choice(_BODIES if chosen.random() < 0.15 else fitting)(chosen)
 
-    def _control_body(self, chosen: random.Random) -> Body:
+    def _control_body(self, template: str, chosen: random.Random) -> Body:
         """What the control plane takes, cut to what it reads, with a value that expands."""
         if chosen.random() < 0.3:
             body = body_bombs.json_rows(chosen)
-            return replace(body, content=body.content[: chosen.choice([60_000, 70_000])], kind="application/json")
+            return replace(
+                body, content=body.content[: chosen.choice([60_000, 70_000])], kind="application/json"
+            )
+        wanted = _CONTROL_GOOD.get(
+            chosen.choice(list(_CONTROL_GOOD)) if chosen.random() < 0.1 else template, ""
+        )
         values = ["acme", '"acme"', '"new"', '["predict"]', "2", "{}", '{"burst": 5}', "true", number(chosen), f'"{number(chosen)}"',
                   '{"burst": ' + number(chosen) + "}", "[" * 900 + "]" * 900, "[" + '"predict",' * 5000 + '"predict"]']  # fmt: skip
         keys = chosen.sample(_CONTROL_KEYS, chosen.choice([1, 1, 2, len(_CONTROL_KEYS)]))
-        text = "{" + ", ".join(f'"{key}": {chosen.choice(values)}' for key in keys) + "}"
+        pairs = [f'"{key}": {chosen.choice(values)}' for key in keys]
+        if wanted and chosen.random() < 0.7:  # of a key that comes twice the last counts
+            pairs = [*(pairs if chosen.random() < 0.5 else []), wanted]
+        text = "{" + ", ".join(pairs) + "}"
         return Body(text.encode("utf-8"), "application/json")
 
     def _claims(self, made: Request) -> Request:
         """A Content-Length, as most clients send; sometimes it lies."""
-        length = str(len(made.body)) if self.random.random() < 0.9 else number(self.random)
+        length = str(len(made.body)) if self.random.random() < 0.95 else number(self.random)
         return replace(made, headers=(*made.headers, ("content-length", length)))
 
     def _pieces(self, size: int) -> tuple[int, ...]:

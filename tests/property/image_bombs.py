@@ -14,7 +14,16 @@ from typing import Final
 
 from PIL import Image
 
-__all__ = ["JPEGS", "MOST_ASKED", "PNGS", "app1_segments", "exif_of_one_value", "good_image", "png_of", "profiles"]
+__all__ = [
+    "JPEGS",
+    "MOST_ASKED",
+    "PNGS",
+    "app1_segments",
+    "exif_of_one_value",
+    "good_image",
+    "png_of",
+    "profiles",
+]
 
 MOST_ASKED: Final = 400 * 1024**2
 """Most bytes that a naive reader of one such file would copy or unpack."""
@@ -69,7 +78,9 @@ def _texts(chosen: random.Random) -> bytes:
 
 
 def _many_chunks(chosen: random.Random) -> bytes:
-    name = chosen.choice([b"tIME", b"gAMA", b"pHYs", b"sRGB", b"PLTE", b"tRNS", b"abCd", b"hIST", b"sPLT", b"eXIf"])
+    name = chosen.choice(
+        [b"tIME", b"gAMA", b"pHYs", b"sRGB", b"PLTE", b"tRNS", b"abCd", b"hIST", b"sPLT", b"eXIf"]
+    )
     piece = chunk(name, b"\0" * chosen.choice([0, 1, 3, 4, 6, 9, 768]))
     return png_of([piece] * min(chosen.choice([1, 100, 80_000]), 900_000 // len(piece)))
 
@@ -85,7 +96,9 @@ def _raw_png(*chunks: bytes) -> bytes:
 def _declared(chosen: random.Random) -> bytes:
     side = chosen.choice([28, 29, 20_000, 2**31 - 1, 2**32 - 1, 0])
     other = chosen.choice([28, side])
-    header = _ihdr(side, other, chosen.choice([1, 8, 16, 3]), chosen.choice([0, 2, 3, 4, 6, 7]), chosen.choice([0, 1, 2]))
+    header = _ihdr(
+        side, other, chosen.choice([1, 8, 16, 3]), chosen.choice([0, 2, 3, 4, 6, 7]), chosen.choice([0, 1, 2])
+    )
     return _raw_png(header, chunk(b"IDAT", _squeezed(10_000)))
 
 
@@ -154,7 +167,14 @@ def _tiff(chosen: random.Random) -> bytes:
     entries = [(0x0112, 3, 1, chosen.choice([0, 1, 3, 6, 8, 9, 65_535]))]
     for tag in range(chosen.choice([0, 3, 500])):
         place = chosen.choice([0, 8, 26, 2**31, 2**32 - 1])
-        entries.append((tag + 1, chosen.choice([0, 1, 2, 3, 4, 5, 7, 10, 12, 13, 99]), chosen.choice([0, 1, 999, 2**32 - 1]), place))
+        entries.append(
+            (
+                tag + 1,
+                chosen.choice([0, 1, 2, 3, 4, 5, 7, 10, 12, 13, 99]),
+                chosen.choice([0, 1, 999, 2**32 - 1]),
+                place,
+            )
+        )
     for tag in chosen.sample([0x8769, 0x8825, 0xA005, 0x014A], 2):
         entries.append((tag, 4, chosen.choice([1, 999]), 8))
     return b"II*\0" + struct.pack("<L", 8) + _ifd(entries, chosen.choice([0, 8, 2**32 - 1]))
@@ -183,7 +203,9 @@ def _scans(chosen: random.Random) -> bytes:
 def _jpeg_size(chosen: random.Random) -> bytes:
     raw = bytearray(good_image("JPEG", mode=chosen.choice(["L", "RGB", "CMYK"])))
     frame = raw.index(b"\xff\xc0")
-    raw[frame + 5 : frame + 9] = struct.pack(">HH", chosen.choice([28, 65_535, 0]), chosen.choice([28, 65_535]))
+    raw[frame + 5 : frame + 9] = struct.pack(
+        ">HH", chosen.choice([28, 65_535, 0]), chosen.choice([28, 65_535])
+    )
     return bytes(raw)
 
 

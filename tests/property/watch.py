@@ -61,7 +61,9 @@ async def send(app: Any, request: Request) -> Reply:
     async def answer(message: dict[str, Any]) -> None:
         if message["type"] == "http.response.start":
             reply.status = message["status"]
-            reply.headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in message["headers"]}
+            reply.headers = {
+                name.decode("latin-1"): value.decode("latin-1") for name, value in message["headers"]
+            }
         else:
             reply.body += message.get("body", b"")
             if not message.get("more_body", False):
