@@ -54,9 +54,16 @@ def image(chosen: random.Random) -> Body:
 def multipart(chosen: random.Random) -> Body:
     """Many files, many fields, many headers, odd charsets and boundaries; files are good pictures or bombs."""
     edge = chosen.choice(["x", "x", "-", "--", "a" * 70, "a" * 5000, "a b", "\\r"])
-    one = chosen.choice(
-        [good_image(), good_image("JPEG"), b"", chosen.choice(PNGS)(chosen), chosen.choice(JPEGS)(chosen)]
+    made = chosen.choice(
+        [
+            lambda _: good_image(),
+            lambda _: good_image("JPEG"),
+            lambda _: b"",
+            chosen.choice(PNGS),
+            chosen.choice(JPEGS),
+        ]
     )
+    one = made(chosen)
     named = chosen.choice(
         ['; filename="a.png"', "; filename*=UTF-8''a", "", '; filename="' + "a" * 5000 + '"']
     )
@@ -96,6 +103,10 @@ def _wrapped(text: str, depth: int) -> str:
     return text
 
 
+def _many(text: str, count: int) -> str:
+    return (text + ",") * (count - 1) + text
+
+
 def _document(chosen: random.Random, key: str) -> str:
     if chosen.random() < 0.3:
         return json.dumps({key: [[0] * 28] * 28})
@@ -103,12 +114,12 @@ def _document(chosen: random.Random, key: str) -> str:
     leaf = chosen.choice(
         ["0", "0.5", "1e999", "9" * 5000, "0." + "1" * 5000, "1e-99999", "-0", '"7"', "true", "null"]
     )
-    row = "[" + ",".join(["0"] * 28) + "]"
+    row = "[" + _many("0", 28) + "]"
     value = chosen.choice([
-        "[" + ",".join([row] * 28) + "]", "[" + ",".join([row] * 28).replace("0", leaf, 1) + "]",
-        "[" * wide, "[" * 500 + "]" * 500, "[" + ",".join(["[]"] * wide) + "]", "[" + ",".join(["{}"] * wide) + "]",
-        "[" + ",".join(["[[[[[[[]]]]]]]"] * (wide // 5)) + "]", "[" + ",".join(["0.5"] * (wide // 2)) + "]",
-        "[" + ",".join([leaf] * (min(wide, 900_000 // len(leaf)))) + "]", '"' + "\\ud83d\\ude00" * (wide // 6) + '"',
+        "[" + _many(row, 28) + "]", "[" + _many(row, 28).replace("0", leaf, 1) + "]",
+        "[" * wide, "[" * 500 + "]" * 500, "[" + _many("[]", wide) + "]", "[" + _many("{}", wide) + "]",
+        "[" + _many("[[[[[[[]]]]]]]", wide // 5) + "]", "[" + _many("0.5", wide // 2) + "]",
+        "[" + _many(leaf, min(wide, 900_000 // len(leaf))) + "]", '"' + "\\ud83d\\ude00" * (wide // 6) + '"',
         '"' + "\\ud800" * 1000 + '"', "{" + ",".join(f'"{at}":0' for at in range(wide // 4)) + "}",
         '{"a":' * 900 + "0" + "}" * 900, '"' + "x" * wide + '"', leaf,
     ])  # fmt: skip

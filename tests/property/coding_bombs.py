@@ -7,6 +7,7 @@ import gzip
 import random
 import struct
 import zlib
+from functools import lru_cache
 from typing import Final
 
 from .body_bombs import Body
@@ -40,6 +41,16 @@ def _zstd_zeros(size: int) -> bytes:
     return struct.pack("<IBB", 0xFD2FB528, 0, 7 << 3) + b"".join(blocks)
 
 
+@lru_cache(maxsize=32)
+def _gzip(content: bytes) -> bytes:
+    return gzip.compress(content, 9, mtime=0)
+
+
+@lru_cache(maxsize=8)
+def _gzip_zeros(size: int) -> bytes:
+    return _gzip.__wrapped__(b"\0" * size)
+
+
 def compressed(chosen: random.Random, body: Body) -> Body:
     """A body with a content-encoding."""
     size = chosen.choice([784, 10**6, 10**6 + 1, 10**8])
@@ -52,16 +63,15 @@ def compressed(chosen: random.Random, body: Body) -> Body:
             ),
             "br": lambda: _BROTLI_ZEROS[784],
             "zstd": lambda: _zstd_zeros(784),
-            "gzip, gzip": lambda: gzip.compress(gzip.compress(body.content)),
-        }.get(coding, lambda: gzip.compress(body.content, 9))()
+            "gzip, gzip": lambda: _gzip(_gzip(body.content)),
+        }.get(coding, lambda: _gzip(body.content))()
     else:
-        zeros = b"\0" * size
         content = {
-            "deflate": lambda: zlib.compress(zeros, 9),
+            "deflate": lambda: zlib.compress(b"\0" * min(size, 10**7), 9),
             "br": lambda: _BROTLI_ZEROS[784 if size == 784 else 10**6] * chosen.choice([1, 500]),
             "zstd": lambda: _zstd_zeros(chosen.choice([size, 10**10])),
-            "gzip, gzip": lambda: gzip.compress(gzip.compress(zeros, 9), 9),
-        }.get(coding, lambda: gzip.compress(zeros, 9))()
+            "gzip, gzip": lambda: _gzip(_gzip_zeros(size)),
+        }.get(coding, lambda: _gzip_zeros(size))()
     if chosen.random() < 0.15:
         content = chosen.choice(
             [content[:-5], content + content, content * 50, content + b"x" * 100, body.content, b""]

@@ -38,7 +38,7 @@ class Request:
         }
         return (
             f"{self.method} {self.path[:120]}{'?' + self.query[:60] if self.query else ''} {headers} "
-            f"{len(self.body)} bytes{f' in pieces of {self.pieces}' if self.pieces else ''}: {self.body[:40]!r}"
+            f"{len(self.body)} bytes{f' in pieces of {self.pieces[0]}' if self.pieces else ''}: {self.body[:40]!r}"
         )
 
 

@@ -1,0 +1,351 @@
+"""What keeps each promise, as functions by name, and what breaks it: the table of ``scripts/promises``.
+
+Also a pytest plugin: in a child process, ``-p promise_breaks`` puts the replacement named by ``PROMISE_BREAK`` in
+place of its function, counts its calls, and writes what it saw to ``PROMISE_REPORT``. A function that is not there
+any more, or takes other arguments, is said so at once and nothing is run.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import importlib
+import inspect
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+CACHE = "tests/unit/flatshare/cache/test_model_cache.py"
+LOADING = "tests/unit/flatshare/cache/test_loading.py"
+INFERENCE = "tests/unit/flatshare/engine/test_inference.py"
+IDENTITY = "tests/unit/flatshare/api/test_identity.py"
+
+Replacement = Callable[..., Any]
+"""Takes the original first, then what the original takes, by the same names."""
+
+
+@dataclass(frozen=True)
+class Break:
+    """One promise, broken.
+
+    Attributes
+    ----------
+    promise
+        Its number in platform/DESIGN.md, or a word for what the README promises beside these.
+    patches
+        By the qualified name of a function, ``module:Class.function``: in the module in which it is looked up.
+    test
+        Must fail.
+    """
+
+    promise: str
+    what: str
+    patches: Mapping[str, Replacement]
+    test: str
+
+    @property
+    def name(self) -> str:
+        return f"{self.promise}: {self.what}"
+
+
+class NotApplied(Exception):
+    """A function to replace is not there any more, or takes other arguments."""
+
+
+# -- replacements
+
+
+def nothing(original: Any, *arguments: Any, **named: Any) -> None:
+    """Does nothing."""
+
+
+def intact(original: Any, self: Any, model_id: Any) -> bool:
+    return True
+
+
+def one_model(original: Any, self: Any, batch: Any) -> Any:
+    for job in batch:
+        job.same = batch[0].same
+    return original(self, batch)
+
+
+async def room_first(original: Any, self: Any, record: Any, held: Any) -> Any:
+    whole = sum(self._loader.check(record).values())
+    self._residency.make_room(record.tenant, whole, slots=1, whole_bytes=whole)
+    return await original(self, record, held)
+
+
+def evictable(original: Any, self: Any, key: Any) -> bool:
+    return not self.residents[key].pinned
+
+
+def not_counted(original: Any, self: Any, resident: Any, *, evicted: bool) -> None:
+    original(self, resident, evicted=evicted)
+    if resident.leases:
+        self.ledger.drop(resident.parts)
+        resident.parts = {}
+
+
+def load_of_its_own(original: Any, self: Any, record: Any) -> Any:
+    self._loads = {key: load for key, load in self._loads.items() if key.tenant != record.tenant}
+    return original(self, record)
+
+
+@contextlib.contextmanager
+def not_locked(original: Any, self: Any, digest: str, timeout_s: float) -> Iterator[bool]:
+    yield True
+
+
+async def cancelled_with_its_caller(original: Any, self: Any, record: Any, timeout_s: float) -> Any:
+    try:
+        return await original(self, record, timeout_s)
+    except asyncio.CancelledError:
+        for load in self._loads.values():
+            load.task.cancel()
+        raise
+
+
+def silent(original: Any, self: Any, key: Any) -> bool:
+    told, self._on_change = self._on_change, lambda: None
+    try:
+        unloaded: bool = original(self, key)
+        return unloaded
+    finally:
+        self._on_change = told
+
+
+def at_once(original: Any, self: Any, ref: Any) -> None:
+    return None
+
+
+def one_queue(original: Any, self: Any, **options: Any) -> None:
+    original(self, **options)
+    self._loading_local = self._loading
+
+
+async def asked_again(original: Any, self: Any, record: Any, held: Any) -> Any:
+    self._store_rests_until = float("-inf")
+    return await original(self, record, held)
+
+
+def any_digest(original: Any, self: Any) -> Any:
+    hasher, wanted = self.hasher, self.tensor.sha256
+    self.hasher = SimpleNamespace(hexdigest=lambda: (hasher.hexdigest(), wanted)[1])
+    return original(self)
+
+
+def all_of_them(
+    original: Any, keys: Any, residents: Any, share_of: Any, tenant: Any, slots: Any, budget_bytes: Any = None
+) -> Any:
+    return list(keys)
+
+
+def deleted(original: Any, store: Any, meta: Any) -> bool:
+    store.delete(meta.key)
+    return True
+
+
+def no_wait(original: Any, self: Any, now: float) -> float:
+    return 0.0
+
+
+# -- the table
+
+BREAKS = [
+    Break("1", "what the slot holds is not compared", {"flatshare.cache.lease:Lease.is_intact": intact},
+          f"{INFERENCE}::test_promise_1_a_slot_that_changed_fails_the_request"),
+    Break("1", "rows of different models go through one model",
+          {"flatshare.engine.inference:Inference._pass": one_model, "flatshare.engine.inference:_check": nothing},
+          f"{INFERENCE}::test_promise_1_models_that_share_layers_keep_their_own_heads"),
+    Break("2", "room is made before it is known that the load succeeds",
+          {"flatshare.cache.model_cache:ModelCache._prepare": room_first},
+          f"{CACHE}::test_promise_2_a_load_that_fails_evicts_nothing"),
+    Break("2", "a model is tried out after room was made for it",
+          {"flatshare.cache.loading:DeviceLoader._try_out": nothing},
+          f"{LOADING}::test_promise_2_a_model_that_fails_its_probe_evicts_nothing_on_any_device"),
+    Break("3", "leased models are evicted", {"flatshare.cache.residency:Residency._evictable": evictable},
+          f"{CACHE}::test_promise_3_a_leased_model_is_not_freed"),
+    Break("4", "draining bytes do not count", {"flatshare.cache.residency:Residency.retire": not_counted},
+          f"{CACHE}::test_promise_4_bytes_hold_at_every_instant_also_while_draining"),
+    Break("5", "each caller loads for itself", {"flatshare.cache.model_cache:ModelCache._wait_for_load": load_of_its_own},
+          f"{CACHE}::test_promise_5_one_load_for_many_callers"),
+    Break("5", "each replica fetches for itself", {"flatshare.cache.host_tier:HostTier.fetching": not_locked},
+          "tests/unit/flatshare/cache/test_host_tier.py::test_one_fetch_at_a_time_and_the_lock_file_goes"),
+    Break("6", "the caller's cancellation reaches the load",
+          {"flatshare.cache.model_cache:ModelCache.lease": cancelled_with_its_caller},
+          f"{CACHE}::test_promise_6_a_caller_that_goes_away_does_not_cancel_the_load"),
+    Break("7", "failures are not remembered", {"flatshare.cache.failures:FailureMemory.remember": nothing},
+          f"{CACHE}::test_promise_7_failures_are_remembered_for_their_time"),
+    Break("8", "removals are not told", {"flatshare.cache.model_cache:ModelCache.unload": silent},
+          f"{CACHE}::test_promise_8_every_addition_and_removal_is_told"),
+    Break("8", "removals are not taken out of Ray's wrapper", {"flatshare.pool.multiplex:Advertiser._remove": nothing},
+          "tests/contract/test_ray_multiplex.py"),
+    Break("9", "what can never fit waits like anything else",
+          {"flatshare.cache.residency:Residency.check_ever_fits": nothing},
+          f"{CACHE}::test_promise_9_what_can_never_fit_is_refused_by_name_and_size"),
+    Break("10", "a promoted alias means the new version at once",
+          {"flatshare.cache.promotions:Promotions.serving": at_once},
+          "tests/unit/flatshare/cache/test_promotions.py::test_promise_10_no_request_fails_or_waits_for_the_swap"),
+    Break("11", "loads from the node's own files queue behind the store",
+          {"flatshare.cache.model_cache:ModelCache.__init__": one_queue},
+          f"{CACHE}::test_promise_11_a_store_that_hangs_does_not_hold_up_the_nodes_own_files"),
+    Break("11", "a store that hangs is asked by one after the other",
+          {"flatshare.cache.model_cache:ModelCache._prepare": asked_again},
+          "tests/property/test_fault_simulation.py"
+          "::test_promise_11_with_a_store_that_hangs_everybody_gets_503_and_nobody_a_hang"),
+    Break("12", "bytes are not compared with their sha256", {"flatshare.cache.fetch:_Sink.finish": any_digest},
+          f"{LOADING}::test_promise_12_every_flipped_bit_of_a_tensor_is_found"),
+    Break("keys", "a key opens every tenant", {"flatshare.api.identity:Caller.may": nothing},
+          f"{IDENTITY}::test_another_tenant_and_an_unknown_one_look_the_same_and_neither_is_looked_up"),
+    Break("floors", "a tenant is evicted below its floor", {"flatshare.cache.residency:spare_floors": all_of_them},
+          f"{CACHE}::test_nobody_is_evicted_below_its_floor"),
+    Break("erasure", "a load under way becomes resident after the erasure",
+          {"flatshare.cache.model_cache:_Load.check_erased": nothing},
+          f"{CACHE}::test_an_erased_tenant_is_gone_and_its_load_under_way_never_arrives"),
+    Break("erasure", "what is erased is not overwritten", {"flatshare.cache.residency:Residency.free_if_unleased": nothing},
+          f"{CACHE}::test_what_is_erased_is_overwritten_when_its_last_lease_ends"),
+    Break("gc", "a blob that was renewed is deleted", {"flatshare_registry.gc:_delete_unless_renewed": deleted},
+          "tests/unit/flatshare_registry/test_gc.py::test_a_blob_renewed_between_listing_and_delete_is_spared"),
+    Break("quotas", "a tenant sends as much as it likes", {"flatshare.engine.quotas:Bucket.take": no_wait},
+          "tests/unit/flatshare/engine/test_quotas.py::test_over_ten_seconds_a_tenant_gets_its_rate_and_not_more"),
+]  # fmt: skip
+
+_LEASED = f"{CACHE}::test_promise_3_a_leased_model_is_not_freed"
+PROVE_NOTHING = {
+    "NOT APPLIED": Break("-", "what is gone", {"flatshare.cache.lease:Lease.gone": nothing}, _LEASED),
+    "NEVER CALLED": Break(
+        "-", "what the test does not use", {"flatshare.pool.multiplex:Advertiser._remove": nothing}, _LEASED
+    ),
+    "NOT FOUND": Break(
+        "-",
+        "nothing",
+        {"flatshare.cache.lease:Lease.release": lambda original, self: original(self)},
+        _LEASED,
+    ),
+    "THE BREAK ITSELF FAILED": Break(
+        "-",
+        "itself",
+        {"flatshare.cache.lease:Lease.release": lambda original, self: self.no_such_thing},
+        _LEASED,
+    ),
+}
+"""Breaks that must not count, by what is said of them: they try the script, in its test."""
+
+FOUND_BY = frozenset(
+    {"AssertionError", "Failed", "TimeoutError", "IsolationBroken", "NoRoom", "NoRoomNow", "CancelledError"}
+)
+"""What a test raises that finds a broken promise; a replacement that does not even run raises something else."""
+
+
+# -- applying
+
+
+def find(target: str) -> tuple[Any, str, Callable[..., Any]]:
+    """Who owns a function, its name there, and the function.
+
+    Raises
+    ------
+    NotApplied
+        There is none of this name.
+    """
+    module, _, path = target.partition(":")
+    *owners, name = path.split(".")
+    try:
+        owner: Any = importlib.import_module(module)
+        for part in owners:
+            owner = getattr(owner, part)
+        return owner, name, vars(owner)[name]
+    except (ImportError, AttributeError, KeyError) as error:
+        raise NotApplied(f"there is no {target} any more: {error!r}") from None
+
+
+def check(target: str, replacement: Replacement) -> None:
+    """Refuse a replacement that does not take what its function takes.
+
+    Raises
+    ------
+    NotApplied
+        The function is gone or has changed: the break must be thought over, not only renamed.
+    """
+    _, _, original = find(target)
+    if not callable(original):
+        raise NotApplied(f"{target} is not a function any more")
+    if replacement is nothing:
+        return
+    taken = {name: one.kind for name, one in inspect.signature(original).parameters.items()}
+    given = dict(
+        list({name: one.kind for name, one in inspect.signature(replacement).parameters.items()}.items())[1:]
+    )
+    if inspect.Parameter.VAR_KEYWORD not in given.values() and taken != given:
+        raise NotApplied(f"{target} takes {list(taken)}; its replacement takes {list(given)}")
+    if inspect.iscoroutinefunction(original) != inspect.iscoroutinefunction(replacement):
+        raise NotApplied(f"{target} is a coroutine and its replacement is not, or the other way round")
+
+
+def apply(one: Break) -> dict[str, int]:
+    """Put the replacements in place; returns their calls, counted from now on.
+
+    Raises
+    ------
+    NotApplied
+        One does not fit. Then none is in place.
+    """
+    for target, replacement in one.patches.items():
+        check(target, replacement)
+    calls = dict.fromkeys(one.patches, 0)
+    for target, replacement in one.patches.items():
+        owner, name, original = find(target)
+        setattr(owner, name, _counting(target, original, replacement, calls))
+    return calls
+
+
+def _counting(target: str, original: Any, replacement: Replacement, calls: dict[str, int]) -> Any:
+    @functools.wraps(original)
+    def replaced(*arguments: Any, **named: Any) -> Any:
+        calls[target] += 1
+        return replacement(original, *arguments, **named)
+
+    return replaced
+
+
+# -- the plugin
+
+_seen: dict[str, Any] = {"calls": {}, "failed": [], "passed": 0}
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    name = os.environ.get("PROMISE_BREAK")
+    if name is None:
+        return
+    (one,) = [one for one in [*BREAKS, *PROVE_NOTHING.values()] if one.name == name]
+    try:
+        _seen["calls"] = apply(one)
+    except NotApplied as error:
+        _write({"not_applied": str(error)})
+        raise pytest.UsageError(str(error)) from None
+
+
+@pytest.hookimpl(hookwrapper=True)
+def pytest_runtest_makereport(item: pytest.Item, call: pytest.CallInfo[None]) -> Iterator[None]:
+    yield
+    if call.when == "call" and call.excinfo is None:
+        _seen["passed"] += 1
+    elif call.excinfo is not None:
+        _seen["failed"].append([item.name, call.when, call.excinfo.type.__name__])
+
+
+def pytest_sessionfinish() -> None:
+    _write(_seen)
+
+
+def _write(report: Mapping[str, Any]) -> None:
+    path = os.environ.get("PROMISE_REPORT")
+    if path is not None:
+        Path(path).write_text(json.dumps(report))
