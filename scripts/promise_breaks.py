@@ -239,7 +239,16 @@ PROVE_NOTHING = {
 """Breaks that must not count, by what is said of them: they try the script, in its test."""
 
 FOUND_BY = frozenset(
-    {"AssertionError", "Failed", "TimeoutError", "IsolationBroken", "NoRoom", "NoRoomNow", "CancelledError"}
+    {
+        "AssertionError",
+        "Failed",
+        "TimeoutError",
+        "IsolationBroken",
+        "NoRoom",
+        "NoRoomNow",
+        "CancelledError",
+        "DeadlineExceeded",
+    }
 )
 """What a test raises that finds a broken promise; a replacement that does not even run raises something else."""
 

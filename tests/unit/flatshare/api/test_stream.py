@@ -49,9 +49,9 @@ async def test_a_long_line_in_many_pieces_costs_what_its_length_costs() -> None:
     """Four times the length may not take sixteen times as long."""
 
     async def seconds(count: int) -> float:
-        began = time.perf_counter()
+        began = time.thread_time()  # what others do on this machine does not count
         await lines(*[b"x" * 1460] * count, limit=10**9)
-        return time.perf_counter() - began
+        return time.thread_time() - began
 
     short = min([await seconds(2_000) for _ in range(3)])
     long = min([await seconds(8_000) for _ in range(3)])
