@@ -273,6 +273,7 @@ async def test_an_issuer_that_is_down_is_asked_again_and_not_by_everybody() -> N
 async def test_look_ups_of_junk_keys_leave_room_for_everybody_else(
     world: World, secured: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(identity, "LOOK_UP_TIMEOUT_S", 3600.0)  # who is refused is so at once, not after that
     good = world.registry.tenancy.create_key(ACME).text
     assert (await ask(secured, good)).status_code == 200
     release = threading.Event()
