@@ -3,6 +3,7 @@
     ServeError                  anything below
     ├── BadInput                the request can never work: body, shape, header; do not retry as it is
     │   ├── TooSlow             the body does not arrive
+    │   ├── UnsupportedEncoding the body is compressed in a way that is not read here
     │   └── TooLarge            the body or the batch is over its stated limit
     │       ├── BodyOverQuota   ... over this tenant's own limit
     │       └── RowsOverQuota
@@ -12,6 +13,7 @@
     ├── OverQuota               more than the tenant's share; retry later
     │   ├── TooManyRequests     requests_per_s
     │   ├── TooManyAtOnce       concurrent_requests
+    │   ├── TooManyBytesAtOnce  bytes of bodies that are held at a time
     │   ├── TooManyColdLoads    cold_loads_per_min
     │   └── ResidentOverQuota   resident_bytes: all that the tenant may keep on a device is in use
     ├── Overloaded              no room now; retry after ``retry_after_s``
@@ -53,10 +55,12 @@ __all__ = [
     "Suspended",
     "TooLarge",
     "TooManyAtOnce",
+    "TooManyBytesAtOnce",
     "TooManyColdLoads",
     "TooManyRequests",
     "TooSlow",
     "Unauthenticated",
+    "UnsupportedEncoding",
 ]
 
 
@@ -81,6 +85,10 @@ class BadInput(ServeError):
 
 class TooSlow(BadInput):
     """The body did not arrive in time."""
+
+
+class UnsupportedEncoding(BadInput):
+    """The body is compressed in a way that is not read here."""
 
 
 class TooLarge(BadInput):
@@ -119,6 +127,10 @@ class TooManyRequests(OverQuota):
 
 class TooManyAtOnce(OverQuota):
     """More than ``concurrent_requests`` under way."""
+
+
+class TooManyBytesAtOnce(OverQuota):
+    """The bodies of the tenant's requests take more memory together than it may have."""
 
 
 class TooManyColdLoads(OverQuota):

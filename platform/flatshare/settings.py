@@ -182,6 +182,12 @@ class Settings(RegistrySettings):
     max_body_bytes: int = Field(
         default=8 * 1024**2, ge=1024, description="Longest request body, in bytes; beyond it 413."
     )
+    body_memory_bytes: int = Field(
+        default=512 * 1024**2,
+        ge=1024**2,
+        description="Bytes of long bodies and their rows that one replica holds at a time; beyond it 503, "
+        "and 429 for a tenant whose own take more than tenant_share of it.",
+    )
     max_rows: int = Field(default=1024, ge=1, description="Most images in one request; beyond it 413.")
     retry_body_bytes: int = Field(
         default=64 * 1024,
@@ -209,6 +215,8 @@ class Settings(RegistrySettings):
             raise ValueError("device=cpu with gpus_per_replica above 0 would reserve GPUs and not use them")
         if self.retry_body_bytes > self.max_body_bytes:
             raise ValueError("retry_body_bytes is larger than max_body_bytes")
+        if self.body_memory_bytes < 4 * self.max_body_bytes:
+            raise ValueError("body_memory_bytes is less than four bodies of max_body_bytes")
         if self.host not in LOOPBACK_HOSTS and self.auth == "off":
             raise ValueError(
                 f"host {self.host!a} is not loopback, and auth=off lets everybody in: use auth=on"

@@ -6,34 +6,33 @@ neither parses their bodies nor serialises their replies.
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator
+from collections.abc import Awaitable
 from typing import Any, Final
 
-import numpy as np
 import orjson
 from fastapi import FastAPI, Request, Response
-from numpy.typing import NDArray
-from starlette.datastructures import UploadFile
-from starlette.formparsers import MultiPartException, MultiPartParser
 from starlette.responses import StreamingResponse
 
+from flatshare.api.bodies import BodyReader, files_of, media_type_of
+from flatshare.api.decoding import DecodeRoom
 from flatshare.api.hot import HotRoutes
 from flatshare.api.http import (
     ERROR_REPLIES,
     REQUEST_ID_HEADER,
     Incoming,
     PlainResponse,
+    encoding_of,
     install_error_handlers,
-    read_body,
     request_id_of,
 )
 from flatshare.api.identity import Identities
+from flatshare.api.images import decode_images
 from flatshare.api.oip import add_oip_routes
-from flatshare.api.payload import decode_images, decode_json, decode_pixels
+from flatshare.api.payload import READY, READY_HEADER, decode_json, decode_pixels
 from flatshare.api.schemas import MODEL_ID_HEADER, PredictReply, PredictRequest
 from flatshare.api.stream import LinesResponse, answers, lines_of
-from flatshare.api.tensors import DTYPE_HEADER, SHAPE_HEADER, decode_npy, decode_octets
-from flatshare.engine.service import InferenceService, Prediction, Ticket
+from flatshare.api.tensors import DTYPE_HEADER, SHAPE_HEADER, decode_npy, decode_octets, is_ready
+from flatshare.engine.service import InferenceService, Prediction, Rows, Ticket
 from flatshare.errors import BadInput
 from flatshare.models.architecture import Architecture
 from flatshare_registry.ids import ModelRef
@@ -55,6 +54,7 @@ def create_app(
     replica: str,
     max_body_bytes: int,
     max_rows: int,
+    room: DecodeRoom | None = None,
 ) -> HotRoutes:
     """Build the data plane of one replica, an ASGI app.
 
@@ -62,6 +62,8 @@ def create_app(
     ----------
     identities
         Tells who calls.
+    room
+        Where long bodies are decoded; one of its own by default.
     replica
         Named in the ``x-flatshare-replica`` reply header.
     max_body_bytes, max_rows
@@ -69,6 +71,8 @@ def create_app(
     """
     app = FastAPI(title="flatshare", description=_ABOUT, version="1")
     install_error_handlers(app)
+    decoding = room or DecodeRoom()
+    bodies = BodyReader(decoding, max_body_bytes)
 
     async def enter(request: Incoming) -> Ticket:
         """The caller known, the ref parsed and the request let in, before a byte of the body is read."""
@@ -77,18 +81,21 @@ def create_app(
 
     async def predict(request: Incoming) -> Response:
         with await enter(request) as ticket:
-            body = await read_body(request, max_body_bytes, ticket.limits.body_bytes)
-            kind = request.headers.get("content-type")
+            body = await bodies.read(request, ticket)
+            kind = media_type_of(request.headers)
+            ready = is_ready(request.headers)
 
-            def decode(network: Architecture) -> NDArray[np.float32]:
-                def rows(most: int) -> NDArray[np.float32]:
+            def decode(network: Architecture) -> Rows | Awaitable[Rows]:
+                def rows(most: int) -> Rows:
                     if kind == "application/octet-stream":
                         return decode_octets(body, request.headers, network, most)
                     if kind == "application/x-npy":
-                        return decode_npy(body, network, most)
-                    return decode_json(body, network.input, most)
+                        return decode_npy(body, network, most, ready=ready)
+                    return decode_json(body, network.input, most, ready=ready)
 
-                return ticket.decode(max_rows, rows)
+                return decoding.here_or_there(
+                    ticket.ref.tenant, len(body), lambda: ticket.decode(max_rows, rows)
+                )
 
             return _reply(await service.predict(ticket, decode), replica)
 
@@ -114,6 +121,9 @@ def create_app(
                 DTYPE_HEADER, "Of an octet-stream: uint8 pixels (default) or float32.", "float32"
             ),
             _header_parameter(SHAPE_HEADER, "Of an octet-stream: its shape.", "64,1,28,28"),
+            _header_parameter(
+                READY_HEADER, "Numbers that look like raw pixels are what the model wants.", READY
+            ),
         ],
     }
     for path, name in (("/predict", "predict"), ("/", "predict_at_root")):
@@ -143,20 +153,32 @@ def create_app(
     )
     async def classify(request: Request) -> Response:
         """Classify images: one PNG or JPEG file, several as multipart/form-data, or raw uint8 pixels."""
-        kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+        kind = media_type_of(request.headers)
         if kind not in ("image/png", "image/jpeg", "multipart/form-data", "application/octet-stream"):
             raise BadInput(
                 "Content-Type must be image/png, image/jpeg, multipart/form-data "
                 "or application/octet-stream (raw pixels)"
             )
         with await enter(request) as ticket:
-            body = await read_body(request, max_body_bytes, ticket.limits.body_bytes)
-            files = await _parts(request, body, max_rows) if kind == "multipart/form-data" else [body]
+            body = await bodies.read(request, ticket)
+            tenant = ticket.ref.tenant
+            headers = request.headers
+            files = [body]
+            if kind == "multipart/form-data":
+                files = await decoding.run(tenant, lambda: files_of(headers, body, max_rows))
 
-            def decode(network: Architecture) -> NDArray[np.float32]:
-                if kind == "application/octet-stream":
-                    return ticket.decode(max_rows, lambda most: decode_pixels(body, network, most))
-                return ticket.decode(max_rows, lambda most: decode_images(files, network, most))
+            def decode(network: Architecture) -> Rows | Awaitable[Rows]:
+                def rows(most: int) -> Rows:
+                    if kind == "application/octet-stream":
+                        return decode_pixels(body, network, most)
+                    return decode_images(files, network, most)
+
+                return decoding.here_or_there(
+                    tenant,
+                    len(body),
+                    lambda: ticket.decode(max_rows, rows),
+                    expands=kind != "application/octet-stream",
+                )
 
             return _reply(await service.predict(ticket, decode), replica)
 
@@ -172,6 +194,8 @@ def create_app(
     )
     async def stream(request: Request) -> LinesResponse:
         """Many requests in one: a JSON object a line in, a line out for each as it is ready."""
+        encoding_of(request)
+        ready = is_ready(request.headers)
         stream_ticket = await enter(request)  # held until the stream has ended
         limit = min(max_body_bytes, stream_ticket.limits.body_bytes or max_body_bytes)
 
@@ -179,15 +203,25 @@ def create_app(
             # Each line is a request: a key that is revoked ends the stream, a full quota slows it down.
             caller = await identities.identify(request.headers)
             with await service.enter(caller, stream_ticket.ref, within=stream_ticket) as ticket:
+                ticket.hold_bytes(len(line))
 
-                def decode(network: Architecture) -> NDArray[np.float32]:
-                    return ticket.decode(max_rows, lambda most: decode_json(line, network.input, most))
+                def decode(network: Architecture) -> Rows | Awaitable[Rows]:
+                    def rows(most: int) -> Rows:
+                        return decode_json(line, network.input, most, ready=ready)
+
+                    return decoding.here_or_there(
+                        ticket.ref.tenant, len(line), lambda: ticket.decode(max_rows, rows)
+                    )
 
                 return await service.predict(ticket, decode)
 
-        lines = lines_of(request.stream(), limit)
+        lines = lines_of(request.stream(), limit, stream_ticket.hold_bytes)
         return LinesResponse(
-            answers(lines, predict_line, request_id_of(request)), stream_ticket, media_type=NDJSON
+            answers(
+                lines, predict_line, request_id_of(request), lambda: service.another_place(stream_ticket)
+            ),
+            stream_ticket,
+            media_type=NDJSON,
         )
 
     add_oip_routes(
@@ -195,7 +229,8 @@ def create_app(
         service,
         identities,
         lambda prediction: _headers_of(prediction, replica),
-        max_body_bytes=max_body_bytes,
+        bodies,
+        decoding,
         max_rows=max_rows,
     )
     return HotRoutes(app, {"/predict": predict, "/": predict})
@@ -221,24 +256,6 @@ def model_id_of(request: Incoming) -> str:
         raise BadInput(f"name one model in the {MODEL_ID_HEADER} header: acme, acme:canary or acme@7")
     text: str = found[0].decode("latin-1")
     return text
-
-
-async def _parts(request: Request, body: bytes, max_files: int) -> list[bytes]:
-    """Files of a multipart body, in order; the body's length is already capped."""
-
-    async def stream() -> AsyncGenerator[bytes, None]:
-        yield body
-
-    try:
-        form = await MultiPartParser(
-            request.headers, stream(), max_files=max_files + 1, max_fields=16
-        ).parse()
-    except (MultiPartException, KeyError, ValueError) as error:
-        raise BadInput(f"the multipart body can't be read: {getattr(error, 'message', error)}") from None
-    try:
-        return [await part.read() for _, part in form.multi_items() if isinstance(part, UploadFile)]
-    finally:
-        await form.close()
 
 
 def _reply(prediction: Prediction, replica: str) -> Response:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import AsyncGenerator, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from typing import Any, Final, Protocol
 
 import orjson
@@ -16,7 +16,14 @@ from starlette.types import Scope
 
 from flatshare.api.error_table import HttpError, describe_error
 from flatshare.api.schemas import ErrorReply
-from flatshare.errors import BadInput, BodyOverQuota, ServeError, TooLarge, TooSlow
+from flatshare.errors import (
+    BadInput,
+    BodyOverQuota,
+    ServeError,
+    TooLarge,
+    TooSlow,
+    UnsupportedEncoding,
+)
 from flatshare_registry.errors import RegistryError
 from flatshare_registry.records import new_ulid
 
@@ -24,6 +31,7 @@ __all__ = [
     "ERROR_REPLIES",
     "Incoming",
     "PlainResponse",
+    "encoding_of",
     "error_reply",
     "error_response",
     "install_error_handlers",
@@ -48,6 +56,7 @@ ERROR_REPLIES: Final[dict[int | str, dict[str, Any]]] = {
         404: "No such tenant, alias or version; or not this key's.",
         408: "The body did not arrive in time.",
         413: "Over a stated limit.",
+        415: "The body is compressed in a way that is not read here.",
         429: "Over a limit of the tenant's, which the code names; Retry-After says when to try again.",
         500: "The model or the service failed; tell the operator.",
         503: "No room, or the store is down; Retry-After says when to try again.",
@@ -94,16 +103,54 @@ def request_id_of(request: Incoming) -> str:
     return given if _SAFE_ID.fullmatch(given) else new_ulid()
 
 
-async def read_body(request: Incoming, limit_bytes: int, quota_bytes: int | None = None) -> bytes:
-    """A request's body, never holding more than the limit.
+def encoding_of(request: Incoming, known: Collection[str] = ()) -> str | None:
+    """How a body is compressed (``Content-Encoding``); None when it is not.
+
+    Parameters
+    ----------
+    known
+        Codings that are read here.
+
+    Raises
+    ------
+    UnsupportedEncoding
+        It is another one, or several after each other.
+    """
+    text = request.headers.get("content-encoding")
+    if text is None:
+        return None
+    coding = text.strip().lower()
+    if coding in ("", "identity"):
+        return None
+    if coding not in known:
+        readable = " or ".join(sorted(known)) or "nothing"
+        raise UnsupportedEncoding(f"Content-Encoding {coding[:40]!a} is not read here; {readable} is")
+    return coding
+
+
+async def read_body(
+    request: Incoming,
+    limit_bytes: int,
+    quota_bytes: int | None = None,
+    *,
+    hold: Callable[[int], None] = lambda size: None,
+    known: Collection[str] = (),
+) -> bytes:
+    """A request's body as it comes, never holding more than the limit.
 
     Parameters
     ----------
     quota_bytes
         The tenant's own limit.
+    hold
+        Told how many bytes are held, or will be, before they are; raises to refuse.
+    known
+        Codings that the caller expands.
 
     Raises
     ------
+    UnsupportedEncoding
+        It is compressed, in none of these.
     TooLarge, BodyOverQuota
         It claims, or turns out, to be longer.
     TooSlow
@@ -111,6 +158,7 @@ async def read_body(request: Incoming, limit_bytes: int, quota_bytes: int | None
     BadInput
         Its Content-Length is not a number.
     """
+    encoding_of(request, known)
     refusal: type[TooLarge] = TooLarge
     if quota_bytes is not None and quota_bytes < limit_bytes:
         limit_bytes, refusal = quota_bytes, BodyOverQuota
@@ -118,8 +166,10 @@ async def read_body(request: Incoming, limit_bytes: int, quota_bytes: int | None
     if claimed is not None:
         if not claimed.isascii() or not claimed.isdigit():
             raise BadInput("Content-Length is not a number")
-        if int(claimed[:20]) > limit_bytes:
-            raise refusal(f"the body has {claimed[:20]} bytes; the limit is {limit_bytes}")
+        digits = claimed.lstrip("0")[:20] or "0"  # int() takes no text of any length
+        if int(digits) > limit_bytes:
+            raise refusal(f"the body has {digits} bytes; the limit is {limit_bytes}")
+        hold(int(digits))
     parts: list[bytes] = []
     size = 0
     try:
@@ -128,6 +178,8 @@ async def read_body(request: Incoming, limit_bytes: int, quota_bytes: int | None
                 size += len(part)
                 if size > limit_bytes:
                     raise refusal(f"the body is longer than the limit of {limit_bytes} bytes")
+                if claimed is None:
+                    hold(size)
                 parts.append(part)
     except TimeoutError:
         raise TooSlow(f"the body did not arrive within {BODY_TIMEOUT_S:g} s") from None

@@ -7,7 +7,7 @@ Errors are the protocol's ``{"error": "<message>"}``, with our code and request 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Awaitable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, Final
 
@@ -16,12 +16,14 @@ import orjson
 from fastapi import FastAPI, Request, Response
 from numpy.typing import NDArray
 
+from flatshare.api.bodies import BodyReader
+from flatshare.api.decoding import DecodeRoom
 from flatshare.api.error_table import describe_error
-from flatshare.api.http import error_reply, read_body, request_id_of
+from flatshare.api.http import error_reply, request_id_of
 from flatshare.api.identity import Identities
 from flatshare.api.payload import decode_array
-from flatshare.api.tensors import rows_of, tensor_of
-from flatshare.engine.service import InferenceService, Prediction, Ticket
+from flatshare.api.tensors import is_ready, rows_of, tensor_of
+from flatshare.engine.service import InferenceService, Prediction, Rows, Ticket
 from flatshare.errors import BadInput
 from flatshare.models.architecture import Architecture, architecture
 from flatshare_registry.ids import ModelRef, parse_version
@@ -39,8 +41,9 @@ def add_oip_routes(
     service: InferenceService,
     identities: Identities,
     headers_of: Any,
+    bodies: BodyReader,
+    decoding: DecodeRoom,
     *,
-    max_body_bytes: int,
     max_rows: int,
 ) -> None:
     """Add the protocol's routes to the data plane.
@@ -49,6 +52,8 @@ def add_oip_routes(
     ----------
     headers_of
         Makes the reply headers that name tenant, version and replica, of a prediction.
+    bodies, decoding
+        Read bodies, and decode long ones.
     """
 
     @app.get("/v2", operation_id="oip_server")
@@ -94,13 +99,19 @@ def add_oip_routes(
         """Predict: JSON tensors, or binary ones after the JSON."""
         try:
             with await enter(request) as ticket:
-                if request.headers.get("content-encoding", "identity") != "identity":
-                    raise BadInput("a compressed body is not read here")
-                body = await read_body(request, max_body_bytes, ticket.limits.body_bytes)
-                document, binary = _split(body, request.headers.get(HEADER_LENGTH))
+                body = await bodies.read(request, ticket)
+                length = request.headers.get(HEADER_LENGTH)
+                ready = is_ready(request.headers)
+                split = decoding.here_or_there(ticket.ref.tenant, len(body), lambda: _split(body, length))
+                document, binary = split if isinstance(split, tuple) else await split
 
-                def decode(network: Architecture) -> NDArray[np.float32]:
-                    return ticket.decode(max_rows, lambda most: _input_rows(document, binary, network, most))
+                def decode(network: Architecture) -> Rows | Awaitable[Rows]:
+                    def rows(most: int) -> Rows:
+                        return _input_rows(document, binary, network, most, ready=ready)
+
+                    return decoding.here_or_there(
+                        ticket.ref.tenant, len(body), lambda: ticket.decode(max_rows, rows)
+                    )
 
                 prediction = await service.predict(ticket, decode)
                 return _reply(prediction, document, str(ticket.ref), headers_of(prediction))
@@ -150,7 +161,7 @@ def _split(body: bytes, header_length: str | None) -> tuple[dict[str, Any], memo
 
 
 def _input_rows(
-    document: dict[str, Any], binary: memoryview, network: Architecture, max_rows: int
+    document: dict[str, Any], binary: memoryview, network: Architecture, max_rows: int, *, ready: bool
 ) -> NDArray[np.float32]:
     inputs = document.get("inputs")
     if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(inputs[0], dict):
@@ -169,12 +180,19 @@ def _input_rows(
     if size is not None:
         if type(size) is not int or size != len(binary):
             raise BadInput(f"binary_data_size is not the {len(binary)} bytes that follow the JSON")
-        return rows_of(tensor_of(binary, dtype, tuple(shape), network, max_rows), network, max_rows)
-    return _json_rows(tensor.get("data"), dtype, shape, network, max_rows)
+        array = tensor_of(binary, dtype, tuple(shape), network, max_rows)
+        return rows_of(array, network, max_rows, ready=ready)
+    return _json_rows(tensor.get("data"), dtype, shape, network, max_rows, ready=ready)
 
 
 def _json_rows(
-    data: Any, dtype: np.dtype[Any], shape: Sequence[int], network: Architecture, max_rows: int
+    data: Any,
+    dtype: np.dtype[Any],
+    shape: Sequence[int],
+    network: Architecture,
+    max_rows: int,
+    *,
+    ready: bool,
 ) -> NDArray[np.float32]:
     """Rows of JSON data, nested or flat (the protocol allows both)."""
     if isinstance(data, list) and data and not isinstance(data[0], list):
@@ -190,7 +208,7 @@ def _json_rows(
             [[row[(c * height + h) * width :][:width] for h in range(height)] for c in range(channels)]
             for row in data
         ]
-    rows_found = decode_array(data, network.input, max_rows)
+    rows_found = decode_array(data, network.input, max_rows, ready=ready or dtype == np.uint8)
     if dtype != np.uint8:
         return rows_found
     if ((rows_found < 0) | (rows_found > 255) | (rows_found != np.floor(rows_found))).any():

@@ -1,50 +1,59 @@
-"""Bodies to rows: JSON as the notebook sends it, images, raw pixels.
+"""Bodies to rows: JSON as the notebook sends it, raw pixels. Image files are ``images.py``.
 
 Every limit is checked before memory is spent.
 """
 
 from __future__ import annotations
 
-import io
 import itertools
 import math
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any, Final
 
 import numpy as np
 import orjson
 from numpy.typing import NDArray
-from PIL import Image, UnidentifiedImageError
 
 from flatshare.errors import BadInput, TooLarge
 from flatshare.models.architecture import Architecture, InputSpec
 
-__all__ = ["decode_array", "decode_images", "decode_json", "decode_pixels"]
+__all__ = ["READY", "READY_HEADER", "decode_array", "decode_json", "decode_pixels"]
 
 MAX_DEPTH: Final = 8
 """Deepest nesting of lists that is looked into: more than any architecture's input has."""
 
 _NUMBERS: Final = {int, float}
 
-IMAGE_MODES: Final = frozenset({"1", "L", "P", "RGB"})
-"""Pixel formats that convert to 8 bits without loss. Not 16-bit grey, which Pillow clips to white,
-and nothing with transparency, which it drops: both would be answered wrongly, and confidently."""
 
-IMAGE_FORMATS: Final = ("PNG", "JPEG")
+SHORT_BYTES: Final = 64 * 1024
+"""Length up to which JSON is parsed without a look at what it would expand to: 25 times that, at most."""
+
+SPARE_VALUES: Final = 4096
+"""Lists, objects, texts and numbers that a body may have beside its rows."""
+
+READY_HEADER: Final = "x-tensor-values"
+READY: Final = "model-ready"
+"""Says that numbers which look like raw pixels are what the model wants."""
 
 
-def decode_json(body: bytes, spec: InputSpec, max_rows: int) -> NDArray[np.float32]:
+def decode_json(body: bytes, spec: InputSpec, max_rows: int, *, ready: bool = False) -> NDArray[np.float32]:
     """Rows of ``{"image": [...]}``, as a JSON object or as the JSON string of one (what the notebook sends).
+
+    Parameters
+    ----------
+    ready
+        The caller says that numbers which look like raw pixels are model-ready.
 
     Raises
     ------
     BadInput
-        Not JSON, no such key, not numbers, not finite, not of an accepted shape.
+        Not JSON, no such key, not numbers, not finite, not of an accepted shape, or raw pixels.
     TooLarge
         More than ``max_rows`` rows.
     """
     text: bytes | str = body
+    _check_expansion(body, spec, max_rows)
     try:
         document = orjson.loads(body)
         if isinstance(document, str):
@@ -56,19 +65,57 @@ def decode_json(body: bytes, spec: InputSpec, max_rows: int) -> NDArray[np.float
         raise BadInput(f'the body must be an object with the key "{spec.name}"')
     value = document[spec.name]
     if not isinstance(value, list):
-        return decode_array(value, spec, max_rows)
+        return decode_array(value, spec, max_rows, ready=ready)
     # A literal can't be written otherwise, so where neither stands no leaf is a truth value.
     truths = b"true" in text or b"false" in text
-    return _rows_of_list(value, spec, max_rows, truths=truths)
+    return _checked(_rows_of_list(value, spec, max_rows, truths=truths), spec, ready=ready)
 
 
-def decode_array(value: Any, spec: InputSpec, max_rows: int) -> NDArray[np.float32]:
+def _check_expansion(body: bytes, spec: InputSpec, max_rows: int) -> None:
+    """Refuse long JSON of more values than the most rows can have: each would take up to 64 bytes.
+
+    Raises
+    ------
+    BadInput, TooLarge
+        It is that.
+    """
+    if len(body) <= SHORT_BYTES:
+        return
+    lists = sum(math.prod(spec.shape[:depth]) for depth in range(len(spec.shape)))  # of one row
+    nested = body.count(b"[") + body.count(b"{") + body.count(b'"') // 2
+    if nested > max_rows * lists + SPARE_VALUES:
+        raise BadInput(f"the body has {nested} lists, objects and texts: more than {max_rows} rows can have")
+    numbers = body.count(b",")
+    if numbers > max_rows * spec.row_values + SPARE_VALUES:
+        raise TooLarge(f"the body has {numbers} numbers; the limit is {max_rows} rows a request")
+
+
+def _checked(rows: NDArray[np.float32], spec: InputSpec, *, ready: bool) -> NDArray[np.float32]:
+    """The rows, unless they are raw pixels, which a model would answer wrongly and with confidence.
+
+    Raises
+    ------
+    BadInput
+        They are, and the caller does not say that they are right.
+    """
+    # Model-ready numbers of most transforms are 1 at most, so most rows are looked at once.
+    if ready or rows.max() <= 1:
+        return rows
+    if rows.min() >= 0 and rows.max() <= 255 and (rows == np.rint(rows)).all():
+        raise BadInput(
+            f'"{spec.name}" holds whole numbers of 0 to 255: raw pixels, which go to /classify (as files or '
+            f"as bytes). If they are what the model wants, say so with the header {READY_HEADER}: {READY}"
+        )
+    return rows
+
+
+def decode_array(value: Any, spec: InputSpec, max_rows: int, *, ready: bool = False) -> NDArray[np.float32]:
     """Rows of a nested list or an array of numbers: ``(N, C, H, W)``, or without C if that is 1, or one row.
 
-    Raises as :func:`decode_json`.
+    Parameters and errors as those of :func:`decode_json`.
     """
     if not isinstance(value, np.ndarray):
-        return _rows_of_list(value, spec, max_rows, truths=True)
+        return _checked(_rows_of_list(value, spec, max_rows, truths=True), spec, ready=ready)
     array = value
     if array.dtype.kind not in "fiu":
         raise BadInput(f'"{spec.name}" is not a rectangular array of numbers')
@@ -78,7 +125,7 @@ def decode_array(value: Any, spec: InputSpec, max_rows: int) -> NDArray[np.float
         rows = np.require(rows, np.float32, ["C_CONTIGUOUS", "ALIGNED"])
     if not np.isfinite(rows).all():
         raise BadInput(f'"{spec.name}" holds a number that is not finite in 32 bits')
-    return rows
+    return _checked(rows, spec, ready=ready)
 
 
 def _rows_of_list(value: Any, spec: InputSpec, max_rows: int, *, truths: bool) -> NDArray[np.float32]:
@@ -148,41 +195,6 @@ def as_rows(array: NDArray[Any], spec: InputSpec, max_rows: int) -> NDArray[Any]
     """
     check_shape(array.shape, spec, max_rows)
     return array.reshape(-1, *spec.shape)
-
-
-def decode_images(files: Sequence[bytes], network: Architecture, max_rows: int) -> NDArray[np.float32]:
-    """Rows of PNG or JPEG files, through the architecture's own transform.
-
-    Raises
-    ------
-    BadInput
-        Not such a file, damaged, or not of the architecture's size (checked before it is decoded).
-    TooLarge
-        More than ``max_rows`` files.
-    """
-    if not files:
-        raise BadInput("there is no image in the request")
-    if len(files) > max_rows:
-        raise TooLarge(f"there are {len(files)} images in the request; the limit is {max_rows}")
-    return network.preprocess(np.stack([_decode_image(data, network.input) for data in files]))
-
-
-def _decode_image(data: bytes, spec: InputSpec) -> NDArray[np.uint8]:
-    channels, height, width = spec.shape
-    try:
-        with Image.open(io.BytesIO(data), formats=IMAGE_FORMATS) as image:
-            # open() reads only the header: a bomb is refused by its size, not unpacked.
-            if image.size != (width, height):
-                raise BadInput(f"an image is {image.width} x {image.height}; it must be {width} x {height}")
-            if image.mode not in IMAGE_MODES or "transparency" in image.info:
-                raise BadInput("an image must be 8-bit grey, palette or RGB, without transparency")
-            return np.asarray(image.convert("L" if channels == 1 else "RGB"), dtype=np.uint8)
-    except BadInput:
-        raise
-    except UnidentifiedImageError:
-        raise BadInput(f"an image is not {' or '.join(IMAGE_FORMATS)}") from None
-    except (OSError, ValueError, SyntaxError, EOFError, Image.DecompressionBombError):
-        raise BadInput("an image is damaged") from None
 
 
 def decode_pixels(body: bytes, network: Architecture, max_rows: int) -> NDArray[np.float32]:

@@ -7,6 +7,8 @@ these and not by the stream. An answer names its line by ``index``; one bad line
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import functools
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable
 from contextlib import AbstractContextManager
 from typing import Any, Final
@@ -60,8 +62,15 @@ class LinesResponse(StreamingResponse):
                     await source.aclose()  # a client that went away ends what runs for it
 
 
-async def lines_of(chunks: AsyncIterator[bytes], limit_bytes: int) -> AsyncIterator[bytes]:
+async def lines_of(
+    chunks: AsyncIterator[bytes], limit_bytes: int, hold: Callable[[int], None] = lambda size: None
+) -> AsyncIterator[bytes]:
     """Lines of a body, without their ends; empty ones are skipped.
+
+    Parameters
+    ----------
+    hold
+        Told how many bytes of a line are here while it is not whole; raises to end the stream.
 
     Raises
     ------
@@ -88,19 +97,24 @@ async def lines_of(chunks: AsyncIterator[bytes], limit_bytes: int) -> AsyncItera
                 raise TooLarge(f"a line is longer than the limit of {limit_bytes} bytes")
             line = bytes(rest) + piece
             rest.clear()
+            hold(0)  # the line is its request's now
             if line.strip():
                 yield line
         if len(rest) + len(last) > limit_bytes:
             raise TooLarge(f"a line is longer than the limit of {limit_bytes} bytes")
         if not rest:  # what is there of a line begins here
             deadline = loop.time() + (LINE_S if last else IDLE_S)
+        hold(len(rest) + len(last))
         rest += last
     if rest.strip():
         yield bytes(rest)
 
 
 async def answers(
-    lines: AsyncIterator[bytes], predict: Callable[[bytes], Awaitable[Prediction]], request_id: str
+    lines: AsyncIterator[bytes],
+    predict: Callable[[bytes], Awaitable[Prediction]],
+    request_id: str,
+    another_place: Callable[[], AbstractContextManager[object] | None] = contextlib.nullcontext,
 ) -> AsyncGenerator[bytes, None]:
     """Lines of answers, each as soon as it is ready; ends what is under way when it is closed.
 
@@ -108,7 +122,11 @@ async def answers(
     ----------
     predict
         Answers one line.
+    another_place
+        A context for each line beside the first that is worked on; None while the tenant may have no more:
+        then the next line waits for one of this stream's to end.
     """
+    read: bytes | None = None  # the next line, which waits for a place
     running: set[asyncio.Task[bytes]] = set()
     refused = asyncio.Event()  # nothing more will be answered: no use in reading on
     index = 0
@@ -135,7 +153,17 @@ async def answers(
         })  # fmt: skip
 
     try:
-        while reading is not None or running:
+        while reading is not None or running or read is not None:
+            if read is not None:
+                place = contextlib.nullcontext() if not running else another_place()
+                if place is not None:
+                    task = asyncio.create_task(one(index, read))
+                    # Not within the task: one that is cancelled before its first step does not begin.
+                    task.add_done_callback(functools.partial(_give_back, place))
+                    running.add(task)
+                    read = None
+                    index += 1
+                    reading = asyncio.ensure_future(_next(source))
             waiting: set[asyncio.Task[Any]] = set(running)
             if reading is not None and len(running) < IN_FLIGHT:
                 waiting.add(reading)
@@ -144,10 +172,12 @@ async def answers(
                 if task is not reading:
                     running.discard(task)
                     yield task.result()
-            if refused.is_set() and reading is not None:
-                reading.cancel()
-                await asyncio.gather(reading, return_exceptions=True)
-                reading = None
+            if refused.is_set():
+                read = None
+                if reading is not None:
+                    reading.cancel()
+                    await asyncio.gather(reading, return_exceptions=True)
+                    reading = None
             if reading is not None and reading in done:
                 try:
                     line = reading.result()
@@ -157,14 +187,16 @@ async def answers(
                     reading = None
                     yield _failure(index, error, request_id)
                 else:
-                    running.add(asyncio.create_task(one(index, line)))
-                    index += 1
-                    reading = asyncio.ensure_future(_next(source))
+                    read, reading = line, None
     finally:
         rest = [*running, *([reading] if reading is not None else [])]
         for task in rest:
             task.cancel()
         await asyncio.gather(*rest, return_exceptions=True)
+
+
+def _give_back(place: AbstractContextManager[object], task: asyncio.Task[bytes]) -> None:
+    place.__exit__(None, None, None)
 
 
 async def _next(source: AsyncIterator[bytes]) -> bytes:

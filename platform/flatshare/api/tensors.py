@@ -14,11 +14,11 @@ from typing import Any, Final
 import numpy as np
 from numpy.typing import NDArray
 
-from flatshare.api.payload import as_rows, check_shape, decode_array, decode_pixels
+from flatshare.api.payload import READY, READY_HEADER, as_rows, check_shape, decode_array, decode_pixels
 from flatshare.errors import BadInput
 from flatshare.models.architecture import Architecture
 
-__all__ = ["DTYPE_HEADER", "SHAPE_HEADER", "decode_npy", "decode_octets", "rows_of", "tensor_of"]
+__all__ = ["DTYPE_HEADER", "SHAPE_HEADER", "decode_npy", "decode_octets", "is_ready", "rows_of", "tensor_of"]
 
 SHAPE_HEADER: Final = "x-tensor-shape"
 DTYPE_HEADER: Final = "x-tensor-dtype"
@@ -61,11 +61,24 @@ def decode_octets(
     if not all(part.strip().isascii() and part.strip().isdigit() and len(part) < 10 for part in parts):
         raise BadInput(f"{SHAPE_HEADER} is {text[:40]!a}; it must be whole numbers with commas: 64,1,28,28")
     shape = tuple(int(part) for part in parts)
-    return rows_of(tensor_of(memoryview(body), dtype, shape, network, max_rows), network, max_rows)
+    array = tensor_of(memoryview(body), dtype, shape, network, max_rows)
+    return rows_of(array, network, max_rows, ready=is_ready(headers))
 
 
-def decode_npy(body: bytes, network: Architecture, max_rows: int) -> NDArray[np.float32]:
+def is_ready(headers: Mapping[str, str]) -> bool:
+    """Whether a caller says that numbers which look like raw pixels are model-ready."""
+    return headers.get(READY_HEADER) == READY
+
+
+def decode_npy(
+    body: bytes, network: Architecture, max_rows: int, *, ready: bool = False
+) -> NDArray[np.float32]:
     """Rows of an .npy file (numpy.org/doc, numpy.lib.format); nothing in it is unpickled.
+
+    Parameters
+    ----------
+    ready
+        As in :func:`flatshare.api.payload.decode_json`.
 
     Raises
     ------
@@ -86,13 +99,8 @@ def decode_npy(body: bytes, network: Architecture, max_rows: int) -> NDArray[np.
         raise BadInput("the .npy file must hold uint8 pixels or numbers")
     if not all(type(size) is int and 0 <= size < 2**31 for size in shape):
         raise BadInput("the .npy file has an impossible shape")
-    data = memoryview(body)[file.tell() :]
-    if fortran:
-        array = tensor_of(data, dtype, tuple(reversed(shape)), network, max_rows, check=False).transpose()
-        check_shape(array.shape, network.input, max_rows)
-    else:
-        array = tensor_of(data, dtype, shape, network, max_rows)
-    return rows_of(array, network, max_rows)
+    array = tensor_of(memoryview(body)[file.tell() :], dtype, shape, network, max_rows, fortran=fortran)
+    return rows_of(array, network, max_rows, ready=ready)
 
 
 def tensor_of(
@@ -102,24 +110,30 @@ def tensor_of(
     network: Architecture,
     max_rows: int,
     *,
-    check: bool = True,
+    fortran: bool = False,
 ) -> NDArray[Any]:
-    """An array over bytes, without a copy.
+    """An array over bytes, without a copy. The shape is checked before an array is made of it.
+
+    Parameters
+    ----------
+    fortran
+        The first index runs fastest.
 
     Raises
     ------
     BadInput, TooLarge
         The shape is not accepted, or takes another number of bytes.
     """
-    if check:
-        check_shape(shape, network.input, max_rows)
+    check_shape(shape, network.input, max_rows)
     wanted = math.prod(shape) * dtype.itemsize
     if len(data) != wanted:
         raise BadInput(f"{len(data)} bytes are not a tensor of shape {shape}: that takes {wanted}")
-    return np.frombuffer(data, dtype=dtype).reshape(shape)
+    return np.frombuffer(data, dtype=dtype).reshape(shape, order="F" if fortran else "C")
 
 
-def rows_of(array: NDArray[Any], network: Architecture, max_rows: int) -> NDArray[np.float32]:
+def rows_of(
+    array: NDArray[Any], network: Architecture, max_rows: int, *, ready: bool = False
+) -> NDArray[np.float32]:
     """Model-ready rows ``(N, *input.shape)`` of pixels (uint8) or of numbers (everything else).
 
     Raises
@@ -128,7 +142,7 @@ def rows_of(array: NDArray[Any], network: Architecture, max_rows: int) -> NDArra
         The shape is not accepted, or a number is not finite in 32 bits.
     """
     if array.dtype != np.uint8:
-        return decode_array(array, network.input, max_rows)
+        return decode_array(array, network.input, max_rows, ready=ready)
     channels, height, width = network.input.shape
     rows = as_rows(array, network.input, max_rows)
     pixels = rows.reshape(-1, height, width) if channels == 1 else rows.transpose(0, 2, 3, 1)

@@ -8,22 +8,47 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from types import TracebackType
 from typing import Final
 
 from cachetools import LRUCache
 
 from flatshare.cache.shares import NO_SHARE, Share
-from flatshare.errors import TooManyAtOnce, TooManyColdLoads, TooManyRequests
+from flatshare.errors import (
+    Overloaded,
+    TooManyAtOnce,
+    TooManyBytesAtOnce,
+    TooManyColdLoads,
+    TooManyRequests,
+)
 from flatshare_registry.records import DEFAULT_PLAN, Quotas, TenantHead
 
-__all__ = ["Bucket", "QuotaKeeper"]
+__all__ = ["Bucket", "BytesLimit", "QuotaKeeper", "UnderWay"]
 
 MAX_ACCOUNTS: Final = 50_000
 """Tenants whose accounts are kept; beyond it the longest unused starts anew, with a full bucket."""
 
 COLD_BURST: Final = 10
 """Loads that a tenant may do at once, whatever its rate a minute: a replica that just started needs some."""
+
+
+FREE_BYTES: Final = 64 * 1024
+"""Bytes of a request that are not counted: all places of a replica full of such requests hold little."""
+
+
+@dataclass(frozen=True, slots=True)
+class BytesLimit:
+    """Bytes of bodies and rows that may be held at a time.
+
+    Attributes
+    ----------
+    replica, tenant
+        By all requests under way, and by those of one tenant; None for no limit.
+    """
+
+    replica: int | None = None
+    tenant: int | None = None
 
 
 class Bucket:
@@ -50,11 +75,12 @@ class Bucket:
 class _Account:
     """What one tenant has used."""
 
-    __slots__ = ("cold", "limits", "requests", "revision", "share", "under_way")
+    __slots__ = ("cold", "held_bytes", "limits", "requests", "revision", "share", "under_way")
 
     def __init__(self, limits: Quotas, revision: int, now: float) -> None:
         self.revision = revision
         self.under_way = 0
+        self.held_bytes = 0
         self.set_limits(limits, now)
 
     def set_limits(self, limits: Quotas, now: float) -> None:
@@ -77,6 +103,13 @@ class QuotaKeeper:
         Monotonic seconds.
     concurrent_requests
         Of a tenant for whom neither its own limits nor its plan say how many.
+    bytes_limit
+        What bodies may take.
+
+    Attributes
+    ----------
+    held_bytes
+        Of all requests under way, but for ``FREE_BYTES`` of each.
     """
 
     def __init__(
@@ -85,7 +118,10 @@ class QuotaKeeper:
         clock: Callable[[], float] = time.monotonic,
         *,
         concurrent_requests: int | None = None,
+        bytes_limit: BytesLimit = BytesLimit(),  # frozen
     ) -> None:
+        self.bytes_limit = bytes_limit
+        self.held_bytes = 0
         self._plans = dict(plans or {})
         self._default = Quotas(concurrent_requests=concurrent_requests)
         self._clock = clock
@@ -100,7 +136,7 @@ class QuotaKeeper:
         """A tenant's share of the device."""
         return NO_SHARE if head is None else self._account(head).share
 
-    def request(self, head: TenantHead, *, counted: bool = True) -> _UnderWay:
+    def request(self, head: TenantHead, *, counted: bool = True) -> UnderWay:
         """Begin a request; a context that ends it.
 
         Parameters
@@ -129,7 +165,16 @@ class QuotaKeeper:
                 error.retry_after_s = int(wait_s) + 1
                 raise error
         account.under_way += counted
-        return _UnderWay(account, counted)
+        return UnderWay(self, account, counted)
+
+    def place(self, head: TenantHead) -> UnderWay | None:
+        """One more place of the tenant's, for another line of a stream; None when it has all that it may."""
+        account = self._account(head)
+        most = account.limits.concurrent_requests
+        if most is not None and account.under_way >= most:
+            return None
+        account.under_way += 1
+        return UnderWay(self, account, counted=True)
 
     def cold_load(self, head: TenantHead) -> None:
         """Count a load of a model that is not on the device.
@@ -163,20 +208,58 @@ class QuotaKeeper:
         return account
 
 
-class _UnderWay:
+class UnderWay:
     """``with``: a request under way."""
 
-    __slots__ = ("_account", "_counted")
+    __slots__ = ("_account", "_counted", "_held", "_keeper", "_size")
 
-    def __init__(self, account: _Account, counted: bool) -> None:
+    def __init__(self, keeper: QuotaKeeper, account: _Account, counted: bool) -> None:
+        self._keeper = keeper
         self._account = account
         self._counted = counted
+        self._held = 0
+        self._size = 0
 
-    def __enter__(self) -> None:
-        return None
+    def hold_more(self, size: int) -> None:
+        """As :meth:`hold_bytes`, of so many bytes beside those that count already."""
+        self.hold_bytes(self._size + size)
+
+    def hold_bytes(self, size: int) -> None:
+        """Say how many bytes this request holds now, or will in a moment; more than that or less than before.
+
+        Raises
+        ------
+        TooManyBytesAtOnce, Overloaded
+            All requests of the tenant together hold too many, or all of the replica.
+        """
+        counted = max(size - FREE_BYTES, 0)
+        more = counted - self._held
+        if not more:
+            self._size = size
+            return
+        if more > 0:
+            limit = self._keeper.bytes_limit
+            if limit.tenant is not None and self._account.held_bytes + more > limit.tenant:
+                self._keeper.refused += 1
+                raise TooManyBytesAtOnce(
+                    f"the bodies of this tenant's requests under way take {limit.tenant} bytes, the limit; "
+                    "send fewer at a time"
+                )
+            if limit.replica is not None and self._keeper.held_bytes + more > limit.replica:
+                raise Overloaded(f"this replica holds {limit.replica} bytes of bodies, the limit; retry")
+        self._held, self._size = counted, size
+        self._account.held_bytes += more
+        self._keeper.held_bytes += more
+
+    def __enter__(self) -> UnderWay:
+        return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self._account.under_way -= self._counted
         self._counted = False
+        if self._held:
+            self._account.held_bytes -= self._held
+            self._keeper.held_bytes -= self._held
+            self._held = 0

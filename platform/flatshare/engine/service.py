@@ -8,8 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Callable
-from contextlib import AbstractContextManager
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from types import TracebackType
 from typing import Final, Protocol
@@ -23,7 +22,7 @@ from flatshare.cache.promotions import Promotions
 from flatshare.cache.tiers import Tier
 from flatshare.cache.view import RegistryView
 from flatshare.engine.admission import Admission
-from flatshare.engine.quotas import QuotaKeeper
+from flatshare.engine.quotas import FREE_BYTES, QuotaKeeper, UnderWay
 from flatshare.errors import (
     DeadlineExceeded,
     IsolationBroken,
@@ -48,8 +47,11 @@ FEW_ROWS: Final = 16
 LEASE_SHARE: Final = 0.98
 """Part of what is left of a request's time that it waits for a lease."""
 
-Decode = Callable[[Architecture], NDArray[np.float32]]
-"""Makes the rows ``(N, *input.shape)`` of a request for an architecture; raises ``BadInput``."""
+Rows = NDArray[np.float32]
+
+Decode = Callable[[Architecture], Rows | Awaitable[Rows]]
+"""Makes the rows ``(N, *input.shape)`` of a request for an architecture, at once or as something to await;
+raises ``BadInput``."""
 
 
 class MayPredict(Protocol):
@@ -75,7 +77,7 @@ class Ticket:
     ref: ModelRef
     head: TenantHead
     limits: Quotas
-    under_way: AbstractContextManager[None]
+    under_way: UnderWay
 
     def __enter__(self) -> Ticket:
         """Begin."""
@@ -86,6 +88,10 @@ class Ticket:
     ) -> None:
         """The request is over: it counts no longer."""
         self.under_way.__exit__(kind, error, trace)
+
+    def hold_bytes(self, size: int) -> None:
+        """Count what the request holds in memory. Raises as :meth:`UnderWay.hold_bytes`."""
+        self.under_way.hold_bytes(size)
 
     def decode(self, most: int, decode: Callable[[int], NDArray[np.float32]]) -> NDArray[np.float32]:
         """Decode rows within the tenant's limit, which is known before memory is spent on them.
@@ -232,7 +238,7 @@ class InferenceService:
         head = self.view.head_now(ref.tenant)
         if head is None:
             try:
-                async with asyncio.timeout(self._timeout_s), self.cold.hold(self._timeout_s):
+                async with asyncio.timeout(self._timeout_s), self.cold.hold(self._timeout_s, ref.tenant):
                     head = await self.view.head(ref.tenant)
             except TimeoutError:
                 raise Unavailable(f"the registry did not answer within {self._timeout_s:g} s") from None
@@ -240,6 +246,10 @@ class InferenceService:
             raise Suspended(f"tenant {ref.tenant} is suspended; ask your operator")
         under_way = self.quotas.request(head, counted=within is None)
         return Ticket(ref, head, self.quotas.limits(head), under_way)
+
+    def another_place(self, ticket: Ticket) -> UnderWay | None:
+        """A place for one more line of a stream at a time; None when its tenant has all that it may have."""
+        return self.quotas.place(ticket.head)
 
     async def predict(self, ticket: Ticket, decode: Decode) -> Prediction:
         """Answer one request.
@@ -265,14 +275,17 @@ class InferenceService:
         try:
             async with asyncio.timeout_at(deadline):
                 version = await self._resolve(ref)
-                rows = decode(_installed(version))
+                decoded = decode(_installed(version))
+                rows = decoded if isinstance(decoded, np.ndarray) else await decoded
                 ticket.check_rows(len(rows))
+                if rows.nbytes > FREE_BYTES:
+                    ticket.under_way.hold_more(rows.nbytes)
                 self.check_fence(ref)  # what the registry said may be older than the fence
                 lease = self.cache.try_lease(version)
                 if lease is None:
                     if not self.cache.is_loading(version):  # to join a load costs nothing
                         self.quotas.cold_load(ticket.head)
-                    async with self.cold.hold(self._timeout_s):
+                    async with self.cold.hold(self._timeout_s, ref.tenant):
                         # A little less than is left: then the cache says why there is no lease.
                         lease = await self.cache.lease(version, (deadline - loop.time()) * LEASE_SHARE)
                 with lease:
@@ -324,7 +337,7 @@ class InferenceService:
             return serving
         if version is not None:
             return version
-        async with self.cold.hold(self._timeout_s):
+        async with self.cold.hold(self._timeout_s, ref.tenant):
             version = await self.view.resolve(ref, self._timeout_s)
         return self.promotions.serving(ref) or version
 

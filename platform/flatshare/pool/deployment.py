@@ -8,21 +8,22 @@ import functools
 import logging
 import os
 import time
+from collections.abc import Awaitable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, cast
 
 import numpy as np
 import ray
 import torch
-from numpy.typing import NDArray
 from ray import serve
 from ray.serve.config import RequestRouterConfig
 from ray.serve.handle import DeploymentHandle
 
 from flatshare.api.app import create_app
+from flatshare.api.decoding import INLINE_BYTES, DecodeRoom
 from flatshare.api.hot import HotRoutes
 from flatshare.api.identity import LOCAL_OPERATOR, Identities, OperatorKeys
-from flatshare.api.payload import decode_array
+from flatshare.api.payload import READY, decode_array
 from flatshare.api.tokens import TokenVerifier
 from flatshare.cache.device import device_budget, open_device
 from flatshare.cache.fetch import TensorSource
@@ -37,8 +38,8 @@ from flatshare.cache.tiers import ModelKey
 from flatshare.cache.view import RegistryView
 from flatshare.engine.admission import Admission
 from flatshare.engine.inference import Inference
-from flatshare.engine.quotas import QuotaKeeper
-from flatshare.engine.service import InferenceService
+from flatshare.engine.quotas import BytesLimit, QuotaKeeper
+from flatshare.engine.service import InferenceService, Rows
 from flatshare.errors import BadInput
 from flatshare.models.architecture import Architecture
 from flatshare.pool.key_use import KeyUse
@@ -106,8 +107,11 @@ class ClassifierPool:
         load_threads, local_threads, part_threads, view_threads, key_threads = self._threads
         store = settings.open_store()
         places = settings.max_ongoing_requests + settings.max_queued_requests
+        self._decoding = DecodeRoom()
         self._quotas = QuotaKeeper(
-            settings.plans, concurrent_requests=max(int(places * settings.tenant_share), 1)
+            settings.plans,
+            concurrent_requests=max(int(places * settings.tenant_share), 1),
+            bytes_limit=bytes_limit(settings),
         )
         self._advertiser = Advertiser(self, self.load_model, self._held_ids)
         registry = Registry(store)
@@ -149,7 +153,7 @@ class ClassifierPool:
             promotions=self._promotions,
             inference=self._inference,
             admission=Admission(settings.max_ongoing_requests, settings.max_queued_requests),
-            cold=Admission(settings.max_queued_requests + 1, 0),
+            cold=cold_places(settings.max_queued_requests),
             quotas=self._quotas,
             timeout_s=settings.request_timeout_s,
         )
@@ -174,6 +178,7 @@ class ClassifierPool:
             replica=self.replica,
             max_body_bytes=self._settings.max_body_bytes,
             max_rows=self._settings.max_rows,
+            room=self._decoding,
         )
 
     # -- handles
@@ -184,7 +189,8 @@ class ClassifierPool:
         Parameters
         ----------
         batch
-            ``{"image": array}``, shapes as over HTTP.
+            ``{"image": array}``, shapes as over HTTP. With ``"values": "model-ready"`` whole numbers of 0 to
+            255 are taken as they are, and not refused as raw pixels.
 
         Returns
         -------
@@ -198,13 +204,23 @@ class ClassifierPool:
         if not isinstance(cast("object", batch), dict):  # a handle passes on whatever it was given
             raise BadInput("the batch must be a dict")
 
-        def decode(network: Architecture) -> NDArray[np.float32]:
+        ref = ModelRef.parse(model_ref)
+
+        def decode(network: Architecture) -> Rows | Awaitable[Rows]:
             if network.input.name not in batch:
                 raise BadInput(f'the batch must be a dict with the key "{network.input.name}"')
-            return decode_array(batch[network.input.name], network.input, self._settings.max_rows)
+            values = batch[network.input.name]
+            size = values.nbytes if isinstance(values, np.ndarray) else INLINE_BYTES + 1
+            return self._decoding.here_or_there(
+                ref.tenant,
+                size,
+                lambda: decode_array(
+                    values, network.input, self._settings.max_rows, ready=batch.get("values") == READY
+                ),
+            )
 
         # Who has a handle is inside the cluster, which is one trust domain: the operator's.
-        with await self._service.enter(LOCAL_OPERATOR, ModelRef.parse(model_ref)) as ticket:
+        with await self._service.enter(LOCAL_OPERATOR, ref) as ticket:
             prediction = await self._service.predict(ticket, decode)
         return {**batch, "predicted_label": prediction.labels}
 
@@ -313,6 +329,7 @@ class ClassifierPool:
         self._promotions.close()
         await self._cache.close(DRAIN_S)
         await asyncio.to_thread(self._inference.close)
+        self._decoding.close()
         for threads in self._threads:
             threads.shutdown(wait=False, cancel_futures=True)
 
@@ -337,6 +354,20 @@ class ClassifierPool:
                     if (serving.version if serving is not None else number) == record.version:
                         held.add(str(ref))
         return held
+
+
+def bytes_limit(settings: Settings) -> BytesLimit:
+    """What bodies may take in a replica; one largest body and its rows of every tenant always may."""
+    tenant = int(settings.body_memory_bytes * settings.tenant_share)
+    return BytesLimit(settings.body_memory_bytes, max(tenant, 2 * settings.max_body_bytes))
+
+
+def cold_places(max_queued_requests: int) -> Admission:
+    """Places for requests that wait for the registry or for a load: half at once, and half in turns of
+    tenants.
+    """
+    half = max_queued_requests // 2 + 1
+    return Admission(half, half)
 
 
 def token_verifier(settings: Settings) -> TokenVerifier | None:

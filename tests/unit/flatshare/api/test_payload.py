@@ -14,7 +14,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from PIL import Image
 
-from flatshare.api.payload import decode_array, decode_images, decode_json, decode_pixels
+from flatshare.api.images import decode_images
+from flatshare.api.payload import decode_array, decode_json, decode_pixels
 from flatshare.errors import BadInput, TooLarge
 from flatshare.models.architecture import architecture
 

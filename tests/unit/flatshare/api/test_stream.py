@@ -6,11 +6,13 @@ import asyncio
 import time
 from collections.abc import AsyncIterator, Iterable
 
+import orjson
 import pytest
 
 from flatshare.api import stream
 from flatshare.api.stream import lines_of
-from flatshare.errors import TooLarge, TooSlow
+from flatshare.engine.service import Prediction
+from flatshare.errors import BadInput, TooLarge, TooSlow
 
 
 async def pieces(chunks: Iterable[bytes]) -> AsyncIterator[bytes]:
@@ -75,3 +77,74 @@ async def test_a_stream_that_drips_ends(monkeypatch: pytest.MonkeyPatch) -> None
         async for _ in lines_of(drip(), 10**6):
             pass
     assert gone
+
+
+async def test_lines_beside_the_first_need_a_place_and_wait_for_one() -> None:
+    """A tenant whose places are taken goes on line by line; nothing is refused, and all places come back."""
+    free, under_way, most = 2, 0, 0
+
+    class Place:
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *error: object) -> None:
+            nonlocal free
+            free += 1
+
+    def another_place() -> Place | None:
+        nonlocal free
+        if not free:
+            return None
+        free -= 1
+        return Place()
+
+    async def predict(line: bytes) -> Prediction:
+        nonlocal under_way, most
+        under_way += 1
+        most = max(most, under_way)
+        for _ in range(30):
+            await asyncio.sleep(0)
+        under_way -= 1
+        raise BadInput("answered")
+
+    source = pieces([b"1\n" * 20])
+    found = [line async for line in stream.answers(lines_of(source, 100), predict, "id", another_place)]
+    assert len(found) == 20
+    assert sorted(orjson.loads(line)["index"] for line in found) == list(range(20))
+    assert most == 3, "the stream's own place, and two more"
+    assert free == 2
+
+
+async def test_a_stream_that_is_closed_gives_its_places_back() -> None:
+    taken = 0
+
+    class Place:
+        def __enter__(self) -> None: ...
+
+        def __exit__(self, *error: object) -> None:
+            nonlocal taken
+            taken -= 1
+
+    def another_place() -> Place:
+        nonlocal taken
+        taken += 1
+        return Place()
+
+    async def predict(line: bytes) -> Prediction:
+        if line == b"0":
+            raise BadInput("the first")
+        await asyncio.Event().wait()
+        raise AssertionError("unreachable")
+
+    source = pieces([b"0\n", b"1\n" * 20])
+    generator = stream.answers(lines_of(source, 100), predict, "id", another_place)
+    assert orjson.loads(await anext(generator))["index"] == 0
+    await generator.aclose()
+    await asyncio.sleep(0)
+    assert taken == 0
+
+
+async def test_a_line_is_held_while_it_is_not_whole() -> None:
+    held: list[int] = []
+    chunks = pieces([b"x" * 60, b"y" * 60 + b"\nz", b"\n"])
+    assert [line async for line in lines_of(chunks, 200, held.append)] == [b"x" * 60 + b"y" * 60, b"z"]
+    assert held == [60, 0, 1, 0, 0]

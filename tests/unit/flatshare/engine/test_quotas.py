@@ -6,8 +6,14 @@ import contextlib
 
 import pytest
 
-from flatshare.engine.quotas import COLD_BURST, QuotaKeeper
-from flatshare.errors import TooManyAtOnce, TooManyColdLoads, TooManyRequests
+from flatshare.engine.quotas import COLD_BURST, BytesLimit, QuotaKeeper
+from flatshare.errors import (
+    Overloaded,
+    TooManyAtOnce,
+    TooManyBytesAtOnce,
+    TooManyColdLoads,
+    TooManyRequests,
+)
 from flatshare_registry import Quotas, Registry, TenantId
 from flatshare_registry.records import TenantHead
 from flatshare_registry.stores.memory import MemoryStore
@@ -138,3 +144,47 @@ def test_other_changes_of_the_head_do_not_fill_the_bucket(registry: Registry, cl
     registry.tenancy.create_key(TenantId("acme"))
     assert allowed(keeper, registry.head(TenantId("acme")), 5) == 0
     assert allowed(keeper, head(registry, requests_per_s=1, burst=3), 5) == 3, "a new limit holds at once"
+
+
+def test_bodies_are_counted_while_they_are_held(registry: Registry) -> None:
+    """Not the first 64 KiB of a request: a replica's places full of such requests hold little."""
+    kib = 1024
+    keeper = QuotaKeeper(bytes_limit=BytesLimit(replica=400 * kib, tenant=200 * kib))
+    one, two, other = (keeper.request(head(registry, tenant)) for tenant in ("acme", "acme", "globex"))
+    one.hold_bytes(64 * kib)
+    assert keeper.held_bytes == 0
+    one.hold_bytes(264 * kib)
+    assert keeper.held_bytes == 200 * kib
+    with pytest.raises(TooManyBytesAtOnce):
+        two.hold_bytes(65 * kib)
+    with pytest.raises(TooManyBytesAtOnce):
+        one.hold_more(1)
+    other.hold_bytes(264 * kib)
+    third = keeper.request(registry.create_tenant(TenantId("initech")))
+    with pytest.raises(Overloaded):
+        third.hold_bytes(65 * kib)
+    one.hold_bytes(164 * kib)  # a line of a stream went on
+    two.hold_bytes(164 * kib)
+    assert keeper.held_bytes == 400 * kib
+    for under_way in (one, two, other, third):
+        with under_way:
+            pass
+    assert keeper.held_bytes == 0
+    with keeper.request(head(registry, "acme")) as again:
+        again.hold_bytes(264 * kib)
+
+
+def test_a_line_of_a_stream_takes_a_place_of_its_tenants(registry: Registry) -> None:
+    keeper = QuotaKeeper(concurrent_requests=2)
+    stream = keeper.request(head(registry, "acme"))
+    line = keeper.place(head(registry, "acme"))
+    assert line is not None
+    assert keeper.place(head(registry, "acme")) is None
+    with pytest.raises(TooManyAtOnce):
+        keeper.request(head(registry, "acme"))
+    assert keeper.place(head(registry, "globex")) is not None
+    with line:
+        pass
+    assert keeper.place(head(registry, "acme")) is not None
+    with stream:
+        pass
