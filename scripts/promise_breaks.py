@@ -238,19 +238,19 @@ PROVE_NOTHING = {
 }
 """Breaks that must not count, by what is said of them: they try the script, in its test."""
 
-FOUND_BY = frozenset(
+OWN_FAULTS = frozenset(
     {
-        "AssertionError",
-        "Failed",
-        "TimeoutError",
-        "IsolationBroken",
-        "NoRoom",
-        "NoRoomNow",
-        "CancelledError",
-        "DeadlineExceeded",
+        "TypeError",
+        "AttributeError",
+        "NameError",
+        "UnboundLocalError",
+        "ImportError",
+        "ModuleNotFoundError",
+        "KeyError",
+        "IndexError",
     }
 )
-"""What a test raises that finds a broken promise; a replacement that does not even run raises something else."""
+"""What a replacement raises that does not even run: a test that fails with nothing else has found no broken promise."""
 
 
 # -- applying

@@ -14,7 +14,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from promise_breaks import BREAKS, FOUND_BY, Break
+from promise_breaks import BREAKS, OWN_FAULTS, Break
 
 from flatshare.cli.output import err, print_table
 
@@ -35,7 +35,9 @@ def main() -> int:
     for one in chosen:
         said = is_found(one)
         err.print(f"promise {one.name}: {said or 'found'}")
-        rows.append((one.promise, one.what, said or "found", ", ".join(one.patches), one.test))
+        rows.append(
+            (one.promise, one.what, said.partition(":")[0] or "found", ", ".join(one.patches), one.test)
+        )
     print_table("", ["promise#", "broken on purpose", "", "function", "test"], rows)
     return 1 if whole or any(row[2] != "found" for row in rows) else 0
 
@@ -86,7 +88,7 @@ def is_found(one: Break) -> str:
     by = {kind for _, _, kind in failed}
     if not failed:
         return "NOT FOUND"
-    return "" if by & FOUND_BY else f"THE BREAK ITSELF FAILED: {', '.join(sorted(by))}: {output[-1500:]}"
+    return "" if by - OWN_FAULTS else f"THE BREAK ITSELF FAILED: {', '.join(sorted(by))}: {output[-1500:]}"
 
 
 if __name__ == "__main__":
