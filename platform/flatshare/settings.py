@@ -51,6 +51,12 @@ class Settings(RegistrySettings):
         "Raise it behind a load balancer.",
     )
 
+    trust_ray_network: bool = Field(
+        default=False,
+        description="Listen beyond loopback although the Ray cluster asks callers for no token: who reaches "
+        "its ports can run code on it, so a firewall must keep others out.",
+    )
+
     # -- who may call
     auth: Literal["on", "off"] = Field(
         default="on", description="off: everybody who reaches the port is the operator. For trying things."

@@ -142,6 +142,10 @@ def start(folder: Path, s3_url: str, prefix: str, *options: str, **settings: str
         **CREDENTIALS,
         "AWS_ENDPOINT_URL": s3_url,
         "FLATSHARE_STORE": store,
+        # Where a company's machines are: nothing within the platform may ask this proxy.
+        "http_proxy": "http://127.0.0.1:9",
+        "https_proxy": "http://127.0.0.1:9",
+        "no_proxy": "127.0.0.1",
         "XDG_STATE_HOME": str(folder),
         "FLATSHARE_HOST_DIR": str(folder / "host"),
         **settings,

@@ -151,13 +151,19 @@ def test_on_somebody_elses_cluster_down_ends_what_is_ours_and_nothing_else(tmp_p
     )  # fmt: skip
     cluster = [one for one in psutil.process_iter(["name"]) if one.pid not in before]
     try:
-        up = subprocess.run(
-            [FLATSHARE, "up", "--detach", "--ray", f"127.0.0.1:{gcs_port}", "--store", f"file://{tmp_path}/s",
-             "--replicas", "1", "--port", str(port), "--serve-port", str(serve_port)],
-            env=environment, capture_output=True, text=True, timeout=150,
-        )  # fmt: skip
+        wanted = [FLATSHARE, "up", "--detach", "--ray", f"127.0.0.1:{gcs_port}", "--store", f"file://{tmp_path}/s",
+                  "--replicas", "1", "--port", str(port), "--serve-port", str(serve_port)]  # fmt: skip
+        opened = subprocess.run(
+            [*wanted, "--host", "0.0.0.0"], env=environment, capture_output=True, text=True, timeout=150
+        )
+        assert opened.returncode == 7
+        assert "asks callers for no token" in opened.stderr
+        up = subprocess.run(wanted, env=environment, capture_output=True, text=True, timeout=150)
         assert up.returncode == 0, up.stderr
-        replicas = [one for one in psutil.process_iter() if "ServeReplica:flatshare" in one.name()
+        log = (tmp_path / "flatshare" / f"up-{port}.log").read_text()
+        assert "asks callers for no token" in log
+        below = [child for one in cluster if one.is_running() for child in one.children(recursive=True)]
+        replicas = [one for one in below if "ServeReplica:flatshare" in one.name()
                     or "ServeReplica:flatshare" in " ".join(one.cmdline()[:1])]  # fmt: skip
         assert replicas
         down = subprocess.run(

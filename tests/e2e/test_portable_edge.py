@@ -96,7 +96,11 @@ def test_the_handle_form(portable: Platform, tmp_path: Path) -> None:
     )
     done = subprocess.run(
         [sys.executable, "-c", HANDLE_CLIENT, state["ray_address"], str(tmp_path / "rows.npy")],
-        env={**portable.environment, "RAY_AUTH_MODE": "disabled"},
+        env={
+            **portable.environment,
+            "RAY_AUTH_MODE": "token",
+            "RAY_AUTH_TOKEN_PATH": f"{portable.environment['XDG_STATE_HOME']}/flatshare/ray.token",
+        },
         capture_output=True,
         text=True,
         timeout=120,

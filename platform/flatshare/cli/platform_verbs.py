@@ -111,9 +111,10 @@ def up(
 
 def _up_here(settings: Settings, ray_address: str) -> None:
     """Run until told to stop; everything ends with this process."""
+    from flatshare.local.ray_token import cluster_token_file
     from flatshare.pool.environment import prepare
 
-    environment = prepare(settings.edge)
+    environment = prepare(settings.edge, cluster_token_file(ray_address))
 
     # Only now: ray reads its flags when it is imported.
     from flatshare.local.operators import operators_of
@@ -312,9 +313,10 @@ def edge(
     need_serve_extra()
     settings = load_settings(port=port, serve_port=serve_port)
 
+    from flatshare.local.ray_token import cluster_token_file
     from flatshare.pool.environment import prepare
 
-    prepare(settings.edge)
+    prepare(settings.edge, cluster_token_file(ray_address))
 
     from flatshare.local.platform import running_edge
 

@@ -27,6 +27,7 @@ from flatshare.edge.configuration import EdgeOptions
 from flatshare.edge.process import HaproxyProcess
 from flatshare.edge.supervisor import EdgeSupervisor, EdgeTargets
 from flatshare.errors import LocalError
+from flatshare.local.cluster_guard import check_cluster
 from flatshare.local.state import PlatformState
 from flatshare.pool.controller import read_details
 from flatshare.pool.deployment import POOL_APP, pool_application
@@ -105,6 +106,7 @@ def running_platform(
     with contextlib.ExitStack() as stack:
         report("starting Ray")
         address, own = stack.enter_context(_ray(ray_address, environment))
+        check_cluster(address, settings)
         report(f"starting {settings.replicas} replicas and the control plane")
         stack.enter_context(_applications(settings, operators, environment, keep_cluster=not own))
         watch = _watch_nothing
@@ -161,7 +163,6 @@ def _ray(wanted: str, environment: dict[str, str]) -> Iterator[tuple[str, bool]]
             num_cpus=max(cores, 64),
             include_dashboard=False,
             object_store_memory=OBJECT_STORE_BYTES,
-            _node_ip_address="127.0.0.1",
             **options,
         )
     children = psutil.Process().children(recursive=True) if started else []
@@ -198,6 +199,7 @@ def running_edge(settings: Settings, ray_address: str) -> Iterator[EdgeSuperviso
             f"there is no Ray cluster at {ray_address}; start a platform with: flatshare up"
         ) from error
     try:
+        check_cluster(str(ray.get_runtime_context().gcs_address), settings)
         if settings.host not in LOOPBACK_HOSTS:
             demand_keys(edge_targets())  # the pool was started elsewhere, with settings of its own
         with _edge(settings) as supervisor:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Final, Literal
 
 __all__ = ["prepare", "serve_environment"]
@@ -20,6 +21,22 @@ HANDLE_MESSAGE_BYTES: Final = 64 * 1024**2
 PASSED_ON: Final = ("AWS_ENDPOINT_URL", "AWS_ENDPOINT_URL_S3", "AWS_REGION", "AWS_DEFAULT_REGION")
 """Where S3 is, from ``up`` to replicas on a cluster that was started elsewhere. Not credentials: a
 runtime environment can be read by everybody on the cluster; nodes have roles or their own."""
+
+
+TOKENS: Final = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
+"""Where an operator names a cluster's token: then token mode is meant, too."""
+
+QUIET: Final = {
+    "RAY_USAGE_STATS_ENABLED": "0",
+    # Ray's three metrics servers listen on all interfaces and ask nobody for a token; ids of models, and so
+    # names of tenants, are among their labels. A port that can't be is how two of them are switched off.
+    "RAY_enable_metrics_collection": "0",
+    "AUTOSCALER_METRIC_PORT": "-1",
+    "DASHBOARD_METRIC_PORT": "-1",
+}
+"""Of a cluster that we start: what we leave out of it. An operator who wants one sets its variable."""
+
+LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")
 
 
 def serve_environment(edge: Literal["haproxy", "serve"]) -> dict[str, str]:
@@ -44,24 +61,48 @@ def serve_environment(edge: Literal["haproxy", "serve"]) -> dict[str, str]:
 
 
 def prepare(
-    edge: Literal["haproxy", "serve"], environment: Mapping[str, str] | None = None
+    edge: Literal["haproxy", "serve"],
+    token_file: Path | None = None,
+    environment: Mapping[str, str] | None = None,
 ) -> dict[str, str]:
     """Set this process's variables before it imports ray; returns those for Serve's processes.
 
     What the operator set already wins.
+
+    Parameters
+    ----------
+    token_file
+        Holds the cluster's token, where the operator says nothing of Ray's authentication.
     """
     wanted = serve_environment(edge)
     given = os.environ if environment is None else environment
     chosen = {name: given.get(name, value) for name, value in wanted.items()}
+    chosen |= _without_proxies(given)
     os.environ.update(chosen)
     chosen |= {name: given[name] for name in PASSED_ON if name in given}
     # A driver of ours calls handles from plain threads too, which needs the router's own loop.
     os.environ["RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP"] = "1"
-    # Ray 2.60 turns token authentication on for local clusters when this is unset, and writes
-    # a token into the home folder.
-    os.environ.setdefault("RAY_AUTH_MODE", "disabled")
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    if "RAY_AUTH_MODE" not in given:
+        if token_file is not None and not any(name in given for name in TOKENS):
+            os.environ["RAY_AUTH_TOKEN_PATH"] = str(token_file)
+        if token_file is not None or any(name in given for name in TOKENS):
+            os.environ["RAY_AUTH_MODE"] = "token"
+    for name, value in QUIET.items():
+        os.environ.setdefault(name, value)
     # Ray runs its workers at nice 15; replicas answer customers, and must not stand behind
     # whatever else the machine does. Read by the raylet that we start.
     os.environ.setdefault("RAY_worker_niceness", "0")
     return chosen
+
+
+def _without_proxies(given: Mapping[str, str]) -> dict[str, str]:
+    """Variables that keep calls within the cluster away from the proxies that the environment names.
+
+    Handles are gRPC calls to a node's address, and gRPC asks ``https_proxy`` and ``http_proxy`` for that too
+    (grpc, ``doc/environment_variables.md``); an empty ``grpc_proxy`` means none. HTTP on loopback is ours.
+    """
+    named = [
+        name for text in (given.get("no_proxy"), given.get("NO_PROXY")) for name in (text or "").split(",")
+    ]
+    hosts = ",".join(dict.fromkeys([*(name.strip() for name in named if name.strip()), *LOOPBACK]))
+    return {"grpc_proxy": given.get("grpc_proxy", ""), "no_proxy": hosts, "NO_PROXY": hosts}
