@@ -14,6 +14,7 @@ import importlib
 import inspect
 import json
 import os
+import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +26,7 @@ import pytest
 CACHE = "tests/unit/flatshare/cache/test_model_cache.py"
 LOADING = "tests/unit/flatshare/cache/test_loading.py"
 INFERENCE = "tests/unit/flatshare/engine/test_inference.py"
+BODIES = "tests/unit/flatshare/api/test_bodies.py"
 IDENTITY = "tests/unit/flatshare/api/test_identity.py"
 
 Replacement = Callable[..., Any]
@@ -152,6 +154,21 @@ def deleted(original: Any, store: Any, meta: Any) -> bool:
     return True
 
 
+def all_at_once(original: Any, body: bytes, coding: str, limit_bytes: int, refusal: Any = None) -> bytes:
+    plain = zlib.decompress(body, 31)
+    if len(plain) > limit_bytes:
+        original(body, coding, limit_bytes, refusal)  # refuses it, too late
+    return plain
+
+
+async def on_the_loop(original: Any, self: Any, tenant: str, work: Any) -> Any:
+    return work()
+
+
+def upright(original: Any, exif: bytes) -> int:
+    return 1
+
+
 def no_wait(original: Any, self: Any, now: float) -> float:
     return 0.0
 
@@ -215,6 +232,16 @@ BREAKS = [
           "tests/unit/flatshare_registry/test_gc.py::test_a_blob_renewed_between_listing_and_delete_is_spared"),
     Break("quotas", "a tenant sends as much as it likes", {"flatshare.engine.quotas:Bucket.take": no_wait},
           "tests/unit/flatshare/engine/test_quotas.py::test_over_ten_seconds_a_tenant_gets_its_rate_and_not_more"),
+    Break("quotas", "the lines of a stream take no place", {"flatshare.engine.quotas:QuotaKeeper.place": nothing},
+          "tests/unit/flatshare/engine/test_quotas.py::test_a_line_of_a_stream_takes_a_place_of_its_tenants"),
+    Break("bodies", "JSON of any structure is parsed", {"flatshare.api.payload:_check_expansion": nothing},
+          f"{BODIES}::test_json_that_would_expand_is_refused_before_it_is_parsed"),
+    Break("bodies", "a compressed body is expanded, then measured", {"flatshare.api.bodies:expand": all_at_once},
+          f"{BODIES}::test_expansion_holds_no_more_than_the_limit"),
+    Break("bodies", "what is long is decoded on the event loop", {"flatshare.api.decoding:DecodeRoom.run": on_the_loop},
+          "tests/unit/flatshare/api/test_decoding.py::test_the_event_loop_goes_on_while_a_body_is_decoded"),
+    Break("bodies", "an image is read as it lies", {"flatshare.api.images:_orientation": upright},
+          "tests/unit/flatshare/api/test_images.py::test_an_image_is_turned_as_it_says"),
 ]  # fmt: skip
 
 _LEASED = f"{CACHE}::test_promise_3_a_leased_model_is_not_freed"
