@@ -14,7 +14,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from promise_breaks import BREAKS, OWN_FAULTS, Break
+from promise_breaks import BREAKS, OWN_FAULTS
+from promise_plugin import Break
 
 from flatshare.cli.output import err, print_table
 
@@ -58,7 +59,7 @@ def run(tests: list[str], broken: Break | None) -> tuple[dict[str, object], str]
         if broken is not None:
             environment["PROMISE_BREAK"] = broken.name
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-p", "promise_breaks", "-p", "no:cacheprovider", "--timeout", "60", *tests],
+            [sys.executable, "-m", "pytest", "-q", "-p", "promise_plugin", "-p", "no:cacheprovider", "--timeout", "60", *tests],
             cwd=ROOT, env=environment, capture_output=True, text=True,
         )  # fmt: skip
         return (json.loads(report.read_text()) if report.exists() else {}), done.stdout + done.stderr

@@ -20,6 +20,7 @@ def _script(name: str) -> ModuleType:
     return module
 
 
+plugin = _script("promise_plugin")
 breaks = _script("promise_breaks")
 promises = _script("promises")
 BREAKS = breaks.BREAKS
@@ -28,7 +29,7 @@ BREAKS = breaks.BREAKS
 @pytest.mark.parametrize("one", BREAKS, ids=lambda one: one.name)
 def test_what_is_broken_is_there_and_takes_what_its_replacement_takes(one) -> None:  # type: ignore[no-untyped-def]  # loaded from a script
     for target, replacement in one.patches.items():
-        breaks.check(target, replacement)
+        plugin.check(target, replacement)
     file = Path(__file__).parents[2] / one.test.partition("::")[0]
     assert f"def {one.test.partition('::')[2]}" in file.read_text()
 
@@ -59,8 +60,8 @@ async def _awaited(original: object, self: object, key: object) -> None:
     ],
 )
 def test_a_break_that_fits_no_more_is_said_so(target: str, replacement: object, said: str) -> None:
-    with pytest.raises(breaks.NotApplied, match=said):
-        breaks.check(target, replacement)
+    with pytest.raises(plugin.NotApplied, match=said):
+        plugin.check(target, replacement)
 
 
 @pytest.mark.parametrize("said", breaks.PROVE_NOTHING)
