@@ -87,6 +87,7 @@ class Plane:
     key: str
     secrets: list[str]
     routes: list[Route]
+    key_id: str = ""
 
 
 def _plane(name: str, made: Data | Control) -> Plane:
@@ -95,7 +96,7 @@ def _plane(name: str, made: Data | Control) -> Plane:
     secrets = [secret for text in texts if len(set(secret := text.split("_", 2)[2])) > 5]
     key = made.keys.texts["admin"]
     assert key is not None
-    return Plane(name, made.app, key, secrets, routes_of(made.app._app))
+    return Plane(name, made.app, key, secrets, routes_of(made.app._app), made.keys.victim)
 
 
 class Planes:
@@ -235,11 +236,11 @@ async def run_route(
     """Send the requests of these numbers (of those that a seed makes for a route)."""
     result = RouteResult(route)
     wanted = set(numbers)
-    maker = Maker(hash_of(seed, route), plane.key)
+    maker = Maker(hash_of(seed, route), plane.key, plane.key_id)
     for number in range(max(wanted, default=-1) + 1):
         if plane.name == "control" and number % CONTROL_LIVES == 0:
             plane = planes.fresh_control()
-            maker.key = plane.key
+            maker.key, maker.key_id = plane.key, plane.key_id
         request = maker.request(route)
         if number in wanted:
             await run_one(plane, request, bounds, watch, result, number)

@@ -89,11 +89,14 @@ class Maker:
     ----------
     key
         An operator's.
+    key_id
+        Of a key that exists.
     """
 
-    def __init__(self, seed: int, key: str) -> None:
+    def __init__(self, seed: int, key: str, key_id: str = "acme.none") -> None:
         self.random = random.Random(seed)
         self.key = key
+        self.key_id = key_id
 
     def request(self, route: Route) -> Request:
         """One for this route."""
@@ -122,7 +125,7 @@ class Maker:
             if name is None:
                 continue
             good = {
-                "version": ["1", "1", "1", "3"], "alias": ["canary", "production", "new"], "key_id": ["acme.spare"],
+                "version": ["1", "1", "1", "3"], "alias": ["canary", "production", "new"], "key_id": [self.key_id],
                 "tenant": ["acme", "acme", "globex", "nobody"], "ref": ["acme", "acme", "acme", "acme@1", "acme:canary"],
             }.get(name, ["1"])  # fmt: skip
             text = chosen.choice(good)
