@@ -71,6 +71,12 @@ class Settings(RegistrySettings):
     api_key: SecretStr = Field(
         default=SecretStr(""), description="What client commands show; by default the admin key's file."
     )
+    key_trust_s: float = Field(
+        default=3600.0,
+        gt=0,
+        description="Seconds for which a replica that can't reach the store believes the keys that it knows; "
+        "then their requests get 503. A revocation is told to every replica, with or without the store.",
+    )
     erasure_key_file: str = Field(
         default="",
         description="File of the Ed25519 key that signs erasure records, on the control plane's node; made "

@@ -90,6 +90,12 @@ class Loader:
     def let_go(self) -> None:
         pass  # keeps nothing between loads
 
+    def stop(self, tenant: str) -> None:
+        pass  # has no threads
+
+    async def ended(self, tenant: str, timeout_s: float) -> bool:
+        return True
+
     def scrub(self, model: Model, parts: Collection[Part]) -> int:
         return 0
 

@@ -17,11 +17,13 @@ from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import Executor, Future
 from contextlib import ExitStack
 from dataclasses import dataclass
+from functools import partial
 from itertools import islice
 from typing import Final
 
 from flatshare.cache.hasher import Hasher
 from flatshare.cache.host_tier import HostTier
+from flatshare.cache.threads import ThreadWork
 from flatshare.cache.tier_writer import TensorWriter
 from flatshare.cache.tiers import Tier
 from flatshare_registry import layout
@@ -75,6 +77,11 @@ class TensorSource:
     parts
         Where ranged GETs of one load run side by side; its size bounds them over all loads. None:
         one after the other.
+
+    Attributes
+    ----------
+    work
+        What threads do here, by tenant.
     """
 
     def __init__(
@@ -87,6 +94,7 @@ class TensorSource:
     ) -> None:
         self.tier = tier
         self.fetched_bytes = 0
+        self.work = ThreadWork()
         self._store = store
         self._parts = parts
         self._clock = clock
@@ -183,7 +191,7 @@ class TensorSource:
                     view = memoryview(data)
                     while pending and pending[-1].start < start + len(view):
                         tensor = pending[-1]
-                        sink = sink or _Sink(record, tensor, tier, hasher)
+                        sink = sink or _Sink(record, tensor, tier, hasher, self.work)
                         piece = view[tensor.start + sink.written - start : tensor.end - start]
                         if sink.write(piece, len(view)):
                             done[tensor.sha256] = sink.finish()
@@ -211,7 +219,8 @@ class TensorSource:
         try:
             while True:
                 for part in islice(todo, PARTS_AHEAD - len(ahead)):
-                    ahead.append((part.start, self._parts.submit(self._read_part, record, part, deadline)))
+                    read = partial(self._read_part, record, part, deadline)
+                    ahead.append((part.start, self.work.submit(self._parts, record.tenant, read)))
                 if not ahead:
                     return
                 start, future = ahead.popleft()
@@ -267,6 +276,7 @@ class _Sink:
     tensor: TensorRecord
     tier: HostTier | None
     hasher: Hasher
+    work: ThreadWork
     written: int = 0
     writer: TensorWriter | None = None
     memory: bytearray | None = None
@@ -301,7 +311,12 @@ class _Sink:
         ------
         Corrupt
             The bytes are not the registered ones. Nothing was published.
+        NotFound
+            The tenant was erased meanwhile. Nothing was published.
         """
+        if self.work.is_stopped(self.record.tenant):
+            self.abort()
+            raise NotFound(f"{self.record.name} was erased")
         if self.hasher.hexdigest() != self.tensor.sha256:
             self.abort()
             raise Corrupt(f"stored tensor {self.tensor.name} of {self.record.name} does not have its sha256")

@@ -75,6 +75,16 @@ class Loader(Protocol):
         """Keep nothing ready that no model holds: something of it is being erased."""
         ...
 
+    def stop(self, tenant: str) -> None:
+        """Publish nothing more of a tenant, whatever a thread still has of it: it is erased."""
+        ...
+
+    async def ended(self, tenant: str, timeout_s: float) -> bool:
+        """Wait until no thread works on a tenant's weights, also for loads that were given up; whether that
+        is so.
+        """
+        ...
+
     def scrub(self, model: Model, parts: Collection[Part]) -> int:
         """Overwrite a model's parts that no other model has, just before it is let go of (erasure).
 

@@ -20,7 +20,6 @@ from torch import nn
 from flatshare.cache.device import Device
 from flatshare.cache.fetch import Fetched, TensorSource
 from flatshare.cache.loader import Held, Placed, Prepared
-from flatshare.cache.threads import in_thread
 from flatshare.cache.tiers import Part, Tier
 from flatshare.cache.warm import WarmTensors
 from flatshare.errors import ModelFailed, NoRoom, ProbeFailed
@@ -100,11 +99,19 @@ class DeviceLoader:
         self._proven.forget((record.digest, record.architecture))
         self.let_go()  # all of it: memory that went wrong once is not asked which part of it did
         with contextlib.suppress(RuntimeError):  # the replica is stopping: its threads take nothing more
-            self._local_threads.submit(self.source.recheck, record)
+            self.source.work.submit(self._local_threads, record.tenant, lambda: self.source.recheck(record))
 
     def let_go(self) -> None:
         """See :class:`Loader`."""
         self._warm.clear()
+
+    def stop(self, tenant: str) -> None:
+        """See :class:`Loader`."""
+        self.source.work.stop(tenant)
+
+    async def ended(self, tenant: str, timeout_s: float) -> bool:
+        """See :class:`Loader`."""
+        return await self.source.work.ended(tenant, timeout_s)
 
     def scrub(self, model: Model, parts: Collection[Part]) -> int:
         """See :class:`Loader`. No load under way can have these tensors, or come by them later."""
@@ -134,15 +141,17 @@ class DeviceLoader:
         # Here and now too: a load from the store needs no thread to learn that it is one.
         if not self.source.is_local(record, {one.name for one in record.tensors if part_of(one) not in held}):
             return None
-        return await in_thread(
+        return await self.source.work.run(
             self._local_threads,
+            record.tenant,
             lambda: self._prepare(record, held, lambda names: self.source.read_local(record, names)),
         )
 
     async def prepare(self, record: VersionRecord, held: Held, timeout_s: float) -> Prepared:
         """See :class:`Loader`."""
-        prepared = await in_thread(
+        prepared = await self.source.work.run(
             self._threads,
+            record.tenant,
             lambda: self._prepare(record, held, lambda names: self.source.read(record, names, timeout_s)),
         )
         assert prepared is not None, "the store answers or raises"

@@ -297,6 +297,7 @@ class ModelCache:
             if key.tenant == tenant:
                 load.erased = True
         told = self._erasures.setdefault(tenant, Erased())
+        self._loader.stop(tenant)
         self._loader.let_go()
         for resident in [*self._residency.residents.values(), *self._residency.leaving.values()]:
             if resident.record.tenant == tenant and resident.erased is None:
@@ -312,7 +313,10 @@ class ModelCache:
         return told
 
     async def erased(self, tenant: str, timeout_s: float) -> bool:
-        """Wait until nothing of an erased tenant is left, loads under way included; whether that is so."""
+        """Wait until nothing of an erased tenant is left; whether that is so.
+
+        Loads under way count, and so do threads of loads that were given up: they go on.
+        """
         deadline = self._clock() + timeout_s
 
         def gone() -> bool:
@@ -323,6 +327,8 @@ class ModelCache:
             done, _ = await asyncio.wait(loads, timeout=max(deadline - self._clock(), 0))
             if not done:
                 return False
+        if not await self._loader.ended(tenant, deadline - self._clock()):
+            return False
         self._loader.let_go()  # what these loads have prepared
         return gone() or await self._residency.room.wait(gone, deadline - self._clock())
 

@@ -6,6 +6,7 @@ Knows nothing of where models come from; ``model_cache.py`` loads them and hands
 from __future__ import annotations
 
 import contextlib
+import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 
@@ -22,6 +23,8 @@ from flatshare.models.stages import Model
 from flatshare_registry.records import VersionRecord
 
 __all__ = ["NoRoomNow", "Residency"]
+
+logger = logging.getLogger("flatshare.cache")
 
 
 class NoRoomNow(NoRoom):
@@ -150,9 +153,14 @@ class Residency:
         if resident.leases or resident.state is not State.DRAINING:
             return
         if resident.erased is not None and resident.model is not None:
-            resident.erased.overwritten_bytes += self._scrub(
-                resident.model, self.ledger.own_parts(resident.parts)
-            )
+            try:
+                resident.erased.overwritten_bytes += self._scrub(
+                    resident.model, self.ledger.own_parts(resident.parts)
+                )
+            except (
+                Exception
+            ):  # a device that fails: the memory goes all the same, and is not told as overwritten
+                logger.exception("%s could not be overwritten", resident.record.name)
         # Dropping the last reference frees the tensors; nobody else holds the model.
         resident.model = None
         del self.leaving[id(resident)]

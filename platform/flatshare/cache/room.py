@@ -13,7 +13,8 @@ class RoomQueue:
 
     Whenever something comes free, :meth:`wake` asks them in order and lets the first go for whom there
     is room. That one's end is another :meth:`wake`, so nobody sleeps beside room that would do: one that
-    can't use it is passed over, and keeps its place.
+    can't use it is passed over, and keeps its place. A question that raises is that waiter's own failure:
+    who wakes is another request, of another tenant.
     """
 
     def __init__(self) -> None:
@@ -22,7 +23,14 @@ class RoomQueue:
     def wake(self) -> None:
         """Something may have come free."""
         for waiter, has_room in self._waiters:
-            if not waiter.done() and has_room():
+            if waiter.done():
+                continue
+            try:
+                found = has_room()
+            except Exception as error:
+                waiter.set_exception(error)
+                continue
+            if found:
                 waiter.set_result(None)
                 return
 
@@ -32,7 +40,7 @@ class RoomQueue:
         Parameters
         ----------
         has_room
-            Cheap, and without effect: it is asked at each wake.
+            Cheap, and without effect: it is asked at each wake. What it raises is raised here.
         """
         if has_room():
             return True
@@ -45,10 +53,12 @@ class RoomQueue:
                 await waiter
             used = True
         except TimeoutError:
-            used = waiter.done() and not waiter.cancelled()  # woken in the very moment
+            used = (
+                waiter.done() and not waiter.cancelled() and waiter.exception() is None
+            )  # in the very moment
             return used
         finally:
             self._waiters.remove(place)
-            if waiter.done() and not waiter.cancelled() and not used:
+            if waiter.done() and not waiter.cancelled() and waiter.exception() is None and not used:
                 self.wake()  # cancelled just as it was let go: the room is the next one's
         return True

@@ -1,13 +1,21 @@
-"""Work in a thread whose result nobody keeps by accident."""
+"""Work in threads: whose results nobody keeps by accident, and of which somebody knows until it has ended.
+
+A task that times out or is cancelled does not end its thread: what the thread does goes on, and can still
+read and write a tenant's weights. Who must know that nothing of a tenant is left (an erasure) waits for the
+threads.
+"""
 
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import threading
+from collections import Counter
 from collections.abc import Callable
-from concurrent.futures import Executor
+from concurrent.futures import Executor, Future
 from typing import TypeVar
 
-__all__ = ["in_thread"]
+__all__ = ["ThreadWork", "in_thread"]
 
 T = TypeVar("T")
 
@@ -22,3 +30,75 @@ async def in_thread(threads: Executor | None, work: Callable[[], T]) -> T:
     box: list[T] = []
     await asyncio.get_running_loop().run_in_executor(threads, lambda: box.append(work()))
     return box.pop()
+
+
+class ThreadWork:
+    """What threads do for each tenant, from when it is handed over until the thread has ended it.
+
+    All methods may be called from several threads.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._running: Counter[str] = Counter()  # guarded by _lock
+        self._stopped: set[str] = set()  # guarded by _lock
+        self._waiting: dict[str, list[Callable[[], None]]] = {}  # guarded by _lock
+
+    def submit(self, threads: Executor, tenant: str, work: Callable[[], T]) -> Future[T]:
+        """Hand work over; it counts until it has ended, or was cancelled before it began."""
+        with self._lock:
+            self._running[tenant] += 1
+        try:
+            future = threads.submit(work)
+        except BaseException:
+            self._end(tenant)
+            raise
+        future.add_done_callback(lambda _: self._end(tenant))
+        return future
+
+    async def run(self, threads: Executor, tenant: str, work: Callable[[], T]) -> T:
+        """As :func:`in_thread`; the work counts also when the caller has gone."""
+        box: list[T] = []
+        await asyncio.wrap_future(self.submit(threads, tenant, lambda: box.append(work())))
+        return box.pop()
+
+    def stop(self, tenant: str) -> None:
+        """From now on what a thread finishes for a tenant is not to be kept: it is erased, for good."""
+        with self._lock:
+            self._stopped.add(tenant)
+
+    def is_stopped(self, tenant: str) -> bool:
+        """Whether a thread must throw away what it has of a tenant."""
+        with self._lock:
+            return tenant in self._stopped
+
+    async def ended(self, tenant: str, timeout_s: float) -> bool:
+        """Wait until no thread works for a tenant; whether that is so."""
+        loop = asyncio.get_running_loop()
+        done = asyncio.Event()
+
+        def tell() -> None:
+            with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+                loop.call_soon_threadsafe(done.set)
+
+        with self._lock:
+            if not self._running[tenant]:
+                del self._running[tenant]
+                return True
+            self._waiting.setdefault(tenant, []).append(tell)
+        try:
+            async with asyncio.timeout(max(timeout_s, 0)):
+                await done.wait()
+            return True
+        except TimeoutError:
+            return False
+
+    def _end(self, tenant: str) -> None:
+        with self._lock:
+            self._running[tenant] -= 1
+            if self._running[tenant]:
+                return
+            del self._running[tenant]
+            waiting = self._waiting.pop(tenant, [])
+        for tell in waiting:
+            tell()

@@ -65,8 +65,9 @@ RecordKey = tuple[TenantId, int, str]
 @dataclass(slots=True)
 class _Known:
     head: TenantHead
-    etag: str
+    etag: str | None
     checked_at: float
+    confirmed_at: float
 
 
 class RegistryView:
@@ -226,6 +227,28 @@ class RegistryView:
         if gone is not None:
             self._on_change(gone.head, None)
 
+    def learn(self, head: TenantHead) -> None:
+        """Take a head from who has just read it from the store, unless a newer one is known here."""
+        tenant = TenantId(head.tenant)
+        known = self._heads.get(tenant)
+        if known is not None and known.head.revision >= head.revision:
+            return
+        now_s = self._clock()
+        if head.state.exists:
+            self._missing.pop(tenant, None)
+            self._heads[tenant] = _Known(
+                head, None, now_s, now_s
+            )  # its ETag is not known: it is read whole next
+            self._on_change(known.head if known is not None else None, head)
+        elif known is not None:
+            del self._heads[tenant]
+            self._on_change(known.head, None)
+
+    def unconfirmed_s(self, tenant: TenantId) -> float:
+        """Seconds since the store, or who had just read it, last said that a tenant's head is current."""
+        known = self._heads.get(tenant)
+        return self._clock() - known.confirmed_at if known is not None else float("inf")
+
     def _age_s(self, tenant: TenantId) -> float:
         """Seconds since a tenant's head was last seen to be current."""
         known = self._heads.get(tenant)
@@ -316,7 +339,7 @@ class RegistryView:
             assert known is not None, "only a conditional read can find no change"
             if self._epochs.get(tenant, 0) != epoch and tenant not in self._heads:
                 raise NotFound(f"there is no tenant {tenant}")  # forgotten meanwhile: it is being erased
-            known.checked_at = self._clock()
+            known.checked_at = known.confirmed_at = self._clock()
             return known.head
         head, etag = answer
         if self._epochs.get(tenant, 0) != epoch:
@@ -324,7 +347,8 @@ class RegistryView:
         current = self._heads.get(tenant)
         if current is not None and current.head.revision > head.revision:
             return current.head  # a later read came home first
-        self._heads[tenant] = _Known(head, etag, self._clock())
+        now_s = self._clock()
+        self._heads[tenant] = _Known(head, etag, now_s, now_s)
         if current is None or current.head.revision != head.revision:
             self._on_change(current.head if current is not None else None, head)
         return head
@@ -340,11 +364,12 @@ class RegistryView:
             raise type(error)(*error.args)
         task = self._record_reads.get(key)
         if task is None:
-            task = self._record_reads[key] = asyncio.create_task(self._read_record(key, head, number))
+            epoch = self._epochs.get(tenant, 0)  # now: it may be forgotten before the task's first step
+            task = self._record_reads[key] = asyncio.create_task(self._read_record(key, head, number, epoch))
             task.add_done_callback(lambda done: self._record_read_ended(key, done))
         return await asyncio.shield(task)
 
-    async def _read_record(self, key: RecordKey, head: TenantHead, number: int) -> VersionRecord:
+    async def _read_record(self, key: RecordKey, head: TenantHead, number: int, epoch: int) -> VersionRecord:
         try:
             record = await asyncio.get_running_loop().run_in_executor(
                 self._threads, self._registry.record, head, number
@@ -352,7 +377,8 @@ class RegistryView:
         except (Unavailable, Corrupt) as error:
             self._failed[key] = error
             raise
-        self._records[key] = record
+        if self._epochs.get(key[0], 0) == epoch or key[0] in self._heads:  # else it was erased meanwhile
+            self._records[key] = record
         return record
 
     def _record_read_ended(self, key: RecordKey, task: asyncio.Task[VersionRecord]) -> None:

@@ -3,7 +3,9 @@
 Shreedhar and Varghese, "Efficient fair queueing using deficit round robin" (SIGCOMM 1995): tenants
 that wait stand in a ring; each turn adds a quantum to a tenant's account, and it runs what it can
 pay for. A tenant that floods waits behind its own requests, not others behind it. Rows that ride
-along in another tenant's pass are paid for too: the account goes below zero and is made up later.
+along in another tenant's pass are paid for too: the account goes below zero and is made up later, but never
+further below than one full pass and a turn: these rows filled room that nobody else wanted, and a tenant that
+did so for a minute must not wait as long afterwards.
 """
 
 from __future__ import annotations
@@ -131,7 +133,8 @@ class FairQueue(Generic[J]):
 
     def _pay(self, job: J) -> None:
         self._waiting[job.tenant].remove(job)
-        self._account[job.tenant] -= job.size
+        left = self._account[job.tenant] - job.size
+        self._account[job.tenant] = max(left, -self.max_rows - self._quantum)
         self._size -= 1
         self._forget_if_empty(job.tenant)
 

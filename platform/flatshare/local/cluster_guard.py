@@ -54,9 +54,9 @@ def check_cluster(gcs_address: str, settings: Settings) -> None:
     how = "start Ray with RAY_AUTH_MODE=token"
     if settings.host not in LOOPBACK_HOSTS and not settings.trust_ray_network:
         raise LocalError(
-            f"the Ray cluster at {gcs_address} asks callers for no token, so who reaches its ports can run code "
-            f"on it: {how}, listen on loopback only, or set FLATSHARE_TRUST_RAY_NETWORK=1 if a firewall keeps "
-            "others out"
+            f"the Ray cluster at {gcs_address} asks callers for no token, so who reaches its ports can run "
+            f"code on it: {how}, listen on loopback only, or set FLATSHARE_TRUST_RAY_NETWORK=1 if a firewall "
+            "keeps others out"
         )
     logger.warning(
         "the Ray cluster at %s asks callers for no token: who reaches its ports can run code on it; %s",

@@ -35,6 +35,7 @@ from flatshare.cache.policy import POLICIES
 from flatshare.cache.promotions import Promotions
 from flatshare.cache.threads import in_thread
 from flatshare.cache.tiers import ModelKey
+from flatshare.cache.trust import TrustedHeads
 from flatshare.cache.view import RegistryView
 from flatshare.engine.admission import Admission
 from flatshare.engine.inference import Inference
@@ -50,6 +51,8 @@ from flatshare.pool.router import HomeReplicaRouter
 from flatshare.pool.snapshot import ReplicaSnapshot
 from flatshare.settings import Settings
 from flatshare_registry.catalog import Registry
+from flatshare_registry.errors import InvalidRef, Unavailable
+from flatshare_registry.heads import decode_head
 from flatshare_registry.ids import ModelRef, TenantId
 from flatshare_registry.records import TenantHead
 
@@ -157,8 +160,12 @@ class ClassifierPool:
             quotas=self._quotas,
             timeout_s=settings.request_timeout_s,
         )
+        self._key_use = KeyUse(store, key_threads)
         self._identities = Identities(
-            self._view, operators, token_verifier(settings), used=KeyUse(store, key_threads)
+            TrustedHeads(self._view, settings.key_trust_s),
+            operators,
+            token_verifier(settings),
+            used=self._key_use,
         )
         self._restoring = asyncio.get_running_loop().create_task(
             restore_pins(
@@ -259,11 +266,26 @@ class ClassifierPool:
             stats=dataclasses.replace(self._cache.stats),
         )
 
-    async def refresh(self, tenant: str) -> str:
-        """Read a tenant anew and try its failed versions again; returns this replica's name."""
+    async def refresh(self, tenant: str, told: str | None = None) -> str:
+        """Read a tenant anew and try its failed versions again; returns this replica's name.
+
+        Parameters
+        ----------
+        told
+            The tenant's head (JSON) as the control plane has just read it: a replica that can't reach the
+            store believes that, and refuses a key that was revoked.
+        """
         parsed = TenantId(tenant)
         self._cache.forget_failures(parsed)
-        head = await self._view.refresh(parsed)
+        given = decode_head(parsed, told.encode()) if told is not None else None
+        if given is not None:
+            self._view.learn(given)
+        try:
+            head = await self._view.refresh(parsed)
+        except Unavailable:
+            if given is None:
+                raise
+            head = given if given.state.exists else None
         for record in self._cache.resident_records():
             if record.tenant == parsed and (head is None or record.version not in head.versions):
                 self._cache.unload(ModelKey.of(record))
@@ -286,13 +308,15 @@ class ClassifierPool:
 
     async def unpin(self, model_ref: str) -> bool:
         """Let what a ref means here be evicted again; whether it was pinned."""
-        record = await self._view.resolve(ModelRef.parse(model_ref), self._settings.request_timeout_s)
-        return self._cache.unpin(ModelKey.of(record))
+        return sum(self._cache.unpin(key) for key in await self._meant(model_ref)) > 0
 
     async def unload(self, model_ref: str) -> bool:
         """Free what a ref means here, once its leases have ended; whether it was resident."""
-        record = await self._view.resolve(ModelRef.parse(model_ref), self._settings.request_timeout_s)
-        return self._cache.unload(ModelKey.of(record))
+        return sum(self._cache.unload(key) for key in await self._meant(model_ref)) > 0
+
+    async def _meant(self, model_ref: str) -> list[ModelKey]:
+        ref = ModelRef.parse(model_ref)
+        return self._promotions.meant(ref, await self._view.resolve(ref, self._settings.request_timeout_s))
 
     async def fence(self, tenant: str) -> str:
         """Answer nothing for a tenant that is being erased, for a while; returns this replica's name."""
@@ -305,7 +329,9 @@ class ClassifierPool:
         self._service.fence(parsed, FENCE_S)
         self._view.forget(parsed)
         told = self._cache.erase(parsed)
+        deadline = time.monotonic() + ERASE_WAIT_S
         clean = await self._cache.erased(parsed, ERASE_WAIT_S)
+        clean = await self._key_use.stop(parsed, deadline - time.monotonic()) and clean
         self._advertiser.changed()
         return EraseReceipt(
             self.replica, self._node_id(), told.models, told.overwritten_bytes, clean, time.time()
@@ -349,7 +375,10 @@ class ClassifierPool:
             head = self._view.last_head(tenant)
             if head is not None:
                 for alias, number in head.aliases.items():
-                    ref = ModelRef.parse(f"{tenant}:{alias}")
+                    try:
+                        ref = ModelRef.parse(f"{tenant}:{alias}")
+                    except InvalidRef:  # one damaged head must not stop the others' ids
+                        continue
                     serving = self._promotions.serving(ref)
                     if (serving.version if serving is not None else number) == record.version:
                         held.add(str(ref))

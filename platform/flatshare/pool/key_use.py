@@ -9,10 +9,12 @@ import time
 import zlib
 from collections.abc import Callable
 from concurrent.futures import Executor
+from functools import partial
 from typing import Final
 
 from cachetools import LRUCache
 
+from flatshare.cache.threads import ThreadWork
 from flatshare_registry import layout
 from flatshare_registry.errors import RegistryError
 from flatshare_registry.ids import TenantId
@@ -44,6 +46,7 @@ class KeyUse:
         self._clock = clock
         self._places = threading.BoundedSemaphore(MAX_WAITING)
         self._noted: LRUCache[str, int] = LRUCache(MAX_KEYS)
+        self._work = ThreadWork()
 
     def __call__(self, tenant: TenantId, key: ApiKey) -> None:
         """A key was found good."""
@@ -52,10 +55,18 @@ class KeyUse:
         period = (now + zlib.crc32(key.id.encode()) % HOUR_S) // HOUR_S
         if self._noted.get(key.id) != period and self._places.acquire(blocking=False):
             self._noted[key.id] = period
-            writing = self._threads.submit(self._write, tenant, key.id, now // HOUR_S * HOUR_S)
+            note = partial(self._write, tenant, key.id, now // HOUR_S * HOUR_S)
+            writing = self._work.submit(self._threads, tenant, note)
             writing.add_done_callback(lambda _: self._places.release())
 
+    async def stop(self, tenant: TenantId, timeout_s: float) -> bool:
+        """Write nothing more of a tenant that is erased; whether what was being written has ended."""
+        self._work.stop(tenant)
+        return await self._work.ended(tenant, timeout_s)
+
     def _write(self, tenant: TenantId, key_id: str, used_at: int) -> None:
+        if self._work.is_stopped(tenant):
+            return
         with contextlib.suppress(RegistryError):  # a note that is lost is written in the next hour
             document = json.dumps({"used_at": used_at}).encode()
             self._store.put(layout.used_key(tenant, key_id), document, Overwrite())

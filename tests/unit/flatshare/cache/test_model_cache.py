@@ -76,6 +76,12 @@ class FakeLoader:
     def let_go(self) -> None:
         pass  # keeps nothing between loads
 
+    def stop(self, tenant: str) -> None:
+        pass  # has no threads
+
+    async def ended(self, tenant: str, timeout_s: float) -> bool:
+        return True
+
     def scrub(self, model: Model, parts: Collection[Part]) -> int:
         self.scrubbed += [part.digest for part in parts]
         return 7

@@ -265,3 +265,24 @@ async def test_aliases_swap_apart_from_each_other(world: World) -> None:
     await world.promotions.settled("acme", 5)
     assert [await world.serves(), await world.serves("acme:canary")] == [1, 1]
     assert [swap.alias for swap in world.promotions.snapshot()] == ["canary"]
+
+
+async def test_a_ref_means_both_versions_while_its_swap_fails(world: World) -> None:
+    """Who unpins or unloads an alias means the version that answers for it, too."""
+    world.register(1)
+    assert await world.serves() == 1
+    two = world.register(2)
+    prepare = world.cache._loader.prepare
+
+    async def fails(*arguments):  # type: ignore[no-untyped-def]  # as prepare
+        raise Unavailable("down")
+
+    world.cache._loader.prepare = fails  # type: ignore[method-assign]  # the new version can't be loaded
+    await world.promote(two)
+    await world.promotions.settled("acme", 5)
+    ref = ModelRef.parse("acme")
+    record = await world.view.resolve(ref, 5)
+    assert await world.serves() == 1
+    assert world.promotions.meant(ref, record) == [ModelKey("acme", 1), ModelKey("acme", 2)]
+    assert world.promotions.meant(ModelRef.parse("acme@2"), record) == [ModelKey("acme", 2)]
+    world.cache._loader.prepare = prepare  # type: ignore[method-assign]

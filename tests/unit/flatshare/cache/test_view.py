@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from flatshare.cache import view as view_module
+from flatshare.cache.trust import TrustedHeads
 from flatshare.cache.view import RegistryView
 from flatshare_registry import layout
 from flatshare_registry.catalog import Registry
@@ -250,3 +251,69 @@ async def test_a_caller_that_goes_away_does_not_cancel_the_read(world: World) ->
     first.cancel()
     world.gate.set()
     assert await second == 1
+
+
+async def test_a_told_revocation_counts_without_the_store(world: World) -> None:
+    """Who can't read the store believes the control plane, and refuses a key that it has just taken away."""
+    world.publish(1)
+    key = world.registry.tenancy.create_key(ACME)
+    await world.view.resolve(REF, 5)
+    world.down = True
+    world.registry.tenancy.revoke_key(ACME, key.id)
+    world.view.learn(world.registry.head(ACME))
+    known = world.view.head_now(ACME)
+    assert known is not None
+    assert key.id not in known.keys
+    with pytest.raises(Unavailable):
+        await world.view.refresh(ACME)
+    assert world.view.head_now(ACME) == known, "a failed read does not bring the old one back"
+
+
+async def test_what_is_told_late_does_not_undo_what_is_known(world: World) -> None:
+    world.publish(1)
+    old = world.registry.head(ACME)
+    two = world.publish(2)
+    await world.view.resolve(REF, 5)
+    world.view.learn(old)
+    assert (await world.view.resolve(REF, 5)).version == two
+
+
+async def test_a_told_end_is_the_end(world: World) -> None:
+    world.publish(1)
+    await world.view.resolve(REF, 5)
+    world.down = True
+    world.registry.delete_tenant(ACME)
+    changes = world.changes
+    world.view.learn(world.registry._heads.read_any(ACME))
+    assert world.view.head_now(ACME) is None
+    assert world.changes == changes + 1
+
+
+async def test_keys_are_believed_for_a_bounded_time_models_are_served_without_one(world: World) -> None:
+    world.publish(1)
+    trusted = TrustedHeads(world.view, trust_s=100)
+    await world.view.resolve(REF, 5)
+    world.down = True
+    world.clock.advance(99)
+    assert (await trusted.head(ACME)).tenant == "acme"
+    world.clock.advance(2)
+    assert trusted.head_now(ACME) is None
+    with pytest.raises(Unavailable, match="has not confirmed the keys of acme"):
+        await trusted.head(ACME)
+    assert (await world.view.resolve(REF, 5)).version == 1
+    world.down = False
+    world.clock.advance(20)  # the failure is forgotten
+    assert (await trusted.head(ACME)).tenant == "acme"
+    assert trusted.head_now(ACME) is not None
+
+
+async def test_a_record_that_was_being_read_when_its_tenant_was_erased_is_not_kept(world: World) -> None:
+    world.publish(1)
+    await world.view.head(ACME)
+    world.gate = threading.Event()
+    reading = asyncio.create_task(world.view.record(ACME, 1))
+    await asyncio.sleep(0)
+    world.view.forget(ACME)
+    world.gate.set()
+    await reading
+    assert not world.view._records

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import Counter
 from dataclasses import dataclass, field
 
-from hypothesis import given
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from flatshare.engine.fair_queue import FairQueue
@@ -163,3 +163,85 @@ def test_everybody_is_served_once_in_order_and_passes_are_bounded(
     for batch in passes:
         assert len(batch) == 1 or sum(job.size for job in batch) <= max_rows
         assert len({job.kind for job in batch}) == 1 or len({job.same for job in batch}) == 1
+
+
+class History:
+    """Phases of load: in each, some tenants send a few rows a round, of networks that may share a base."""
+
+    def __init__(self, queue: FairQueue[Job]) -> None:
+        self.queue = queue
+        self.waiting: list[Job] = []
+
+    def put(self, job: Job) -> Job:
+        self.queue.put(job)
+        self.waiting.append(job)
+        return job
+
+    def take(self) -> list[Job]:
+        batch = self.queue.take()
+        self.waiting = [one for one in self.waiting if one not in batch]
+        return batch
+
+    def leave(self, tenant: str) -> None:
+        """Its callers go away."""
+        for job in [one for one in self.waiting if one.tenant == tenant]:
+            assert self.queue.remove(job)
+            self.waiting.remove(job)
+
+
+PHASES = st.lists(
+    st.tuples(
+        st.integers(1, 60),  # rounds
+        st.dictionaries(
+            st.sampled_from(["t0", "t1", "t2", "t3"]), st.tuples(st.integers(1, 64), st.integers(0, 1))
+        ),
+    ),
+    max_size=4,
+)
+
+
+@settings(max_examples=100, deadline=None)
+@example(phases=[(60, {"t0": (60, 0), "t1": (1, 0), "t2": (1, 0), "t3": (1, 0)})])
+@given(phases=PHASES)
+def test_nobody_waits_longer_than_a_bound_whatever_came_before(
+    phases: list[tuple[int, dict[str, tuple[int, int]]]],
+) -> None:
+    """A job at the head of its queue runs within a number of passes that the ring and the sizes of today give;
+    nothing that was served before counts."""
+    most, quantum = 64, 16
+    history = History(FairQueue(most, quantum))
+    for rounds, load in phases:
+        for _ in range(rounds):
+            for tenant, (size, kind) in load.items():
+                history.put(Job(tenant, size, f"{tenant}/{kind}", f"base {kind}"))
+            history.take()
+    history.leave("t0")
+    for tenant in ("t1", "t2", "t3"):
+        history.leave(tenant)
+        history.put(Job(tenant, most))  # a network of its own, without end
+    late = history.put(Job("t0", most, "late", "own"))
+    # From the deepest debt to its own price, a quantum a turn; in each turn every other tenant has one pass.
+    bound = 4 * -(-(most + quantum + most) // quantum)
+    for _ in range(bound):
+        if late in history.take():
+            return
+        for tenant in ("t1", "t2", "t3"):
+            history.put(Job(tenant, most))
+    raise AssertionError(f"it still waits after {bound} passes")
+
+
+def test_who_rode_along_for_a_minute_does_not_make_up_for_a_minute() -> None:
+    """15 tenants of one row, and one whose many rows fill their passes. They go; one with another network comes."""
+    history = History(FairQueue(64, 16))
+    for _ in range(1_000):
+        for n in range(15):
+            history.put(Job(f"t{n}", 1, kind="base"))
+        for _ in range(8):
+            history.put(Job("rider", 8, kind="base"))
+        history.take()
+    for n in range(15):
+        history.leave(f"t{n}")
+    for _ in range(500):
+        history.put(Job("other", 64))
+    waits = next(n for n in range(1, 501) if history.take()[0].tenant == "rider")
+    assert waits <= -(-(64 + 16 + 8) // 16) + 1, "its debt is bounded, and so is its wait"

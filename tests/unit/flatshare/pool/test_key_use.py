@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import threading
 from concurrent.futures import ThreadPoolExecutor
 
@@ -80,3 +81,27 @@ def test_when_the_store_is_slow_notes_are_left_out_and_come_again_later(
                 use(ACME, keys[one.id])
         threads.submit(lambda: None).result()
     assert len(puts) == 10, "each key once, in the end"
+
+
+async def test_nothing_is_written_of_a_tenant_that_is_erased() -> None:
+    """A note that waits for its thread is dropped, one that is being written is waited for."""
+    registry = Registry(MemoryStore())
+    tenant = TenantId("acme")
+    registry.create_tenant(tenant)
+    keys = [registry.tenancy.create_key(tenant) for _ in range(2)]
+    found = list(registry.head(tenant).keys.values())
+    writing, go = threading.Event(), threading.Event()
+
+    def before(operation: str, key: str) -> None:
+        writing.set()
+        assert go.wait(10)
+
+    with ThreadPoolExecutor(1) as threads:
+        use = KeyUse(FaultyStore(registry.store, before=before), threads, ManualClock())
+        for key in found:
+            use(tenant, key)
+        await asyncio.to_thread(writing.wait, 10)
+        assert not await use.stop(tenant, 0.01)
+        go.set()
+        assert await use.stop(tenant, 10)
+    assert len(registry.tenancy.last_used(tenant)) == 1 < len(keys)
