@@ -29,6 +29,11 @@ STATED: Final = {503: "retry-after", 504: None, 507: None}
 
 TRIES: Final = 3
 TIMEOUT_S: Final = 60.0
+"""Seconds, beyond what a request may take, after which nobody waits for its answer any more."""
+
+LINE_S: Final = 0.002
+"""Seconds that each line of a stream may take beside: a line is a request, and a body may have 200,000."""
+
 CONTROL_LIVES: Final = 50
 """Requests after which the control plane is made anew: what it was made to create stays in its registry."""
 
@@ -185,10 +190,10 @@ async def measured(
         reply, failure = None, ""
         async with watch.measuring():
             try:
-                async with asyncio.timeout(TIMEOUT_S):
+                async with asyncio.timeout(TIMEOUT_S + bounds.seconds):
                     reply = await send(app, request)
             except TimeoutError:
-                failure = f"no answer in {TIMEOUT_S:g} s"
+                failure = f"no answer in {TIMEOUT_S + bounds.seconds:g} s"
             except Exception as error:  # what an application raises, a server logs with its traceback
                 failure = f"raised {type(error).__name__}: {str(error)[:200]}"
         now = watch.cost
@@ -208,6 +213,8 @@ async def run_one(
     plane: Plane, request: Request, bounds: Bounds, watch: Watch, result: RouteResult, number: int = 0
 ) -> Reply | None:
     """Send one request and note what it cost, and what was wrong."""
+    if request.path.endswith("/stream"):
+        bounds = replace(bounds, seconds=bounds.seconds + LINE_S * request.body.count(b"\n"))
     reply, cost, failure = await measured(plane.app, request, bounds, watch)
     result.add(reply, cost)
     wrong: list[str] = [failure] if failure else []
