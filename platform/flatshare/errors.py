@@ -9,6 +9,7 @@
     │       └── RowsOverQuota
     ├── Unauthenticated         no key, or one that is not good: unknown, expired or revoked
     ├── Forbidden               a good key that may not do this
+    │   └── NotLocal            there are no keys, and it is not of this machine alone
     ├── Suspended               the tenant is suspended; its operator can resume it
     ├── OverQuota               more than the tenant's share; retry later
     │   ├── TooManyRequests     requests_per_s
@@ -45,6 +46,7 @@ __all__ = [
     "ModelFailed",
     "NeverFits",
     "NoRoom",
+    "NotLocal",
     "OverQuota",
     "Overloaded",
     "ProbeFailed",
@@ -109,6 +111,10 @@ class Unauthenticated(ServeError):
 
 class Forbidden(ServeError):
     """Who calls is known, and may not do this."""
+
+
+class NotLocal(Forbidden):
+    """Authentication is off, and the request may be a web page's rather than this machine's user's."""
 
 
 class Suspended(ServeError):

@@ -6,17 +6,23 @@ Contradictory settings are refused here, before anything starts.
 
 from __future__ import annotations
 
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from ipaddress import ip_network
 from typing import Final, Literal, Self
 
-from pydantic import Field, SecretStr, ValidationError, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic_settings import SettingsError as BadSource
 
 from flatshare.errors import SettingsError
 from flatshare_registry.records import Quotas
 from flatshare_registry.settings import RegistrySettings
 
-__all__ = ["LOOPBACK_HOSTS", "Settings", "load_settings"]
+__all__ = ["LOOPBACK_HOSTS", "Settings", "load_settings", "unknown_variables"]
 
 LOOPBACK_HOSTS: Final = frozenset({"127.0.0.1", "localhost", "::1"})
+_IN_A_HEADER: Final = re.compile(r"[!-~]*", re.ASCII)
 
 
 class Settings(RegistrySettings):
@@ -48,7 +54,12 @@ class Settings(RegistrySettings):
         default=1024,
         ge=1,
         description="Connections that the edge takes from one address at a time; more are closed at once. "
-        "Raise it behind a load balancer.",
+        "Not from trusted_proxies.",
+    )
+    trusted_proxies: str = Field(
+        default="",
+        description="Addresses or networks of load balancers before the edge, with commas between. What they "
+        "append to X-Forwarded-For is the client's address, for limits by address.",
     )
 
     trust_ray_network: bool = Field(
@@ -215,6 +226,23 @@ class Settings(RegistrySettings):
         description="Address of a running platform, for client commands; by default what `up` wrote.",
     )
 
+    @property
+    def default_quotas(self) -> Quotas:
+        """What a tenant may use of one replica where neither its quotas nor its plan say."""
+        places = self.max_ongoing_requests + self.max_queued_requests
+        return Quotas(concurrent_requests=max(int(places * self.tenant_share), 1))
+
+    @field_validator("admin_key", "viewer_key", "api_key")
+    @classmethod
+    def _fit_for_a_header(cls, key: SecretStr) -> SecretStr:
+        """A newline at the end is cut off; what else no header takes is refused, and not shown."""
+        text = key.get_secret_value().strip()
+        if _IN_A_HEADER.fullmatch(text) is None:
+            raise ValueError(
+                "has a character that no key has: white space within, a control code, or not ASCII"
+            )
+        return SecretStr(text)
+
     @model_validator(mode="after")
     def _consistent(self) -> Self:
         if self.port == self.serve_port:
@@ -237,9 +265,19 @@ class Settings(RegistrySettings):
             raise ValueError("edge=serve listens on loopback only; edge=haproxy takes other addresses")
         if self.tls_cert and self.edge == "serve":
             raise ValueError("tls_cert needs edge=haproxy")
+        if self.proxy_networks() and self.edge == "serve":
+            raise ValueError("trusted_proxies needs edge=haproxy")
         if bool(self.jwt_issuer) != bool(self.jwt_jwks):
             raise ValueError("jwt_issuer and jwt_jwks go together")
         return self
+
+    def proxy_networks(self) -> tuple[str, ...]:
+        """``trusted_proxies``, one by one; raises ``ValueError`` for what is no network."""
+        names = [name for part in self.trusted_proxies.split(",") if (name := part.strip())]
+        try:
+            return tuple(str(ip_network(name, strict=False)) for name in names)
+        except ValueError as error:
+            raise ValueError(f"trusted_proxies: {error}") from error
 
 
 def load_settings(**given: object) -> Settings:
@@ -253,10 +291,39 @@ def load_settings(**given: object) -> Settings:
     try:
         # Pydantic validates; its constructor is typed field by field.
         return Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+    except BadSource as error:  # what should be JSON is not
+        named = re.search(r'field "(\w+)"', str(error))
+        name = f"FLATSHARE_{named[1].upper()}" if named else "a FLATSHARE_ variable"
+        raise SettingsError(f"{name} is not JSON: {error.__cause__}") from None
     except ValidationError as error:
         lines = [
-            f"{'.'.join(str(part) for part in problem['loc']) or 'settings'}: "
-            f"{problem['msg'].removeprefix('Value error, ')}"
-            for problem in error.errors()
+            f"{_source(problem['loc'], given)}: {problem['msg'].removeprefix('Value error, ')}"
+            for problem in error.errors(include_input=False)
         ]
         raise SettingsError("; ".join(lines)) from None
+
+
+def _source(place: tuple[int | str, ...], given: Mapping[str, object]) -> str:
+    """A setting's name, and its variable's where it was not given as an option."""
+    if not place:
+        return "settings"
+    name = str(place[0])
+    variable = "" if given.get(name) is not None else f" (FLATSHARE_{name.upper()})"
+    return ".".join(str(part) for part in place) + variable
+
+
+PREFIX: Final = "FLATSHARE_"
+_INTERNAL: Final = frozenset({"READY_FD", "UP_LOG"})
+"""What ``up --detach`` tells its child."""
+
+
+def unknown_variables(environment: Iterable[str]) -> dict[str, str | None]:
+    """Names of variables that look like settings and are none, and the setting that was meant, perhaps."""
+    known = {name.upper() for name in Settings.model_fields}
+    found: dict[str, str | None] = {}
+    for name in sorted(environment):
+        rest = name.upper().removeprefix(PREFIX)
+        if name.upper().startswith(PREFIX) and rest not in known | _INTERNAL:
+            near = difflib.get_close_matches(rest, known, 1, 0.7)
+            found[name] = f"{PREFIX}{near[0]}" if near else None
+    return found

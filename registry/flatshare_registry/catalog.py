@@ -17,6 +17,7 @@ from flatshare_registry import layout
 from flatshare_registry.erasure import Eraser
 from flatshare_registry.errors import AlreadyExists, NotFound, StillReferenced, Unavailable
 from flatshare_registry.heads import HeadStore, select
+from flatshare_registry.history import audit_page, since_created, version_before
 from flatshare_registry.ids import PRODUCTION, AliasName, ModelRef, TenantId
 from flatshare_registry.pins import Pins
 from flatshare_registry.records import (
@@ -80,7 +81,7 @@ class Registry:
         self.store = store
         self._clock = clock
         self._heads = HeadStore(store, actor, clock, request_id)
-        self._registrar = Registrar(store, self._heads, actor, clock)
+        self._registrar = Registrar(store, self._heads, actor, clock, self.create_tenant)
         self.tenancy = Tenancy(self._heads)
         self.eraser = Eraser(store, self._heads)
         self.pins = Pins(store, self._heads)
@@ -124,6 +125,16 @@ class Registry:
         """Ids of all tenants that there ever were, deleted and erased ones too."""
         texts = (layout.tenant_of_head(meta.key) for meta in self.store.list(layout.TENANTS))
         return sorted(TenantId(text) for text in texts if text is not None)
+
+    def any_head(self, tenant: TenantId) -> TenantHead:
+        """A tenant's head, also of one that is suspended, deleted or erased: to tell others what it is now.
+
+        Raises
+        ------
+        NotFound
+            There has never been such a tenant.
+        """
+        return self._heads.read_any(tenant)
 
     def last_entry(self, tenant: TenantId) -> AuditEntry:
         """The newest entry of a tenant's log, also of one that was deleted or erased.
@@ -193,6 +204,7 @@ class Registry:
         alias: AliasName | None = None,
         metadata: Mapping[str, str] | None = None,
         probe: Probe | None = None,
+        create: bool = False,
     ) -> Registered:
         """Register weights as the tenant's next version; idempotent for equal weights.
 
@@ -211,16 +223,20 @@ class Registry:
             Runs the weights once, before anything is stored; the answer is kept with the version, and
             every replica compares its own with it (``flatshare.models.probe``). This package has no
             torch; None registers without.
+        create
+            Make the tenant if it is missing: with this version, or not at all.
 
         Raises
         ------
         InvalidWeights
             The file is malformed or not of this architecture; the store has not been touched.
         NotFound
-            No such tenant.
+            No such tenant, and ``create`` was not said.
+        AlreadyExists
+            ``create`` was said, and a tenant of this id was erased.
         """
         done = self._registrar.register(
-            tenant, weights, architecture, wanted, alias=alias, metadata=metadata, probe=probe
+            tenant, weights, architecture, wanted, alias=alias, metadata=metadata, probe=probe, create=create
         )
         if alias is not None and not done.created:
             self.set_alias(tenant, alias, done.version.version)
@@ -319,43 +335,75 @@ class Registry:
             self.store.delete(layout.pin_key(ModelRef(tenant, alias)))
         return head
 
-    def rollback(self, tenant: TenantId, alias: AliasName = PRODUCTION) -> TenantHead:
+    def rollback(
+        self, tenant: TenantId, alias: AliasName = PRODUCTION, *, expected: int | None = None
+    ) -> TenantHead:
         """Point an alias back at what it named before its last move, as the audit log tells.
 
-        Rolling back twice returns to where it was: a rollback is a move like any other.
+        Rolling back twice returns to where it was: a rollback is a move like any other. With ``expected`` it
+        can be done again without harm.
+
+        Parameters
+        ----------
+        expected
+            The version that the alias names now, and should no more. When its last move was the rollback from
+            that version, nothing is changed: it is done already.
 
         Raises
         ------
         NotFound
             No such tenant or alias, or the alias never named another version that still exists.
+        AliasMoved
+            The alias does not name the expected version, and was not rolled back from it either.
         """
 
         def previous(head: TenantHead) -> int:
-            current = head.aliases.get(alias)
-            if current is None:
-                raise NotFound(f"tenant {tenant} has no alias {alias}")
-            for entry in self._heads.newest_first(tenant, head):
-                if entry.alias == alias and entry.to_version == current and entry.from_version is not None:
-                    if entry.from_version not in head.versions:
-                        raise NotFound(
-                            f"{tenant}:{alias} named version {entry.from_version} before, which is deleted"
-                        )
-                    return entry.from_version
-            raise NotFound(f"{tenant}:{alias} has named no version before {current}")
+            return version_before(head, alias, self._heads.newest_first(tenant, head), expected)
 
         return self._move_alias(tenant, alias, previous, Action.ALIAS_ROLLED_BACK)
 
     # -- audit
 
-    def audit(self, tenant: TenantId) -> list[AuditEntry]:
+    def audit(self, tenant: TenantId, *, since_created: bool = False) -> list[AuditEntry]:
         """All changes of a tenant, oldest first; also of one that was deleted.
+
+        A tenant itself may read those ``since_created``: its id may have been another customer's before.
 
         Raises
         ------
         NotFound
             There has never been such a tenant.
         """
-        return self._heads.audit(tenant)
+        return self._heads.audit(tenant, since_created=since_created)
+
+    def audit_page(
+        self, tenant: TenantId, limit: int, before: str | None = None, *, own: bool = False
+    ) -> tuple[list[AuditEntry], bool]:
+        """The newest changes of a tenant, or the newest before an entry; also of one that was deleted.
+
+        Parameters
+        ----------
+        limit
+            Most entries that are read.
+        before
+            An entry's id.
+        own
+            Only of this tenant: not what was done to one that had its id before.
+
+        Returns
+        -------
+        entries, more
+            Oldest first; and whether there are older ones.
+
+        Raises
+        ------
+        NotFound
+            There has never been such a tenant.
+        """
+        with ThreadPoolExecutor(LIST_THREADS) as threads:
+            head = self.any_head(tenant)
+            page = audit_page(self.store, head, limit, before, threads)
+            return since_created(head, page) if own else page
 
     def note(self, tenant: TenantId, action: Action, detail: Mapping[str, str]) -> None:
         """Write an audit entry of something that is done with a tenant outside the registry.

@@ -62,11 +62,14 @@ class StoreErasure:
         Digests; those that are kept are another tenant's too.
     objects
         Objects that went, each version that a bucket had kept counted.
+    versions_checked
+        False: the store can't list versions, and whether it keeps earlier ones could not be looked at.
     """
 
     removed_blobs: tuple[str, ...]
     kept_blobs: tuple[str, ...]
     objects: int
+    versions_checked: bool
 
 
 class Eraser:
@@ -155,6 +158,7 @@ class Eraser:
             Called with steps done and steps in all.
         """
         tenant = leaving.tenant
+        versions_checked = self._store.shows_versions(layout.head_key(tenant))  # the tombstone is there
         # What an erasure that was cut short had taken, and another tenant names, comes back first.
         held = {
             meta.key.rpartition("/")[2].partition(".")[0]
@@ -184,7 +188,7 @@ class Eraser:
         # Earlier states of the head named keys, aliases and notes.
         objects += self._store.purge(layout.head_key(tenant), keep_latest=True)
         progress(len(leaving.blobs) + 1, len(leaving.blobs) + 1)
-        return StoreErasure(tuple(going), tuple(sorted(kept)), objects)
+        return StoreErasure(tuple(going), tuple(sorted(kept)), objects, versions_checked)
 
     def unnamed_tensors(self, tenant: TenantId, tensors: Collection[str]) -> set[str]:
         """Those of these that no other tenant's version has: nobody has a reason to keep them.

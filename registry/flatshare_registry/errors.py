@@ -7,6 +7,7 @@
     ├── NotFound                  tenant, version, alias or blob that does not exist (a real miss only)
     ├── AlreadyExists             create of something that is there
     ├── Conflict                  somebody else changed it first; read again, then retry
+    │   └── AliasMoved            the alias does not name what the caller said it does; look, then decide
     ├── StillReferenced           refused because something names it; move the alias first
     ├── Corrupt                   stored bytes are not what their name or schema says; tell an operator
     └── Unavailable               the store did not answer (in time); retry later
@@ -18,6 +19,7 @@ classes to statuses in one table. Every class pickles, because errors cross Ray 
 from __future__ import annotations
 
 __all__ = [
+    "AliasMoved",
     "AlreadyExists",
     "Conflict",
     "Corrupt",
@@ -65,6 +67,10 @@ class AlreadyExists(RegistryError):
 
 class Conflict(RegistryError):
     """A compare-and-swap lost its race; read again and retry."""
+
+
+class AliasMoved(Conflict):
+    """An alias names another version than the caller expected; nothing was changed."""
 
 
 class StillReferenced(RegistryError):

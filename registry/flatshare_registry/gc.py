@@ -17,6 +17,7 @@ from flatshare_registry import layout
 from flatshare_registry.errors import InvalidInput, NotFound
 from flatshare_registry.records import TenantHead
 from flatshare_registry.registration import BLOB_REFRESH_S
+from flatshare_registry.store_clock import agreed_now
 from flatshare_registry.stores.base import BlobMeta, BlobStore
 
 __all__ = ["DEFAULT_GRACE_S", "MIN_GRACE_S", "GarbageReport", "collect"]
@@ -65,13 +66,14 @@ def collect(
     Raises
     ------
     InvalidInput
-        The grace period is shorter than :data:`MIN_GRACE_S`.
+        The grace period is shorter than :data:`MIN_GRACE_S`; or the clocks of this machine and of the
+        store do not agree.
     Corrupt
         A head can't be read: nothing is deleted then, since it may name anything.
     """
     if grace_s < MIN_GRACE_S:
         raise InvalidInput(f"the grace period is at least {MIN_GRACE_S:.0f} s")
-    now_s = clock()
+    now_s = agreed_now(store, clock())
     blobs = [meta for meta in store.list(layout.BLOBS) if layout.digest_of(meta.key) is not None]
     tenant_objects = list(store.list(layout.TENANTS))
     live_digests: set[str] = set()

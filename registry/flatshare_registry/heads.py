@@ -245,8 +245,8 @@ class HeadStore:
             return changed
         raise Unavailable(f"tenant {tenant} could not be changed: {MAX_SWAP_TRIES} swaps in a row lost")
 
-    def audit(self, tenant: TenantId) -> list[AuditEntry]:
-        """All changes of a tenant, oldest first; also of one that was deleted.
+    def audit(self, tenant: TenantId, *, since_created: bool = False) -> list[AuditEntry]:
+        """All changes of a tenant, or those ``since_created``, oldest first; also of one that was deleted.
 
         Raises
         ------
@@ -254,6 +254,8 @@ class HeadStore:
             There has never been such a tenant.
         """
         head, _ = self._read_any(tenant)
+        if since_created:
+            return sorted(self.newest_first(tenant, head), key=lambda entry: entry.revision)
         entries = {head.last_entry.revision: head.last_entry}
         for meta in self._store.list(layout.log_prefix(tenant)):
             entry = AuditEntry.decode(self._store.get(meta.key).data, meta.key)
@@ -266,7 +268,7 @@ class HeadStore:
         for meta in self._store.list(layout.used_prefix(tenant)):
             key_id = meta.key.rpartition("/")[2].removesuffix(".json")
             # A note that can't be read is no reason to show nobody's.
-            with contextlib.suppress(NotFound, ValueError, KeyError, TypeError):
+            with contextlib.suppress(NotFound, ValueError, OverflowError, OSError, KeyError, TypeError):
                 used[key_id] = utc(float(json.loads(self._store.get(meta.key).data)["used_at"]))
         return used
 
@@ -294,16 +296,24 @@ class HeadStore:
                 problems.append(f"{meta.key} holds another entry, {entry.id} of {entry.tenant}")
             entries.append(entry)
         latest = self._read_any(tenant)[0].revision  # somebody may have changed the tenant while we read
-        return problems + chain_problems(head, entries, latest)
+        return sorted(problems) + chain_problems(head, sorted(entries, key=lambda one: one.id), latest)
 
     def newest_first(self, tenant: TenantId, head: TenantHead) -> Iterator[AuditEntry]:
-        """Changes of a tenant, the newest first, read one by one: for whoever needs only the last few."""
+        """Changes of a tenant, the newest first, read one by one: for whoever needs only the last few.
+
+        Ends with its newest creation: what is before it was done to another tenant of this id.
+        """
         yield head.last_entry
+        if head.last_entry.action is Action.TENANT_CREATED:
+            return
         # Ids of one tenant rise with its revisions (see _id_after), so key order is their order.
         keys = [meta.key for meta in self._store.list(layout.log_prefix(tenant))]
-        for key in reversed(keys):
+        for key in sorted(keys, reverse=True):
             if key != layout.log_key(tenant, head.last_entry.id):
-                yield AuditEntry.decode(self._store.get(key).data, key)
+                entry = AuditEntry.decode(self._store.get(key).data, key)
+                yield entry
+                if entry.action is Action.TENANT_CREATED:
+                    return
 
     def _read_any(self, tenant: TenantId) -> tuple[TenantHead, str]:
         """Head and ETag, active or deleted."""

@@ -16,12 +16,14 @@ from typing import Final, Self
 
 from flatshare_registry.errors import InvalidRef
 
-__all__ = ["PRODUCTION", "AliasName", "ModelRef", "TenantId", "parse_version"]
+__all__ = ["MAX_VERSION", "PRODUCTION", "AliasName", "ModelRef", "TenantId", "parse_version"]
 
 GRAMMAR: Final = (
     "write acme, acme:canary or acme@7 (tenant and alias: 1 to 63 of a-z, 0-9 and '-', "
     "not starting or ending with '-'; version: 1 to 99999999)"
 )
+
+MAX_VERSION: Final = 99_999_999
 
 _LABEL: Final = re.compile(r"[a-z0-9](?:[a-z0-9-]{0,61}[a-z0-9])?", re.ASCII)
 _VERSION: Final = re.compile(r"[1-9][0-9]{0,7}", re.ASCII)
@@ -89,8 +91,14 @@ def parse_version(text: str | int) -> int:
     InvalidRef
         When it is not one of 1 ... 99999999, written without sign or leading zero.
     """
-    if isinstance(text, bool) or _VERSION.fullmatch(str(text)) is None:
-        raise InvalidRef(f"{_shown(str(text))} is not a version number: {GRAMMAR}")
+    if isinstance(text, int):
+        # Compared as a number: Python writes no number of more than 4,300 digits as text.
+        if isinstance(text, bool) or not 1 <= text <= MAX_VERSION:
+            shown = str(text) if abs(text) < 10**_SHOWN_CHARS else "a number of too many digits"
+            raise InvalidRef(f"{shown} is not a version number: {GRAMMAR}")
+        return text
+    if _VERSION.fullmatch(text) is None:
+        raise InvalidRef(f"{_shown(text)} is not a version number: {GRAMMAR}")
     return int(text)
 
 

@@ -68,9 +68,21 @@ class PresentedKey:
             return None
 
 
-def new_key(owner: str) -> NewKey:
-    """A new random key of a tenant, or of an operator's role (in capitals)."""
-    key_id = f"{owner}.{''.join(secrets.choice(_ID_CHARS) for _ in range(10))}"
+def new_key(owner: str, *, once: str | None = None) -> NewKey:
+    """A new random key of a tenant, or of an operator's role (in capitals).
+
+    Parameters
+    ----------
+    once
+        The request that the key is made for: a request asked again makes a key of the same id (and another
+        secret), which tells that there is one already. None: a random id.
+    """
+    if once is None:
+        chosen = [secrets.choice(_ID_CHARS) for _ in range(10)]
+    else:
+        digest = hashlib.sha256(f"{owner}\0{once}".encode()).digest()
+        chosen = [_ID_CHARS[byte % len(_ID_CHARS)] for byte in digest[:10]]
+    key_id = f"{owner}.{''.join(chosen)}"
     secret = secrets.token_urlsafe(SECRET_BYTES)
     return NewKey(key_id, f"fs_{key_id}_{secret}", _sha256(secret))
 

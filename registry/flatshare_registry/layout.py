@@ -9,6 +9,7 @@
     pins/<tenant>/<ref>.json                    empty: every replica keeps this ref resident
     erasures/<tenant>/<ulid>.json               what was erased of a tenant, signed
     erasures/<tenant>/plan.json                 what is to be erased, while that is under way
+    clock/<ulid>                                empty, for a moment: what time it is by the store's clock
     blobs/sha256/<ab>/<digest>.safetensors      weights, named by content, shared by equal versions
 """
 
@@ -103,6 +104,11 @@ def erasure_held_key(tenant: TenantId, digest: str) -> str:
 def erasure_key(tenant: TenantId, record_id: str) -> str:
     """Key of one erasure record."""
     return f"{erasures_prefix(tenant)}{record_id}.json"
+
+
+def clock_key(ulid: str) -> str:
+    """Key of an object that is written to see the time by the store's clock."""
+    return f"clock/{ulid}"
 
 
 def blob_key(digest: str) -> str:

@@ -16,6 +16,7 @@ from flatshare_registry.errors import AlreadyExists, InvalidInput, NotFound, Una
 from flatshare_registry.heads import MAX_SWAP_TRIES, HeadStore
 from flatshare_registry.ids import PRODUCTION, AliasName, TenantId
 from flatshare_registry.records import Action, TenantHead, VersionRecord, utc
+from flatshare_registry.store_clock import store_now
 from flatshare_registry.stores.base import BlobStore, Create, Overwrite
 from flatshare_registry.weights import TensorSpec, WeightsFile, check_architecture, describe
 
@@ -52,11 +53,19 @@ class Registered:
 class Registrar:
     """Registers versions; what :meth:`flatshare_registry.catalog.Registry.register` runs."""
 
-    def __init__(self, store: BlobStore, heads: HeadStore, actor: str, clock: Callable[[], float]) -> None:
+    def __init__(
+        self,
+        store: BlobStore,
+        heads: HeadStore,
+        actor: str,
+        clock: Callable[[], float],
+        create_tenant: Callable[[TenantId], TenantHead],
+    ) -> None:
         self._store = store
         self._heads = heads
         self._actor = actor
         self._clock = clock
+        self._create_tenant = create_tenant
 
     def register(
         self,
@@ -68,20 +77,33 @@ class Registrar:
         alias: AliasName | None,
         metadata: Mapping[str, str] | None,
         probe: Probe | None,
+        create: bool,
     ) -> Registered:
-        """Register weights. An alias is set in the same step, but not on a version that was there already."""
+        """Register weights. An alias is set in the same step, but not on a version that was there already.
+
+        A tenant that is missing is made, where that is wanted, once nothing can be refused any more and the
+        weights are stored: a registration that fails leaves no empty tenant.
+        """
         described = describe(weights)
         check_architecture(described.tensors, architecture, wanted)
         notes = dict(metadata or {})
         if sum(len(key) + len(value) for key, value in notes.items()) > MAX_METADATA_CHARS:
             raise InvalidInput(f"metadata is longer than {MAX_METADATA_CHARS} characters")
 
-        known = self._find_equal(tenant, self._heads.read(tenant), described, architecture)
+        missing = False
+        try:
+            known = self._find_equal(tenant, self._heads.read(tenant), described, architecture)
+        except NotFound:
+            if not create:
+                raise
+            known, missing = None, True
         if known is not None:
             self._mend_blob(described.digest, weights)
             return Registered(known, created=False)
         logits = probe(weights) if probe is not None else None
         new_blob = self._put_blob(described.digest, weights)
+        if missing:
+            self._make_tenant(tenant, described.digest if new_blob else None)
         try:
             record = self._create_record(tenant, described, architecture, notes, logits)
         except NotFound:
@@ -125,6 +147,19 @@ class Registrar:
         self._mend_blob(described.digest, weights)
         return Registered(winner, created=winner.version == record.version)
 
+    def _make_tenant(self, tenant: TenantId, new_blob: str | None) -> None:
+        """Create the tenant, unless somebody else was faster."""
+        try:
+            self._create_tenant(tenant)
+        except AlreadyExists:
+            try:
+                self._heads.read(tenant)
+            except NotFound:  # erased: its id is not given out again
+                self._take_back(new_blob)
+            else:
+                return
+            raise
+
     def _find_equal(
         self, tenant: TenantId, head: TenantHead, described: WeightsFile, architecture: str
     ) -> VersionRecord | None:
@@ -158,7 +193,8 @@ class Registrar:
             return True
         except AlreadyExists:
             try:
-                stale = self._clock() - self._store.head(key).modified_s > BLOB_REFRESH_S
+                # By the store's clock, as gc counts: this machine's may be behind.
+                stale = store_now(self._store) - self._store.head(key).modified_s > BLOB_REFRESH_S
             except NotFound:  # collected between the two calls
                 stale = True
             if stale:

@@ -21,7 +21,11 @@ class RegistrySettings(BaseSettings):
     """
 
     model_config = SettingsConfigDict(
-        env_prefix="FLATSHARE_", frozen=True, extra="ignore", env_ignore_empty=True
+        env_prefix="FLATSHARE_",
+        frozen=True,
+        extra="ignore",
+        env_ignore_empty=True,
+        hide_input_in_errors=True,  # keys are among what may be wrong
     )
 
     store: str = Field(

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from datetime import datetime, timedelta
 from typing import Any, Final
 
-from flatshare_registry.errors import InvalidInput, NotFound
+from flatshare_registry.errors import AlreadyExists, InvalidInput, NotFound
 from flatshare_registry.heads import HeadStore
 from flatshare_registry.ids import TenantId
 from flatshare_registry.keys import NewKey, new_key
@@ -56,11 +56,19 @@ class Tenancy:
         *,
         label: str = "",
         lifetime_s: float | None = None,
+        once: str | None = None,
     ) -> NewKey:
         """Make a key. Its text is in the answer and nowhere else.
 
+        Parameters
+        ----------
+        once
+            Names the request: while the key that it made is there, it makes no second one.
+
         Raises
         ------
+        AlreadyExists
+            This request has made a key already; names it. Its secret can't be told again.
         InvalidInput
             No scope, a label or lifetime that can't be, or ``MAX_KEYS`` keys already.
         """
@@ -70,17 +78,24 @@ class Tenancy:
             raise InvalidInput("a key's label has at most 100 printable characters")
         if lifetime_s is not None and not 0 < lifetime_s <= MAX_LIFETIME_S:
             raise InvalidInput("a key's lifetime is more than 0 s and at most 10 years")
-        made = new_key(tenant)
+        made = new_key(tenant, once=None if once is None else f"create {once}")
         self._add(tenant, made, tuple(sorted(set(scopes))), label, lifetime_s)
         return made
 
-    def rotate_key(self, tenant: TenantId, key_id: str, *, grace_s: float) -> NewKey:
+    def rotate_key(self, tenant: TenantId, key_id: str, *, grace_s: float, once: str | None = None) -> NewKey:
         """Make a key like another one, which goes on being good for ``grace_s`` seconds; one change.
 
         The new one lives as long as the old one was made to.
 
+        Parameters
+        ----------
+        once
+            As in :meth:`create_key`.
+
         Raises
         ------
+        AlreadyExists
+            This request has made a key already.
         NotFound
             No such key.
         InvalidInput
@@ -88,7 +103,7 @@ class Tenancy:
         """
         if not 0 <= grace_s <= MAX_LIFETIME_S:
             raise InvalidInput("the grace is at least 0 s and at most 10 years")
-        made = new_key(tenant)
+        made = new_key(tenant, once=None if once is None else f"rotate {key_id} {once}")
 
         def rotate(head: TenantHead) -> TenantHead:
             old = self._key(head, key_id)
@@ -141,11 +156,30 @@ class Tenancy:
         InvalidInput
             A floor above the cap.
         """
-        cap, floor = quotas.resident_bytes, quotas.resident_floor_bytes
-        if cap is not None and floor is not None and floor > cap:
-            raise InvalidInput(f"resident_floor_bytes {floor} is more than resident_bytes {cap}")
+        return self.edit_quotas(tenant, lambda quotas_now: quotas, plan=plan)
+
+    def edit_quotas(
+        self, tenant: TenantId, edit: Callable[[Quotas], Quotas], *, plan: str | None = None
+    ) -> TenantHead:
+        """Change what is different from the plan; and the plan, if one is named.
+
+        Parameters
+        ----------
+        edit
+            Gets what is different now and returns what should be. It is called again when somebody else's
+            change came first, so two changes of different limits at a time both stand.
+
+        Raises
+        ------
+        InvalidInput
+            A floor above the cap.
+        """
 
         def change(head: TenantHead) -> TenantHead:
+            quotas = edit(head.quotas)
+            cap, floor = quotas.resident_bytes, quotas.resident_floor_bytes
+            if cap is not None and floor is not None and floor > cap:
+                raise InvalidInput(f"resident_floor_bytes {floor} is more than resident_bytes {cap}")
             return head.model_copy(update={"quotas": quotas, "plan": plan if plan is not None else head.plan})
 
         def tell(old: TenantHead, new: TenantHead) -> dict[str, str]:
@@ -189,6 +223,11 @@ class Tenancy:
 
     def _added(self, head: TenantHead, key: ApiKey) -> TenantHead:
         """A head with one more key; what expired is of no use to anybody any more, and makes room."""
+        if key.id in head.keys:
+            raise AlreadyExists(
+                f"this request has made key {key.id} already, and its secret is stored nowhere; if that is "
+                "lost, revoke the key and make another with a new idempotency key"
+            )
         now = self._heads.now()
         kept = {
             key_id: one for key_id, one in head.keys.items() if one.expires_at is None or one.expires_at > now

@@ -11,8 +11,9 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
+from difflib import SequenceMatcher
 from pathlib import Path
 from typing import Any, Final
 
@@ -46,6 +47,12 @@ MAX_TENSORS: Final = 20_000
 MAX_DIMS: Final = 8
 MAX_ELEMENTS: Final = 2**40
 _LENGTH_BYTES: Final = 8
+
+_SHOWN: Final = 3
+"""Most names of one kind in a message."""
+
+_COMPARED: Final = 40
+"""Most names that are compared with as many others to find those that are alike."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -150,19 +157,45 @@ def check_architecture(
     Raises
     ------
     InvalidWeights
-        Naming the first few tensors that are missing, unknown, or of another dtype or shape.
+        Naming the first few tensors that are missing, not part of it, or of another dtype or shape.
     """
     found = {tensor.name: TensorSpec(tensor.dtype, tensor.shape) for tensor in tensors}
-    problems = [f"{key!a} is missing" for key in wanted if key not in found]
-    problems += [f"{key[:80]!a} is not part of it" for key in found if key not in wanted]
-    problems += [
+    missing, unknown = _nearest_first([key for key in wanted if key not in found], set(found) - set(wanted))
+    problems = [_some(missing, "missing"), _some(unknown, "not part of it")]
+    wrong = [
         f"{key!a} is {found[key].dtype}{list(found[key].shape)}, must be {spec.dtype}{list(spec.shape)}"
         for key, spec in wanted.items()
         if key in found and found[key] != spec
     ]
-    if problems:
-        more = f" and {len(problems) - 3} more" if len(problems) > 3 else ""
-        raise InvalidWeights(f"the weights are not a {name}: {'; '.join(problems[:3])}{more}")
+    problems += wrong[:_SHOWN] + ([f"{len(wrong) - _SHOWN} more of another shape"] if wrong[_SHOWN:] else [])
+    if any(problems):
+        raise InvalidWeights(f"the weights are not a {name}: {'; '.join(filter(None, problems))}")
+
+
+def _some(names: Sequence[str], what: str) -> str:
+    """The first few names, and what is the matter with them; empty when there is none."""
+    if not names:
+        return ""
+    shown = ", ".join(f"{name[:80]!a}" for name in names[:_SHOWN])
+    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
+    return f"{shown}{more} {'is' if len(names) == 1 else 'are'} {what}"
+
+
+def _nearest_first(missing: Sequence[str], unknown: Collection[str]) -> tuple[list[str], list[str]]:
+    """Both, those first that are most like one of the other: what a wrapper's prefix did is seen at once.
+
+    Only some are compared, so that it takes no time whatever a file holds.
+    """
+    left, pairs = sorted(unknown)[:_COMPARED], []
+    for place, name in enumerate(missing[:_COMPARED]):
+        likeness = [(SequenceMatcher(None, name[:80], other[:80]).ratio(), other) for other in left]
+        if likeness:
+            pairs.append((-max(likeness)[0], place, name, max(likeness)[1]))
+    first = [(name, other) for _, _, name, other in sorted(pairs)]
+    return (
+        list(dict.fromkeys([*(name for name, _ in first), *missing])),
+        list(dict.fromkeys([*(other for _, other in first), *sorted(unknown)])),
+    )
 
 
 Entry = tuple[str, TensorSpec, int, int]

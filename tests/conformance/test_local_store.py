@@ -1,12 +1,14 @@
 """The conformance suite on the local-folder backend, and the race again across processes."""
 
+import fcntl
 import multiprocessing
+import os
 from pathlib import Path
 
 import pytest
 
 from flatshare_registry.errors import Conflict, Unavailable
-from flatshare_registry.stores.base import Create, UpdateIf
+from flatshare_registry.stores.base import Create, Overwrite, UpdateIf
 from flatshare_registry.stores.local import LocalStore
 from flatshare_registry.testing.store_suite import BlobStoreSuite
 
@@ -46,6 +48,23 @@ class TestLocalStore(BlobStoreSuite):
             store.put("a/k", b"2", UpdateIf("stale"))
         store.put("a/k", b"2", UpdateIf(meta.etag))
         assert sorted(path.name for path in (tmp_path / "store" / "a").iterdir()) == ["k"]
+
+    def test_the_lock_is_that_of_the_file_that_is_there(
+        self, store: LocalStore, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """Somebody cleans the folder while a writer waits: two writers must not hold two locks."""
+        lock, real, locked = tmp_path / "store" / ".flatshare-lock", fcntl.flock, []
+
+        def flock(handle: int, how: int) -> None:
+            if not locked:
+                lock.unlink()
+            real(handle, how)
+            locked.append(os.fstat(handle).st_ino)
+
+        store.put("k", b"1", Create())
+        monkeypatch.setattr(fcntl, "flock", flock)
+        store.put("k", b"2", Overwrite())
+        assert locked[-1] == lock.stat().st_ino
 
     def test_a_folder_that_cannot_be_made_is_unavailable(self, tmp_path: Path) -> None:
         (tmp_path / "file").write_text("in the way")

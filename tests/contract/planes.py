@@ -89,7 +89,7 @@ class Data:
 
 
 @contextlib.contextmanager
-def data_plane() -> Iterator[Data]:
+def data_plane(auth: bool = True) -> Iterator[Data]:
     clock = ManualClock()
     store = MemoryStore(clock=clock)
     registry = Registry(store, clock=clock)
@@ -109,7 +109,7 @@ def data_plane() -> Iterator[Data]:
             timeout_s=10,
         )  # fmt: skip
         app = create_app(
-            service, Identities(view, keys.operators, clock=clock), replica="r1",
+            service, Identities(view, keys.operators if auth else None, clock=clock), replica="r1",
             max_body_bytes=10**6, max_rows=8,
         )  # fmt: skip
         yield Data(app, keys, service)
@@ -136,7 +136,7 @@ class Replicas:
 
 
 class Control:
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, auth: bool = True) -> None:
         clock = ManualClock()
         self.registry = Registry(MemoryStore(clock=clock), clock=clock)
         for tenant in (ACME, GLOBEX):
@@ -147,8 +147,9 @@ class Control:
             self.registry.set_alias(ACME, AliasName("canary"), version)
         self.keys = Keys(self.registry, clock)
         fleet = Fleet(Replicas(), lambda: [ReplicaState("r1", "RUNNING", "127.0.0.1")])
+        operators = self.keys.operators if auth else None
         self.app = create_control_app(
-            self.registry, fleet, Identities(RegistryHeads(self.registry), self.keys.operators, clock=clock),
+            self.registry, fleet, Identities(RegistryHeads(self.registry), operators, clock=clock),
             erasure_key_file=folder / "erasure.key",
         )  # fmt: skip
 

@@ -6,6 +6,7 @@ In one process, over ASGI, with authentication on; the replicas behind the contr
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -16,6 +17,7 @@ import httpx
 import numpy as np
 import pytest
 
+from flatshare.api.openapi import DOCS_PATHS
 from flatshare.control.access import BURST, RULES, Access
 from flatshare.control.deployment import CONTROL_PREFIX
 from flatshare.edge.configuration import OPEN_PATHS
@@ -61,7 +63,7 @@ def everybody(status: int = 200, **request: Any) -> None:
 
 PREDICT = {"stranger": 404, "predict": 200, "manage": 403, "both": 200, "admin": 200, "viewer": 403}
 DATA_OPEN = {("GET", path) for path in (
-    "/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json", "/v2", "/v2/health/live", "/v2/health/ready",
+    *DOCS_PATHS, "/v2", "/v2/health/live", "/v2/health/ready",
 )}  # fmt: skip
 _OCTETS = {"content": IMAGE, "headers": {MODEL: "acme", "content-type": "application/octet-stream"}}
 _LINES = {
@@ -99,7 +101,7 @@ def change_own(status: int = 200, **request: Any) -> Row:
     return Row(404, 403, status, status, status, 403, request)
 
 
-CONTROL_OPEN = {("GET", path) for path in ("/docs", "/docs/oauth2-redirect", "/redoc", "/openapi.json")}
+CONTROL_OPEN = {("GET", path) for path in DOCS_PATHS}
 CONTROL: dict[tuple[str, str], Row] = {
     ("GET", "/tenants"): view(),
     ("POST", "/tenants"): change(201, json={"id": "new"}),
@@ -123,6 +125,7 @@ CONTROL: dict[tuple[str, str], Row] = {
     ("PUT", "/tenants/{tenant}/aliases/{alias}"): change_own(json={"version": 2}),
     ("DELETE", "/tenants/{tenant}/aliases/{alias}"): change_own(),
     ("POST", "/tenants/{tenant}/aliases/{alias}/rollback"): change_own(),
+    ("GET", "/plans"): view(),
     ("GET", "/replicas"): view(),
     ("POST", "/preload"): change(json={"model": "acme"}),
     ("POST", "/unpin"): change(json={"model": "acme"}),
@@ -247,3 +250,83 @@ async def test_one_tenants_keys_can_not_occupy_the_control_plane(control: Contro
     assert statuses[200] >= BURST
     assert (await ask(control, ("GET", "/tenants/{tenant}"), "admin")).status_code == 200
     assert (await ask(control, ("GET", "/tenants/{tenant}"), "other tenant's")).status_code == 404
+
+
+# -- authentication off: this machine's own callers, and no other site's page
+
+PAGES = {
+    "another host": {"host": "evil.example"},
+    "a name that resolves to here": {"host": "rebound.evil.example:8000"},
+    "another origin": {"origin": "https://evil.example"},
+    "another port's page": {"origin": "http://localhost:3000", "sec-fetch-site": "same-site"},
+    "a form or a link": {"sec-fetch-site": "cross-site"},
+}
+OWN = [{}, {"origin": "http://localhost:8000", "sec-fetch-site": "same-origin"}, {"sec-fetch-site": "none"}]
+
+
+async def ask_page(app: Any, route: tuple[str, str], page: dict[str, str], **request: Any) -> httpx.Response:
+    method, path = route
+    url = path.format(tenant="acme", version=1, alias="canary", key_id="acme.none", ref="acme")
+    transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8000") as client:
+        request["headers"] = {**request.get("headers", {}), **page}
+        return await client.request(method, url, **request)
+
+
+@pytest.fixture(scope="module")
+def open_data() -> Iterator[Data]:
+    with data_plane(auth=False) as made:
+        yield made
+
+
+@pytest.mark.parametrize("route", sorted(DATA.keys() | DATA_OPEN), ids=" ".join)
+async def test_without_keys_no_page_of_another_site_reaches_the_data_plane(
+    open_data: Data, route: tuple[str, str]
+) -> None:
+    request = DATA[route].request if route in DATA else {}
+    for page in PAGES.values():
+        reply = await ask_page(open_data.app, route, page, **request)
+        assert (reply.status_code, "not_local" in reply.text) == (403, True)
+    for own in OWN:
+        reply = await ask_page(open_data.app, route, own, **request)
+        assert reply.status_code == 200, reply.text
+
+
+@pytest.mark.parametrize("route", sorted(RULES), ids=" ".join)
+async def test_without_keys_no_page_of_another_site_reaches_the_control_plane(
+    tmp_path: Path, route: tuple[str, str]
+) -> None:
+    control = Control(tmp_path, auth=False)
+    before = control.state()
+    request = CONTROL[route].request if route in CONTROL else {}
+    for page in PAGES.values():
+        reply = await ask_page(control.app, route, page, **request)
+        assert (reply.status_code, reply.json()["error"]["code"]) == (403, "not_local")
+    assert control.state() == before
+
+
+@pytest.mark.parametrize("own", OWN, ids=str)
+async def test_without_keys_this_machines_own_callers_are_the_operator(
+    tmp_path: Path, own: dict[str, str]
+) -> None:
+    control = Control(tmp_path, auth=False)
+    assert (await ask_page(control.app, ("POST", "/tenants/{tenant}/suspend"), own)).status_code == 200
+    assert (await ask_page(control.app, ("GET", "/docs"), own)).status_code == 200
+    nowhere = await ask_page(control.app, ("GET", "/nope"), PAGES["another host"])
+    assert nowhere.status_code == 403, "not even what is not there"
+
+
+async def test_the_docs_fetch_nothing_from_elsewhere(control: Control, data: Data) -> None:
+    for app, root in ((data.app, ""), (control.app, "/admin")):
+        transport = httpx.ASGITransport(app=app, root_path=root)
+        async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+            page = await client.get(f"{root}/docs")
+            assert "://" not in page.text, "blank in a network without a way out"
+            links = re.findall(r"(?:src|href)=\"([^\"]+)\"", page.text)
+            assert sorted(links) == [f"{root}/docs/{name}" for name in
+                                     ("favicon.png", "swagger-ui-bundle.js", "swagger-ui.css")]  # fmt: skip
+            kinds = [
+                (await client.get(link)).headers["content-type"].partition(";")[0] for link in sorted(links)
+            ]
+            assert kinds == ["image/png", "text/javascript", "text/css"]
+            assert (await client.get(f"{root}/openapi.json")).json()["openapi"].startswith("3.")

@@ -7,6 +7,7 @@ import contextlib
 import http.server
 import json
 import os
+import queue
 import re
 import signal
 import socket
@@ -49,6 +50,7 @@ class Backend:
         self.requests: list[dict[str, str]] = []
         self.bodies: list[int] = []
         self.die_next = False
+        self.streams: list[queue.SimpleQueue[bytes]] = []
         outer = self
 
         class Handler(http.server.BaseHTTPRequestHandler):
@@ -56,6 +58,20 @@ class Backend:
 
             def do_GET(self) -> None:
                 self.answer(b"ok")
+
+            def stream(self) -> None:
+                """Sends on what the test puts in, piece by piece, until it puts in nothing."""
+                self.send_response(200)
+                self.send_header("transfer-encoding", "chunked")
+                self.end_headers()
+                pieces: queue.SimpleQueue[bytes] = queue.SimpleQueue()
+                pieces.put(b"first")
+                outer.streams.append(pieces)
+                while True:
+                    piece = pieces.get()
+                    self.wfile.write(b"%x\r\n%b\r\n" % (len(piece), piece))
+                    if not piece:
+                        return
 
             def do_POST(self) -> None:
                 body = self.rfile.read(int(self.headers.get("content-length", 0)))
@@ -66,6 +82,9 @@ class Backend:
                     return
                 outer.requests.append({key.lower(): value for key, value in self.headers.items()})
                 outer.bodies.append(len(body))
+                if "x-test-stream" in self.headers:
+                    self.stream()
+                    return
                 self.answer(outer.name.encode())
 
             def answer(self, body: bytes) -> None:
@@ -93,14 +112,15 @@ class Backend:
 class Edge:
     def __init__(self, folder: Path, **changes: Any) -> None:
         self.process = HaproxyProcess(folder / "edge")
-        values: dict[str, Any] = {"max_body_bytes": 1_000_000, "retry_body_bytes": 65_536, **changes}
+        values: dict[str, Any] = {
+            "max_body_bytes": 1_000_000, "retry_body_bytes": 65_536, "request_timeout_s": 10, **changes,
+        }  # fmt: skip
         port, fallback_port = free_ports(2)
         self.options = EdgeOptions(
             host="127.0.0.1",
             port=port,
             socket=self.process.admin_socket,
             fallback_port=fallback_port,
-            request_timeout_s=10,
             **values,
         )
         self.url = f"http://127.0.0.1:{self.options.port}"
@@ -246,6 +266,10 @@ def test_what_is_no_http_is_refused_and_reaches_nobody(
 
 
 HOSTILE = {
+    "many headers": UNPARSABLE["many headers"],
+    "as many headers as there is room for": b"GET / HTTP/1.1\r\n"
+    + b"a:\r\n" * 3900
+    + b"connection: close\r\n\r\n",
     "unknown method": b"FOO /predict HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n",
     "no slash": b"GET predict HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n",
     "asterisk": b"OPTIONS * HTTP/1.1\r\nhost: x\r\nconnection: close\r\n\r\n",
@@ -283,6 +307,12 @@ def test_nobody_there_is_503_in_json(edge: Edge) -> None:
     reply = httpx.post(edge.url, headers={MODEL: "m", "x-request-id": "abc"})
     assert (reply.status_code, reply.json()["error"]["code"]) == (503, "no_replica")
     assert (reply.headers["retry-after"], reply.json()["error"]["request_id"]) == ("1", "abc")
+
+
+def test_as_many_headers_as_haproxy_takes_by_itself_go_through(edge: Edge, backends: list[Backend]) -> None:
+    edge.process.start(edge.config(backends[:1]))
+    many = {f"x-{number}": "1" for number in range(90)}
+    assert httpx.post(edge.url, headers={MODEL: "acme", **many}, content=b"x").status_code == 200
 
 
 def test_header_hygiene(edge: Edge, backends: list[Backend]) -> None:
@@ -488,6 +518,222 @@ def test_a_reload_loses_no_request(edge: Edge, backends: list[Backend]) -> None:
     assert len(statuses) >= 300
     assert rounds >= 3
     assert set(statuses) == {200}
+
+
+@contextlib.contextmanager
+def a_stream(edge: Edge, backend: Backend) -> Iterator[tuple[queue.SimpleQueue[bytes], Iterator[bytes]]]:
+    """An answer that goes on: what is put in, and what comes out."""
+    with httpx.Client(timeout=10) as client:
+        with client.stream(
+            "POST", f"{edge.url}/predict/stream", headers={MODEL: "m", "x-test-stream": "1"}
+        ) as reply:
+            pieces = reply.iter_raw()
+            assert next(pieces) == b"first"
+            source = backend.streams[-1]
+            try:
+                yield source, pieces
+            finally:
+                source.put(b"")
+
+
+def test_a_stream_outlasts_a_change_of_replicas(tmp_path: Path, backends: list[Backend]) -> None:
+    # The bound was the time that one request may take, and five seconds.
+    edge = Edge(tmp_path, request_timeout_s=0.4)
+    edge.process.start(edge.config(backends[:1]))
+    try:
+        with a_stream(edge, backends[0]) as (source, pieces):
+            edge.process.reload(edge.config(backends[:2]))
+            began = time.monotonic()
+            while time.monotonic() - began < 7.0:
+                source.put(b"more")
+                assert next(pieces) == b"more"
+                time.sleep(0.5)  # what is tested is that time passes
+            source.put(b"")
+            assert list(pieces) == []
+    finally:
+        edge.process.stop()
+
+
+def old_workers(edge: Edge) -> list[psutil.Process]:
+    """Workers of before a reload that still have connections."""
+    assert edge.process.pid is not None
+    current = edge.process.workers()
+    return [one for one in psutil.Process(edge.process.pid).children() if one.pid not in current]
+
+
+def test_old_workers_end_at_their_bound(tmp_path: Path, backends: list[Backend]) -> None:
+    edge = Edge(tmp_path, hard_stop_after_s=1)
+    edge.process.start(edge.config(backends[:1]))
+    try:
+        with a_stream(edge, backends[0]):
+            edge.process.reload(edge.config(backends[:2]))
+            old = old_workers(edge)
+            assert len(old) == 1
+            _, alive = psutil.wait_procs(old, timeout=10)
+            assert alive == []
+    finally:
+        edge.process.stop()
+
+
+def test_old_workers_do_not_pile_up(tmp_path: Path, backends: list[Backend]) -> None:
+    edge = Edge(tmp_path, max_old_workers=3)
+    edge.process.start(edge.config(backends[:1]))
+    try:
+        with contextlib.ExitStack() as stack:
+            for count in range(8):
+                stack.enter_context(a_stream(edge, backends[0]))
+                edge.process.reload(edge.config(backends[: 1 + count % 2]))
+            deadline = time.monotonic() + 10
+            while len(old_workers(edge)) > 4:
+                assert time.monotonic() < deadline, "a stream each keeps them all"
+            assert len(old_workers(edge)) >= 2, "those of the last reloads go on"
+    finally:
+        edge.process.stop()
+
+
+@pytest.mark.parametrize("how", ["stop", "master killed"])
+def test_old_workers_end_with_the_edge(edge: Edge, backends: list[Backend], how: str) -> None:
+    edge.process.start(edge.config(backends[:1]))
+    with a_stream(edge, backends[0]):
+        edge.process.reload(edge.config(backends[:2]))
+        assert edge.process.pid is not None
+        family = psutil.Process(edge.process.pid).children()
+        assert len(family) == 2, "one from before the reload, with a stream, and one from after"
+        if how == "stop":
+            edge.process.stop()
+        else:
+            os.kill(edge.process.pid, signal.SIGKILL)
+        _, alive = psutil.wait_procs(family, timeout=10)
+        assert [one for one in alive if one.status() != psutil.STATUS_ZOMBIE] == []
+
+
+@pytest.mark.parametrize("name", ["a b", "it's", 'say "x"', "a#b", "back\\slash"])
+def test_paths_may_hold_what_files_may(tmp_path: Path, backends: list[Backend], name: str) -> None:
+    folder = tmp_path / name
+    folder.mkdir()
+    certificate = self_signed(folder)
+    edge = Edge(folder, tls_cert=str(certificate))
+    edge.process.start(edge.config(backends[:1]))
+    try:
+        context = ssl.create_default_context(cafile=str(certificate))
+        with httpx.Client(verify=context) as client:
+            assert (
+                client.post(f"https://localhost:{edge.options.port}", headers={MODEL: "m"}).status_code == 200
+            )
+        edge.process.reload(edge.config(backends[:2]))
+    finally:
+        edge.process.stop()
+
+
+def forwarded_to(edge: Edge, backend: Backend, client: httpx.Client, *hops: str) -> str:
+    """Whom a replica is told that a request is from."""
+    headers = [(MODEL, "m"), *[("x-forwarded-for", hop) for hop in hops]]
+    assert client.post(edge.url, headers=headers).status_code == 200
+    return backend.requests[-1]["x-forwarded-for"]
+
+
+def test_a_trusted_proxy_says_who_the_client_is(tmp_path: Path, backends: list[Backend]) -> None:
+    edge = Edge(tmp_path, trusted_proxies=("127.0.0.1/32", "10.0.0.0/8", "2001:db8::/32"))
+    edge.process.start(edge.config(backends[:1]))
+    try:
+        with httpx.Client() as client:  # one connection, as a load balancer's
+            for hops, seen in (
+                (["198.51.100.7"], "198.51.100.7"),
+                (["6.6.6.6, 198.51.100.8"], "198.51.100.8"),  # the client's own word does not count
+                (["6.6.6.6", "198.51.100.9"], "198.51.100.9"),
+                (["6.6.6.6, 198.51.100.10, 10.1.2.3"], "198.51.100.10"),  # a proxy behind a proxy
+                (["2001:db8:0:1::5, 10.1.2.3"], "2001:db8:0:1::5"),
+                (["2a00::1"], "2a00::1"),
+                (["nobody"], "127.0.0.1"),
+                ([], "127.0.0.1"),
+            ):
+                assert forwarded_to(edge, backends[0], client, *hops) == seen, hops
+    finally:
+        edge.process.stop()
+
+
+def test_who_is_no_trusted_proxy_says_nothing(tmp_path: Path, backends: list[Backend]) -> None:
+    edge = Edge(tmp_path, trusted_proxies=("127.0.0.2/32",))
+    edge.process.start(edge.config(backends[:1]))
+    try:
+        with httpx.Client() as client:
+            assert forwarded_to(edge, backends[0], client, "198.51.100.7") == "127.0.0.1"
+        with httpx.Client(transport=httpx.HTTPTransport(local_address="127.0.0.2")) as client:
+            assert forwarded_to(edge, backends[0], client, "198.51.100.7") == "198.51.100.7"
+    finally:
+        edge.process.stop()
+
+
+def test_behind_a_trusted_proxy_one_client_is_kept_off_and_no_other(
+    tmp_path: Path, backends: list[Backend]
+) -> None:
+    edge = Edge(tmp_path, trusted_proxies=("127.0.0.1/32",))
+    edge.process.start(edge.config(backends, backends[:1]))
+    try:
+        with httpx.Client() as client:
+
+            def ask(number: int, address: str, status: int = 401) -> int:
+                headers = {"authorization": f"Bearer k{number}", "x-test-status": str(status)}
+                headers["x-forwarded-for"] = address
+                return client.post(f"{edge.url}/admin/tenants", headers=headers, timeout=10).status_code
+
+            with ThreadPoolExecutor(8) as threads:
+                tried = list(threads.map(lambda number: ask(number, "198.51.100.7"), range(300)))
+            assert 429 in tried
+            assert ask(1000, "198.51.100.7", 200) == 429
+            assert ask(1001, "198.51.100.8", 200) == 200
+    finally:
+        edge.process.stop()
+
+
+def test_a_trusted_proxy_may_have_more_connections_than_a_client(
+    tmp_path: Path, backends: list[Backend]
+) -> None:
+    edge = Edge(tmp_path, max_connections_per_address=3, trusted_proxies=("127.0.0.1/32",))
+    edge.process.start(edge.config(backends[:1]))
+    try:
+        with contextlib.ExitStack() as stack:
+            for _ in range(8):
+                connection = stack.enter_context(
+                    contextlib.closing(socket.create_connection(("127.0.0.1", edge.options.port)))
+                )
+                connection.sendall(b"POST / HTTP/1.1\r\n")
+            assert httpx.post(edge.url, headers={MODEL: "m"}).status_code == 200
+    finally:
+        edge.process.stop()
+
+
+FEW_FILES = """
+import resource, sys
+from pathlib import Path
+from flatshare.edge.configuration import EdgeOptions, render
+from flatshare.edge.process import HaproxyProcess
+from flatshare.local.checks import affordable_connections
+from flatshare.pool.details import Target
+
+folder, port, limit, replicas = Path(sys.argv[1]), *map(int, sys.argv[2:])
+resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
+process = HaproxyProcess(folder / "edge")
+room = affordable_connections(replicas)
+options = EdgeOptions("127.0.0.1", port, process.admin_socket, 8500, 8 * 1024**2, 64 * 1024, 30, max_connections=room)
+pool = [Target(f"replica-{n}", "127.0.0.1", 30000 + n) for n in range(replicas)]
+process.start(render(options, pool, pool[:1]))
+process.stop()
+print(room)
+"""
+
+
+@pytest.mark.parametrize(("limit", "replicas"), [(4096, 2), (4096, 200), (800, 2)])
+def test_with_few_open_files_it_starts_with_fewer_connections(
+    tmp_path: Path, limit: int, replicas: int
+) -> None:
+    (port,) = free_ports(1)
+    arguments = [str(tmp_path), str(port), str(limit), str(replicas)]
+    done = subprocess.run(
+        [sys.executable, "-c", FEW_FILES, *arguments], capture_output=True, text=True, timeout=60
+    )
+    assert done.returncode == 0, done.stderr[-1000:]
+    assert 256 <= int(done.stdout) < 4096
 
 
 def test_a_bad_configuration_is_refused_and_the_old_one_stays(edge: Edge, backends: list[Backend]) -> None:

@@ -11,7 +11,7 @@ from typer.main import get_command
 import flatshare_registry
 from flatshare import errors
 from flatshare.api.error_table import INTERNAL, TABLE, describe_error
-from flatshare.cli.errors import EXIT_CODES, exit_code
+from flatshare.cli.errors import ABOUT_EXIT_CODES, EXIT_CODES, exit_code
 from flatshare.cli.main import app
 from flatshare.settings import Settings
 from flatshare_registry import errors as registry_errors
@@ -53,7 +53,8 @@ def test_every_error_has_a_status_a_code_and_an_exit_code(kind: type[Exception])
         assert 400 <= described.status < 600
         assert described.code.islower()
     assert exit_code(kind("x")) > 1
-    assert set(EXIT_CODES.values()) <= set(range(1, 8))
+    assert set(EXIT_CODES.values()) <= set(range(1, 9))
+    assert f"{exit_code(kind('x'))} " in ABOUT_EXIT_CODES, "--help names it"
 
 
 @pytest.mark.parametrize("kind", OURS)

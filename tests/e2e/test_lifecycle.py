@@ -7,6 +7,9 @@ import os
 import signal
 import socket
 import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -131,6 +134,64 @@ def test_a_killed_parent_takes_haproxy_and_ray_along(tmp_path: Path, s3_url_e2e:
     assert gone(family) == []
     with socket.create_server(("127.0.0.1", platform.port)):
         pass  # the port is free again
+
+
+OTHER_RAY = """
+import sys
+import ray
+ray.__version__ = "2.59.1"  # what a head node of that version says of itself
+from ray.scripts.scripts import main
+main()
+"""
+
+
+@pytest.fixture
+def short_folder() -> Iterator[str]:
+    """Ray's sockets have no room in a test's own folder."""
+    with tempfile.TemporaryDirectory(prefix="fs-", ignore_cleanup_errors=True) as folder:
+        yield folder
+
+
+def test_a_cluster_of_another_ray_is_one_line(tmp_path: Path, short_folder: str) -> None:
+    gcs_port, port, serve_port = free_ports(3)
+    environment = {
+        **{name: value for name, value in os.environ.items() if not name.startswith(("FLATSHARE_", "RAY_"))},
+        "RAY_AUTH_MODE": "disabled",
+        "RAY_USAGE_STATS_ENABLED": "0",
+        "RAY_TMPDIR": short_folder,
+        "XDG_STATE_HOME": str(tmp_path),
+        "FLATSHARE_HOST_DIR": "off",
+    }
+    before = {one.pid for one in psutil.process_iter()}
+    subprocess.run(
+        [sys.executable, "-c", OTHER_RAY, "start", "--head", "--node-ip-address=127.0.0.1", f"--port={gcs_port}",
+         "--include-dashboard=false", "--num-cpus=1", "--object-store-memory=100000000"],
+        env=environment, check=True, capture_output=True, timeout=90,
+    )  # fmt: skip
+    cluster = [one for one in psutil.process_iter() if one.pid not in before and short_folder in words(one)]
+    assert cluster
+    try:
+        up = subprocess.run(
+            [FLATSHARE, "up", "--ray", f"127.0.0.1:{gcs_port}", "--store", f"file://{tmp_path}/s",
+             "--port", str(port), "--serve-port", str(serve_port)],
+            env=environment, capture_output=True, text=True, timeout=90,
+        )  # fmt: skip
+        assert up.returncode == 7, up.stdout + up.stderr
+        assert "2.59.1" in up.stderr
+        assert "Version mismatch" in up.stderr
+        assert "Traceback" not in up.stderr
+        assert list(tmp_path.rglob("platform-*.json")) == []
+    finally:
+        for one in cluster:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.kill()
+
+
+def words(process: psutil.Process) -> str:
+    """Its command line; empty when it is gone."""
+    with contextlib.suppress(psutil.Error):
+        return " ".join(process.cmdline())
+    return ""
 
 
 def test_on_somebody_elses_cluster_down_ends_what_is_ours_and_nothing_else(tmp_path: Path) -> None:

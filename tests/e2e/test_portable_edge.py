@@ -18,7 +18,7 @@ import asyncio, json, sys
 import numpy as np
 import ray
 ray.init(address=sys.argv[1], log_to_driver=False)
-from flatshare.pool.deployment import pool_handle
+from flatshare.pool.handle import pool_handle
 from flatshare_registry.errors import NotFound
 
 rows = np.load(sys.argv[2])

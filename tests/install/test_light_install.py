@@ -90,8 +90,6 @@ def test_wrong_weights_are_refused_by_name(light: Light, tmp_path: Path) -> None
     "command",
     [
         ["up"],
-        ["down"],
-        ["status"],
         ["edge"],
         ["bench"],
         ["train", "base"],
@@ -110,6 +108,34 @@ def test_client_verbs_work_and_say_when_nothing_answers(light: Light) -> None:
     done = light.run("flatshare", "replicas", "--url", "http://127.0.0.1:9")
     assert done.returncode == 5
     assert "nothing answers at http://127.0.0.1:9" in done.stderr
+
+
+def test_what_runs_here_can_be_looked_at_and_ended(light: Light) -> None:
+    status = light.run("flatshare", "status")
+    assert status.returncode == 3
+    assert "does not run here" in status.stdout
+    down = light.run("flatshare", "down")
+    assert down.returncode == 0, down.stderr
+    assert "does not run here" in down.stdout
+
+
+def test_the_local_s3_server_says_which_extra_to_install(light: Light) -> None:
+    done = light.run("python", "-m", "flatshare_registry.testing.s3_server", "--port", "0")
+    assert done.returncode == 1
+    assert done.stderr.strip().splitlines() == [
+        "error: the local S3 server needs moto: pip install 'flatshare[local]'"
+    ]
+
+
+def test_licences_of_all_that_is_in_it_are_stated(light: Light) -> None:
+    code = (
+        "from importlib.metadata import distribution as d; m = d('flatshare').metadata;"
+        "print(m['License-Expression'], m.get_all('License-File'))"
+    )
+    said = light.run("python", "-c", code).stdout
+    assert said.startswith("Apache-2.0 AND CC-BY-SA-3.0 ")
+    assert "LICENSE" in said
+    assert "SOURCE.md" in said
 
 
 def test_the_packages_carry_what_they_need(light: Light) -> None:

@@ -27,7 +27,10 @@ from flatshare.api.http import (
 )
 from flatshare.api.identity import Identities
 from flatshare.api.images import decode_images
-from flatshare.api.oip import add_oip_routes
+from flatshare.api.local_only import LocalOnly
+from flatshare.api.oip import OPEN_PATHS, add_oip_routes, error_form
+from flatshare.api.oip_schemas import InferRequest
+from flatshare.api.openapi import documented
 from flatshare.api.payload import READY, READY_HEADER, decode_json, decode_pixels
 from flatshare.api.schemas import MODEL_ID_HEADER, PredictReply, PredictRequest
 from flatshare.api.stream import LinesResponse, answers, lines_of
@@ -45,6 +48,20 @@ _ABOUT: Final = """Many customers, one pool of replicas. Name your model in the
 NDJSON: Final = "application/x-ndjson"
 
 _BINARY: Final = {"schema": {"type": "string", "format": "binary"}}
+
+_STREAM_BODY: Final = {
+    "schema": {"type": "string", "description": "A JSON object of /predict a line."},
+    "example": '{"image": [[0.0, 0.0]]}\n',
+}
+_STREAM_REPLY: Final = {
+    "description": "A line for each line, as it is ready: its index, and what /predict answers or an error.",
+    "content": {
+        NDJSON: {
+            "schema": {"type": "string"},
+            "example": '{"index": 0, "predicted_label": [7], "version": 1, "tier": "device"}\n',
+        }
+    },
+}
 
 
 def create_app(
@@ -69,8 +86,16 @@ def create_app(
     max_body_bytes, max_rows
         Limits of one request; beyond them 413.
     """
-    app = FastAPI(title="flatshare", description=_ABOUT, version="1")
-    install_error_handlers(app)
+    # A redirect by slash would name http:// behind TLS, and send the key after it in clear.
+    app = FastAPI(
+        title="flatshare",
+        description=_ABOUT,
+        version="1",
+        redirect_slashes=False,
+        docs_url=None,
+        redoc_url=None,
+    )
+    install_error_handlers(app, error_form)
     decoding = room or DecodeRoom()
     bodies = BodyReader(decoding, max_body_bytes)
 
@@ -102,7 +127,7 @@ def create_app(
     async def documented_only(request: Request) -> Response:
         return await predict(request)  # FastAPI wants its own class in the signature
 
-    documented: dict[str, Any] = {
+    described: dict[str, Any] = {
         "response_model": PredictReply,
         "responses": {200: {"headers": _reply_headers()}, **ERROR_REPLIES},
     }
@@ -110,13 +135,14 @@ def create_app(
         "requestBody": {
             "required": True,
             "content": {
-                "application/json": {"schema": PredictRequest.model_json_schema()},
+                "application/json": {"schema": {"$ref": "#/components/schemas/PredictRequest"}},
                 "application/octet-stream": _BINARY,
                 "application/x-npy": _BINARY,
             },
         },
         "parameters": [
             _model_id_parameter(),
+            _request_id_parameter(),
             _header_parameter(
                 DTYPE_HEADER, "Of an octet-stream: uint8 pixels (default) or float32.", "float32"
             ),
@@ -127,7 +153,7 @@ def create_app(
         ],
     }
     for path, name in (("/predict", "predict"), ("/", "predict_at_root")):
-        app.post(path, operation_id=name, openapi_extra=body_of_predict, **documented)(documented_only)
+        app.post(path, operation_id=name, openapi_extra=body_of_predict, **described)(documented_only)
 
     @app.post(
         "/classify",
@@ -147,9 +173,9 @@ def create_app(
                     },
                 },
             },
-            "parameters": [_model_id_parameter()],
+            "parameters": [_model_id_parameter(), _request_id_parameter()],
         },
-        **documented,
+        **described,
     )
     async def classify(request: Request) -> Response:
         """Classify images: one PNG or JPEG file, several as multipart/form-data, or raw uint8 pixels."""
@@ -186,10 +212,10 @@ def create_app(
         "/predict/stream",
         operation_id="predict_stream",
         response_class=StreamingResponse,
-        responses={200: {"content": {NDJSON: {}}}, **ERROR_REPLIES},
+        responses={200: _STREAM_REPLY, **ERROR_REPLIES},
         openapi_extra={
-            "requestBody": {"required": True, "content": {NDJSON: {"schema": {"type": "string"}}}},
-            "parameters": [_model_id_parameter()],
+            "requestBody": {"required": True, "content": {NDJSON: _STREAM_BODY}},
+            "parameters": [_model_id_parameter(), _request_id_parameter()],
         },
     )
     async def stream(request: Request) -> LinesResponse:
@@ -233,7 +259,10 @@ def create_app(
         decoding,
         max_rows=max_rows,
     )
-    return HotRoutes(app, {"/predict": predict, "/": predict})
+    documented(app, open_paths=OPEN_PATHS, bodies=[PredictRequest, InferRequest])
+    # The hot routes ask ``identities``, which looks at the same; of the others some need no key.
+    others = LocalOnly(app, error_form) if identities.off else app
+    return HotRoutes(others, {"/predict": predict, "/": predict})
 
 
 _MODEL_ID: Final = MODEL_ID_HEADER.encode()
@@ -253,7 +282,10 @@ def model_id_of(request: Incoming) -> str:
         value for name, value in headers if name == _MODEL_ID_WITH_DASHES
     ]
     if len(found) != 1:
-        raise BadInput(f"name one model in the {MODEL_ID_HEADER} header: acme, acme:canary or acme@7")
+        raise BadInput(
+            f"name one model in the {MODEL_ID_HEADER} header: acme, acme:canary or acme@7; behind a proxy "
+            f"that drops names with underscores (nginx does), write {MODEL_ID_HEADER.replace('_', '-')}"
+        )
     text: str = found[0].decode("latin-1")
     return text
 
@@ -292,6 +324,11 @@ def _reply_headers() -> dict[str, Any]:
 def _header_parameter(name: str, description: str, example: str) -> dict[str, Any]:
     schema = {"type": "string"}
     return {"name": name, "in": "header", "description": description, "schema": schema, "example": example}
+
+
+def _request_id_parameter() -> dict[str, Any]:
+    about = "Yours, to find the request again: 1 to 64 of letters, digits and ._:-"
+    return _header_parameter(REQUEST_ID_HEADER, about, "01JD8ZQ6E4W7YB1R2N9K3M5T0V")
 
 
 def _model_id_parameter() -> dict[str, Any]:

@@ -29,14 +29,18 @@ from flatshare_registry.records import new_ulid
 
 __all__ = [
     "ERROR_REPLIES",
+    "ErrorForm",
     "Incoming",
     "PlainResponse",
     "encoding_of",
     "error_reply",
     "error_response",
     "install_error_handlers",
+    "own_form",
     "read_body",
     "request_id_of",
+    "route_path",
+    "whole_number",
 ]
 
 logger = logging.getLogger("flatshare.api")
@@ -55,14 +59,20 @@ ERROR_REPLIES: Final[dict[int | str, dict[str, Any]]] = {
         403: "The key may not do this, or the tenant is suspended.",
         404: "No such tenant, alias or version; or not this key's.",
         408: "The body did not arrive in time.",
+        409: "What is there is in the way: it exists already, is referred to, or somebody changed it.",
         413: "Over a stated limit.",
         415: "The body is compressed in a way that is not read here.",
         429: "Over a limit of the tenant's, which the code names; Retry-After says when to try again.",
         500: "The model or the service failed; tell the operator.",
         503: "No room, or the store is down; Retry-After says when to try again.",
         504: "Not answered in time; retry.",
+        507: "The model is larger than all that a replica may hold.",
     }.items()
 }
+
+
+ErrorForm = Callable[[HttpError, str], dict[str, Any]]
+"""Makes the body of an error reply from the error and the request's id."""
 
 
 class Incoming(Protocol):
@@ -101,6 +111,27 @@ def request_id_of(request: Incoming) -> str:
     """The caller's request id if it is safe to log and echo, else a new one."""
     given = request.headers.get(REQUEST_ID_HEADER, "")
     return given if _SAFE_ID.fullmatch(given) else new_ulid()
+
+
+def route_path(scope: Scope) -> str:
+    """The path below where the application is mounted."""
+    path: str = scope["path"]
+    return path.removeprefix(scope.get("root_path", ""))
+
+
+def whole_number(text: str, most: int) -> int | None:
+    """The number that plain digits say, leading zeros or not; None for other text, and above ``most``.
+
+    For text from outside: ``int`` also takes signs, spaces, underscores and other scripts' digits, and fails
+    on more than 4,300 digits.
+    """
+    if not text.isascii() or not text.isdigit():
+        return None
+    digits = text.lstrip("0") or "0"
+    if len(digits) > len(str(most)):
+        return None
+    number = int(digits)
+    return number if number <= most else None
 
 
 def encoding_of(request: Incoming, known: Collection[str] = ()) -> str | None:
@@ -166,10 +197,10 @@ async def read_body(
     if claimed is not None:
         if not claimed.isascii() or not claimed.isdigit():
             raise BadInput("Content-Length is not a number")
-        digits = claimed.lstrip("0")[:20] or "0"  # int() takes no text of any length
-        if int(digits) > limit_bytes:
-            raise refusal(f"the body has {digits} bytes; the limit is {limit_bytes}")
-        hold(int(digits))
+        size_claimed = whole_number(claimed, limit_bytes)
+        if size_claimed is None:
+            raise refusal(f"the body has {claimed[:20]} bytes; the limit is {limit_bytes}")
+        hold(size_claimed)
     parts: list[bytes] = []
     size = 0
     try:
@@ -186,47 +217,64 @@ async def read_body(
     return parts[0] if len(parts) == 1 else b"".join(parts)
 
 
-def error_response(error: HttpError, request_id: str) -> Response:
+def own_form(error: HttpError, request_id: str) -> dict[str, Any]:
+    """The form of all errors but those of the Open Inference Protocol's routes."""
+    return {"error": {"code": error.code, "message": error.message, "request_id": request_id}}
+
+
+def error_response(error: HttpError, request_id: str, form: ErrorForm = own_form) -> Response:
     """The JSON reply for an error."""
     # Serve itself puts the x-request-id header on every reply.
     headers = {} if error.retry_after_s is None else {"retry-after": str(error.retry_after_s)}
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
-    body = {"error": {"code": error.code, "message": error.message, "request_id": request_id}}
-    return Response(orjson.dumps(body), error.status, headers, media_type="application/json")
+    body = orjson.dumps(form(error, request_id))
+    return Response(body, error.status, headers, media_type="application/json")
 
 
-def error_reply(request: Request, error: Exception) -> Response:
+def error_reply(request: Request, error: Exception, form: ErrorForm = own_form) -> Response:
     """The reply for an exception; what is our fault is logged with its traceback, here and nowhere else."""
     request_id = request_id_of(request)
     described = describe_error(error)
     if described.status >= 500 and described.status != 503:
         logger.error("request %s failed: %s", request_id, described.code, exc_info=error)
-    return error_response(described, request_id)
+    return error_response(described, request_id, form)
 
 
-def install_error_handlers(app: FastAPI) -> None:
-    """Answer every exception, the framework's own too, in our one form; never with a traceback."""
+def install_error_handlers(
+    app: FastAPI, form_of: Callable[[Request], ErrorForm] = lambda request: own_form
+) -> None:
+    """Answer every exception, the framework's own too, in a form of ours; never with a traceback.
+
+    Parameters
+    ----------
+    form_of
+        Which form an error takes on a request's route.
+    """
 
     async def known(request: Request, error: Exception) -> Response:
-        return error_reply(request, error)
+        return error_reply(request, error, form_of(request))
+
+    def answer(request: Request, status: int, code: str, message: str) -> Response:
+        return error_response(HttpError(status, code, message), request_id_of(request), form_of(request))
 
     async def framework(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)
         code = {404: "no_such_route", 405: "method_not_allowed"}.get(error.status_code, "bad_input")
+        docs = f"GET {request.scope.get('root_path', '').rstrip('/')}/docs"
         message = {
-            404: "there is no such route; GET /docs lists them",
-            405: "this route does not take that method; GET /docs lists them",
+            404: f"there is no such route; {docs} lists them",
+            405: f"this route does not take that method; {docs} lists them",
         }.get(error.status_code, str(error.detail))
-        return error_response(HttpError(error.status_code, code, message), request_id_of(request))
+        return answer(request, error.status_code, code, message)
 
     async def validation(request: Request, error: Exception) -> Response:
         assert isinstance(error, RequestValidationError)
         problems = [
-            f"{'.'.join(str(part) for part in problem['loc'])}: {problem['msg']}"
+            f"{'.'.join(str(part)[:80] for part in problem['loc'])}: {problem['msg']}"
             for problem in error.errors()[:3]
         ]
-        return error_response(HttpError(400, "bad_input", "; ".join(problems)), request_id_of(request))
+        return answer(request, 400, "bad_input", "; ".join(problems))
 
     app.add_exception_handler(HTTPException, framework)
     app.add_exception_handler(RequestValidationError, validation)

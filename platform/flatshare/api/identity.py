@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from enum import StrEnum
 from typing import Final, Protocol
 
+from flatshare.api.local_only import check_local
 from flatshare.api.tokens import TokenVerifier
 from flatshare.engine.admission import Admission
 from flatshare.errors import Forbidden, Unauthenticated
@@ -90,7 +91,7 @@ class Caller:
 
 
 LOCAL_OPERATOR: Final = Caller("local", Role.ADMIN)
-"""Everybody, where authentication is off: only loopback is listened on then."""
+"""Everybody on this machine, where authentication is off: only loopback is listened on then."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -151,7 +152,7 @@ class Identities:
     heads
         Whose keys count.
     operators
-        None: authentication is off, everybody is the operator.
+        None: authentication is off, everybody on this machine is the operator (``local_only.py``).
     tokens
         Verifies JSON Web Tokens of an issuer, for those who have one.
     used
@@ -174,17 +175,25 @@ class Identities:
         self._clock = clock
         self._look_ups = Admission(LOOK_UPS, LOOK_UPS)
 
+    @property
+    def off(self) -> bool:
+        """Whether authentication is off."""
+        return self._operators is None
+
     async def identify(self, headers: Mapping[str, str]) -> Caller:
         """The caller that a request's headers stand for. Waits for nothing when its tenant is known.
 
         Raises
         ------
+        NotLocal
+            Authentication is off, and the request may be a web page's.
         Unauthenticated
             There is no key, or not a good one.
         Unavailable
             The tenant is not known here, and the store does not answer.
         """
         if self._operators is None:
+            check_local(headers)
             return LOCAL_OPERATOR
         came = time.monotonic()
         text = _credential(headers)

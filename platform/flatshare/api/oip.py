@@ -1,7 +1,9 @@
 """Open Inference Protocol v2 (github.com/kserve/open-inference-protocol), with its binary-data extension.
 
 The model's name in the path is a model ref; ``/versions/<n>`` in the path means ``<tenant>@<n>``.
-Errors are the protocol's ``{"error": "<message>"}``, with our code and request id beside it.
+Errors are the protocol's ``{"error": "<message>"}``, with our code and request id beside it, on every path
+below ``/v2``: its clients expect a string there. What asks for an extension that is not served here is
+refused by name: an answer without it would be another tensor than was asked for.
 """
 
 from __future__ import annotations
@@ -18,9 +20,25 @@ from numpy.typing import NDArray
 
 from flatshare.api.bodies import BodyReader
 from flatshare.api.decoding import DecodeRoom
-from flatshare.api.error_table import describe_error
-from flatshare.api.http import error_reply, request_id_of
+from flatshare.api.error_table import HttpError
+from flatshare.api.http import ErrorForm, error_reply, own_form, route_path, whole_number
 from flatshare.api.identity import Identities
+from flatshare.api.oip_schemas import (
+    HEADER_LENGTH,
+    HEADER_LENGTH_PARAMETER,
+    INFER_BODY,
+    INFER_REPLY,
+    OIP_ERROR_REPLIES,
+    REF_PARAMETER,
+    TAG,
+    VERSION_PARAMETER,
+    InferReply,
+    LiveReply,
+    ModelMetadata,
+    ModelReadyReply,
+    ReadyReply,
+    ServerReply,
+)
 from flatshare.api.payload import decode_array
 from flatshare.api.tensors import is_ready, rows_of, tensor_of
 from flatshare.engine.service import InferenceService, Prediction, Rows, Ticket
@@ -29,11 +47,25 @@ from flatshare.models.architecture import Architecture, architecture
 from flatshare_registry.ids import ModelRef, parse_version
 from flatshare_registry.records import VersionRecord
 
-__all__ = ["add_oip_routes"]
+__all__ = ["OPEN_PATHS", "add_oip_routes", "error_form"]
 
-HEADER_LENGTH: Final = "inference-header-content-length"
+PREFIX: Final = "/v2"
+OPEN_PATHS: Final = frozenset({PREFIX, f"{PREFIX}/health/live", f"{PREFIX}/health/ready"})
+"""Answered without a key."""
+
 _INPUT_TYPES: Final[Mapping[str, np.dtype[Any]]] = {"FP32": np.dtype("<f4"), "UINT8": np.dtype("u1")}
 _OUTPUTS: Final = ("logits", "predicted_label")
+
+_NOT_SERVED: Final = (
+    "classification",
+    "shared_memory_region",
+    "shared_memory_byte_size",
+    "shared_memory_offset",
+    "sequence_id",
+    "sequence_start",
+    "sequence_end",
+)
+"""Parameters of extensions that change what the answer is."""
 
 
 def add_oip_routes(
@@ -56,20 +88,20 @@ def add_oip_routes(
         Read bodies, and decode long ones.
     """
 
-    @app.get("/v2", operation_id="oip_server")
-    async def server() -> dict[str, Any]:
+    @app.get("/v2", operation_id="oip_server", tags=[TAG])
+    async def server() -> ServerReply:
         """Server metadata."""
-        return {"name": "flatshare", "version": version("flatshare"), "extensions": ["binary_tensor_data"]}
+        return ServerReply(version=version("flatshare"))
 
-    @app.get("/v2/health/live", operation_id="oip_live")
-    async def live() -> Response:
+    @app.get("/v2/health/live", operation_id="oip_live", tags=[TAG])
+    async def live() -> LiveReply:
         """The replica answers."""
-        return Response()
+        return LiveReply()
 
-    @app.get("/v2/health/ready", operation_id="oip_ready")
-    async def ready() -> Response:
+    @app.get("/v2/health/ready", operation_id="oip_ready", tags=[TAG])
+    async def ready() -> ReadyReply:
         """The replica can answer for models."""
-        return Response()
+        return ReadyReply()
 
     async def enter(request: Request) -> Ticket:
         caller = await identities.identify(request.headers)
@@ -90,8 +122,9 @@ def add_oip_routes(
     async def model_ready(request: Request) -> Response:
         """Whether the model can be asked for; it is loaded when it is."""
         try:
-            await described(request)
-            return Response()
+            ref, _ = await described(request)
+            body = {"name": str(ref), "ready": True}
+            return Response(orjson.dumps(body), media_type="application/json")
         except Exception as error:
             return _error(request, error)
 
@@ -118,10 +151,31 @@ def add_oip_routes(
         except Exception as error:
             return _error(request, error)
 
-    for prefix, suffix in (("/v2/models/{ref}", ""), ("/v2/models/{ref}/versions/{version}", "_of_version")):
-        app.get(prefix, operation_id=f"oip_metadata{suffix}")(metadata)
-        app.get(f"{prefix}/ready", operation_id=f"oip_model_ready{suffix}")(model_ready)
-        app.post(f"{prefix}/infer", operation_id=f"oip_infer{suffix}")(infer)
+    # The handlers take the raw request, so FastAPI is told of parameters and bodies.
+    for prefix, suffix, parameters in (
+        ("/v2/models/{ref}", "", [REF_PARAMETER]),
+        ("/v2/models/{ref}/versions/{version}", "_of_version", [REF_PARAMETER, VERSION_PARAMETER]),
+    ):
+        plain = {"parameters": parameters}
+        binary = {"parameters": [*parameters, HEADER_LENGTH_PARAMETER], "requestBody": INFER_BODY}
+        app.get(
+            prefix, operation_id=f"oip_metadata{suffix}", tags=[TAG], openapi_extra=plain,
+            response_model=ModelMetadata, responses=OIP_ERROR_REPLIES,
+        )(metadata)  # fmt: skip
+        app.get(
+            f"{prefix}/ready", operation_id=f"oip_model_ready{suffix}", tags=[TAG], openapi_extra=plain,
+            response_model=ModelReadyReply, responses=OIP_ERROR_REPLIES,
+        )(model_ready)  # fmt: skip
+        app.post(
+            f"{prefix}/infer", operation_id=f"oip_infer{suffix}", tags=[TAG], openapi_extra=binary,
+            response_model=InferReply, responses={200: INFER_REPLY, **OIP_ERROR_REPLIES},
+        )(infer)  # fmt: skip
+
+
+def error_form(request: Request) -> ErrorForm:
+    """The form that errors have on a request's path: the protocol's below ``/v2``."""
+    path = route_path(request.scope)
+    return _protocol_form if path == PREFIX or path.startswith(f"{PREFIX}/") else own_form
 
 
 def _ref(request: Request) -> ModelRef:
@@ -148,16 +202,40 @@ def _split(body: bytes, header_length: str | None) -> tuple[dict[str, Any], memo
     """The JSON part of a body and the binary data after it."""
     end = len(body)
     if header_length is not None:
-        if not header_length.isascii() or not header_length.isdigit() or int(header_length[:20]) > len(body):
+        found = whole_number(header_length, len(body))
+        if found is None:
             raise BadInput(f"{HEADER_LENGTH} is not a length within the body")
-        end = int(header_length)
+        end = found
     try:
         document = orjson.loads(body[:end])
     except orjson.JSONDecodeError as error:
         raise BadInput(f"the inference request is not JSON: {error}") from None
     if not isinstance(document, dict):
         raise BadInput("the inference request is not a JSON object")
+    _refuse_extensions(document)
     return document, memoryview(body)[end:]
+
+
+def _refuse_extensions(document: dict[str, Any]) -> None:
+    """Return if a request asks for no extension that is not served here.
+
+    Raises
+    ------
+    BadInput
+        It does; names the parameter.
+    """
+    tensors = [
+        one
+        for field in ("inputs", "outputs")
+        if isinstance(document.get(field), list)
+        for one in document[field]
+    ]
+    for one in (document, *tensors):
+        parameters = one.get("parameters") if isinstance(one, dict) else None
+        if isinstance(parameters, dict):
+            for name in _NOT_SERVED:
+                if parameters.get(name):  # false, 0 and "" turn it off
+                    raise BadInput(f'the parameter "{name}" is of an extension that is not served here')
 
 
 def _input_rows(
@@ -266,11 +344,9 @@ def _wanted_outputs(document: dict[str, Any]) -> list[tuple[str, bool]]:
 
 
 def _error(request: Request, error: Exception) -> Response:
-    """The protocol's form: ``error`` is a string."""
-    described = describe_error(error)
-    reply = error_reply(request, error)
-    body = {"error": described.message, "code": described.code, "request_id": request_id_of(request)}
-    headers = {
-        name: value for name, value in reply.headers.items() if name in ("retry-after", "www-authenticate")
-    }
-    return Response(orjson.dumps(body), described.status, headers, media_type="application/json")
+    return error_reply(request, error, _protocol_form)
+
+
+def _protocol_form(error: HttpError, request_id: str) -> dict[str, Any]:
+    """``error`` is a string."""
+    return {"error": error.message, "code": error.code, "request_id": request_id}

@@ -20,11 +20,12 @@ from typing import Any, Final
 import jwt
 
 from flatshare.errors import SettingsError, Unauthenticated
+from flatshare.settings import Settings
 from flatshare_registry.errors import InvalidRef
 from flatshare_registry.ids import TenantId
 from flatshare_registry.records import Scope
 
-__all__ = ["TokenVerifier", "Verified"]
+__all__ = ["TokenVerifier", "Verified", "token_verifier"]
 
 logger = logging.getLogger("flatshare.api")
 
@@ -156,3 +157,16 @@ class TokenVerifier:
         if self._keys is None:
             raise jwt.PyJWKClientError("the issuer's keys are not known yet")
         return self._keys
+
+
+def token_verifier(settings: Settings) -> TokenVerifier | None:
+    """What verifies an issuer's tokens, if the settings name one."""
+    if not settings.jwt_issuer:
+        return None
+    return TokenVerifier(
+        issuer=settings.jwt_issuer,
+        audience=settings.jwt_audience,
+        jwks=settings.jwt_jwks,
+        tenant_claim=settings.jwt_tenant_claim,
+        scope_claim=settings.jwt_scope_claim,
+    )

@@ -8,8 +8,9 @@ the fastest contender. Parsing is httptools' (the llhttp of Node.js), as in uvic
 from __future__ import annotations
 
 import asyncio
+import re
 from dataclasses import dataclass, field
-from typing import cast
+from typing import Final, cast
 from urllib.parse import urlsplit
 
 import httptools
@@ -17,6 +18,9 @@ import httptools
 from flatshare.errors import BadInput
 
 __all__ = ["Connection", "NoAnswer", "Reply", "Target"]
+
+_HEADER_NAME: Final = re.compile(r"[A-Za-z0-9_-]+", re.ASCII)
+_HEADER_VALUE: Final = re.compile(r"[ -~]*", re.ASCII)
 
 
 class NoAnswer(Exception):
@@ -66,14 +70,28 @@ class Target:
     @classmethod
     def of(cls, url: str) -> Target:
         """From a URL."""
-        parts = urlsplit(url)
-        if parts.scheme not in ("http", "https") or not parts.hostname:
-            raise BadInput(f"{url[:80]!a} is not an http:// or https:// URL")
+        try:
+            parts = urlsplit(url)
+            host, port = parts.hostname, parts.port
+        except ValueError:  # the port is no number, or a bracket stands alone
+            host = port = None
+        if not host or parts.scheme not in ("http", "https"):
+            raise BadInput(f"{url.rpartition('@')[2][:80]!a} is not an http:// or https:// URL")
         tls = parts.scheme == "https"
-        return cls(parts.hostname, parts.port or (443 if tls else 80), parts.path or "/", tls)
+        return cls(host, port or (443 if tls else 80), parts.path or "/", tls)
 
     def request(self, headers: dict[str, str], body: bytes) -> bytes:
-        """A POST, ready to send; worth keeping when the same is sent often."""
+        """A POST, ready to send; worth keeping when the same is sent often.
+
+        Raises
+        ------
+        BadInput
+            A header has a character that would end it, or none that HTTP takes. Its value is not shown: it
+            may be a key.
+        """
+        for name, value in headers.items():
+            if _HEADER_NAME.fullmatch(name) is None or _HEADER_VALUE.fullmatch(value) is None:
+                raise BadInput(f"the header {name[:80]!a} has a character that no header takes")
         lines = [
             f"POST {self.path} HTTP/1.1",
             f"host: {self.host}:{self.port}",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -55,6 +55,7 @@ def digit_shots(
     batch: int,
     seed: int,
     distinct: int = 64,
+    headers: Mapping[str, tuple[tuple[str, str], ...]] | None = None,
 ) -> Iterator[Shot]:
     """Endless shots: models by Zipf, bodies from a pool that is encoded once.
 
@@ -67,12 +68,16 @@ def digit_shots(
     distinct
         Different bodies in the pool: enough that nothing can be cached by content, few enough that
         encoding does not count.
+    headers
+        More headers, by model.
     """
     random = np.random.default_rng(seed)
     bodies = [encode_json(images[random.integers(0, len(images), batch)]) for _ in range(distinct)]
     shares = zipf_shares(len(models), exponent)
+    more = headers or {}
     while True:
         chosen = random.choice(len(models), size=4096, p=shares)
         bodies_chosen = random.integers(0, distinct, size=4096)
         for model, body in zip(chosen.tolist(), bodies_chosen.tolist(), strict=True):
-            yield Shot(models[model], bodies[body])
+            name = models[model]
+            yield Shot(name, bodies[body], headers=more.get(name, ()))

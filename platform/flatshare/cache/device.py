@@ -7,28 +7,18 @@ and ``memory``. Everything above is the same on both, and its tests run on ``Cpu
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from typing import Final, Protocol
 
 import torch
 
 from flatshare.cache.threads import in_thread
-from flatshare.cache.tiers import Part
+from flatshare.cache.tiers import DeviceMemory, Part
 from flatshare.errors import SettingsError
 
-__all__ = ["CpuDevice", "CudaDevice", "Device", "DeviceMemory", "device_budget", "open_device"]
+__all__ = ["CpuDevice", "CudaDevice", "Device", "device_budget", "open_device"]
 
 CUDA_BLOCK_BYTES: Final = 512
 """What PyTorch's CUDA allocator rounds each tensor up to, in bytes (CUDACachingAllocator, kMinBlockSize)."""
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceMemory:
-    """What the device itself says, in bytes; zeros where it has nothing to say."""
-
-    allocated: int = 0
-    free: int = 0
-    total: int = 0
 
 
 class Device(Protocol):

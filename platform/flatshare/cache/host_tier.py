@@ -25,8 +25,6 @@ import fcntl
 import logging
 import os
 import secrets
-import shutil
-import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -36,6 +34,7 @@ from typing import Final
 from flatshare.cache.tier_files import (
     boot_id,
     is_locked,
+    is_still_named,
     overwrite,
     read_number,
     remove_orphan,
@@ -47,12 +46,9 @@ from flatshare.cache.tier_files import (
 )
 from flatshare.cache.tier_writer import TensorWriter
 
-__all__ = ["HostTier", "HostUsage", "Scrubbed", "open_host_tier"]
+__all__ = ["HostTier", "HostUsage", "Scrubbed"]
 
 logger = logging.getLogger("flatshare.cache")
-
-MAX_DEFAULT_BYTES: Final = 8 * 1024**3
-"""Most that the tier takes without being told."""
 
 LOCK_RETRY_S: Final = 0.005
 """How often a lock that another process holds is tried again: flock has no deadline of its own."""
@@ -126,17 +122,17 @@ class HostTier:
         The file was checked against its digest when it was published and can't be written since; here
         its length is checked. Kept by this process for as long as the view lives.
         """
+        path = self.path(digest)
         try:
-            handle = os.open(self.path(digest), os.O_RDONLY | os.O_CLOEXEC)
+            handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
         except OSError:
             return None
         try:
             fcntl.flock(handle, fcntl.LOCK_SH)  # waits at most for an eviction's look at this file
-            status = os.fstat(handle)
-            if status.st_size != size_bytes:
+            if os.fstat(handle).st_size != size_bytes:
                 return None  # the record is wrong, or the file is damaged: publish() puts that right
-            if not status.st_nlink:
-                return None  # evicted between the two calls
+            if not is_still_named(handle, path):
+                return None  # evicted between the two calls; or scrubbed by one that died, and all zeros
             os.utime(handle)
             return view_of(handle)
         except OSError as error:
@@ -234,7 +230,7 @@ class HostTier:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 # From here on nobody maps, evicts or scrubs this file; but somebody may have, a moment ago,
                 # and the path may be another tenant's new file of the same bytes by now.
-                if os.fstat(handle).st_ino == path.stat().st_ino:
+                if is_still_named(handle, path):
                     # First it loses its name, then its bytes: a crash between the two leaves an orphan,
                     # which is overwritten when orphans are removed, and never zeros under a digest.
                     orphan = self._temporary(whole_pages(os.fstat(handle).st_size))
@@ -287,9 +283,8 @@ class HostTier:
                     return None
                 time.sleep(LOCK_RETRY_S)
                 continue
-            with contextlib.suppress(FileNotFoundError):
-                if os.stat(path).st_ino == os.fstat(handle).st_ino:
-                    return handle
+            if is_still_named(handle, path):
+                return handle
             os.close(handle)  # its owner removed it when it had done: that was another lock
 
     def _evict(self, taken: int) -> int:
@@ -357,38 +352,14 @@ class HostTier:
     @contextlib.contextmanager
     def _usage_locked(self) -> Iterator[int]:
         # A handle of its own each time: a lock belongs to the open file, so threads exclude each other too.
-        handle = os.open(self._root / "usage", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            yield handle
-        finally:
-            os.close(handle)
-
-
-def open_host_tier(folder: str, budget_bytes: int) -> HostTier | None:
-    """The host tier that the settings mean, or None: a replica without one streams from the store.
-
-    Parameters
-    ----------
-    folder
-        A folder, ``auto`` or ``off``.
-    budget_bytes
-        0 for a quarter of the file system, at most 8 GiB.
-    """
-    if folder == "off":
-        return None
-    if folder == "auto":
-        shared = Path("/dev/shm")  # noqa: S108  # the node's tmpfs; our folder in it is private
-        base = shared if shared.is_dir() else Path(tempfile.gettempdir())
-        root = base / f"flatshare-{os.getuid()}"
-    else:
-        root = Path(folder)
-    try:
-        root.mkdir(mode=0o700, parents=True, exist_ok=True)
-        budget = budget_bytes or min(shutil.disk_usage(root).total // 4, MAX_DEFAULT_BYTES)
-        return HostTier(root, budget)
-    except OSError as error:
-        logger.warning(
-            "no host tier in %s (%s): every load comes from the store", root, error.strerror or error
-        )
-        return None
+        path = self._root / "usage"
+        while True:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX)
+                if not is_still_named(handle, path):
+                    continue  # somebody removed our files while we waited: the lock is another one now
+                yield handle
+                return
+            finally:
+                os.close(handle)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from flatshare.cache.tiers import Part, Receipt, State, Tier
 from flatshare.errors import ServeError
-from flatshare.models.stages import Model
 from flatshare_registry.records import VersionRecord
+
+if TYPE_CHECKING:  # torch: the control plane counts quotas with these types, and has none
+    from flatshare.models.stages import Model
 
 __all__ = ["Erased", "Lease", "Resident"]
 

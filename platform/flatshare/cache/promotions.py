@@ -20,33 +20,16 @@ from dataclasses import dataclass
 from typing import Final
 
 from flatshare.cache.model_cache import ModelCache
-from flatshare.cache.tiers import ModelKey
+from flatshare.cache.tiers import ModelKey, SwapInfo
 from flatshare_registry.ids import ModelRef, TenantId
 from flatshare_registry.records import TenantHead, VersionRecord
 
-__all__ = ["Promotions", "SwapInfo"]
+__all__ = ["Promotions"]
 
 logger = logging.getLogger("flatshare.cache")
 
 RETRY_S: Final = 5.0
 """Seconds after which a new version that failed to load is tried again."""
-
-
-@dataclass(frozen=True, slots=True)
-class SwapInfo:
-    """An alias that is not yet where it was moved to, on this replica.
-
-    Attributes
-    ----------
-    error
-        Why the last try failed; empty while it loads.
-    """
-
-    tenant: str
-    alias: str
-    from_version: int
-    to_version: int
-    error: str
 
 
 @dataclass(slots=True, eq=False)

@@ -15,6 +15,7 @@ __all__ = [
     "PAGE",
     "boot_id",
     "is_locked",
+    "is_still_named",
     "overwrite",
     "read_all",
     "read_number",
@@ -71,6 +72,17 @@ def write_number(handle: int, value: int) -> None:
     os.pwrite(handle, f"{value:031d}\n".encode(), 0)
 
 
+def is_still_named(handle: int, path: str | Path) -> bool:
+    """Whether an open file is what this path names now.
+
+    To open and to lock are two steps: between them somebody may have removed the file, or put another there.
+    """
+    try:
+        return os.path.samestat(os.fstat(handle), os.stat(path))
+    except FileNotFoundError:
+        return False
+
+
 def is_locked(path: str) -> bool:
     """Whether a living process holds this file's lock."""
     try:
@@ -94,6 +106,8 @@ def unlink_unless_mapped(path: str) -> int:
         return 0
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if not is_still_named(handle, path):
+            return 0
         size = os.fstat(handle).st_size
         os.unlink(path)
     except (BlockingIOError, FileNotFoundError):

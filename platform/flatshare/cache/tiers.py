@@ -1,4 +1,7 @@
-"""Words of the cache: tiers, keys, and what is known of a resident model."""
+"""Words of the cache: tiers, keys, and what is known of a resident model.
+
+No torch in here: these values go to the control plane, which has none.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ from typing import NamedTuple
 
 from flatshare_registry.records import VersionRecord
 
-__all__ = ["ModelKey", "Part", "Receipt", "ResidentInfo", "State", "Tier"]
+__all__ = ["DeviceMemory", "ModelKey", "Part", "Receipt", "ResidentInfo", "State", "SwapInfo", "Tier"]
 
 
 class Tier(StrEnum):
@@ -107,3 +110,29 @@ class ResidentInfo:
     leases: int
     last_used_at: float
     loaded_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class SwapInfo:
+    """An alias that is not yet where it was moved to, on this replica.
+
+    Attributes
+    ----------
+    error
+        Why the last try failed; empty while it loads.
+    """
+
+    tenant: str
+    alias: str
+    from_version: int
+    to_version: int
+    error: str
+
+
+@dataclass(frozen=True, slots=True)
+class DeviceMemory:
+    """What the device itself says, in bytes; zeros where it has nothing to say."""
+
+    allocated: int = 0
+    free: int = 0
+    total: int = 0

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-import contextlib
 import functools
 import getpass
 import importlib.util
+from dataclasses import dataclass
 from typing import Annotated, Any, Final
 
 import httpx
 import typer
 
+from flatshare.cli.answers import About, Fleet, Problem, Refreshed, not_ours, parsed
+from flatshare.cli.errors import NotTold
+from flatshare.cli.web import NobodyListens, send, shown, without_key
 from flatshare.errors import (
     BadInput,
     Forbidden,
@@ -22,18 +25,22 @@ from flatshare.errors import (
 from flatshare.models.architecture import Architecture
 from flatshare.settings import load_settings
 from flatshare_registry.catalog import Registry
-from flatshare_registry.errors import AlreadyExists, InvalidInput, NotFound, RegistryError, Unavailable
-from flatshare_registry.ids import TenantId
+from flatshare_registry.errors import InvalidInput, NotFound, RegistryError, Unavailable
 from flatshare_registry.registration import Probe
 
 __all__ = [
+    "Platform",
     "StoreOption",
+    "Told",
     "UrlOption",
     "call",
     "credentials",
+    "find_platform",
     "need_serve_extra",
     "open_registry",
     "platform_url",
+    "probe_of",
+    "registry_for_change",
     "tell_replicas",
 ]
 
@@ -50,6 +57,9 @@ UrlOption = Annotated[
 
 DEFAULT_URL: Final = "http://127.0.0.1:8000"
 CLIENT_TIMEOUT_S: Final = 60.0
+LATER: Final = "replicas see it within their view's TTL"
+MAYBE_OURS: Final = frozenset({401, 403, 407, 429})
+"""What a gateway in front of a platform may answer to whoever shows no key."""
 
 
 def open_registry(store: str | None) -> Registry:
@@ -89,20 +99,51 @@ def need_serve_extra() -> None:
         )
 
 
-def platform_url(url: str | None) -> str:
-    """The platform to talk to: the option, else the one that runs here, else the default port."""
-    if url:
-        return url.rstrip("/")
+@dataclass(frozen=True, slots=True)
+class Platform:
+    """A platform to talk to.
+
+    Attributes
+    ----------
+    found
+        It is known to run: it was started on this machine, and its process is alive.
+    asked_for
+        It runs here, or an option or the environment names it, or a key to show to it; else the address is a
+        guess, and whoever is there is none of ours, perhaps.
+    """
+
+    url: str
+    found: bool = False
+    asked_for: bool = True
+
+
+def find_platform(url: str | None) -> Platform:
+    """The platform to talk to: the option's, else the one that runs here, else at the default port.
+
+    Raises
+    ------
+    SettingsError
+        Several run here, and none is named.
+    """
+    states: list[Any] = []
     if importlib.util.find_spec("psutil") is not None:
         from flatshare.local.state import find_states
 
         states = find_states()
-        if len(states) > 1:
-            urls = ", ".join(state.url for state in states)
-            raise SettingsError(f"several platforms run here ({urls}); choose one with --url")
-        if states:
-            return states[0].url
-    return DEFAULT_URL
+    if url:
+        address = url.rstrip("/")
+        return Platform(address, found=any(state.url == address for state in states))
+    if len(states) > 1:
+        urls = ", ".join(state.url for state in states)
+        raise SettingsError(f"several platforms run here ({urls}); choose one with --url")
+    if states:
+        return Platform(states[0].url, found=True)
+    return Platform(DEFAULT_URL, asked_for=bool(load_settings().api_key.get_secret_value()))
+
+
+def platform_url(url: str | None) -> str:
+    """The address of :func:`find_platform`."""
+    return find_platform(url).url
 
 
 def call(method: str, url: str, **options: Any) -> httpx.Response:
@@ -114,22 +155,25 @@ def call(method: str, url: str, **options: Any) -> httpx.Response:
         Nobody answers there, or it says to try again.
     NotFound, BadInput, ServeError
         What it answered.
+    InvalidInput
+        What answered is no platform, or sends us elsewhere.
     """
     headers = {**credentials(url), **options.pop("headers", {})}
-    try:
-        timeout_s = options.pop("timeout", CLIENT_TIMEOUT_S)
-        reply = httpx.request(method, url, timeout=timeout_s, headers=headers, **options)
-    except (httpx.InvalidURL, httpx.UnsupportedProtocol, httpx.LocalProtocolError, UnicodeError) as error:
-        raise InvalidInput(f"{url[:80]!a} is not a URL of a platform: {error}") from error
-    except httpx.TransportError as error:
-        raise Unavailable(f"nothing answers at {url}: {error}; is the platform up? (flatshare up)") from error
+    timeout_s = options.pop("timeout", CLIENT_TIMEOUT_S)
+    reply = send(method, url, timeout_s=timeout_s, headers=headers, **options)
+    if 300 <= reply.status_code < 400:
+        target = shown(reply.headers.get("location", "elsewhere"))
+        raise not_ours(reply, f"a redirect to {target}, which is not followed: a key is shown where you say")
     if reply.status_code < 400:
         return reply
     try:
-        problem = reply.json()["error"]
-        text = f"{problem['message']} (request {problem['request_id']})"
-    except (ValueError, KeyError, TypeError):
-        text = f"{url} answered {reply.status_code}"
+        problem = parsed(reply, Problem)["error"]
+        text = without_key(f"{problem['message']} (request {problem['request_id']})", headers)
+    except InvalidInput as error:
+        # A proxy on the way may answer for a platform that is gone; what else is not in our form is not ours.
+        if reply.status_code < 500 and reply.status_code != httpx.codes.TOO_MANY_REQUESTS:
+            raise error from None
+        text = f"{shown(url)} answered {reply.status_code}"
     if reply.status_code == 401:
         raise Unauthenticated(f"{text}; set FLATSHARE_API_KEY (flatshare keys create makes one)")
     if reply.status_code == 403:
@@ -147,21 +191,27 @@ def credentials(url: str) -> dict[str, str]:
     """What to show to a platform: ``FLATSHARE_API_KEY``; to one that this user runs here, its admin key.
 
     The admin key goes nowhere else, whatever ``--url`` says.
+
+    Raises
+    ------
+    SettingsError
+        The key has a character that no header takes.
     """
-    key = load_settings().api_key.get_secret_value()
+    settings = load_settings()
+    key = settings.api_key.get_secret_value()
     if not key and importlib.util.find_spec("psutil") is not None:
-        from flatshare.local.keys import read_key
+        from flatshare.local.keys import key_file, read_key
         from flatshare.local.state import find_states
 
         own = any(url == state.url or url.startswith(f"{state.url}/") for state in find_states())
-        key = (load_settings().admin_key.get_secret_value() or read_key("admin") or "") if own else ""
+        key = settings.admin_key.get_secret_value() if own else ""
+        if own and not key:
+            key = read_key("admin") or ""
+            if not (key.isascii() and key.isprintable()) or " " in key:
+                raise SettingsError(
+                    f"{key_file('admin')} does not hold a key; remove it to have a new one made"
+                )
     return {"authorization": f"Bearer {key}"} if key else {}
-
-
-def ensure_tenant(registry: Registry, tenant: TenantId) -> None:
-    """Create a tenant unless it exists: one conditional write, however many tenants there are."""
-    with contextlib.suppress(AlreadyExists):
-        registry.create_tenant(tenant)
 
 
 def probe_of(network: Architecture) -> Probe | None:
@@ -173,10 +223,103 @@ def probe_of(network: Architecture) -> Probe | None:
     return functools.partial(probe_logits, network)
 
 
-def tell_replicas(tenant: str, url: str | None) -> str:
-    """After a change in the store: have a running platform see it at once; says how it went."""
+# -- changes: made in the store, then told to a running platform
+
+
+def registry_for_change(store: str | None, url: str | None) -> Registry:
+    """The registry, for a change, once it is known that the platform at ``url`` is one, or is down.
+
+    Raises
+    ------
+    SettingsError
+        No store is named, or a setting is wrong.
+    InvalidInput
+        Something else answers at ``url``. Nothing was changed.
+    """
+    registry = open_registry(store)
+    if url:
+        _refuse_strangers(url.rstrip("/"))
+    return registry
+
+
+def _refuse_strangers(base: str) -> None:
+    """Raise when what answers at an address is no platform; without showing it a key."""
     try:
-        refreshed = call("POST", f"{platform_url(url)}/admin/tenants/{tenant}/refresh").json()["refreshed"]
-    except (RegistryError, ServeError):  # the change stands, whatever the platform says or is called
-        return "no running platform was told; replicas see it within their view's TTL"
-    return f"{len(refreshed)} replicas see it now"
+        reply = send("GET", f"{base}/admin/openapi.json", timeout_s=CLIENT_TIMEOUT_S, headers={})
+    except Unavailable:  # down, or not reached: whoever tells it of the change says so
+        return
+    if reply.status_code in MAYBE_OURS or reply.status_code >= 500:
+        return
+    try:
+        if reply.status_code == httpx.codes.OK:
+            title = parsed(reply, About)["info"]["title"]
+            if title == "flatshare control plane":
+                return
+            raise not_ours(reply, f"it is {title[:80]!a}")
+        raise not_ours(reply, "it has no control plane")
+    except InvalidInput as error:
+        raise InvalidInput(f"{error.message} Nothing was changed.") from None
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """How it went to tell a running platform of a change that stands in the store.
+
+    Attributes
+    ----------
+    text
+        For the line that says what was changed.
+    failure
+        Why a platform that runs, or should, was not told; None when it was, and when there is none.
+    """
+
+    text: str
+    failure: str | None = None
+
+    def __str__(self) -> str:
+        """The text."""
+        return self.text
+
+    def check(self) -> None:
+        """Raise, once the change itself was reported.
+
+        Raises
+        ------
+        NotTold
+            A platform should have been told and was not.
+        """
+        if self.failure is not None:
+            raise NotTold(f"the change stands in the store, but {self.failure}; {LATER}")
+
+
+def tell_replicas(tenant: str, url: str | None) -> Told:
+    """After a change in the store: have a running platform see it at once; says how it went. Never fails."""
+    try:
+        platform = find_platform(url)
+    except (RegistryError, ServeError) as error:  # several run here
+        return Told("no platform was told", f"no platform was told: {error.message}")
+    base = platform.url
+    try:
+        route = f"{base}/admin/tenants/{tenant}/refresh"
+        refreshed = parsed(call("POST", route), Refreshed)["refreshed"]
+        if refreshed or (replicas := _replicas(base)) == 0:
+            return Told(f"{len(refreshed)} replicas see it now")
+    except (RegistryError, ServeError) as error:
+        nobody = isinstance(error, NobodyListens) and not platform.found
+        if nobody or not platform.asked_for:
+            why = "" if nobody else f" ({error.message})"
+            return Told(f"no running platform was told{why}; {LATER}")
+        return Told(
+            "the platform was not told", f"the platform at {shown(base)} was not told: {error.message}"
+        )
+    of = "no replica" if replicas is None else f"none of {replicas} replicas"
+    return Told(f"{of} took it up", f"{of} of the platform at {shown(base)} took it up")
+
+
+def _replicas(base: str) -> int | None:
+    """How many replicas a platform has; None when this key may not ask."""
+    try:
+        fleet = parsed(call("GET", f"{base}/admin/replicas"), Fleet)
+    except (RegistryError, ServeError):
+        return None
+    return len(fleet["replicas"]) + len(fleet["not_answering"])

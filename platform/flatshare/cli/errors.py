@@ -8,7 +8,12 @@ from typing import Final
 from flatshare import errors
 from flatshare_registry import errors as registry_errors
 
-__all__ = ["EXIT_CODES", "exit_code"]
+__all__ = ["ABOUT_EXIT_CODES", "EXIT_CODES", "NotTold", "exit_code"]
+
+
+class NotTold(errors.ServeError):
+    """A change stands in the store; the platform was not told, or not one replica took it up."""
+
 
 EXIT_CODES: Final[Mapping[type[Exception], int]] = {
     registry_errors.InvalidInput: 2,
@@ -30,11 +35,15 @@ EXIT_CODES: Final[Mapping[type[Exception], int]] = {
     errors.ModelFailed: 6,
     errors.IsolationBroken: 6,
     errors.LocalError: 7,
+    NotTold: 8,
     registry_errors.RegistryError: 1,
     errors.ServeError: 1,
 }
-"""2 wrong use, 3 not found, 4 refused by what is there or for want of a right, 5 try again later, 6 damaged,
-7 something on this machine, 1 else."""
+ABOUT_EXIT_CODES: Final = (
+    "Exit codes: 0 done, 2 wrong use or settings, 3 not found, 4 refused by what is there or for want of a "
+    "right, 5 try again later, 6 damaged, 7 something on this machine, 8 changed in the store, but the "
+    "platform was not told, 1 else."
+)
 
 
 def exit_code(error: BaseException) -> int:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
+from flatshare.cli.answers import Fleet, Labels, Refreshed, Unloaded, Unpinned, parsed
 from flatshare.cli.context import UrlOption, call, platform_url
 from flatshare.cli.output import AsJson, out, print_json, print_table, size, when
+from flatshare.errors import FleetUnavailable
 from flatshare_registry.errors import InvalidInput
 from flatshare_registry.ids import ModelRef
 
@@ -50,7 +52,7 @@ def predict(
             raise InvalidInput("give PNG or JPEG files, or one .json file")
         parts = [("image", (file.name, data, kinds[file])) for file, data in contents]
         reply = call("POST", f"{base}/classify", files=parts, headers=headers)
-    labels = reply.json()["predicted_label"]
+    labels = parsed(reply, Labels)["predicted_label"]
     source = {
         name: reply.headers.get(f"x-flatshare-{name}")
         for name in ("tenant", "version", "digest", "tier", "replica")
@@ -71,14 +73,14 @@ def replicas(
     as_json: AsJson = False,
 ) -> None:
     """List replicas, the models in each, and fleet totals."""
-    fleet = call("GET", f"{platform_url(url)}/admin/replicas").json()
+    fleet = parsed(call("GET", f"{platform_url(url)}/admin/replicas"), Fleet)
     if as_json:
         print_json(fleet)
         return
     print_fleet(fleet, models=models)
 
 
-def print_fleet(fleet: dict[str, Any], *, models: bool) -> None:
+def print_fleet(fleet: Fleet, *, models: bool) -> None:
     """The fleet as tables."""
     print_table(
         "",
@@ -134,6 +136,9 @@ def print_fleet(fleet: dict[str, Any], *, models: bool) -> None:
             )
     for node, host in {one["node"]: one["host"] for one in fleet["replicas"] if one["host"]}.items():
         out.print(f"host tier of {node}: {size(host['used_bytes'])} of {size(host['budget_bytes'])} in files")
+    for one in fleet["replicas"]:
+        if one["host"] is None:
+            out.print(f"{one['replica']}: no host tier, every load comes from the store", soft_wrap=True)
     totals = fleet["totals"]
     rates = ", ".join(f"{tier} {rate:.1%}" for tier, rate in totals["hit_rate"].items())
     loads = f"{totals['loads']} loads"
@@ -153,20 +158,21 @@ def preload(
 ) -> None:
     """Make a model resident on every replica before its first request."""
     body = {"model": str(ModelRef.parse(model)), "pin": pin}
-    done = call("POST", f"{platform_url(url)}/admin/preload", json=body).json()["refreshed"]
+    done = parsed(call("POST", f"{platform_url(url)}/admin/preload", json=body), Refreshed)["refreshed"]
+    if not done:
+        raise FleetUnavailable(f"no replica took up {model}: is one running? (flatshare replicas)")
     out.print(f"{model} is resident{' and pinned' if pin else ''} on {len(done)} replicas")
 
 
 def unpin(model: RefArgument, url: UrlOption = None) -> None:
     """Let a pinned model be evicted again."""
     body = {"model": str(ModelRef.parse(model))}
-    done = call("POST", f"{platform_url(url)}/admin/unpin", json=body).json()["unpinned"]
+    done = parsed(call("POST", f"{platform_url(url)}/admin/unpin", json=body), Unpinned)["unpinned"]
     out.print(f"{model} was pinned on {done} replicas")
 
 
 def unload(model: RefArgument, url: UrlOption = None) -> None:
     """Free a model everywhere; it is loaded again at its next request."""
-    done = call(
-        "POST", f"{platform_url(url)}/admin/unload", json={"model": str(ModelRef.parse(model))}
-    ).json()["unloaded"]
+    body = {"model": str(ModelRef.parse(model))}
+    done = parsed(call("POST", f"{platform_url(url)}/admin/unload", json=body), Unloaded)["unloaded"]
     out.print(f"{model} was freed on {done} replicas")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import os
 import sys
+from typing import TypeGuard
 
 import typer
 
 from flatshare.cli import (
+    audit_verbs,
     bench_verb,
     fleet,
     platform_verbs,
@@ -14,9 +17,10 @@ from flatshare.cli import (
     tenancy_verbs,
     training_verbs,
 )
-from flatshare.cli.errors import exit_code
-from flatshare.cli.output import err, printable
+from flatshare.cli.errors import ABOUT_EXIT_CODES, exit_code
+from flatshare.cli.output import err, printable, take_streams
 from flatshare.errors import ServeError
+from flatshare.settings import unknown_variables
 from flatshare_registry.errors import RegistryError
 
 app = typer.Typer(
@@ -27,18 +31,32 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     add_completion=True,
     rich_markup_mode="rich",
+    epilog=ABOUT_EXIT_CODES,
 )
+
+
+@app.callback()
+def before() -> None:
+    """Warn of variables that nobody reads: a setting that is misspelt is one that does not hold."""
+    unknown = unknown_variables(os.environ)
+    if unknown:
+        names = ", ".join(f"{name} (is {near} meant?)" if near else name for name, near in unknown.items())
+        err.print("warning:", style="yellow", end=" ")
+        err.print(printable(f"there is no setting {names}; it has no effect"), soft_wrap=True)
+
 
 platform_verbs.add_to(app)
 fleet.add_to(app)
 bench_verb.add_to(app)
 registry_verbs.add_to(app)
+audit_verbs.add_to(app)
 tenancy_verbs.add_to(app, registry_verbs.tenants_app)
 training_verbs.add_to(app)
 
 
 def main() -> None:
     """Entry point: errors of ours become one line and an exit code."""
+    take_streams()
     try:
         app()
     except (RegistryError, ServeError) as error:
@@ -46,8 +64,14 @@ def main() -> None:
         err.print(printable(error.message), soft_wrap=True)
         sys.exit(exit_code(error))
     except OSError as error:  # a full disk, a closed pipe: whatever this machine refuses us
-        sys.stderr.write(f"error: {error.strerror or error}\n")
+        names = [printable(os.fsdecode(name)) for name in (error.filename, error.filename2) if _is_path(name)]
+        sys.stderr.write(": ".join(["error", *names, error.strerror or str(error)]) + "\n")
         sys.exit(7)
+
+
+def _is_path(name: object) -> TypeGuard[str | bytes]:
+    """Whether an error names a file by path, not by number or not at all."""
+    return isinstance(name, str | bytes)
 
 
 if __name__ == "__main__":

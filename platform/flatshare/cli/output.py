@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import json
+import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,16 +16,65 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-__all__ = ["AsJson", "err", "out", "print_json", "print_table", "printable", "progress_bar", "size", "when"]
+from flatshare.errors import LocalError
+
+__all__ = [
+    "AsJson",
+    "err",
+    "need_stdout",
+    "out",
+    "print_json",
+    "print_table",
+    "printable",
+    "progress_bar",
+    "size",
+    "take_streams",
+    "when",
+]
 
 WIDE: Final = 200
 """Columns when stdout is no terminal: a pipe or a log should not get cells folded at 80."""
 
 # No markup: what is shown is often a tenant's own text, and must look as it is.
-out = Console(highlight=False, markup=False, emoji=False, width=None if sys.stdout.isatty() else WIDE)
+_on_terminal = sys.stdout is not None and sys.stdout.isatty()
+out = Console(highlight=False, markup=False, emoji=False, width=None if _on_terminal else WIDE)
 err = Console(stderr=True, highlight=False, markup=False, emoji=False)
 
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a table.")]
+
+
+def take_streams() -> None:
+    """Make stdout and stderr such that no text of a tenant's ends the command; once, before anything else.
+
+    What their encoding lacks is shown as Python writes it. One that is closed (``>&-``) becomes the null
+    device, so that no file that is opened later gets its number, and what is printed.
+    """
+    for name, descriptor in (("stdin", 0), ("stdout", 1), ("stderr", 2)):
+        if getattr(sys, name) is not None:
+            continue
+        while (opened := os.open(os.devnull, os.O_RDWR)) < descriptor:
+            pass  # a lower number was closed too
+        if opened == descriptor:
+            setattr(sys, name, _Closed(io.FileIO(descriptor, "w" if descriptor else "r")))
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+class _Closed(io.TextIOWrapper):
+    """In place of a stream that whoever started us had closed."""
+
+
+def need_stdout() -> None:
+    """Say so when what is going to be made could be shown to nobody.
+
+    Raises
+    ------
+    LocalError
+        Standard output is closed.
+    """
+    if sys.stdout is None or isinstance(sys.stdout, _Closed):
+        raise LocalError("standard output is closed: the key could not be shown, so none is made")
 
 
 def print_json(document: Any) -> None:

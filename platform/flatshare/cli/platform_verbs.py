@@ -1,8 +1,10 @@
-"""Verbs that run a platform on this machine: up, down, status, edge."""
+"""Verbs that run a platform on this machine: up, edge; ``running_verbs`` has down and status."""
 
 from __future__ import annotations
 
+import contextlib
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -14,17 +16,15 @@ from typing import Annotated, Any, Final
 
 import typer
 
-from flatshare.cli.context import StoreOption, call, need_serve_extra
-from flatshare.cli.output import AsJson, err, out, print_json, print_table
-from flatshare.errors import LocalError, ServeError, SettingsError
+from flatshare.cli.context import StoreOption, need_serve_extra
+from flatshare.cli.output import err, out
+from flatshare.cli.running_verbs import STOP_TIMEOUT_S, PortOption, down, status
+from flatshare.errors import LocalError, SettingsError
 from flatshare.settings import Settings, load_settings
-from flatshare_registry.errors import RegistryError
 
-STOP_TIMEOUT_S: Final = 60.0
 READY_FD_VARIABLE: Final = "FLATSHARE_READY_FD"
 """Set by ``up --detach`` for its child: where to write one JSON line when everything answers."""
 
-PortOption = Annotated[int | None, typer.Option(help="Port of the edge.", show_default="8000")]
 RayOption = Annotated[
     str,
     typer.Option(
@@ -94,15 +94,11 @@ def up(
         raise SettingsError("memory:// is one process's own; replicas are others. Use s3:// or file://")
     settings.open_store()  # a store URL that can't be opened is refused before anything starts
 
+    from flatshare.local.checks import check_machine
     from flatshare.local.state import PlatformState
 
-    running = PlatformState.read(settings.port)
-    if running is not None and running.process() is None:
-        running.end_leftovers()
-    elif running is not None:
-        raise LocalError(
-            f"flatshare already runs on port {settings.port} (pid {running.pid}); flatshare down ends it"
-        )
+    PlatformState.make_way(settings.port)
+    check_machine(settings, warn=_warn)
     if detach:
         _up_detached(settings)
     else:
@@ -111,17 +107,8 @@ def up(
 
 def _up_here(settings: Settings, ray_address: str) -> None:
     """Run until told to stop; everything ends with this process."""
-    from flatshare.local.ray_token import cluster_token_file
-    from flatshare.pool.environment import prepare
+    from flatshare.local.state import PlatformState
 
-    environment = prepare(settings.edge, cluster_token_file(ray_address))
-
-    # Only now: ray reads its flags when it is imported.
-    from flatshare.local.operators import operators_of
-    from flatshare.local.platform import check_ports, running_platform
-
-    settings, operators = operators_of(settings)
-    check_ports(settings)
     stop = threading.Event()
 
     def on_signal(number: int, frame: FrameType | None) -> None:
@@ -131,33 +118,51 @@ def _up_here(settings: Settings, ray_address: str) -> None:
         raise KeyboardInterrupt
 
     _on_stop_signals(on_signal)
-    log = os.environ.get("FLATSHARE_UP_LOG", "")
+    state = PlatformState.starting(settings, log=os.environ.get("FLATSHARE_UP_LOG", ""))
     try:
-        with (
-            err.status("starting ...") as spinner,
-            running_platform(
-                settings,
-                operators,
-                environment,
-                ray_address,
-                log=log,
-                report=lambda text: spinner.update(f"{text} ..."),
-            ) as (state, watch),
-        ):
-            spinner.stop()
-            _on_stop_signals(on_signal)  # again: ray.init put its own handler of SIGTERM in place
-            _announce(state)
-            _tell_parent(state)
-            watch(stop)
+        parent = _parent()
+        with err.status("starting ...") as spinner:
+            try:
+                state.claim()
+
+                from flatshare.local.ray_token import cluster_token_file
+                from flatshare.pool.environment import prepare
+
+                environment = prepare(settings.edge, cluster_token_file(ray_address))
+
+                # Only now: ray reads its flags when it is imported.
+                from flatshare.local.operators import operators_of
+                from flatshare.local.platform import running_platform
+
+                settings, operators = operators_of(settings)
+                with running_platform(
+                    settings,
+                    state,
+                    operators,
+                    environment,
+                    ray_address,
+                    report=lambda text: spinner.update(f"{text} ..."),
+                ) as (state, watch):
+                    spinner.stop()
+                    _announce(state)
+                    parent.tell(state.text())
+                    watch(stop)
+            finally:
+                state.remove()
     except KeyboardInterrupt:
         pass
     out.print("flatshare is down; nothing was left behind")
 
 
+def _warn(text: str) -> None:
+    err.print(f"warning: {text}", style="yellow", soft_wrap=True)
+
+
 def _on_stop_signals(handler: Callable[[int, FrameType | None], None]) -> None:
-    """Call this when somebody wants us to end."""
+    """Call this when somebody wants us to end; ``nohup`` and ``&`` say whose signals do not."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
-        signal.signal(number, handler)
+        if number == signal.SIGTERM or signal.getsignal(number) is not signal.SIG_IGN:
+            signal.signal(number, handler)
 
 
 def _up_detached(settings: Settings) -> None:
@@ -169,6 +174,11 @@ def _up_detached(settings: Settings) -> None:
     log = folder / f"up-{settings.port}.log"
     read_end, write_end = os.pipe()
     arguments = [argument for argument in sys.argv[1:] if argument not in ("--detach", "-d")]
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        raise KeyboardInterrupt
+
+    _on_stop_signals(on_signal)
     with log.open("wb") as log_file:
         child = subprocess.Popen(
             [sys.executable, "-m", "flatshare.cli.main", *arguments],
@@ -193,12 +203,48 @@ def _up_detached(settings: Settings) -> None:
     _announce(PlatformState.parse(line.decode()))
 
 
-def _tell_parent(state: Any) -> None:
-    """Tell a waiting ``up --detach`` that everything answers."""
+class _Parent:
+    """The ``up --detach`` that waits for us, if any: told when everything answers, and missed when it dies.
+
+    Parameters
+    ----------
+    descriptor
+        The end of a pipe that it reads; None when nobody waits.
+    """
+
+    def __init__(self, descriptor: int | None) -> None:
+        self._descriptor = descriptor
+        self._told = threading.Event()
+
+    def watch(self) -> None:
+        """Stop this process if the other one ends before it was told; it was never said to be up."""
+        if self._descriptor is None:
+            return
+        os.set_inheritable(self._descriptor, False)
+        poll = select.poll()
+        poll.register(self._descriptor, 0)  # only POLLERR: nobody reads any more
+        while not poll.poll():
+            pass
+        if not self._told.is_set():
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    def tell(self, text: str) -> None:
+        """Everything answers."""
+        self._told.set()
+        if self._descriptor is None:
+            return
+        try:
+            os.write(self._descriptor, text.encode() + b"\n")
+        except BrokenPipeError:  # it ended a moment ago
+            raise KeyboardInterrupt from None
+
+
+def _parent() -> _Parent:
+    """Of this process."""
     descriptor = os.environ.pop(READY_FD_VARIABLE, "")
-    if descriptor:
-        with os.fdopen(int(descriptor), "wb") as ready:
-            ready.write(state.text().encode() + b"\n")
+    parent = _Parent(int(descriptor) if descriptor else None)
+    threading.Thread(target=parent.watch, daemon=True, name="parent").start()
+    return parent
 
 
 def _announce(state: Any) -> None:
@@ -225,85 +271,6 @@ def _last_line(log: Path) -> str:
     )
 
 
-def down(port: PortOption = None) -> None:
-    """End exactly what `up` started."""
-    need_serve_extra()
-    import psutil
-
-    from flatshare.local.state import PlatformState
-
-    chosen = load_settings(port=port).port
-    state = PlatformState.read(chosen)
-    if state is None:
-        out.print(f"flatshare does not run on port {chosen}")
-        return
-    process = state.process()
-    if process is None:
-        ended = state.end_leftovers()
-        out.print(
-            f"flatshare on port {chosen} had died; ended what was left: {', '.join(ended) or 'nothing'}"
-        )
-        return
-    family = process.children(recursive=True)
-    process.send_signal(signal.SIGTERM)
-    with err.status("stopping ..."):
-        try:
-            process.wait(STOP_TIMEOUT_S)
-        except psutil.TimeoutExpired:
-            err.print(f"pid {state.pid} did not end in {STOP_TIMEOUT_S:g} s; killing it", style="yellow")
-            process.kill()
-    _, alive = psutil.wait_procs(family, timeout=10)
-    for one in alive:
-        one.kill()
-    state.remove()
-    out.print(f"flatshare on port {chosen} is down")
-
-
-def status(port: PortOption = None, as_json: AsJson = False) -> None:
-    """What runs on this machine, and whether it answers. Exit code 3 when nothing does."""
-    need_serve_extra()
-    from flatshare.local.state import find_states
-
-    states = [state for state in find_states() if port in (None, state.port)]
-    rows: list[dict[str, Any]] = []
-    for state in states:
-        row: dict[str, Any] = {"url": state.url, "pid": state.pid, "edge": state.edge, "store": state.store}
-        try:
-            fleet = call("GET", f"{state.url}/admin/replicas").json()
-            row["answers"] = True
-            row["replicas"] = {
-                "running": sum(one["state"] == "RUNNING" for one in fleet["replicas"]),
-                "wanted": state.replicas,
-            }
-            row["models"] = sum(len(one["models"]) for one in fleet["replicas"])
-        except (ServeError, RegistryError, ValueError, KeyError):
-            row.update(answers=False, replicas={"running": 0, "wanted": state.replicas}, models=0)
-        rows.append(row)
-    if as_json:
-        print_json(rows)
-    elif rows:
-        print_table(
-            "",
-            ["url", "pid#", "edge", "answers", "replicas#", "models#", "store"],
-            [
-                (
-                    row["url"],
-                    row["pid"],
-                    row["edge"],
-                    "yes" if row["answers"] else "no",
-                    f"{row['replicas']['running']}/{row['replicas']['wanted']}",
-                    row["models"],
-                    row["store"],
-                )
-                for row in rows
-            ],
-        )
-    else:
-        out.print("flatshare does not run here; start it with: flatshare up")
-    if not any(row["answers"] for row in rows):
-        raise typer.Exit(3)
-
-
 def edge(
     port: PortOption = None,
     serve_port: Annotated[int | None, typer.Option(show_default="8500")] = None,
@@ -313,6 +280,11 @@ def edge(
     need_serve_extra()
     settings = load_settings(port=port, serve_port=serve_port)
 
+    from flatshare.local.checks import check_edge
+    from flatshare.local.state import url_of
+
+    check_edge(settings, warn=_warn)
+
     from flatshare.local.ray_token import cluster_token_file
     from flatshare.pool.environment import prepare
 
@@ -321,7 +293,13 @@ def edge(
     from flatshare.local.platform import running_edge
 
     stop = threading.Event()
-    with running_edge(settings, ray_address) as supervisor:
-        _on_stop_signals(lambda *_: stop.set())
-        out.print(f"the edge listens on http://{settings.host}:{settings.port}; Ctrl-C ends it")
+
+    def on_signal(number: int, frame: FrameType | None) -> None:
+        if not stop.is_set():
+            stop.set()
+            raise KeyboardInterrupt
+
+    _on_stop_signals(on_signal)
+    with contextlib.suppress(KeyboardInterrupt), running_edge(settings, ray_address) as supervisor:
+        out.print(f"the edge listens on {url_of(settings)}; Ctrl-C ends it")
         supervisor.run(stop)

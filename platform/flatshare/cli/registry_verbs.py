@@ -1,4 +1,4 @@
-"""Verbs of the registry: tenants, register, versions, promote, rollback, audit, gc."""
+"""Verbs of the registry: tenants, register, versions, promote, rollback, gc."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import typer
 from flatshare.cli.context import (
     StoreOption,
     UrlOption,
-    ensure_tenant,
     open_registry,
     probe_of,
+    registry_for_change,
     tell_replicas,
 )
 from flatshare.cli.output import AsJson, out, print_json, print_table, size, when
 from flatshare.models.architecture import architecture
-from flatshare_registry.errors import Corrupt, InvalidInput
+from flatshare_registry.errors import InvalidInput
 from flatshare_registry.gc import DEFAULT_GRACE_S, collect
 from flatshare_registry.ids import PRODUCTION, AliasName, ModelRef, TenantId, parse_version
 from flatshare_registry.records import TenantHead, VersionRecord
@@ -32,16 +32,16 @@ AliasOption = Annotated[str, typer.Option("--alias", help="Which alias to move."
 def add_to(app: typer.Typer) -> None:
     """Add these verbs to the command."""
     app.add_typer(tenants_app, name="tenants", rich_help_panel="Registry")
-    for function in (register, versions, delete_version, promote, rollback, remove_alias, audit, gc):
+    for function in (register, versions, delete_version, promote, rollback, remove_alias, gc):
         app.command(rich_help_panel="Registry")(function)
 
 
 @tenants_app.command("create")
 def create_tenant(tenant: TenantArgument, store: StoreOption = None, url: UrlOption = None) -> None:
     """Create a tenant."""
-    head = open_registry(store).create_tenant(TenantId(tenant))
-    tell_replicas(head.tenant, url)
+    head = registry_for_change(store, url).create_tenant(TenantId(tenant))
     out.print(f"created tenant {head.tenant}; register its model: flatshare register {head.tenant} FILE")
+    tell_replicas(head.tenant, url).check()
 
 
 @tenants_app.command("list")
@@ -99,8 +99,10 @@ def delete_tenant(
     """Delete a tenant with its versions and aliases; its weights go with the next gc."""
     if not yes:
         typer.confirm(f"Delete tenant {tenant} and all its versions?", abort=True)
-    open_registry(store).delete_tenant(TenantId(tenant))
-    out.print(f"deleted tenant {tenant}; {tell_replicas(TenantId(tenant), url)}")
+    registry_for_change(store, url).delete_tenant(TenantId(tenant))
+    told = tell_replicas(TenantId(tenant), url)
+    out.print(f"deleted tenant {tenant}; {told}", soft_wrap=True)
+    told.check()
 
 
 def register(
@@ -121,25 +123,26 @@ def register(
     parsed = TenantId(tenant)
     network = architecture(architecture_name)
     notes = dict(_note(text) for text in note or [])
+    also = AliasName(alias) if alias else None
     data = read_weights(file)
-    registry = open_registry(store)
-    if create:
-        ensure_tenant(registry, parsed)
-    done = registry.register(
+    done = registry_for_change(store, url).register(
         parsed,
         data,
         network.name,
         network.tensors,
-        alias=AliasName(alias) if alias else None,
+        alias=also,
         metadata=notes,
         probe=probe_of(network),
+        create=create,
     )
     told = tell_replicas(parsed, url)
     if as_json:
         print_json({**_version_document(done.version), "created": done.created})
-        return
-    verb = "registered" if done.created else "already registered as"
-    out.print(f"{verb} {done.version.name} ({network.name}, {size(done.version.size_bytes)}); {told}")
+    else:
+        verb = "registered" if done.created else "already registered as"
+        about = f"{network.name}, {size(done.version.size_bytes)}"
+        out.print(f"{verb} {done.version.name} ({about}); {told}", soft_wrap=True)
+    told.check()
 
 
 def versions(tenant: TenantArgument, store: StoreOption = None, as_json: AsJson = False) -> None:
@@ -177,8 +180,10 @@ def delete_version(
 ) -> None:
     """Delete a version that no alias names."""
     tenant, number = _exact(ref)
-    open_registry(store).delete_version(tenant, number)
-    out.print(f"deleted {tenant}@{number}; {tell_replicas(tenant, url)}")
+    registry_for_change(store, url).delete_version(tenant, number)
+    told = tell_replicas(tenant, url)
+    out.print(f"deleted {tenant}@{number}; {told}", soft_wrap=True)
+    told.check()
 
 
 def promote(
@@ -189,16 +194,20 @@ def promote(
 ) -> None:
     """Point an alias (production) at a version."""
     tenant, number = _exact(ref)
-    open_registry(store).set_alias(tenant, AliasName(alias), number)
-    out.print(f"{tenant}:{alias} is now version {number}; {tell_replicas(tenant, url)}")
+    registry_for_change(store, url).set_alias(tenant, AliasName(alias), number)
+    told = tell_replicas(tenant, url)
+    out.print(f"{tenant}:{alias} is now version {number}; {told}", soft_wrap=True)
+    told.check()
 
 
 def rollback(
     tenant: TenantArgument, alias: AliasOption = PRODUCTION, store: StoreOption = None, url: UrlOption = None
 ) -> None:
     """Point an alias back at what it named before its last move."""
-    head = open_registry(store).rollback(TenantId(tenant), AliasName(alias))
-    out.print(f"{tenant}:{alias} is version {head.aliases[alias]} again; {tell_replicas(head.tenant, url)}")
+    head = registry_for_change(store, url).rollback(TenantId(tenant), AliasName(alias))
+    told = tell_replicas(head.tenant, url)
+    out.print(f"{tenant}:{alias} is version {head.aliases[alias]} again; {told}", soft_wrap=True)
+    told.check()
 
 
 def remove_alias(
@@ -208,87 +217,10 @@ def remove_alias(
     url: UrlOption = None,
 ) -> None:
     """Remove an alias."""
-    open_registry(store).remove_alias(TenantId(tenant), AliasName(alias))
-    out.print(f"removed {tenant}:{alias}; {tell_replicas(TenantId(tenant), url)}")
-
-
-def audit(
-    tenant: Annotated[str, typer.Argument(metavar="TENANT | verify", help="Whose log; or the word verify.")],
-    verified: Annotated[
-        str | None, typer.Argument(metavar="[TENANT]", help="After verify: whose; everybody's by default.")
-    ] = None,
-    link: Annotated[
-        str | None,
-        typer.Option(help="After verify TENANT: a link that you kept; its entry must still be there."),
-    ] = None,
-    store: StoreOption = None,
-    as_json: AsJson = False,
-) -> None:
-    """Who changed what of a tenant, oldest first; also of one that was deleted or erased.
-
-    `audit verify` checks that no entry was altered, removed or added (exit code 6 if one was), and shows the
-    last entry's link. Kept elsewhere, it finds a log that was written anew from its beginning too.
-    """
-    if tenant == "verify" or verified is not None:
-        if tenant != "verify":
-            raise InvalidInput("write: flatshare audit TENANT, or flatshare audit verify [TENANT]")
-        if link is not None and verified is None:
-            raise InvalidInput("--link is one tenant's: flatshare audit verify TENANT --link LINK")
-        _verify_audit(verified, link, store, as_json=as_json)
-        return
-    entries = open_registry(store).audit(TenantId(tenant))
-    if as_json:
-        print_json([entry.model_dump(mode="json") for entry in entries])
-        return
-    print_table(
-        "",
-        ["revision#", "when", "who", "what", "alias", "from#", "to#", "detail"],
-        [
-            (
-                e.revision,
-                when(e.at),
-                e.actor,
-                e.action.value,
-                e.alias or "",
-                e.from_version or "",
-                e.to_version or "",
-                " ".join(f"{name}={value}" for name, value in e.detail.items() if value),
-            )
-            for e in entries
-        ],
-    )
-
-
-def _verify_audit(tenant: str | None, link: str | None, store: str | None, *, as_json: bool) -> None:
-    registry = open_registry(store)
-    tenants = [TenantId(tenant)] if tenant is not None else registry.all_ids()
-    problems: dict[str, list[str]] = {}
-    links: dict[str, str] = {}
-    entries = 0
-    for one in tenants:
-        found = registry.verify_audit(one)
-        last = registry.last_entry(one)
-        entries += last.revision
-        links[one] = last.link
-        if link is not None and not any(entry.link == link for entry in registry.audit(one)):
-            found.append("no entry has the link that you kept: the log was written anew")
-        if found:
-            problems[one] = found
-    if as_json:
-        print_json({
-            "whole": not problems, "tenants": len(tenants), "entries": entries, "problems": problems,
-            "links": links,
-        })  # fmt: skip
-    else:
-        for name, lines in problems.items():
-            for line in lines:
-                out.print(f"{name}: {line}", soft_wrap=True)
-    if problems:
-        raise Corrupt(f"the audit log of {', '.join(problems)} is not whole")
-    if not as_json:
-        out.print(f"whole: {entries} entries of {len(tenants)} tenants")
-        if tenant is not None:
-            out.print(f"last link {links[tenant]}", soft_wrap=True)
+    registry_for_change(store, url).remove_alias(TenantId(tenant), AliasName(alias))
+    told = tell_replicas(TenantId(tenant), url)
+    out.print(f"removed {tenant}:{alias}; {told}", soft_wrap=True)
+    told.check()
 
 
 def gc(

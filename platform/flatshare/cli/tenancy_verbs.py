@@ -1,17 +1,18 @@
-"""Verbs of tenancy: API keys, quotas, suspension, erasure, moving a tenant to another registry."""
+"""Verbs of tenancy: API keys, suspension, erasure, moving a tenant to another registry."""
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Callable
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import httpx
 import typer
-from pydantic import ValidationError
 
+from flatshare.cli.answers import Erased, Erasing, parsed
 from flatshare.cli.context import (
     StoreOption,
     UrlOption,
@@ -19,11 +20,13 @@ from flatshare.cli.context import (
     need_serve_extra,
     open_registry,
     platform_url,
+    registry_for_change,
     tell_replicas,
 )
 from flatshare.cli.output import (
     AsJson,
     err,
+    need_stdout,
     out,
     print_json,
     print_table,
@@ -32,14 +35,15 @@ from flatshare.cli.output import (
     size,
     when,
 )
+from flatshare.cli.quotas_verbs import quotas_app
+from flatshare.settings import load_settings
 from flatshare_registry.errors import Corrupt, InvalidInput, Unavailable
 from flatshare_registry.ids import TenantId
 from flatshare_registry.keys import NewKey
-from flatshare_registry.records import Quotas, Scope
+from flatshare_registry.records import Scope
 from flatshare_registry.transfer import export_tenant, import_tenant, read_head
 
 keys_app = typer.Typer(help="Make, list, rotate and revoke tenants' API keys.", no_args_is_help=True)
-quotas_app = typer.Typer(help="Show and set what a tenant may use.", no_args_is_help=True)
 erasure_app = typer.Typer(help="Records of erased tenants.", no_args_is_help=True)
 
 TenantArgument = Annotated[str, typer.Argument(metavar="TENANT")]
@@ -81,13 +85,14 @@ def create_key(
     as_json: AsJson = False,
 ) -> None:
     """Make an API key. It is shown once and stored nowhere."""
-    made = open_registry(store).tenancy.create_key(
+    need_stdout()
+    made = registry_for_change(store, url).tenancy.create_key(
         TenantId(tenant),
         scope or [Scope.PREDICT],
         label=label,
         lifetime_s=None if days is None else days * DAY_S,
     )
-    _show_new(made, tell_replicas(TenantId(tenant), url), as_json=as_json)
+    _show_new(TenantId(tenant), made, url, as_json=as_json)
 
 
 @keys_app.command("rotate")
@@ -99,17 +104,20 @@ def rotate_key(
     as_json: AsJson = False,
 ) -> None:
     """Make a key like another one, which ends after a grace period."""
+    need_stdout()
     tenant = _tenant_of(key_id)
-    made = open_registry(store).tenancy.rotate_key(tenant, key_id, grace_s=grace_hours * HOUR_S)
-    _show_new(made, tell_replicas(tenant, url), as_json=as_json)
+    made = registry_for_change(store, url).tenancy.rotate_key(tenant, key_id, grace_s=grace_hours * HOUR_S)
+    _show_new(tenant, made, url, as_json=as_json)
 
 
 @keys_app.command("revoke")
 def revoke_key(key_id: KeyArgument, store: StoreOption = None, url: UrlOption = None) -> None:
     """Take a key away, at once where a platform runs."""
     tenant = _tenant_of(key_id)
-    open_registry(store).tenancy.revoke_key(tenant, key_id)
-    out.print(f"revoked {key_id}; {tell_replicas(tenant, url)}")
+    registry_for_change(store, url).tenancy.revoke_key(tenant, key_id)
+    told = tell_replicas(tenant, url)
+    out.print(f"revoked {key_id}; {told}", soft_wrap=True)
+    told.check()
 
 
 @keys_app.command("list")
@@ -147,12 +155,17 @@ def list_keys(tenant: TenantArgument, store: StoreOption = None, as_json: AsJson
     )
 
 
-def _show_new(made: NewKey, told: str, *, as_json: bool) -> None:
+def _show_new(tenant: TenantId, made: NewKey, url: str | None, *, as_json: bool) -> None:
+    """Show a new key, first of all: it can't be shown again, whatever becomes of telling a platform of it."""
     if as_json:
         print_json({"id": made.id, "key": made.text})
-        return
-    out.print(made.text, soft_wrap=True)
-    err.print(f"key {made.id}; {told}. It is not stored: keep it now.", soft_wrap=True)
+    else:
+        out.print(made.text, soft_wrap=True)
+    sys.stdout.flush()
+    told = tell_replicas(tenant, url)
+    if not as_json:
+        err.print(f"key {made.id}; {told}. It is not stored: keep it now.", soft_wrap=True)
+    told.check()
 
 
 def _tenant_of(key_id: str) -> TenantId:
@@ -162,80 +175,23 @@ def _tenant_of(key_id: str) -> TenantId:
     return TenantId(key_id.partition(".")[0])
 
 
-# -- quotas
-
-
-@quotas_app.command("show")
-def show_quotas(tenant: TenantArgument, url: UrlOption = None, as_json: AsJson = False) -> None:
-    """Show a tenant's plan, what of it is different, and what holds (asks the running platform)."""
-    found = call("GET", f"{platform_url(url)}/admin/tenants/{TenantId(tenant)}/quotas").json()
-    if as_json:
-        print_json({name: found[name] for name in ("plan", "own", "effective")})
-        return
-    print_table(
-        f"{tenant}, plan {found['plan']}",
-        ["limit", "own#", "holds#"],
-        [
-            (
-                name,
-                *(
-                    "-" if found[whose][name] is None else f"{found[whose][name]:g}"
-                    for whose in ("own", "effective")
-                ),
-            )
-            for name in Quotas.model_fields
-        ],
-    )
-
-
-@quotas_app.command("set")
-def set_quotas(
-    tenant: TenantArgument,
-    limits: Annotated[
-        list[str] | None,
-        typer.Argument(metavar="[LIMIT=VALUE]...", help="requests_per_s=50 ...; LIMIT=- takes it away."),
-    ] = None,
-    plan: Annotated[str | None, typer.Option(help="Also put the tenant on this plan.")] = None,
-    store: StoreOption = None,
-    url: UrlOption = None,
-) -> None:
-    """Change what is different from the plan; limits that are not named stay as they are."""
-    parsed = TenantId(tenant)
-    registry = open_registry(store)
-    quotas = _changed(registry.head(parsed).quotas, limits or [])
-    head = registry.tenancy.set_quotas(parsed, quotas, plan=plan)
-    own = head.quotas.model_dump(exclude_none=True)
-    shown = ", ".join(f"{name}={value:g}" for name, value in own.items()) or "as the plan says"
-    out.print(f"{tenant}: plan {head.plan}, {shown}; {tell_replicas(parsed, url)}", soft_wrap=True)
-
-
-def _changed(quotas: Quotas, limits: list[str]) -> Quotas:
-    document: dict[str, Any] = quotas.model_dump()
-    for text in limits:
-        name, equals, value = text.partition("=")
-        if name not in Quotas.model_fields or not equals:
-            raise InvalidInput(f"{text[:80]!a} is not LIMIT=VALUE; limits: {', '.join(Quotas.model_fields)}")
-        document[name] = None if value == "-" else value
-    try:
-        return Quotas.model_validate(document)
-    except ValidationError as error:
-        first = error.errors()[0]
-        raise InvalidInput(f"{first['loc'][0]}: {first['msg']}") from None
-
-
 # -- suspend, resume
 
 
 def suspend(tenant: TenantArgument, store: StoreOption = None, url: UrlOption = None) -> None:
     """Refuse a tenant's requests from now on; nothing is deleted."""
-    open_registry(store).tenancy.suspend(TenantId(tenant))
-    out.print(f"{tenant} is suspended; {tell_replicas(TenantId(tenant), url)}")
+    registry_for_change(store, url).tenancy.suspend(TenantId(tenant))
+    told = tell_replicas(TenantId(tenant), url)
+    out.print(f"{tenant} is suspended; {told}", soft_wrap=True)
+    told.check()
 
 
 def resume(tenant: TenantArgument, store: StoreOption = None, url: UrlOption = None) -> None:
     """Answer a suspended tenant's requests again."""
-    open_registry(store).tenancy.resume(TenantId(tenant))
-    out.print(f"{tenant} is active; {tell_replicas(TenantId(tenant), url)}")
+    registry_for_change(store, url).tenancy.resume(TenantId(tenant))
+    told = tell_replicas(TenantId(tenant), url)
+    out.print(f"{tenant} is active; {told}", soft_wrap=True)
+    told.check()
 
 
 # -- leaving
@@ -248,11 +204,11 @@ def erase(
     as_json: AsJson = False,
 ) -> None:
     """Erase a tenant for good: from replicas, nodes and the store. Run again, it finishes."""
-    parsed = TenantId(tenant)
+    leaving = TenantId(tenant)
     if not yes:
         typer.confirm(f"Erase tenant {tenant}, its weights and keys, everywhere and for good?", abort=True)
     with err.status("erasing ...") as status:
-        route = f"{platform_url(url)}/admin/tenants/{parsed}/erase"
+        route = f"{platform_url(url)}/admin/tenants/{leaving}/erase"
         record = _erase(route, lambda step: status.update(f"erasing: {printable(step)} ..."))
     if as_json:
         print_json(record)
@@ -267,21 +223,25 @@ def erase(
         f"on {len(record['nodes'])} nodes",
         soft_wrap=True,
     )
+    if record["store"].get("versions_checked") is False:
+        out.print(
+            "the store can't list versions: if it keeps earlier ones, remove those by its own means",
+            soft_wrap=True,
+        )
     if kept:
         out.print(f"kept, because another tenant has registered the same weights: {', '.join(kept)}")
     out.print(f"record {record['id']}, signed with {record['signature']['public_key']}", soft_wrap=True)
 
 
-def _erase(route: str, tell: Callable[[str], None]) -> dict[str, Any]:
+def _erase(route: str, tell: Callable[[str], None]) -> Erased:
     """Ask until it is done, also while a replica that died owes a receipt: every step can be done again."""
     left = ERASE_TRIES
     while True:
         try:
             reply = call("POST", route, timeout=ERASE_TIMEOUT_S)
-            found: dict[str, Any] = reply.json()
             if reply.status_code == httpx.codes.OK:
-                return found
-            tell(found["step"])  # it goes on; the next request waits for its end
+                return parsed(reply, Erased)
+            tell(parsed(reply, Erasing)["step"])  # it goes on; the next request waits for its end
         except Unavailable as error:
             left -= 1
             if not left:
@@ -306,15 +266,14 @@ def verify_erasure(
     need_serve_extra()
     from flatshare.control.erasure_record import Signer, erasure_problems, read_records
     from flatshare.local.keys import key_file
-    from flatshare.settings import Settings
 
-    parsed = TenantId(tenant)
+    erased = TenantId(tenant)
     registry = open_registry(store)
-    own = Path(Settings().erasure_key_file or key_file("erasure"))
+    own = Path(load_settings().erasure_key_file or key_file("erasure"))
     if public_key is None and own.exists():
         public_key = Signer(own).public_key
-    records = read_records(registry.store, parsed)
-    problems, notes = erasure_problems(registry, parsed, records, public_key)
+    records = read_records(registry.store, erased)
+    problems, notes = erasure_problems(registry, erased, records, public_key)
     if as_json:
         print_json({"good": not problems, "problems": problems, "notes": notes, "records": records})
     else:
@@ -327,7 +286,7 @@ def verify_erasure(
         if public_key is None:
             out.print("whose key that is only its owner can say: compare it, or give --public-key")
         for note in notes:
-            out.print(note)
+            out.print(printable(note), soft_wrap=True)
         if not problems:
             out.print(f"good: {len(records)} records of {tenant}, and nothing of it is in the store")
     if problems:
@@ -354,14 +313,16 @@ def import_(
     url: UrlOption = None,
 ) -> None:
     """Bring an exported tenant into this registry, byte for byte."""
-    registry = open_registry(store)
+    registry = registry_for_change(store, url)
     with progress_bar("blobs") as progress:
         done = import_tenant(registry.store, folder, progress)
-    head = read_head(folder)
+    told = tell_replicas(TenantId(read_head(folder).tenant), url)
     out.print(
         f"imported {done['versions']} versions, {done['blobs']} blobs ({size(done['blob_bytes'])}), "
-        f"{done['log']} log entries; {tell_replicas(TenantId(head.tenant), url)}"
+        f"{done['log']} log entries; {told}",
+        soft_wrap=True,
     )
+    told.check()
 
 
 def _iso(moment: datetime | None) -> str | None:

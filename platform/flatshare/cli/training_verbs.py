@@ -9,14 +9,14 @@ import typer
 
 from flatshare.cli.context import (
     StoreOption,
+    Told,
     UrlOption,
-    ensure_tenant,
     need_serve_extra,
-    open_registry,
     probe_of,
+    registry_for_change,
     tell_replicas,
 )
-from flatshare.cli.output import AsJson, err, out, print_json, print_table, progress_bar, size
+from flatshare.cli.output import AsJson, err, out, print_json, print_table, printable, progress_bar, size
 from flatshare_registry.errors import InvalidInput
 from flatshare_registry.ids import TenantId
 
@@ -116,7 +116,7 @@ def train_tenant(
 
     parsed = TenantId(tenant)
     network, writing = architecture(architecture_name), handwriting(handwriting_name)
-    registry = open_registry(store) if register else None
+    registry = registry_for_change(store, url) if register else None
     if not base.exists():
         raise InvalidInput(f"{base} does not exist; make it with: flatshare train base --out {base}")
     digits = _digits(data, download)
@@ -139,27 +139,29 @@ def train_tenant(
         "base_accuracy": trained.base_accuracy,
         "own_accuracy": trained.own_accuracy,
     }
-    told = ""
+    registered, told = "", Told("")
     if registry is not None:
-        ensure_tenant(registry, parsed)
         notes = {
             "handwriting": writing.name,
             "own_accuracy": f"{trained.own_accuracy:.4f}",
             "seed": str(seed),
         }
         done = registry.register(
-            parsed, trained.weights, network.name, network.tensors, metadata=notes, probe=probe_of(network)
-        )
+            parsed, trained.weights, network.name, network.tensors,
+            metadata=notes, probe=probe_of(network), create=True,
+        )  # fmt: skip
         document["version"] = done.version.version
-        told = f"; registered as {done.version.name}; {tell_replicas(parsed, url)}"
+        told = tell_replicas(parsed, url)
+        registered = f"; registered as {done.version.name}; {told}"
     if as_json:
         print_json(document)
-        return
-    out.print(
-        f"{parsed} ({writing.about}): base {trained.base_accuracy:.2%}, own {trained.own_accuracy:.2%} "
-        f"of {len(digits.test_labels)} held-out digits; {path}{told}",
-        soft_wrap=True,
-    )
+    else:
+        out.print(
+            f"{parsed} ({writing.about}): base {trained.base_accuracy:.2%}, own {trained.own_accuracy:.2%} "
+            f"of {len(digits.test_labels)} held-out digits; {path}{registered}",
+            soft_wrap=True,
+        )
+    told.check()
 
 
 @train_app.command("handwritings")
@@ -190,6 +192,11 @@ def convert(
     if trust_torchscript and is_torchscript(file):
         err.print("warning:", style="yellow", end=" ")
         err.print(TORCHSCRIPT_WARNING, soft_wrap=True)
-    data = to_safetensors(file, architecture(architecture_name), trust_torchscript=trust_torchscript)
+    notes: list[str] = []
+    data = to_safetensors(
+        file, architecture(architecture_name), trust_torchscript=trust_torchscript, note=notes.append
+    )
     _write(out_file, data)
     out.print(f"{out_file}: {size(len(data))}, a {architecture_name}")
+    for note in notes:
+        out.print(printable(note), soft_wrap=True)

@@ -2,6 +2,10 @@
 
 Decided before a byte of the body is read. A tenant's key that may manage sees and changes its own tenant;
 whatever else it names is not there.
+
+Keys are in headers, never in cookies or URLs: a web page of another site can't make a browser show one, so
+no simple cross-site request is anybody's. Where authentication is off, :mod:`flatshare.api.local_only` keeps
+such pages out, here for open routes too.
 """
 
 from __future__ import annotations
@@ -21,6 +25,8 @@ from starlette.types import Message, Receive, Scope, Send
 
 from flatshare.api.http import error_reply, read_body
 from flatshare.api.identity import Caller, Identities, Role
+from flatshare.api.local_only import check_local
+from flatshare.api.openapi import DOCS_PATHS
 from flatshare.engine.quotas import Bucket
 from flatshare.errors import Forbidden, ServeError, TooManyAtOnce, TooManyRequests
 from flatshare_registry.ids import TenantId
@@ -50,10 +56,7 @@ class Access(Enum):
 
 
 RULES: Final[Mapping[tuple[str, str], Access]] = {
-    ("GET", "/docs"): Access.OPEN,
-    ("GET", "/docs/oauth2-redirect"): Access.OPEN,
-    ("GET", "/redoc"): Access.OPEN,
-    ("GET", "/openapi.json"): Access.OPEN,
+    **{("GET", path): Access.OPEN for path in DOCS_PATHS},
     ("GET", "/tenants"): Access.VIEW,
     ("POST", "/tenants"): Access.CHANGE,
     ("GET", "/tenants/{tenant}"): Access.VIEW_OWN,
@@ -76,6 +79,7 @@ RULES: Final[Mapping[tuple[str, str], Access]] = {
     ("PUT", "/tenants/{tenant}/aliases/{alias}"): Access.CHANGE_OWN,
     ("DELETE", "/tenants/{tenant}/aliases/{alias}"): Access.CHANGE_OWN,
     ("POST", "/tenants/{tenant}/aliases/{alias}/rollback"): Access.CHANGE_OWN,
+    ("GET", "/plans"): Access.VIEW,
     ("GET", "/replicas"): Access.VIEW,
     ("POST", "/preload"): Access.CHANGE,
     ("POST", "/unpin"): Access.CHANGE,
@@ -114,6 +118,8 @@ class Gate:
             return
         request = Request(scope, receive)
         try:
+            if self._identities.off:
+                check_local(request.headers)
             access, tenant = self._rule(scope)
             if access is not Access.OPEN:
                 caller = await self._identities.identify(request.headers)

@@ -4,44 +4,68 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
-from typing import Any, Final
+from typing import Annotated, Any, Final
 
-from fastapi import FastAPI, Request, Response
+from fastapi import FastAPI, Header, Query, Request, Response
 
 from flatshare.api.http import ERROR_REPLIES, install_error_handlers, request_id_of
 from flatshare.api.identity import Identities
+from flatshare.api.openapi import documented
 from flatshare.control.access import Gate, caller_of
 from flatshare.control.erasure import Erasing, Erasure, Erasures
 from flatshare.control.erasure_record import Record, Signer
-from flatshare.control.fleet import Fleet
+from flatshare.control.fleet import Fleet, Told
+from flatshare.control.fleet_schemas import FleetReply
 from flatshare.control.schemas import (
     AliasChange,
     AliasChanged,
     AuditReply,
     AuditVerified,
     ErasingReply,
-    FleetReply,
     KeyReply,
     ModelRequest,
     NewKeyReply,
     NewKeyRequest,
     NewTenant,
+    PlansReply,
     PreloadRequest,
     QuotasReply,
     QuotasRequest,
     Refreshed,
+    RollbackRequest,
     RotateRequest,
     TenantReply,
+    Unloaded,
+    Unpinned,
+    VersionNumber,
     VersionReply,
+    told,
 )
-from flatshare.errors import ServeError
+from flatshare.engine.quotas import effective_quotas
+from flatshare.errors import ServeError, TooManyAtOnce
 from flatshare_registry.catalog import Registry
 from flatshare_registry.errors import InvalidInput
 from flatshare_registry.ids import AliasName, ModelRef, TenantId
 from flatshare_registry.records import DEFAULT_PLAN, Action, Quotas, TenantHead
 
 __all__ = ["RegistryHeads", "create_control_app"]
+
+MAX_AUDIT_ENTRIES: Final = 1000
+"""Most of one answer: each is an object of the store."""
+
+IdempotencyKey = Annotated[
+    str | None,
+    Header(
+        alias="Idempotency-Key",
+        min_length=1,
+        max_length=255,
+        description="Names this request, when it may be sent more than once; as random as a UUID.",
+    ),
+]
+
+NOBODY_TOLD: Final = Told((), ())
 
 _ABOUT: Final = "Tenants, versions, aliases, and which replica holds what."
 
@@ -67,6 +91,8 @@ def create_control_app(
     identities: Identities,
     plans: Mapping[str, Quotas] | None = None,
     erasure_key_file: Path | None = None,
+    *,
+    default_quotas: Quotas | None = None,
 ) -> Gate:
     """Build the control plane over a registry and a fleet; mounted under ``/admin``.
 
@@ -78,16 +104,24 @@ def create_control_app(
         Limits by plan, to check names against.
     erasure_key_file
         Where the key that signs erasure records is, or will be; None: nothing can be erased.
+    default_quotas
+        What replicas hold a tenant to where neither its quotas nor its plan say.
     """
-    app = FastAPI(title="flatshare control plane", description=_ABOUT, version="1", responses=ERROR_REPLIES)
+    app = FastAPI(
+        title="flatshare control plane", description=_ABOUT, version="1", responses=ERROR_REPLIES,
+        redirect_slashes=False, docs_url=None, redoc_url=None,
+        generate_unique_id_function=lambda route: route.name,  # what clients' functions are called
+    )  # fmt: skip
     install_error_handlers(app)
     _add_tenants(app, registry, fleet)
     _add_leaving(app, registry, fleet, erasure_key_file)
     _add_keys(app, registry, fleet)
-    _add_quotas(app, registry, fleet, plans or {})
+    _add_quotas(app, registry, fleet, plans or {}, default_quotas)
     _add_versions(app, registry, fleet)
     _add_aliases(app, registry, fleet)
     _add_fleet(app, registry, fleet)
+    _add_plans(app, plans or {})
+    documented(app)
     return Gate(app, identities)
 
 
@@ -120,24 +154,48 @@ def _add_tenants(app: FastAPI, registry: Registry, fleet: Fleet) -> None:
         """Delete a tenant, its versions, aliases and keys; replicas free its models as their leases end."""
         parsed = TenantId(tenant)
         await asyncio.to_thread(_for(registry, request).delete_tenant, parsed)
-        return Refreshed(refreshed=await fleet.refresh(parsed))
+        return Refreshed.of(await fleet.refresh(parsed))
 
     @app.post("/tenants/{tenant}/refresh", tags=["tenants"])
     async def refresh(tenant: str) -> Refreshed:
         """Have every replica read the tenant anew, and try its failed versions again."""
-        return Refreshed(refreshed=await fleet.refresh(TenantId(tenant)))
+        return Refreshed.of(await fleet.refresh(TenantId(tenant)))
 
     @app.get("/tenants/{tenant}/audit", tags=["tenants"])
-    def audit(tenant: str) -> AuditReply:
-        """Who changed what, oldest first."""
-        return AuditReply(entries=registry.audit(TenantId(tenant)))
+    def audit(
+        tenant: str,
+        request: Request,
+        limit: Annotated[int, Query(ge=1, le=MAX_AUDIT_ENTRIES, description="Most entries.")] = 100,
+        before: Annotated[
+            str | None,
+            Query(
+                pattern="^[0-9A-HJKMNP-TV-Z]{26}$",
+                description="Entries older than this one: a page's `next`.",
+            ),
+        ] = None,
+    ) -> AuditReply:
+        """Who changed what: the newest entries, or the newest before one; oldest first within the page."""
+        own = caller_of(request).tenant is not None
+        entries, more = registry.audit_page(TenantId(tenant), limit, before, own=own)
+        return AuditReply(entries=entries, next=entries[0].id if more else None)
+
+    verifying: set[TenantId] = set()
 
     @app.get("/tenants/{tenant}/audit/verify", tags=["tenants"])
-    def verify_audit(tenant: str) -> AuditVerified:
-        """Whether no entry of the log was altered, removed or added."""
+    async def verify_audit(tenant: str) -> AuditVerified:
+        """Whether no entry of the log was altered, removed or added. One at a time: it reads all of them."""
         parsed = TenantId(tenant)
-        problems = registry.verify_audit(parsed)
-        last = registry.last_entry(parsed)
+        if parsed in verifying:
+            raise TooManyAtOnce(f"the log of {parsed} is being verified; ask again when that is done")
+        verifying.add(parsed)
+        # It goes on without a caller that leaves: threads can't be stopped.
+        job = asyncio.ensure_future(asyncio.to_thread(verified, parsed))
+        job.add_done_callback(lambda _: verifying.discard(parsed))
+        return await asyncio.shield(job)
+
+    def verified(tenant: TenantId) -> AuditVerified:
+        problems = registry.verify_audit(tenant)
+        last = registry.last_entry(tenant)
         return AuditVerified(
             whole=not problems, problems=problems, entries=last.revision, last_link=last.link
         )
@@ -149,14 +207,14 @@ def _add_leaving(app: FastAPI, registry: Registry, fleet: Fleet, erasure_key_fil
         """Refuse the tenant's requests from now on; nothing is deleted."""
         parsed = TenantId(tenant)
         await asyncio.to_thread(_for(registry, request).tenancy.suspend, parsed)
-        return Refreshed(refreshed=await fleet.refresh(parsed))
+        return Refreshed.of(await fleet.refresh(parsed))
 
     @app.post("/tenants/{tenant}/resume", tags=["tenants"])
     async def resume(tenant: str, request: Request) -> Refreshed:
         """Answer a suspended tenant's requests again."""
         parsed = TenantId(tenant)
         await asyncio.to_thread(_for(registry, request).tenancy.resume, parsed)
-        return Refreshed(refreshed=await fleet.refresh(parsed))
+        return Refreshed.of(await fleet.refresh(parsed))
 
     erasures = Erasures()
 
@@ -187,8 +245,13 @@ def _add_keys(app: FastAPI, registry: Registry, fleet: Fleet) -> None:
         return [KeyReply.of(key, used.get(key.id)) for key in head.keys.values()]
 
     @app.post("/tenants/{tenant}/keys", status_code=201, tags=["keys"])
-    async def create_key(tenant: str, body: NewKeyRequest, request: Request) -> NewKeyReply:
-        """Make an API key. The answer has its secret, which is stored nowhere."""
+    async def create_key(
+        tenant: str, body: NewKeyRequest, request: Request, idempotency_key: IdempotencyKey = None
+    ) -> NewKeyReply:
+        """Make an API key. The answer has its secret, which is stored nowhere.
+
+        Sent again with the same `Idempotency-Key` it makes no second key: 409, which names the first.
+        """
         parsed = TenantId(tenant)
         made = await asyncio.to_thread(
             _for(registry, request).tenancy.create_key,
@@ -196,32 +259,46 @@ def _add_keys(app: FastAPI, registry: Registry, fleet: Fleet) -> None:
             body.scopes,
             label=body.label,
             lifetime_s=body.lifetime_s,
+            once=idempotency_key,
         )
-        return NewKeyReply(id=made.id, key=made.text, refreshed=await fleet.refresh(parsed))
+        return NewKeyReply(id=made.id, key=made.text, **told(await fleet.refresh(parsed)))
 
     @app.post("/tenants/{tenant}/keys/{key_id}/rotate", status_code=201, tags=["keys"])
-    async def rotate_key(tenant: str, key_id: str, body: RotateRequest, request: Request) -> NewKeyReply:
-        """Make a key like this one, which goes on being good for a while."""
+    async def rotate_key(
+        tenant: str,
+        key_id: str,
+        body: RotateRequest,
+        request: Request,
+        idempotency_key: IdempotencyKey = None,
+    ) -> NewKeyReply:
+        """Make a key like this one, which goes on being good for a while.
+
+        Sent again with the same `Idempotency-Key` it makes no second key: 409, which names the first.
+        """
         parsed = TenantId(tenant)
         made = await asyncio.to_thread(
-            _for(registry, request).tenancy.rotate_key, parsed, key_id, grace_s=body.grace_s
+            _for(registry, request).tenancy.rotate_key,
+            parsed,
+            key_id,
+            grace_s=body.grace_s,
+            once=idempotency_key,
         )
-        return NewKeyReply(id=made.id, key=made.text, refreshed=await fleet.refresh(parsed))
+        return NewKeyReply(id=made.id, key=made.text, **told(await fleet.refresh(parsed)))
 
     @app.delete("/tenants/{tenant}/keys/{key_id}", tags=["keys"])
     async def revoke_key(tenant: str, key_id: str, request: Request) -> Refreshed:
         """Take a key away, at once on every replica that answers."""
         parsed = TenantId(tenant)
         await asyncio.to_thread(_for(registry, request).tenancy.revoke_key, parsed, key_id)
-        return Refreshed(refreshed=await fleet.refresh(parsed))
+        return Refreshed.of(await fleet.refresh(parsed))
 
 
-def _add_quotas(app: FastAPI, registry: Registry, fleet: Fleet, plans: Mapping[str, Quotas]) -> None:
-    def reply(head: TenantHead, refreshed: list[str] | None = None) -> QuotasReply:
-        plan = plans.get(head.plan) or plans.get(DEFAULT_PLAN) or Quotas()
-        return QuotasReply(
-            plan=head.plan, own=head.quotas, effective=head.quotas.over(plan), refreshed=refreshed or []
-        )
+def _add_quotas(
+    app: FastAPI, registry: Registry, fleet: Fleet, plans: Mapping[str, Quotas], default: Quotas | None
+) -> None:
+    def reply(head: TenantHead, now: Told = NOBODY_TOLD) -> QuotasReply:
+        effective = effective_quotas(head, plans, default)
+        return QuotasReply(plan=head.plan, own=head.quotas, effective=effective, **told(now))
 
     @app.get("/tenants/{tenant}/quotas", tags=["quotas"])
     def show_quotas(tenant: str) -> QuotasReply:
@@ -249,22 +326,22 @@ def _add_versions(app: FastAPI, registry: Registry, fleet: Fleet) -> None:
         return [VersionReply.of(record) for record in registry.list_versions(TenantId(tenant))]
 
     @app.get("/tenants/{tenant}/versions/{version}", tags=["versions"])
-    def show_version(tenant: str, version: int) -> VersionReply:
+    def show_version(tenant: str, version: VersionNumber) -> VersionReply:
         """One version."""
         return VersionReply.of(registry.version(TenantId(tenant), version))
 
     @app.delete("/tenants/{tenant}/versions/{version}", tags=["versions"])
-    async def delete_version(tenant: str, version: int, request: Request) -> Refreshed:
+    async def delete_version(tenant: str, version: VersionNumber, request: Request) -> Refreshed:
         """Delete a version that no alias names."""
         parsed = TenantId(tenant)
         await asyncio.to_thread(_for(registry, request).delete_version, parsed, version)
-        return Refreshed(refreshed=await fleet.refresh(parsed))
+        return Refreshed.of(await fleet.refresh(parsed))
 
 
 def _add_aliases(app: FastAPI, registry: Registry, fleet: Fleet) -> None:
     async def changed(tenant: TenantId, change: Any, *arguments: Any) -> AliasChanged:
         head = await asyncio.to_thread(change, tenant, *arguments)
-        return AliasChanged(tenant=TenantReply.of(head), refreshed=await fleet.refresh(tenant))
+        return AliasChanged(tenant=TenantReply.of(head), **told(await fleet.refresh(tenant)))
 
     @app.put("/tenants/{tenant}/aliases/{alias}", tags=["aliases"])
     async def set_alias(tenant: str, alias: str, body: AliasChange, request: Request) -> AliasChanged:
@@ -278,9 +355,19 @@ def _add_aliases(app: FastAPI, registry: Registry, fleet: Fleet) -> None:
         return await changed(TenantId(tenant), _for(registry, request).remove_alias, AliasName(alias))
 
     @app.post("/tenants/{tenant}/aliases/{alias}/rollback", tags=["aliases"])
-    async def rollback(tenant: str, alias: str, request: Request) -> AliasChanged:
-        """Point an alias back at what it named before its last move."""
-        return await changed(TenantId(tenant), _for(registry, request).rollback, AliasName(alias))
+    async def rollback(
+        tenant: str, alias: str, request: Request, body: RollbackRequest | None = None
+    ) -> AliasChanged:
+        """Point an alias back at what it named before its last move; with `expected`, once only."""
+        back = partial(_for(registry, request).rollback, expected=body.expected if body else None)
+        return await changed(TenantId(tenant), back, AliasName(alias))
+
+
+def _add_plans(app: FastAPI, plans: Mapping[str, Quotas]) -> None:
+    @app.get("/plans", tags=["quotas"])
+    def list_plans() -> PlansReply:
+        """The plans that a tenant can be on, and their limits."""
+        return PlansReply(plans={DEFAULT_PLAN: Quotas(), **plans})
 
 
 def _add_fleet(app: FastAPI, registry: Registry, fleet: Fleet) -> None:
@@ -304,21 +391,21 @@ def _add_fleet(app: FastAPI, registry: Registry, fleet: Fleet) -> None:
         """
         pin = "yes" if body.pin else "no"
         model = await noted(request, body.model, Action.FLEET_PRELOAD, pin=pin)
-        told = await fleet.preload(model, pin=body.pin)
+        done = await fleet.preload(model, pin=body.pin)
         if body.pin:  # once it is: what has no room is not asked of every replica that starts
             await asyncio.to_thread(registry.pins.add, ModelRef.parse(model))
-        return Refreshed(refreshed=told)
+        return Refreshed.of(done)
 
     @app.post("/unpin", tags=["fleet"])
-    async def unpin(body: ModelRequest, request: Request) -> dict[str, int]:
+    async def unpin(body: ModelRequest, request: Request) -> Unpinned:
         """Let a pinned model be evicted again; on how many replicas it was pinned."""
         model = await noted(request, body.model, Action.FLEET_UNPIN)
         await asyncio.to_thread(registry.pins.remove, ModelRef.parse(model))
-        return {"unpinned": await fleet.unpin(model)}
+        return Unpinned(unpinned=await fleet.unpin(model))
 
     @app.post("/unload", tags=["fleet"])
-    async def unload(body: ModelRequest, request: Request) -> dict[str, int]:
+    async def unload(body: ModelRequest, request: Request) -> Unloaded:
         """Free a model everywhere, as its leases end, and end its pin; its next request loads it again."""
         model = await noted(request, body.model, Action.FLEET_UNLOAD)
         await asyncio.to_thread(registry.pins.remove, ModelRef.parse(model))
-        return {"unloaded": await fleet.unload(model)}
+        return Unloaded(unloaded=await fleet.unload(model))

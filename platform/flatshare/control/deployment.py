@@ -8,12 +8,13 @@ from typing import Any, Final, cast
 from ray import serve
 
 from flatshare.api.identity import Identities, OperatorKeys
+from flatshare.api.tokens import token_verifier
 from flatshare.control.access import Gate
 from flatshare.control.app import RegistryHeads, create_control_app
 from flatshare.control.fleet import Fleet
 from flatshare.pool.controller import read_details
-from flatshare.pool.deployment import POOL_APP, POOL_DEPLOYMENT, pool_handle, token_verifier
 from flatshare.pool.details import ReplicaState, replica_states
+from flatshare.pool.handle import POOL_APP, POOL_DEPLOYMENT, pool_handle
 from flatshare.settings import Settings
 from flatshare_registry.catalog import Registry
 
@@ -37,11 +38,12 @@ class ControlPlane:
     def __serve_build_asgi_app__(self) -> Gate:
         """Called by Serve after the constructor."""
         registry = Registry(self._settings.open_store(), actor="control-plane")
-        fleet = Fleet(pool_handle(), _pool_states)
+        fleet = Fleet(pool_handle(), _pool_states, registry.any_head)
         identities = Identities(RegistryHeads(registry), self._operators, token_verifier(self._settings))
         return create_control_app(
-            registry, fleet, identities, self._settings.plans, Path(self._settings.erasure_key_file)
-        )
+            registry, fleet, identities, self._settings.plans, Path(self._settings.erasure_key_file),
+            default_quotas=self._settings.default_quotas,
+        )  # fmt: skip
 
 
 def control_application(

@@ -5,7 +5,7 @@ In this order, and every step can be done again, so whatever crashes, a rerun fi
 1. fence: replicas answer for the tenant no more, also requests that are under way;
 2. tombstone: nobody resolves it, also a replica that starts later;
 3. replicas end its leases and loads, free and overwrite its memory, and give receipts; who does not
-   answer is asked again;
+   answer is asked again, and who can't be reached because it updates or stops is waited for;
 4. nodes overwrite and remove its files;
 5. the store's objects go, with all versions that a bucket has kept;
 6. nodes once more, for what a fetch that was under way left behind; then the record is signed and stored.
@@ -118,6 +118,7 @@ class Erasure:
                     for one in gone.kept_blobs
                 ],
                 "objects": gone.objects,
+                "versions_checked": gone.versions_checked,
             },
             "replicas": [
                 {
@@ -159,29 +160,37 @@ class Erasure:
         receipts: dict[str, HostReceipt] = {}
         deadline = time.monotonic() + HOSTS_TIMEOUT_S
         for tries in itertools.count():
-            for one in await self._fleet.erase_host(tensors):
+            try:
+                found, unreached = await self._fleet.erase_host(tensors), ""
+            except FleetUnavailable as error:
+                found, unreached = [], error.message
+            for one in found:
                 known = receipts.get(one.node_id)
                 receipts[one.node_id] = one if known is None else _both(known, one)
             missing = wanted - receipts.keys()
-            if not missing and (tries >= KEPT_TRIES or not any(one.kept for one in receipts.values())):
+            why = unreached or (f"no receipt from node {', '.join(sorted(missing))}" if missing else "")
+            if not why and (tries >= KEPT_TRIES or not any(one.kept for one in receipts.values())):
                 return receipts
-            if missing and time.monotonic() > deadline:
+            if why and time.monotonic() > deadline:
                 raise FleetUnavailable(
-                    f"no receipt from node {', '.join(sorted(missing))}; the tenant is not resolved any "
-                    "more, run the erasure again to finish"
+                    f"{why}; the tenant is not resolved any more, run the erasure again to finish"
                 )
             await asyncio.sleep(ASK_AGAIN_S)  # a replica that starts or stops can't be awaited
         raise AssertionError("unreachable: it counts for ever")
 
     async def _receipts(self, tenant: TenantId) -> dict[str, EraseReceipt]:
-        """A receipt of every replica that runs, asked again until it says that nothing is left."""
+        """A receipt of every replica that may answer, asked again until it says that nothing is left.
+
+        One that updates or stops is not reached by the asking: it is waited for until it runs, or is gone.
+        One that only starts finds the tombstone.
+        """
         receipts: dict[str, EraseReceipt] = {}
         deadline = time.monotonic() + REPLICAS_TIMEOUT_S
         while True:
             for one in await self._fleet.erase(tenant):
                 receipts[one.replica] = one
-            running = await self._fleet.running()
-            missing = {name for name in running if not (name in receipts and receipts[name].clean)}
+            existing = await self._fleet.may_answer()
+            missing = {name for name in existing if not (name in receipts and receipts[name].clean)}
             if not missing:
                 return receipts
             if time.monotonic() > deadline:

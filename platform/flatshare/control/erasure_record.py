@@ -76,7 +76,7 @@ def read_records(store: BlobStore, tenant: TenantId) -> list[Record]:
     """
     records: list[Record] = []
     held = layout.erasure_held_prefix(tenant)
-    for meta in store.list(layout.erasures_prefix(tenant)):
+    for meta in sorted(store.list(layout.erasures_prefix(tenant)), key=lambda meta: meta.key):
         if meta.key == layout.erasure_plan_key(tenant) or meta.key.startswith(held):
             continue
         try:
@@ -135,7 +135,15 @@ def erasure_problems(
         if (digest := layout.digest_of(key)) is not None
     }
     named = {digest for head in registry.list_tenants() for digest in head.versions.values()}
-    notes = [
+    notes = []
+    blind = [str(record.get("id")) for record in records if record["store"].get("versions_checked") is False]
+    if blind:
+        notes.append(
+            f"record {', '.join(blind)}: the store could not list versions, so none was looked for then"
+        )
+    if not store.shows_versions(layout.head_key(tenant)):
+        notes.append("the store can't list versions: only what it lists now was looked at")
+    notes += [
         f"blob {digest[:12]} is in the store again: another tenant registered it since"
         for digest in sorted(removed & there & named)
     ]

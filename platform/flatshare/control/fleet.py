@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
@@ -13,11 +13,20 @@ from flatshare.errors import FleetUnavailable
 from flatshare.pool.details import ReplicaState
 from flatshare.pool.receipt import EraseReceipt, HostReceipt
 from flatshare.pool.snapshot import ReplicaSnapshot
+from flatshare_registry.errors import RegistryError, Unavailable
+from flatshare_registry.ids import TenantId
+from flatshare_registry.records import TenantHead
 
-__all__ = ["Fleet", "FleetView"]
+__all__ = ["Fleet", "FleetView", "Told"]
+
+logger = logging.getLogger("flatshare.control")
 
 BROADCAST_TIMEOUT_S: Final = 10.0
 """Seconds that all replicas have to answer a broadcast; one that does not is starting, stopping or stuck."""
+
+
+STATES_TIMEOUT_S: Final = 5.0
+"""Seconds that Serve's controller has to say which replicas exist."""
 
 
 class Broadcasts(Protocol):
@@ -26,6 +35,23 @@ class Broadcasts(Protocol):
     def broadcast(self, method_name: str, *args: Any, **kwargs: Any) -> Any:
         """Call a method on every running replica."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Told:
+    """Whom the fleet was told something, and whom not.
+
+    Attributes
+    ----------
+    reached
+        Names of replicas that did what they were told, sorted.
+    missed
+        Names of those that exist and did not, sorted: Serve does not pass on a broadcast to who starts,
+        updates or stops. None when Serve could not say who exists.
+    """
+
+    reached: tuple[str, ...]
+    missed: tuple[str, ...] | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,15 +82,24 @@ class Fleet:
         A handle on the pool.
     read_states
         Reads Serve's word on the replicas; blocking, called in a thread.
+    read_head
+        Reads a tenant's head, deleted or not; likewise. None: replicas are told to read it, and not what it
+        says.
     """
 
-    def __init__(self, handle: Broadcasts, read_states: Callable[[], list[ReplicaState]]) -> None:
+    def __init__(
+        self,
+        handle: Broadcasts,
+        read_states: Callable[[], list[ReplicaState]],
+        read_head: Callable[[TenantId], TenantHead] | None = None,
+    ) -> None:
         self._handle = handle
         self._read_states = read_states
+        self._read_head = read_head
 
     async def view(self) -> FleetView:
         """Ask everybody. When the replicas do not answer in time, there are states but no snapshots."""
-        reading = asyncio.create_task(asyncio.to_thread(self._read_states))
+        reading = asyncio.create_task(self._states())
         try:
             found = await self._broadcast("snapshot")
         except FleetUnavailable:
@@ -80,21 +115,24 @@ class Fleet:
             CacheStats.total([one.stats for one in snapshots]),
         )
 
-    async def refresh(self, tenant: str) -> list[str]:
-        """Have every replica read a tenant anew; names of those that did.
+    async def refresh(self, tenant: str) -> Told:
+        """Have every replica read a tenant anew.
 
+        They are told what it says now: one that can't reach the store knows of a revoked key all the same.
         Never fails, because it follows a change that has landed: a replica that was not reached, or
         could not read, sees the change within its view's TTL.
         """
-        try:
-            return sorted(one for one in await self._broadcast("refresh", tenant) if isinstance(one, str))
-        except FleetUnavailable:
-            return []
+        facts: list[str] = []
+        if self._read_head is not None:
+            try:
+                facts.append((await asyncio.to_thread(self._read_head, TenantId(tenant))).encode().decode())
+            except RegistryError as error:
+                logger.warning("replicas are not told what %s is now: %s", tenant, error.message)
+        return await self._tell("refresh", tenant, *facts)
 
-    async def fence(self, tenant: str) -> None:
+    async def fence(self, tenant: str) -> Told:
         """Have every replica refuse a tenant for a while, requests under way included. Never fails."""
-        with contextlib.suppress(FleetUnavailable):
-            await self._broadcast("fence", tenant)
+        return await self._tell("fence", tenant)
 
     async def erase(self, tenant: str) -> list[EraseReceipt]:
         """Have every replica erase a tenant; receipts of those that answered."""
@@ -109,27 +147,38 @@ class Fleet:
         Raises
         ------
         FleetUnavailable
-            Not all answered in time.
+            Not all answered in time, or nobody could be asked.
         """
         found = await self._broadcast("erase_host", digests)
         return [one for one in found if isinstance(one, HostReceipt)]
 
-    async def running(self) -> list[str]:
-        """Names of the replicas that take requests, in Serve's word."""
-        states = await asyncio.to_thread(self._read_states)
-        return [one.replica for one in states if one.state == "RUNNING"]
+    async def may_answer(self) -> list[str]:
+        """Names of the replicas that may answer a request: all that exist, but for those that only start.
 
-    async def preload(self, model_ref: str, *, pin: bool = False) -> list[str]:
-        """Make a model resident on every replica, and keep it there if ``pin``; names of those that did.
+        Who updates or stops is not reached by a broadcast, and still answers on its port.
+
+        Raises
+        ------
+        FleetUnavailable
+            Serve can't say.
+        """
+        try:
+            states = await self._states()
+        except Unavailable as error:
+            raise FleetUnavailable(f"nobody can say which replicas exist: {error.message}") from error
+        return sorted(one.replica for one in states if one.state != "STARTING")
+
+    async def preload(self, model_ref: str, *, pin: bool = False) -> Told:
+        """Make a model resident on every replica, and keep it there if ``pin``.
 
         Raises
         ------
         Exception
             What the first replica that failed raised.
         FleetUnavailable
-            Not all replicas answered in time; loads that had begun go on.
+            Not all replicas answered in time, or nobody could be asked; loads that had begun go on.
         """
-        return sorted(_all_well(await self._broadcast("preload", model_ref, pin)))
+        return await self._told(_all_well(await self._broadcast("preload", model_ref, pin)))
 
     async def unpin(self, model_ref: str) -> int:
         """Let a model be evicted again; on how many replicas it was pinned. Raises as :meth:`preload`."""
@@ -139,8 +188,45 @@ class Fleet:
         """Free a model everywhere; on how many replicas it was resident. Raises as :meth:`preload`."""
         return sum(_all_well(await self._broadcast("unload", model_ref)))
 
+    async def _tell(self, method: str, tenant: str, *facts: str) -> Told:
+        try:
+            answers = await self._broadcast(method, tenant, *facts)
+        except FleetUnavailable as error:
+            logger.warning("%s of %s: %s", method, tenant, error.message)
+            answers = []
+        return await self._told(answers)
+
+    async def _told(self, answers: list[Any]) -> Told:
+        """Who of those that exist answered with its name."""
+        reached = {one for one in answers if isinstance(one, str)}
+        try:
+            states = await self._states()
+        except Unavailable:
+            return Told(tuple(sorted(reached)), None)
+        return Told(tuple(sorted(reached)), tuple(sorted({one.replica for one in states} - reached)))
+
+    async def _states(self) -> list[ReplicaState]:
+        """Serve's word on every replica.
+
+        Raises
+        ------
+        Unavailable
+            It does not come, or not in time: a controller that hangs must not hold up who changed something.
+        """
+        try:
+            async with asyncio.timeout(STATES_TIMEOUT_S):
+                return await asyncio.to_thread(self._read_states)
+        except TimeoutError:
+            raise Unavailable(f"Serve's controller did not answer within {STATES_TIMEOUT_S:g} s") from None
+
     async def _broadcast(self, method: str, *arguments: str | bool | list[str]) -> list[Any]:
-        """Every replica's result, or the exception that it raised."""
+        """Every running replica's result, or the exception that it raised.
+
+        Raises
+        ------
+        FleetUnavailable
+            They did not all answer in time, or nobody could be asked.
+        """
         try:
             async with asyncio.timeout(BROADCAST_TIMEOUT_S):
                 answers = self._handle.broadcast(method, *arguments)
@@ -148,6 +234,8 @@ class Fleet:
                 return results
         except TimeoutError:
             raise FleetUnavailable(f"not all replicas answered within {BROADCAST_TIMEOUT_S:g} s") from None
+        except Exception as error:  # at zero replicas, and while Serve stops: Ray has a dozen kinds for it
+            raise FleetUnavailable(f"no replica can be told now ({type(error).__name__})") from error
 
 
 def _all_well(results: list[Any]) -> list[Any]:

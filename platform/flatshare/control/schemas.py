@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from datetime import datetime
+from typing import Annotated, Any, Self
 
 from pydantic import BaseModel, Field
 
-from flatshare.cache.stats import CacheStats
-from flatshare.cache.tiers import State, Tier
-from flatshare.control.fleet import FleetView
-from flatshare.pool.snapshot import ReplicaSnapshot
+from flatshare.control.fleet import Told
+from flatshare_registry.ids import MAX_VERSION
 from flatshare_registry.records import (
     ApiKey,
     AuditEntry,
@@ -26,20 +24,28 @@ __all__ = [
     "AliasChanged",
     "AuditReply",
     "AuditVerified",
-    "FleetReply",
     "KeyReply",
     "ModelRequest",
     "NewKeyReply",
     "NewKeyRequest",
     "NewTenant",
+    "PlansReply",
     "PreloadRequest",
     "QuotasReply",
     "QuotasRequest",
     "Refreshed",
+    "RollbackRequest",
     "RotateRequest",
     "TenantReply",
+    "Unloaded",
+    "Unpinned",
+    "VersionNumber",
     "VersionReply",
+    "told",
 ]
+
+
+VersionNumber = Annotated[int, Field(ge=1, le=MAX_VERSION)]
 
 
 class NewTenant(BaseModel):
@@ -53,7 +59,19 @@ class NewTenant(BaseModel):
 class AliasChange(BaseModel):
     """Where an alias should point."""
 
-    version: int = Field(strict=True, description="One of the tenant's versions.", examples=[7])
+    version: VersionNumber = Field(strict=True, description="One of the tenant's versions.", examples=[7])
+
+
+class RollbackRequest(BaseModel):
+    """What is rolled back from."""
+
+    expected: VersionNumber | None = Field(
+        default=None,
+        description="The version that the alias names now. If it names another, 409; if its last move was "
+        "the rollback from this one, nothing is changed: so a request can be sent again. Without it each "
+        "request is one more move.",
+        examples=[8],
+    )
 
 
 class ModelRequest(BaseModel):
@@ -69,6 +87,18 @@ class PreloadRequest(ModelRequest):
         default=False,
         description="Also keep it, on replicas that start later too, until it is unpinned or unloaded.",
     )
+
+
+class Unpinned(BaseModel):
+    """What became of a pin."""
+
+    unpinned: int = Field(description="On how many replicas the model was pinned.")
+
+
+class Unloaded(BaseModel):
+    """What became of a model."""
+
+    unloaded: int = Field(description="On how many replicas the model was resident.")
 
 
 class ErasingReply(BaseModel):
@@ -135,9 +165,10 @@ class VersionReply(BaseModel):
 
 
 class AuditReply(BaseModel):
-    """Who changed what, oldest first."""
+    """Who changed what: a page of the log."""
 
-    entries: list[AuditEntry]
+    entries: list[AuditEntry] = Field(description="Oldest first.")
+    next: str | None = Field(description="`before` of the page of older entries; null when there are none.")
 
 
 class AuditVerified(BaseModel):
@@ -195,6 +226,20 @@ class Refreshed(BaseModel):
     """Which replicas read the tenant anew; the others do within their view's TTL."""
 
     refreshed: list[str]
+    missed: list[str] | None = Field(
+        description="Replicas that exist and were not reached: they start, update, stop, or did not answer "
+        "in time. Null when Serve could not say which exist."
+    )
+
+    @classmethod
+    def of(cls, now: Told) -> Self:
+        """From whom the fleet reached."""
+        return cls(**told(now))
+
+
+def told(now: Told) -> dict[str, Any]:
+    """The fields of :class:`Refreshed`, for bodies that have more."""
+    return {"refreshed": list(now.reached), "missed": None if now.missed is None else list(now.missed)}
 
 
 class NewKeyReply(Refreshed):
@@ -212,144 +257,13 @@ class QuotasReply(Refreshed):
     effective: Quotas = Field(description="What holds; null: no limit of the tenant's own.")
 
 
+class PlansReply(BaseModel):
+    """The plans that tenants can be on."""
+
+    plans: dict[str, Quotas] = Field(description="Limits by name; null: no limit of the plan's.")
+
+
 class AliasChanged(Refreshed):
     """The tenant after the change, and which replicas know it already."""
 
     tenant: TenantReply
-
-
-class ModelReply(BaseModel):
-    """A model that a replica holds."""
-
-    tenant: str
-    version: int
-    digest: str
-    architecture: str
-    size_bytes: int = Field(description="Of all its tensors.")
-    own_bytes: int = Field(description="Of those that no other model of this replica shares.")
-    tier: Tier = Field(description="Where it was loaded from.")
-    state: State = Field(description="Why it is held.")
-    pinned: bool = Field(description="Never evicted.")
-    generation: int = Field(description="Number of the load, counted since the replica started.")
-    hits: int
-    leases: int = Field(description="Requests that hold it now.")
-    last_used_at: float = Field(description="POSIX seconds.")
-    loaded_at: float = Field(description="POSIX seconds.")
-
-
-class HostReply(BaseModel):
-    """A node's host tier, as one of its replicas sees it."""
-
-    folder: str
-    budget_bytes: int
-    used_bytes: int
-    bypassed: int = Field(description="Tensors that this replica kept in its own memory for want of room.")
-
-
-class SwapReply(BaseModel):
-    """An alias that is not yet where it was moved to, on this replica."""
-
-    tenant: str
-    alias: str
-    from_version: int = Field(description="Still answers.")
-    to_version: int
-    error: str = Field(description="Why the last try to load it failed; empty while it loads.")
-
-
-class ReplicaReply(BaseModel):
-    """One replica."""
-
-    replica: str
-    state: str = Field(description="Serve's word: STARTING, RUNNING, STOPPING ...")
-    node: str
-    node_id: str
-    pid: int
-    device: str
-    slots: int
-    slots_used: int
-    budget_bytes: int | None = Field(description="What models may take on the device; null for no bound.")
-    held_bytes: int = Field(description="What they take; shared tensors count once.")
-    reserved_bytes: int = Field(description="Set aside by loads under way.")
-    host: HostReply | None = Field(description="The node's host tier; null without one.")
-    loading: list[str] = Field(description="Versions that are being loaded.")
-    swaps: list[SwapReply]
-    passes: int = Field(description="Forward passes since the start.")
-    rows: int = Field(description="Images in them.")
-    started_at: float
-    ongoing: int = Field(description="Requests worked on now.")
-    queued: int = Field(description="Requests waiting now.")
-    refused: int = Field(description="Requests refused since the start.")
-    advertised: list[str] = Field(description="Refs that Ray's routers are told are here.")
-    models: list[ModelReply] = Field(description="Most recently used first.")
-
-    @classmethod
-    def of(cls, snapshot: ReplicaSnapshot, state: str) -> ReplicaReply:
-        """From the replica's snapshot and Serve's word."""
-        return cls.model_validate({**asdict(snapshot), "state": state})
-
-
-class TotalsReply(BaseModel):
-    """Sums over the fleet, since each replica started."""
-
-    requests: int
-    hit_rate: dict[Tier, float] = Field(description="Share of requests, by where the model was found.")
-    hits: dict[Tier, int]
-    loads: int
-    load_failures: int
-    evictions: int
-    quarantined: int = Field(description="Slots taken out of use by an isolation check.")
-    swaps: int = Field(description="Promotions that took over from a resident version.")
-    load_ms_p50: float | None = Field(description="Fetch, check and place; null before the first load.")
-    load_ms_p99: float | None
-
-    @classmethod
-    def of(cls, stats: CacheStats) -> TotalsReply:
-        """From summed counters."""
-        p50, p99 = (stats.load_times.quantile_s(share) for share in (0.5, 0.99))
-        return cls(
-            requests=stats.requests,
-            hit_rate={tier: stats.hits[tier] / max(stats.requests, 1) for tier in Tier},
-            hits=stats.hits,
-            loads=stats.loads,
-            load_failures=stats.load_failures,
-            evictions=stats.evictions,
-            quarantined=stats.quarantined,
-            swaps=stats.swaps,
-            load_ms_p50=None if p50 is None else p50 * 1000,
-            load_ms_p99=None if p99 is None else p99 * 1000,
-        )
-
-
-class PendingReplica(BaseModel):
-    """A replica that can't tell about itself yet, or any more."""
-
-    replica: str
-    state: str
-    node_ip: str
-
-
-class FleetReply(BaseModel):
-    """The fleet."""
-
-    replicas: list[ReplicaReply]
-    not_answering: list[PendingReplica]
-    totals: TotalsReply
-
-    @classmethod
-    def of(cls, view: FleetView) -> FleetReply:
-        """From what everybody said."""
-        answered = {one.replica for one in view.snapshots}
-        return cls(
-            replicas=[
-                ReplicaReply.of(
-                    one, view.states[one.replica].state if one.replica in view.states else "UNKNOWN"
-                )
-                for one in view.snapshots
-            ],
-            not_answering=[
-                PendingReplica(replica=one.replica, state=one.state, node_ip=one.node_ip)
-                for one in view.states.values()
-                if one.replica not in answered
-            ],
-            totals=TotalsReply.of(view.totals),
-        )

@@ -14,8 +14,9 @@ What matters, and why:
 - ``idle-close-on-response``: after a reload the old worker closes a client's connection with its
   next answer; without it, it closes idle ones at once, under clients that are just about to use them.
 - Headers that only Serve may set are removed; the request id is the caller's only if it is safe.
-- What HAProxy can't parse it answers itself, with its own fixed 400 page (2.8 has no setting for that);
-  everything else is answered in our JSON, also what Serve would answer in plain text.
+- What HAProxy can't parse it answers itself, with its own fixed 400 page (2.8 has no setting for that: it takes
+  ``errorfile`` and ``http-error`` for what it has parsed); everything else is answered in our JSON, also what
+  Serve would answer in plain text, and more than ``MAX_HEADERS`` headers: so it parses more than that.
 - Who is refused by the replicas again and again (400 to 499, ``REFUSALS`` times in ten seconds) is held
   back here, a second each time, by the key that they show, but for ``HELD_BACK_PER_S`` requests: a replica's
   refusal costs a quarter of a millisecond of its core, and a flood of them would be felt by others.
@@ -27,6 +28,7 @@ What matters, and why:
 from __future__ import annotations
 
 import json
+import shlex
 import zlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
@@ -36,6 +38,9 @@ from typing import Final
 from flatshare.pool.details import Target
 
 __all__ = ["EdgeOptions", "render", "server_ids"]
+
+MAX_HEADERS: Final = 110
+"""Most headers of a request, with the few that the edge adds: HAProxy's own limit is 101."""
 
 HEADER_BYTES: Final = 16 * 1024
 """Room for a request's line and headers in the buffer, beside the body that can be sent again."""
@@ -55,6 +60,9 @@ OPERATOR_S: Final = 3600
 
 OPEN_PATHS: Final = ("/admin/docs", "/admin/redoc", "/admin/openapi.json")
 """Of the control plane, answered without a key: that one was shown there says nothing of it."""
+
+MAX_PROXIES: Final = 3
+"""Trusted proxies one behind the other: a CDN, its load balancer, ours."""
 
 MAX_SERVER_ID: Final = 2**31 - 1
 
@@ -91,6 +99,12 @@ class EdgeOptions:
         PEM file with which TLS ends here; empty for plain HTTP.
     max_connections_per_address
         Connections of one client at a time; more are closed at once.
+    trusted_proxies
+        Networks of load balancers before this edge: what they say in ``x-forwarded-for`` is whom a request is from.
+    hard_stop_after_s
+        How long a worker goes on after a reload with what it had: streams last as long as their clients like.
+    max_old_workers
+        After so many reloads it ends although it has streams: each takes memory of its own.
     threads
         HAProxy's own. One does 8,000 requests/s of ours; two on two cores, which the replicas want for
         themselves, cost 5 % of the throughput in wake-ups (four alternating turns: 1,427 and 1,516 requests/s).
@@ -108,6 +122,9 @@ class EdgeOptions:
     balance_factor: int = 175
     max_connections: int = 4096
     threads: int = 1
+    trusted_proxies: tuple[str, ...] = ()
+    hard_stop_after_s: float = 3600
+    max_old_workers: int = 32
 
 
 def server_ids(names: Iterable[str]) -> dict[str, int]:
@@ -137,10 +154,12 @@ def render(options: EdgeOptions, pool: Sequence[Target], control: Sequence[Targe
 global
     maxconn {options.max_connections}
     nbthread {options.threads}
-    stats socket {options.socket} mode 600 level admin expose-fd listeners
-    hard-stop-after {server_timeout_s:.0f}s
+    stats socket {_quoted(options.socket)} mode 600 level admin expose-fd listeners
+    hard-stop-after {options.hard_stop_after_s:.0f}s
+    mworker-max-reloads {options.max_old_workers}
     tune.bufsize {buffer_bytes}
     tune.maxrewrite {REWRITE_BYTES}
+    tune.http.maxhdr {HEADER_BYTES // 4}
 
 defaults
     mode http
@@ -167,8 +186,7 @@ frontend edge
     bind {_bind_address(options)}
     # One client that opens connections and says nothing must not take them all.
     stick-table type ipv6 size 100k expire 2m store conn_cur,gpc0,gpc0_rate(10s)
-    tcp-request connection track-sc0 src
-    tcp-request connection reject if {{ sc0_conn_cur gt {options.max_connections_per_address} }}
+{_clients(options)}
     http-request set-var(txn.id) req.hdr(x-request-id) if {{ req.hdr(x-request-id) -m reg ^[A-Za-z0-9._:-]{{1,64}}$ }}
     http-request set-var(txn.id) uuid() unless {{ var(txn.id) -m found }}
     http-request set-header x-request-id %[var(txn.id)]
@@ -180,6 +198,7 @@ frontend edge
     http-request del-header x-serve-router- -m beg
     http-request del-header x-flatshare- -m beg
     http-request set-header x-forwarded-for %[src]
+    {_refuse(400, options)} if {{ req.fhdr_cnt gt {MAX_HEADERS} }}
     {_refuse(400, options)} if {{ req.fhdr_cnt(authorization) gt 1 }} or {{ req.fhdr_cnt(x-api-key) gt 1 }}
     http-request set-var(txn.shown) req.fhdr(authorization),word(2,' ') if {{ req.fhdr(authorization) -m found }}
     http-request set-var(txn.shown) req.fhdr(x-api-key) unless {{ req.fhdr(authorization) -m found }}
@@ -239,12 +258,37 @@ backend control
 """
 
 
+def _quoted(path: Path | str) -> str:
+    """As one word: HAProxy reads quotes as a shell does."""
+    return shlex.quote(str(path))
+
+
+def _clients(options: EdgeOptions) -> str:
+    """Who a client is, counted as ``sc0``: an address; behind a trusted proxy the one that it names.
+
+    The rightmost address that is no trusted proxy's: what stands left of it is the client's own word.
+    """
+    bound = f"tcp-request connection reject if {{ sc0_conn_cur gt {options.max_connections_per_address} }}"
+    if not options.trusted_proxies:
+        return f"    tcp-request connection track-sc0 src\n    {bound}"
+    lines = [f"acl from_proxy src {network}" for network in options.trusted_proxies]
+    # A proxy's connection is of many clients: it is not counted, its requests are.
+    lines += ["tcp-request connection track-sc0 src if !from_proxy", bound]
+    lines += ["http-request set-var(txn.proxied) bool(true) if from_proxy"]
+    lines += [
+        f"http-request set-src req.hdr_ip(x-forwarded-for,-{hop}) if from_proxy"
+        for hop in range(1, MAX_PROXIES + 1)
+    ]
+    lines += ["http-request track-sc0 src if { var(txn.proxied) -m found }"]
+    return "\n".join(f"    {line}" for line in lines)
+
+
 def _bind_address(options: EdgeOptions) -> str:
     host = "127.0.0.1" if options.host == "localhost" else options.host
     address = f"[{host}]:{options.port}" if ":" in host else f"{host}:{options.port}"
     if not options.tls_cert:
         return address
-    return f"{address} ssl crt {options.tls_cert} alpn h2,http/1.1 ssl-min-ver TLSv1.2"
+    return f"{address} ssl crt {_quoted(options.tls_cert)} alpn h2,http/1.1 ssl-min-ver TLSv1.2"
 
 
 def _servers(found: Sequence[Target]) -> str:

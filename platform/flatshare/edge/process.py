@@ -139,8 +139,8 @@ class HaproxyProcess:
             process.wait()
 
     def workers(self) -> list[int]:
-        """Process ids of current workers."""
-        lines = self._ask(self._master_socket, "show proc").splitlines()
+        """Process ids of current workers; not of those that only finish what they had before a reload."""
+        lines = self._ask(self._master_socket, "show proc").partition("# old workers")[0].splitlines()
         return [int(parts[0]) for line in lines if (parts := line.split()) and parts[1:2] == ["worker"]]
 
     def server_states(self) -> dict[str, str]:

@@ -24,7 +24,7 @@ from flatshare.errors import (
 )
 from flatshare_registry.records import DEFAULT_PLAN, Quotas, TenantHead
 
-__all__ = ["Bucket", "BytesLimit", "QuotaKeeper", "UnderWay"]
+__all__ = ["Bucket", "BytesLimit", "QuotaKeeper", "UnderWay", "effective_quotas"]
 
 MAX_ACCOUNTS: Final = 50_000
 """Tenants whose accounts are kept; beyond it the longest unused starts anew, with a full bucket."""
@@ -49,6 +49,20 @@ class BytesLimit:
 
     replica: int | None = None
     tenant: int | None = None
+
+
+def effective_quotas(head: TenantHead, plans: Mapping[str, Quotas], default: Quotas | None = None) -> Quotas:
+    """What holds for a tenant: its own limits over its plan's, over the default.
+
+    Parameters
+    ----------
+    plans
+        Limits by the name of the plan; a name that is not there is the default plan.
+    default
+        For tenants about whom neither their own limits nor their plan say anything.
+    """
+    plan = plans.get(head.plan) or plans.get(DEFAULT_PLAN) or Quotas()
+    return head.quotas.over(plan.over(default or Quotas()))
 
 
 class Bucket:
@@ -198,8 +212,7 @@ class QuotaKeeper:
         account = self._accounts.get(head.tenant)
         if account is not None and account.revision >= head.revision:
             return account  # a request that came before a change must not undo it
-        plan = self._plans.get(head.plan) or self._plans.get(DEFAULT_PLAN) or Quotas()
-        limits = head.quotas.over(plan.over(self._default))
+        limits = effective_quotas(head, self._plans, self._default)
         if account is None:
             account = self._accounts[head.tenant] = _Account(limits, head.revision, self._clock())
         elif account.limits != limits:

@@ -6,18 +6,16 @@ Imports ray, so it must be imported only after ``pool.environment.prepare``.
 from __future__ import annotations
 
 import contextlib
-import logging
 import os
 import shutil
-import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import httpx
-import psutil
 import ray
 from ray import serve
 
@@ -27,20 +25,18 @@ from flatshare.edge.configuration import EdgeOptions
 from flatshare.edge.process import HaproxyProcess
 from flatshare.edge.supervisor import EdgeSupervisor, EdgeTargets
 from flatshare.errors import LocalError
+from flatshare.local.checks import affordable_connections
+from flatshare.local.cluster import joined_cluster, ray_cluster
 from flatshare.local.cluster_guard import check_cluster
+from flatshare.local.processes import descendants
 from flatshare.local.state import PlatformState
 from flatshare.pool.controller import read_details
-from flatshare.pool.deployment import POOL_APP, pool_application
 from flatshare.pool.details import Target, app_status, targets
+from flatshare.pool.handle import POOL_APP
 from flatshare.settings import LOOPBACK_HOSTS, Settings
 from flatshare_registry.errors import Unavailable
 
-__all__ = ["check_ports", "running_edge", "running_platform"]
-
-logger = logging.getLogger("flatshare.local")
-
-OBJECT_STORE_BYTES: Final = 128 * 1024**2
-"""Ray's object store on a cluster that we start: nothing large goes through it."""
+__all__ = ["running_edge", "running_platform"]
 
 READY_TIMEOUT_S: Final = 60.0
 
@@ -48,44 +44,21 @@ Report = Callable[[str], None]
 """Called with what is being done now."""
 
 
-def check_ports(settings: Settings) -> None:
-    """See that our ports are free, before anything is started.
-
-    Raises
-    ------
-    LocalError
-        One is taken; says which, and what to do.
-    """
-    wanted = {"port": settings.port}
-    if settings.edge == "haproxy":
-        wanted["serve_port"] = settings.serve_port
-    for name, port in wanted.items():
-        with socket.socket(socket.AF_INET, socket.SOCK_STREAM) as probe:
-            probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            try:
-                probe.bind(("127.0.0.1", port))
-            except OSError as error:
-                option = name.replace("_", "-")
-                raise LocalError(
-                    f"port {port} is taken ({error.strerror}); end what listens there, "
-                    f"or choose another with --{option}"
-                ) from error
-
-
 @contextlib.contextmanager
 def running_platform(
     settings: Settings,
+    state: PlatformState,
     operators: OperatorKeys | None,
     environment: dict[str, str],
     ray_address: str,
-    *,
-    log: str,
     report: Report,
 ) -> Iterator[tuple[PlatformState, Callable[[threading.Event], None]]]:
     """Everything up inside the block, everything down after it.
 
     Parameters
     ----------
+    state
+        What was written down when it was about to start; written again as more is known.
     operators
         Who may do everything; None when authentication is off.
     environment
@@ -105,7 +78,9 @@ def running_platform(
     """
     with contextlib.ExitStack() as stack:
         report("starting Ray")
-        address, own = stack.enter_context(_ray(ray_address, environment))
+        address, own = stack.enter_context(ray_cluster(ray_address, environment))
+        state = replace(state, ray_address=address, family=descendants())
+        state.save()
         check_cluster(address, settings)
         report(f"starting {settings.replicas} replicas and the control plane")
         stack.enter_context(_applications(settings, operators, environment, keep_cluster=not own))
@@ -113,74 +88,12 @@ def running_platform(
         if settings.edge == "haproxy":
             report("starting the edge")
             watch = stack.enter_context(_edge(settings)).run
-        url = _url(settings)
         report("waiting for the first answers")
-        _wait_until_answers(url)
-        state = PlatformState(
-            pid=os.getpid(),
-            started_at=psutil.Process().create_time(),
-            url=url,
-            port=settings.port,
-            edge=settings.edge,
-            store=settings.store,
-            replicas=settings.replicas,
-            slots=settings.slots,
-            log=log,
-            ray_address=address,
-            family=tuple(
-                (child.pid, child.create_time()) for child in psutil.Process().children(recursive=True)
-            ),
-        )
+        _wait_until_answers(state.url)
+        state = replace(state, phase="running", family=descendants())
         state.save()
-        stack.callback(state.remove)
         yield state, watch
         report("stopping")
-
-
-@contextlib.contextmanager
-def _ray(wanted: str, environment: dict[str, str]) -> Iterator[tuple[str, bool]]:
-    """Connect to a cluster, or start one that ends with the block; its address, and whether it is ours."""
-    options: dict[str, Any] = {
-        "log_to_driver": False,
-        "logging_level": logging.ERROR,
-        "namespace": "flatshare",
-    }
-    variables = {"env_vars": environment}
-    started = False
-    context: Any = None
-    if wanted != "local":
-        try:
-            context = ray.init(address=wanted, runtime_env=variables, **options)
-        except ConnectionError as error:
-            if wanted != "auto":
-                raise LocalError(f"there is no Ray cluster at {wanted}") from error
-    if not ray.is_initialized():
-        started = True
-        cores = os.cpu_count() or 1
-        context = ray.init(
-            address="local",
-            # A count for scheduling: replicas ask for one each, whatever the machine has.
-            num_cpus=max(cores, 64),
-            include_dashboard=False,
-            object_store_memory=OBJECT_STORE_BYTES,
-            **options,
-        )
-    children = psutil.Process().children(recursive=True) if started else []
-    try:
-        yield str(context.address_info["gcs_address"]), started
-    finally:
-        ray.shutdown()
-        _end_leftovers(children)
-
-
-def _end_leftovers(children: list[psutil.Process]) -> None:
-    """Ray's own processes have been told to end; wait for that, and kill what does not."""
-    _, alive = psutil.wait_procs(children, timeout=10)
-    for process in alive:
-        logger.warning("killing %s (%d), which outlived Ray", process.name(), process.pid)
-        with contextlib.suppress(psutil.NoSuchProcess):
-            process.kill()
-    psutil.wait_procs(alive, timeout=5)
 
 
 @contextlib.contextmanager
@@ -192,20 +105,12 @@ def running_edge(settings: Settings, ray_address: str) -> Iterator[EdgeSuperviso
     LocalError
         There is no such cluster, HAProxy does not start, or it would open a pool without keys to others.
     """
-    try:
-        ray.init(address=ray_address, log_to_driver=False, logging_level=logging.ERROR)
-    except ConnectionError as error:
-        raise LocalError(
-            f"there is no Ray cluster at {ray_address}; start a platform with: flatshare up"
-        ) from error
-    try:
-        check_cluster(str(ray.get_runtime_context().gcs_address), settings)
+    with joined_cluster(ray_address) as address:
+        check_cluster(address, settings)
         if settings.host not in LOOPBACK_HOSTS:
             demand_keys(edge_targets())  # the pool was started elsewhere, with settings of its own
         with _edge(settings) as supervisor:
             yield supervisor
-    finally:
-        ray.shutdown()
 
 
 @contextlib.contextmanager
@@ -228,6 +133,9 @@ def _applications(
             "port": settings.port if settings.edge == "serve" else settings.serve_port,
         },
     )
+    # The pool's classes, and torch with them: only who deploys them needs these, not an edge of its own.
+    from flatshare.pool.deployment import pool_application
+
     try:
         _deploy(pool_application(settings, operators, environment), POOL_APP, "/")
         _deploy(control_application(settings, operators, environment), CONTROL_APP, CONTROL_PREFIX)
@@ -269,7 +177,8 @@ def demand_keys(found: EdgeTargets) -> None:
     """
     for target in found.control:
         with contextlib.suppress(httpx.HTTPError):
-            if httpx.get(f"http://{target.ip}:{target.port}/admin/tenants", timeout=5).status_code == 401:
+            url = f"http://{target.ip}:{target.port}/admin/tenants"
+            if httpx.get(url, timeout=5, trust_env=False).status_code == 401:
                 return
     raise LocalError(
         "the pool does not ask for keys (auth=off), or its control plane does not answer: "
@@ -291,8 +200,10 @@ def edge_options(settings: Settings, admin_socket: Path) -> EdgeOptions:
         max_body_bytes=settings.max_body_bytes,
         retry_body_bytes=settings.retry_body_bytes,
         request_timeout_s=settings.request_timeout_s,
-        tls_cert=settings.tls_cert,
+        tls_cert=str(Path(settings.tls_cert).absolute()) if settings.tls_cert else "",
         max_connections_per_address=settings.max_connections_per_address,
+        max_connections=affordable_connections(settings.replicas),
+        trusted_proxies=settings.proxy_networks(),
         threads=max((os.cpu_count() or 1) // CORES_PER_EDGE_THREAD, 1),
     )
 
@@ -314,13 +225,6 @@ def _watch_nothing(stop: threading.Event) -> None:
     stop.wait()
 
 
-def _url(settings: Settings) -> str:
-    """Where clients on this machine reach the edge."""
-    everywhere = {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104  # names only
-    host = everywhere.get(settings.host, f"[{settings.host}]" if ":" in settings.host else settings.host)
-    return f"{'https' if settings.tls_cert else 'http'}://{host}:{settings.port}"
-
-
 def _wait_until_answers(url: str) -> None:
     """Until both planes answer through the edge."""
     # It is our own edge on this machine; its certificate names the machine as clients know it.
@@ -330,7 +234,7 @@ def _wait_until_answers(url: str) -> None:
     timer.daemon = True
     timer.start()
     last = "no answer"
-    with httpx.Client(transport=transport, timeout=5) as client:
+    with httpx.Client(transport=transport, timeout=5, trust_env=False) as client:
         for path in ("/openapi.json", f"{CONTROL_PREFIX}/openapi.json"):
             while True:
                 try:

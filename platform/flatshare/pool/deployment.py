@@ -17,17 +17,17 @@ import ray
 import torch
 from ray import serve
 from ray.serve.config import RequestRouterConfig
-from ray.serve.handle import DeploymentHandle
 
 from flatshare.api.app import create_app
 from flatshare.api.decoding import INLINE_BYTES, DecodeRoom
 from flatshare.api.hot import HotRoutes
 from flatshare.api.identity import LOCAL_OPERATOR, Identities, OperatorKeys
 from flatshare.api.payload import READY, decode_array
-from flatshare.api.tokens import TokenVerifier
+from flatshare.api.tokens import token_verifier
 from flatshare.cache.device import device_budget, open_device
 from flatshare.cache.fetch import TensorSource
-from flatshare.cache.host_tier import Scrubbed, open_host_tier
+from flatshare.cache.host_place import open_host_tier
+from flatshare.cache.host_tier import Scrubbed
 from flatshare.cache.ledger import Ledger
 from flatshare.cache.loading import DeviceLoader
 from flatshare.cache.model_cache import LOCAL_CONCURRENCY, ModelCache
@@ -43,6 +43,7 @@ from flatshare.engine.quotas import BytesLimit, QuotaKeeper
 from flatshare.engine.service import InferenceService, Rows
 from flatshare.errors import BadInput
 from flatshare.models.architecture import Architecture
+from flatshare.pool.handle import POOL_DEPLOYMENT
 from flatshare.pool.key_use import KeyUse
 from flatshare.pool.multiplex import NEVER_EVICT, Advertiser
 from flatshare.pool.pins import restore_pins
@@ -56,12 +57,9 @@ from flatshare_registry.heads import decode_head
 from flatshare_registry.ids import ModelRef, TenantId
 from flatshare_registry.records import TenantHead
 
-__all__ = ["POOL_APP", "POOL_DEPLOYMENT", "pool_application", "pool_handle", "token_verifier"]
+__all__ = ["pool_application"]
 
 logger = logging.getLogger("flatshare.pool")
-
-POOL_APP: Final = "flatshare"
-POOL_DEPLOYMENT: Final = "ClassifierPool"
 
 VIEW_THREADS: Final = 4
 """Registry reads at a time in one replica: small objects, and most are answered from memory."""
@@ -109,11 +107,10 @@ class ClassifierPool:
         ]
         load_threads, local_threads, part_threads, view_threads, key_threads = self._threads
         store = settings.open_store()
-        places = settings.max_ongoing_requests + settings.max_queued_requests
         self._decoding = DecodeRoom()
         self._quotas = QuotaKeeper(
             settings.plans,
-            concurrent_requests=max(int(places * settings.tenant_share), 1),
+            concurrent_requests=settings.default_quotas.concurrent_requests,
             bytes_limit=bytes_limit(settings),
         )
         self._advertiser = Advertiser(self, self.load_model, self._held_ids)
@@ -399,19 +396,6 @@ def cold_places(max_queued_requests: int) -> Admission:
     return Admission(half, half)
 
 
-def token_verifier(settings: Settings) -> TokenVerifier | None:
-    """What verifies an issuer's tokens, if the settings name one."""
-    if not settings.jwt_issuer:
-        return None
-    return TokenVerifier(
-        issuer=settings.jwt_issuer,
-        audience=settings.jwt_audience,
-        jwks=settings.jwt_jwks,
-        tenant_claim=settings.jwt_tenant_claim,
-        scope_claim=settings.jwt_scope_claim,
-    )
-
-
 def pool_application(
     settings: Settings, operators: OperatorKeys | None, environment: dict[str, str]
 ) -> serve.Application:
@@ -452,8 +436,3 @@ def pool_application(
     )
     application: serve.Application = deployment.bind(settings, operators)
     return application
-
-
-def pool_handle() -> DeploymentHandle[Any]:
-    """A handle on the running pool."""
-    return serve.get_deployment_handle(POOL_DEPLOYMENT, POOL_APP)

@@ -7,7 +7,7 @@ The schema (``ServeInstanceDetails``) is public in Ray; the fields that we use a
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 __all__ = ["ReplicaState", "Target", "app_status", "replica_states", "targets"]
 
@@ -51,13 +51,21 @@ def replica_states(details: dict[str, Any], app: str, deployment: str) -> list[R
     ]
 
 
+REPLICA_NAME: Final = "SERVE_REPLICA::"
+"""How the name of every replica's actor begins."""
+
+
 def targets(details: dict[str, Any], app: str) -> list[Target]:
-    """Where an application's replicas take HTTP, sorted by name; empty without direct ingress or replicas."""
+    """Where an application's replicas take HTTP, sorted by name; empty without direct ingress or replicas.
+
+    At zero replicas Serve lists its own proxy as the application's target; that is no replica.
+    """
     return sorted(
         Target(str(one["name"]), str(one["ip"]), int(one["port"]))
         for group in details["target_groups"]
         if group["app_name"] == app and _text(group["protocol"]) == "HTTP"
         for one in group["targets"]
+        if str(one["name"]).startswith(REPLICA_NAME)
     )
 
 

@@ -4,11 +4,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from flatshare.cache.device import DeviceMemory
 from flatshare.cache.host_tier import HostUsage
-from flatshare.cache.promotions import SwapInfo
 from flatshare.cache.stats import CacheStats
-from flatshare.cache.tiers import ResidentInfo
+from flatshare.cache.tiers import DeviceMemory, ResidentInfo, SwapInfo
 
 __all__ = ["ReplicaSnapshot"]
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import warnings
 import zipfile
-from collections.abc import Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
@@ -16,6 +16,7 @@ import torch
 from safetensors.torch import save
 
 from flatshare.models.architecture import Architecture
+from flatshare.training.checkpoints import find_state, in_dtypes_of, without_wrappers
 from flatshare_registry.errors import InvalidWeights
 from flatshare_registry.weights import check_architecture, describe
 
@@ -25,9 +26,6 @@ TORCHSCRIPT_WARNING: Final = (
     "TorchScript files hold code. Loading one can run whatever its author put there: do this only "
     "with files that you trust, on a machine that you can afford to lose."
 )
-
-_PREFIXES: Final = ("module.", "_orig_mod.", "model.")
-"""What wrappers put in front of every name: DataParallel, torch.compile, Lightning."""
 
 
 def is_torchscript(path: Path) -> bool:
@@ -47,26 +45,35 @@ def is_torchscript(path: Path) -> bool:
         raise InvalidWeights(f"{path} can't be read: {error}") from error
 
 
-def to_safetensors(path: Path, network: Architecture, *, trust_torchscript: bool = False) -> bytes:
+def to_safetensors(
+    path: Path,
+    network: Architecture,
+    *,
+    trust_torchscript: bool = False,
+    note: Callable[[str], None] = lambda text: None,
+) -> bytes:
     """Weights of a file as a safetensors file of an architecture.
+
+    Names lose what wrappers put around them, and numbers of another dtype get the architecture's.
 
     Parameters
     ----------
     path
-        A ``state_dict`` checkpoint (loaded with ``weights_only=True``), bare or under a key
-        ``state_dict`` or ``model``; or a TorchScript archive.
+        A ``state_dict`` checkpoint (loaded with ``weights_only=True``), bare or under the keys that trainers
+        use; or a TorchScript archive.
     trust_torchscript
         Whether a TorchScript archive may be loaded.
+    note
+        Told what was changed.
 
     Raises
     ------
     InvalidWeights
-        Not such a file, not trusted, or not of this architecture.
+        Not such a file, not trusted, not of this architecture, or with numbers that its dtype can't hold.
     """
     state = _torchscript_state(path, trust_torchscript) if is_torchscript(path) else _checkpoint_state(path)
-    state = _without_prefix(state, network)
-    # clone: tensors that share memory can't be saved as safetensors.
-    data: bytes = save({name: tensor.detach().cpu().contiguous().clone() for name, tensor in state.items()})
+    state = without_wrappers(state, network.tensors, note)
+    data: bytes = save(in_dtypes_of(network, state, note))
     check_architecture(describe(data).tensors, network.name, network.tensors)
     return data
 
@@ -87,29 +94,14 @@ def _torchscript_state(path: Path, trusted: bool) -> dict[str, torch.Tensor]:
 
 def _checkpoint_state(path: Path) -> dict[str, torch.Tensor]:
     try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # what matters is an error, and said in our words
+            loaded = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # torch raises pickle, zip, EOF, runtime and key errors for bad files
         raise InvalidWeights(
             f"{path} can't be loaded as a checkpoint of plain tensors: {_first_line(error)}"
         ) from error
-    for key in ("state_dict", "model"):
-        if isinstance(loaded, Mapping) and isinstance(loaded.get(key), Mapping):
-            loaded = loaded[key]
-    if not isinstance(loaded, Mapping) or not loaded:
-        raise InvalidWeights(f"{path} holds no state_dict")
-    bad = [str(name) for name, value in loaded.items() if not isinstance(value, torch.Tensor)]
-    if bad:
-        raise InvalidWeights(f"{path} holds things that are no tensors: {', '.join(bad[:3])}")
-    return {str(name): value for name, value in loaded.items()}
-
-
-def _without_prefix(state: dict[str, torch.Tensor], network: Architecture) -> dict[str, torch.Tensor]:
-    """Names as the architecture has them, if only a wrapper's prefix is in the way."""
-    for prefix in _PREFIXES:
-        stripped = {name.removeprefix(prefix): tensor for name, tensor in state.items()}
-        if set(state) != set(network.tensors) and set(stripped) == set(network.tensors):
-            return stripped
-    return state
+    return find_state(loaded, str(path))
 
 
 def _first_line(error: BaseException) -> str:

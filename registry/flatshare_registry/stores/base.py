@@ -158,7 +158,10 @@ class BlobStore(Protocol):
         ...
 
     def list(self, prefix: str) -> Iterator[BlobMeta]:
-        """All objects under a prefix (empty, or ending with ``/``), in key order."""
+        """All objects under a prefix (empty, or ending with ``/``), in any order.
+
+        Most S3 stores list in key order, but not all do (Amazon's directory buckets): who needs one sorts.
+        """
         ...
 
     def delete(self, key: str) -> None:
@@ -185,7 +188,18 @@ class BlobStore(Protocol):
         ...
 
     def history(self, prefix: str) -> Iterator[str]:
-        """Keys under a prefix of which the store still has anything, earlier and hidden versions too."""
+        """Keys under a prefix of which the store still has anything, earlier and hidden versions too.
+
+        A store that can't list versions gives what it lists: :meth:`shows_versions` tells.
+        """
+        ...
+
+    def shows_versions(self, key: str) -> bool:
+        """Whether an object that is there is shown with all that the store has kept of it.
+
+        Some S3 look-alikes can't list versions: :meth:`purge` and :meth:`history` then know only of what a
+        plain listing shows. A store that never keeps any says True.
+        """
         ...
 
 

@@ -50,7 +50,7 @@ class LocalStore:
     def __init__(self, root: Path) -> None:
         self._root = root.absolute()
         self.url = self._root.as_uri()
-        with _translated("the store folder"):
+        with _translated(f"the store folder {self._root}"):
             self._root.mkdir(parents=True, exist_ok=True)
 
     def get(self, key: str, byte_range: ByteRange | None = None) -> StoredBlob:
@@ -154,6 +154,11 @@ class LocalStore:
         """See :class:`BlobStore`: nothing is kept here."""
         return (meta.key for meta in list(self.list(prefix)))
 
+    def shows_versions(self, key: str) -> bool:
+        """See :class:`BlobStore`: no versions are kept here."""
+        check_key(key)
+        return True
+
     def _path(self, key: str) -> Path:
         return self._root / check_key(key)
 
@@ -173,18 +178,30 @@ class LocalStore:
     def _locked(self) -> Iterator[None]:
         # flock belongs to the open file, so a new descriptor each time also excludes our own threads;
         # the kernel releases it when a process dies.
-        handle = os.open(self._root / _LOCK_NAME, os.O_RDWR | os.O_CREAT, 0o600)
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX)
-            yield
-        finally:
-            os.close(handle)
+        path = self._root / _LOCK_NAME
+        while True:
+            handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o600)
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX)
+                if not _is_still_named(handle, path):
+                    continue  # somebody removed it while we waited: the lock is another one now
+                yield
+                return
+            finally:
+                os.close(handle)
 
 
 def _meta(key: str, stat: os.stat_result) -> BlobMeta:
     # Every put is a new inode with its own mtime, so this changes with every write.
     etag = f'"{stat.st_ino:x}-{stat.st_mtime_ns:x}-{stat.st_size:x}"'
     return BlobMeta(key, etag, stat.st_size, stat.st_mtime)
+
+
+def _is_still_named(handle: int, path: Path) -> bool:
+    """Whether an open file is what this path names now."""
+    with contextlib.suppress(FileNotFoundError):
+        return os.path.samestat(os.fstat(handle), path.stat())
+    return False
 
 
 def _sweep(temporary: Path) -> None:

@@ -106,6 +106,11 @@ class MemoryStore:
         """See :class:`BlobStore`: nothing is kept here."""
         return (meta.key for meta in list(self.list(prefix)))
 
+    def shows_versions(self, key: str) -> bool:
+        """See :class:`BlobStore`: no versions are kept here."""
+        check_key(key)
+        return True
+
     def _find(self, key: str) -> StoredBlob:
         check_key(key)
         with self._lock:

@@ -1,16 +1,20 @@
 """A store in an S3 bucket: plain boto3 against any endpoint that honours conditional writes.
 
 Conditional puts are S3's own (``If-None-Match: *``, ``If-Match``), never check-then-set.
-Amazon S3 has them since 2024; MinIO, Ceph and moto too.
+Amazon S3 has them since 2024; MinIO, Ceph and moto too. What look-alikes do otherwise and can be made up for
+is made up for: whole objects in answer to a range, weak ETags, no listing of versions.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
+import hashlib
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
-from email.utils import parsedate_to_datetime
 from typing import TYPE_CHECKING, Any, Final, cast
+from urllib.parse import urlsplit
 
 import boto3
 import botocore.exceptions
@@ -28,6 +32,14 @@ from flatshare_registry.stores.base import (
     check_key,
     check_prefix,
 )
+from flatshare_registry.stores.s3_replies import (
+    cut,
+    etag_of,
+    http_date_s,
+    listed_meta,
+    range_header,
+    whole_size,
+)
 
 if TYPE_CHECKING:
     from mypy_boto3_s3 import S3Client
@@ -41,7 +53,9 @@ CONFLICT_TRIES: Final = 5
 """Tries of a create that S3 answers with 409 (another conditional write of the key is under way)."""
 
 _MISSING: Final = {"404", "NoSuchKey", "NotFound"}
-_LOST_RACE: Final = {"412", "PreconditionFailed", "409", "ConditionalRequestConflict"}
+_TRY_AGAIN: Final = {"409", "ConditionalRequestConflict", "OperationAborted"}
+_LOST_RACE: Final = {"412", "PreconditionFailed", "304", "NotModified", *_TRY_AGAIN}
+_NO_SUCH_CALL: Final = {"501", "NotImplemented", "405", "MethodNotAllowed"}
 _OPERATOR: Final = {
     "NoSuchBucket": "the bucket does not exist; make it, or correct the store URL",
     "AccessDenied": "access denied; check the credentials and the bucket policy",
@@ -49,6 +63,8 @@ _OPERATOR: Final = {
     "InvalidAccessKeyId": "the access key is not known; check the credentials",
     "SignatureDoesNotMatch": "the secret key is wrong; check the credentials",
 }
+
+_Versions = list[dict[str, Any]]
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,18 +94,59 @@ class S3Options:
 
 
 def make_s3_client(options: S3Options) -> S3Client:
-    """A boto3 client with timeouts and bounded retries; safe to share between threads."""
-    return boto3.session.Session().client(
-        "s3",
-        endpoint_url=options.endpoint_url,
-        region_name=options.region,
-        config=Config(
-            connect_timeout=options.connect_timeout_s,
-            read_timeout=options.read_timeout_s,
-            retries={"mode": "standard", "total_max_attempts": options.max_attempts},
-            max_pool_connections=options.max_connections,
-        ),
-    )
+    """A boto3 client with timeouts and bounded retries; safe to share between threads.
+
+    Raises
+    ------
+    InvalidInput
+        A variable or a file of AWS's says what can't be; the message has its name.
+    """
+    try:
+        client = boto3.session.Session().client(
+            "s3",
+            endpoint_url=options.endpoint_url,
+            region_name=options.region,
+            config=Config(
+                connect_timeout=options.connect_timeout_s,
+                read_timeout=options.read_timeout_s,
+                retries={"mode": "standard", "total_max_attempts": options.max_attempts},
+                max_pool_connections=options.max_connections,
+                # By default boto3 sends a checksum behind the body where there is TLS, in a framing
+                # (aws-chunked) that many look-alikes refuse, or store as if it were the object. Puts have
+                # Content-MD5 instead, which every S3 checks.
+                request_checksum_calculation="when_required",
+                response_checksum_validation="when_required",
+            ),
+        )
+    except botocore.exceptions.ProfileNotFound as error:
+        name = _first_set("AWS_DEFAULT_PROFILE", "AWS_PROFILE") or "AWS's profile"
+        raise InvalidInput(f"{name}: {_first_line(error)}") from error
+    except botocore.exceptions.InvalidRegionError as error:
+        name = "FLATSHARE_S3_REGION" if options.region else "AWS_DEFAULT_REGION, or AWS's configuration"
+        raise InvalidInput(f"{name}: {_first_line(error)}") from error
+    except botocore.exceptions.BotoCoreError as error:  # a file of AWS's; its path is in the text
+        raise InvalidInput(f"the way to S3: {_first_line(error)}") from error
+    except ValueError as error:  # botocore's word for an endpoint without scheme or host
+        raise _bad_endpoint(options, str(error)) from None
+    if urlsplit(client.meta.endpoint_url).scheme not in ("http", "https"):
+        raise _bad_endpoint(options, client.meta.endpoint_url)
+    return client
+
+
+def _bad_endpoint(options: S3Options, text: str) -> InvalidInput:
+    """The error for an S3 endpoint that is no URL: who says so, and what without a password."""
+    if options.endpoint_url:
+        name = "FLATSHARE_S3_ENDPOINT_URL"
+    else:
+        name = _first_set("AWS_ENDPOINT_URL_S3", "AWS_ENDPOINT_URL") or os.environ.get(
+            "AWS_CONFIG_FILE", "~/.aws/config"
+        )
+    endpoint = text.removeprefix("Invalid endpoint: ").rpartition("@")[2]
+    return InvalidInput(f"{name}: {endpoint[:80]!a} is no endpoint; write http://host:port or https://host")
+
+
+def _first_set(*names: str) -> str | None:
+    return next((name for name in names if os.environ.get(name)), None)
 
 
 class S3Store:
@@ -118,27 +175,22 @@ class S3Store:
 
     def get(self, key: str, byte_range: ByteRange | None = None) -> StoredBlob:
         """See :class:`BlobStore`."""
-        blob = self._get(key, _range_header(byte_range))
-        if byte_range is not None and byte_range.end > blob.meta.size_bytes:
-            raise InvalidInput(f"range ends at {byte_range.end}, {key} has {blob.meta.size_bytes} bytes")
-        return blob
+        return self._get(key, range_header(byte_range), byte_range)
 
     def chunks(self, key: str, byte_range: ByteRange | None = None) -> Iterator[bytes]:
         """See :class:`BlobStore`."""
         with self._translated(key):
             reply = self._client.get_object(
-                Bucket=self._bucket, Key=self._key(key), **cast("Any", _range_header(byte_range))
+                Bucket=self._bucket, Key=self._key(key), **cast("Any", range_header(byte_range))
             )
             with contextlib.closing(reply["Body"]) as body:
-                size = _whole_size(reply)
-                if byte_range is not None and size is not None and byte_range.end > size:
-                    raise InvalidInput(f"range ends at {byte_range.end}, {key} has {size} bytes")
-                yield from body.iter_chunks(CHUNK_BYTES)
+                pieces = body.iter_chunks(CHUNK_BYTES)
+                yield from pieces if byte_range is None else cut(pieces, reply, byte_range, key)
 
     def get_unless(self, key: str, etag: str) -> StoredBlob | None:
         """See :class:`BlobStore`."""
         try:
-            return self._get(key, {"IfNoneMatch": etag})
+            return self._get(key, {"IfNoneMatch": etag}, None)
         except _NotModified:
             return None
 
@@ -146,7 +198,7 @@ class S3Store:
         """See :class:`BlobStore`."""
         with self._translated(key):
             reply = self._client.head_object(Bucket=self._bucket, Key=self._key(key))
-            return BlobMeta(key, reply["ETag"], reply["ContentLength"], reply["LastModified"].timestamp())
+            return BlobMeta(key, etag_of(reply), reply["ContentLength"], reply["LastModified"].timestamp())
 
     def put(self, key: str, data: bytes | memoryview, mode: PutMode) -> BlobMeta:
         """See :class:`BlobStore`."""
@@ -163,7 +215,11 @@ class S3Store:
             except Conflict:
                 # 409: two conditional writes met, and S3 asks to try again. For a create that ends in
                 # success or in AlreadyExists; a lost compare-and-swap is the caller's to redo.
-                if not isinstance(mode, Create) or not left:
+                if not isinstance(mode, Create):
+                    raise
+                if not left:
+                    if self._is_there(key):  # some have 409 for 412
+                        raise AlreadyExists(f"{key} already exists") from None
                     raise
         raise AssertionError("unreachable: the last try returns or raises")
 
@@ -173,27 +229,19 @@ class S3Store:
                 Bucket=self._bucket,
                 Key=self._key(key),
                 Body=bytes(data),
+                ContentMD5=base64.b64encode(hashlib.md5(data, usedforsecurity=False).digest()).decode(),
                 # boto3's stubs type each keyword apart; these dicts hold only valid ones.
                 **cast("Any", condition),
                 **cast("Any", self._encryption),
             )
-            modified_s = reply["ResponseMetadata"]["HTTPHeaders"].get("date", "")
-        return BlobMeta(key, reply["ETag"], len(data), _http_date_s(modified_s))
+            date = reply["ResponseMetadata"]["HTTPHeaders"].get("date", "")
+            return BlobMeta(key, etag_of(reply), len(data), http_date_s(date))
 
     def list(self, prefix: str) -> Iterator[BlobMeta]:
         """See :class:`BlobStore`."""
-        pages = self._client.get_paginator("list_objects_v2").paginate(
-            Bucket=self._bucket, Prefix=self._prefix + check_prefix(prefix)
-        )
         with self._translated(prefix or "the bucket"):
-            for page in pages:
-                for item in page.get("Contents", []):
-                    yield BlobMeta(
-                        item["Key"].removeprefix(self._prefix),
-                        item["ETag"],
-                        item["Size"],
-                        item["LastModified"].timestamp(),
-                    )
+            for item in self._objects(self._prefix + check_prefix(prefix)):
+                yield listed_meta(item, self._prefix)
 
     def delete(self, key: str) -> None:
         """See :class:`BlobStore`."""
@@ -203,81 +251,149 @@ class S3Store:
     def purge(self, key: str, *, keep_latest: bool = False) -> int:
         """See :class:`BlobStore`: in a bucket with versioning a plain delete only hides an object."""
         name = self._key(key)
-        return self._purge(
-            name, key, lambda one: one["Key"] == name and not (keep_latest and one["IsLatest"])
-        )
+        with self._translated(key):
+            found = self._versions(name, lambda: self._is_there(key))
+            if found is not None:
+                return self._remove(
+                    one for one in found if one["Key"] == name and not (keep_latest and one["IsLatest"])
+                )
+            if keep_latest or not self._is_there(key):
+                return 0
+            self._client.delete_object(Bucket=self._bucket, Key=name)
+            return 1
 
     def purge_all(self, prefix: str) -> int:
         """See :class:`BlobStore`."""
         if not check_prefix(prefix):
             raise InvalidInput("name a prefix: a whole store is not purged")
-        return self._purge(self._prefix + prefix, prefix, lambda one: True)
+        start = self._prefix + prefix
+        with self._translated(prefix):
+            found = self._versions(start, lambda: any(True for _ in self._objects(start)))
+            if found is not None:
+                return self._remove(found)
+            names = [item["Key"] for item in self._objects(start)]
+            for name in names:
+                self._client.delete_object(Bucket=self._bucket, Key=name)
+            return len(names)
 
     def history(self, prefix: str) -> Iterator[str]:
         """See :class:`BlobStore`."""
-        pages = self._client.get_paginator("list_object_versions").paginate(
-            Bucket=self._bucket, Prefix=self._prefix + check_prefix(prefix)
-        )
-        last = ""
+        start = self._prefix + check_prefix(prefix)
         with self._translated(prefix or "the bucket"):
-            for page in pages:
-                for item in sorted(one["Key"] for one in page.get("Versions", [])):
-                    if item != last:
-                        yield item.removeprefix(self._prefix)
-                    last = item
+            found = self._versions(start, lambda: any(True for _ in self._objects(start)))
+            if found is None:
+                names = {item["Key"] for item in self._objects(start)}
+            else:
+                names = {one["Key"] for one in found if not one["IsMark"]}
+            yield from sorted(name.removeprefix(self._prefix) for name in names)
 
-    def _purge(self, start: str, what: str, wanted: Callable[[Mapping[str, Any]], bool]) -> int:
-        """Remove versions, and marks of deletion, of objects whose names start so."""
-        removed = 0
-        with self._translated(what):
-            pages = self._client.get_paginator("list_object_versions").paginate(
-                Bucket=self._bucket, Prefix=start
-            )
-            found = [
-                (one["Key"], one["VersionId"], kind == "Versions")
+    def shows_versions(self, key: str) -> bool:
+        """See :class:`BlobStore`."""
+        name = self._key(key)
+        with self._translated(key):
+            found = self._versions(name, lambda: self._is_there(key))
+            return found is not None and any(one["Key"] == name for one in found)
+
+    def _versions(self, start: str, is_any: Callable[[], bool]) -> _Versions | None:
+        """Versions and marks of deletion of objects whose names start so; None: the store can't list them.
+
+        Parameters
+        ----------
+        is_any
+            Whether there is an object whose name starts so: some stores take the question for another one,
+            and answer it with no version of anything.
+        """
+        found = self._ask_for_versions(start)
+        if found != [] or not is_any():
+            return found
+        return self._ask_for_versions(start) or None  # it may have come between the two questions
+
+    def _ask_for_versions(self, start: str) -> _Versions | None:
+        pages = self._client.get_paginator("list_object_versions").paginate(Bucket=self._bucket, Prefix=start)
+        try:
+            return [
+                {**one, "IsMark": kind == "DeleteMarkers"}
                 for page in pages
                 for kind in ("Versions", "DeleteMarkers")
                 for one in cast("Any", page).get(kind, [])
-                if wanted(one)
             ]
-            for name, version, is_version in found:
-                self._client.delete_object(Bucket=self._bucket, Key=name, VersionId=version)
-                removed += is_version
+        except botocore.exceptions.ClientError as error:
+            if error.response.get("Error", {}).get("Code") in _NO_SUCH_CALL:
+                return None
+            raise
+
+    def _remove(self, versions: Iterable[Mapping[str, Any]]) -> int:
+        """Remove versions; how many, but for marks of deletion."""
+        removed = 0
+        for one in versions:
+            self._client.delete_object(Bucket=self._bucket, Key=one["Key"], VersionId=one["VersionId"])
+            removed += not one["IsMark"]
         return removed
+
+    def _objects(self, start: str) -> Iterator[Mapping[str, Any]]:
+        """What a plain listing has of objects whose names start so."""
+        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=start)
+        for page in pages:
+            yield from cast("Any", page.get("Contents", []))
+
+    def _is_there(self, key: str) -> bool:
+        try:
+            self.head(key)
+        except NotFound:
+            return False
+        return True
 
     def _key(self, key: str) -> str:
         return self._prefix + check_key(key)
 
-    def _get(self, key: str, extra: dict[str, str]) -> StoredBlob:
-        with self._translated(key):
+    def _get(self, key: str, extra: dict[str, str], byte_range: ByteRange | None) -> StoredBlob:
+        with self._translated(key, conditional="IfNoneMatch" in extra):
             reply = self._client.get_object(Bucket=self._bucket, Key=self._key(key), **cast("Any", extra))
-            data = reply["Body"].read()
-        size = _whole_size(reply)
-        modified_s = reply["LastModified"].timestamp()
-        return StoredBlob(data, BlobMeta(key, reply["ETag"], len(data) if size is None else size, modified_s))
+            with contextlib.closing(reply["Body"]) as body:
+                if byte_range is None:
+                    data = body.read()
+                else:
+                    data = b"".join(cut(body.iter_chunks(CHUNK_BYTES), reply, byte_range, key))
+            size = whole_size(reply)
+            modified_s = reply["LastModified"].timestamp()
+            return StoredBlob(
+                data, BlobMeta(key, etag_of(reply), len(data) if size is None else size, modified_s)
+            )
 
     @contextlib.contextmanager
-    def _translated(self, what: str, mode: PutMode | None = None) -> Iterator[None]:
-        """Turn botocore's errors into the registry's: the one exception map of this backend."""
+    def _translated(
+        self, what: str, mode: PutMode | None = None, *, conditional: bool = False
+    ) -> Iterator[None]:
+        """Turn botocore's errors into the registry's: the one exception map of this backend.
+
+        Parameters
+        ----------
+        mode
+            Of a put.
+        conditional
+            It is a read that may find nothing new.
+        """
         try:
             yield
         except botocore.exceptions.ClientError as error:
             code = str(error.response.get("Error", {}).get("Code", ""))
             status = error.response.get("ResponseMetadata", {}).get("HTTPStatusCode")
-            if code in ("304", "NotModified") or status == 304:
+            if conditional and (code in ("304", "NotModified") or status == 304):
                 raise _NotModified from error
             if code in _MISSING:
                 if isinstance(mode, UpdateIf):
                     raise Conflict(f"{what} went meanwhile") from error
                 raise NotFound(f"{what} does not exist") from error
-            if code in _LOST_RACE:
-                if isinstance(mode, Create) and code not in ("409", "ConditionalRequestConflict"):
+            if isinstance(mode, Create | UpdateIf) and code in _LOST_RACE:
+                if isinstance(mode, Create) and code not in _TRY_AGAIN:
                     raise AlreadyExists(f"{what} already exists") from error
                 raise Conflict(f"{what} changed meanwhile") from error
             if code in ("InvalidRange", "416"):
                 raise InvalidInput(f"the byte range does not lie within {what}") from error
             reason = _OPERATOR.get(code, f"S3 answered {code or status}")
             raise Unavailable(f"{self.url}: {reason}") from error
+        except KeyError as error:  # every S3 sends these: an object without them can't be trusted to be ours
+            raise Unavailable(f"{self.url}: S3's answer for {what} has no {error.args[0]}") from error
         except (botocore.exceptions.BotoCoreError, OSError) as error:
             # Covers refused connections, time-outs, cut bodies and missing credentials.
             raise Unavailable(f"{self.url} can't be reached: {_first_line(error)}") from error
@@ -287,20 +403,5 @@ class _NotModified(Exception):
     """S3 answered 304; stays within this module."""
 
 
-def _range_header(byte_range: ByteRange | None) -> dict[str, str]:
-    return {} if byte_range is None else {"Range": f"bytes={byte_range.start}-{byte_range.end - 1}"}
-
-
-def _whole_size(reply: Mapping[str, Any]) -> int | None:
-    """Length of the object of which a reply holds a range; None when the reply does not say."""
-    whole = str(reply.get("ContentRange", "")).rpartition("/")[2]
-    return int(whole) if whole.isdigit() else None
-
-
 def _first_line(error: BaseException) -> str:
     return (str(error).splitlines() or [type(error).__name__])[0][:200]
-
-
-def _http_date_s(text: str) -> float:
-    """POSIX seconds of an HTTP date; 0 when the endpoint sent none."""
-    return parsedate_to_datetime(text).timestamp() if text else 0.0

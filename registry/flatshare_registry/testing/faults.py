@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator
 from flatshare_registry.errors import Unavailable
 from flatshare_registry.stores.base import BlobMeta, BlobStore, ByteRange, PutMode, StoredBlob
 
-__all__ = ["FaultyStore", "ManualClock"]
+__all__ = ["CrashAtStep", "DisorderedStore", "FaultyStore", "ManualClock"]
 
 
 class ManualClock:
@@ -97,11 +97,25 @@ class FaultyStore:
         self.before("list", prefix)
         return self.inner.history(prefix)
 
+    def shows_versions(self, key: str) -> bool:
+        self.before("list", key)
+        return self.inner.shows_versions(key)
+
     def purge(self, key: str, *, keep_latest: bool = False) -> int:
         self.before("delete", key)
         removed = self.inner.purge(key, keep_latest=keep_latest)
         self.after("delete", key)
         return removed
+
+
+class DisorderedStore(FaultyStore):
+    """Lists the last key first, as a store may that keeps no order (S3's directory buckets)."""
+
+    def list(self, prefix: str) -> Iterator[BlobMeta]:
+        return iter(sorted(super().list(prefix), key=lambda meta: meta.key, reverse=True))
+
+    def history(self, prefix: str) -> Iterator[str]:
+        return iter(sorted(super().history(prefix), reverse=True))
 
 
 class CrashAtStep:

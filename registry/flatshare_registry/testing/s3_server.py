@@ -9,18 +9,26 @@ import argparse
 import contextlib
 import io
 import signal
+import sys
 import threading
 from collections.abc import Callable, Iterator
 from typing import Any
 
 import boto3
-from moto.moto_server.werkzeug_app import (
-    DomainDispatcherApplication,
-    MotoRequestHandler,
-    create_backend_app,
-)
-from moto.s3.models import FakeKey
-from werkzeug.serving import make_server
+
+try:
+    from moto.moto_server.werkzeug_app import (
+        DomainDispatcherApplication,
+        MotoRequestHandler,
+        create_backend_app,
+    )
+    from moto.s3.models import FakeKey
+    from werkzeug.serving import make_server
+except ImportError as missing:
+    text = f"the local S3 server needs {missing.name}: pip install 'flatshare[local]'"
+    if __name__ == "__main__":
+        sys.exit(f"error: {text}")
+    raise ImportError(text, name=missing.name) from missing
 
 __all__ = ["CREDENTIALS", "local_s3"]
 

@@ -131,11 +131,11 @@ class BlobStoreSuite:
         with pytest.raises(Conflict):
             store.put("k", b"2", UpdateIf(meta.etag))
 
-    def test_list_is_sorted_and_stays_below_the_prefix(self, store: BlobStore) -> None:
+    def test_list_stays_below_the_prefix(self, store: BlobStore) -> None:
         for key in ("b/2", "b/1", "b/sub/3", "bb/4", "a/5"):
             store.put(key, key.encode(), Create())
-        assert [meta.key for meta in store.list("b/")] == ["b/1", "b/2", "b/sub/3"]
-        assert [meta.key for meta in store.list("")] == ["a/5", "b/1", "b/2", "b/sub/3", "bb/4"]
+        assert sorted(meta.key for meta in store.list("b/")) == ["b/1", "b/2", "b/sub/3"]
+        assert sorted(meta.key for meta in store.list("")) == ["a/5", "b/1", "b/2", "b/sub/3", "bb/4"]
         assert list(store.list("none/")) == []
         assert {meta.key: meta.size_bytes for meta in store.list("b/")}["b/sub/3"] == 7
         for meta in store.list("b/"):
@@ -144,7 +144,7 @@ class BlobStoreSuite:
     def test_list_is_whole_beyond_one_page(self, store: BlobStore) -> None:
         for number in range(1010):  # S3 lists 1,000 at a time
             store.put(f"many/{number:04d}", b"", Create())
-        assert [meta.key for meta in store.list("many/")] == [f"many/{n:04d}" for n in range(1010)]
+        assert sorted(meta.key for meta in store.list("many/")) == [f"many/{n:04d}" for n in range(1010)]
 
     def test_delete_is_idempotent(self, store: BlobStore) -> None:
         store.put("k", b"1", Create())
@@ -169,7 +169,8 @@ class BlobStoreSuite:
         assert sorted(store.history("tree/")) == ["tree/a", "tree/b/c"]
         assert store.purge_all("tree/") == 2
         assert list(store.history("tree/")) == []
-        assert [meta.key for meta in store.list("")][-2:] == ["kept", "treehouse"]
+        assert {"kept", "treehouse"} <= {meta.key for meta in store.list("")}
+        assert not any(meta.key.startswith("tree/") for meta in store.list(""))
 
     @pytest.mark.parametrize(
         "key",

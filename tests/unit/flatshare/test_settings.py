@@ -3,7 +3,7 @@
 import pytest
 
 from flatshare.errors import SettingsError
-from flatshare.settings import Settings, load_settings
+from flatshare.settings import Settings, load_settings, unknown_variables
 
 
 def test_defaults_are_consistent_and_closed_to_the_world() -> None:
@@ -30,6 +30,8 @@ def test_options_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
         ({"host": "192.168.1.5", "auth": "off"}, "not loopback"),
         ({"host": "192.168.1.5", "edge": "serve"}, "loopback only"),
         ({"tls_cert": "/x.pem", "edge": "serve"}, "edge=haproxy"),
+        ({"trusted_proxies": "10.0.0.0/8", "edge": "serve"}, "edge=haproxy"),
+        ({"trusted_proxies": "10.0.0.0/8, lb.example"}, "lb.example"),
         ({"jwt_issuer": "https://i"}, "go together"),
         ({"jwt_jwks": "/x"}, "go together"),
         ({"plans": {"gold": {"speed": 3}}}, "plans.gold.speed"),
@@ -65,3 +67,58 @@ def test_settings_are_frozen() -> None:
 )
 def test_sensible_combinations_are_taken(given: dict[str, object]) -> None:
     load_settings(**given)
+
+
+def test_no_error_shows_what_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Keys are among the settings; also where somebody builds them without `load_settings`."""
+    for name, value in (("FLATSHARE_API_KEY", "sec\nret"), ("FLATSHARE_PORT", "secret")):
+        monkeypatch.setenv(name, value)
+        with pytest.raises(ValueError, match="validation error") as caught:
+            Settings()
+        assert "ret" not in str(caught.value)
+        with pytest.raises(SettingsError, match=name) as refused:
+            load_settings()
+        assert "ret" not in refused.value.message
+        monkeypatch.delenv(name)
+
+
+def test_an_option_is_named_as_it_was_given(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLATSHARE_SLOTS", "abc")
+    with pytest.raises(SettingsError) as caught:
+        load_settings(replicas=0)
+    problems = caught.value.message.split("; ")
+    assert [text.partition(":")[0] for text in sorted(problems)] == ["replicas", "slots (FLATSHARE_SLOTS)"]
+
+
+@pytest.mark.parametrize("text", ["{", "gold", "[1"])
+def test_what_is_no_json_is_a_settings_error(monkeypatch: pytest.MonkeyPatch, text: str) -> None:
+    monkeypatch.setenv("FLATSHARE_PLANS", text)
+    with pytest.raises(SettingsError, match="FLATSHARE_PLANS is not JSON"):
+        load_settings()
+
+
+def test_an_empty_variable_is_none(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in Settings.model_fields:
+        monkeypatch.setenv(f"FLATSHARE_{name.upper()}", "")
+    assert load_settings() == Settings.model_construct()
+
+
+def test_variables_that_are_no_settings_are_found() -> None:
+    names = [
+        "FLATSHARE_SLOT",
+        "FLATSHARE_SLOTS",
+        "flatshare_slots",
+        "FLATSHARE_UP_LOG",
+        "PATH",
+        "FLATSHARE_",
+        "FLATSHARE_STROE",
+    ]
+    assert unknown_variables(names) == {
+        "FLATSHARE_": None, "FLATSHARE_SLOT": "FLATSHARE_SLOTS", "FLATSHARE_STROE": "FLATSHARE_STORE",
+    }  # fmt: skip
+
+
+def test_trusted_proxies_are_networks_with_commas_between() -> None:
+    given = load_settings(trusted_proxies="10.1.2.3/8, 192.0.2.7 ,2001:db8::1,")
+    assert given.proxy_networks() == ("10.0.0.0/8", "192.0.2.7/32", "2001:db8::1/128")
+    assert load_settings().proxy_networks() == ()

@@ -10,9 +10,11 @@ import pytest
 from flatshare_registry import layout
 from flatshare_registry.catalog import Registry
 from flatshare_registry.errors import (
+    AliasMoved,
     AlreadyExists,
     Conflict,
     Corrupt,
+    InvalidInput,
     InvalidWeights,
     NotFound,
     RegistryError,
@@ -20,11 +22,11 @@ from flatshare_registry.errors import (
     Unavailable,
 )
 from flatshare_registry.ids import PRODUCTION, AliasName, ModelRef, TenantId
-from flatshare_registry.records import Action
+from flatshare_registry.records import Action, AuditEntry
 from flatshare_registry.stores.base import Overwrite
 from flatshare_registry.stores.local import LocalStore
 from flatshare_registry.stores.memory import MemoryStore
-from flatshare_registry.testing.faults import CrashAtStep, FaultyStore, ManualClock
+from flatshare_registry.testing.faults import CrashAtStep, DisorderedStore, FaultyStore, ManualClock
 from flatshare_registry.testing.files import TINY_SPECS as SPECS
 from flatshare_registry.testing.files import encode_safetensors
 from flatshare_registry.testing.files import tiny_weights as weights
@@ -36,9 +38,9 @@ def make(store: object = None, clock: ManualClock | None = None) -> Registry:
     return Registry(store or MemoryStore(), actor="tests", clock=clock or ManualClock())
 
 
-@pytest.fixture
-def registry() -> Registry:
-    registry = make()
+@pytest.fixture(params=[MemoryStore, lambda: DisorderedStore(MemoryStore())], ids=["ordered", "disordered"])
+def registry(request: pytest.FixtureRequest) -> Registry:
+    registry = make(request.param())
     registry.create_tenant(ACME)
     return registry
 
@@ -106,6 +108,74 @@ def test_promote_and_roll_back(registry: Registry) -> None:
     assert registry.rollback(ACME).aliases["production"] == 2
     assert registry.rollback(ACME).aliases["production"] == 3  # a rollback is a move like any other
     assert registry.head(ACME).aliases["canary"] == 3
+
+
+def test_a_rollback_that_says_from_what_can_be_sent_again(registry: Registry) -> None:
+    for value in (1, 2, 3):
+        register(registry, value)
+    registry.set_alias(ACME, PRODUCTION, 2)
+    for _ in range(3):
+        assert registry.rollback(ACME, expected=2).aliases["production"] == 1
+    moves = [entry for entry in registry.audit(ACME) if entry.action is Action.ALIAS_ROLLED_BACK]
+    assert len(moves) == 1, "the later ones changed nothing"
+    registry.set_alias(ACME, CANARY, 2)  # another alias's move is not this one's
+    assert registry.rollback(ACME, expected=2).aliases["production"] == 1
+    for expected in (3, 7):
+        with pytest.raises(AliasMoved, match=f"names version 1, not {expected}"):
+            registry.rollback(ACME, expected=expected)
+    registry.set_alias(ACME, PRODUCTION, 3)
+    with pytest.raises(AliasMoved, match="names version 3, not 2"):
+        registry.rollback(ACME, expected=2)
+    assert registry.rollback(ACME, expected=3).aliases["production"] == 1
+    assert registry.rollback(ACME, expected=1).aliases["production"] == 3, "asked for, so done"
+
+
+def test_a_rollback_from_what_never_was_is_refused(registry: Registry) -> None:
+    register(registry, 1)
+    with pytest.raises(AliasMoved):
+        registry.rollback(ACME, expected=2)
+
+
+def test_the_log_is_read_by_pages(registry: Registry) -> None:
+    for value in range(1, 8):
+        register(registry, value)
+    everything = registry.audit(ACME)
+    assert registry.audit_page(ACME, 100) == (everything, False)
+    assert registry.audit_page(ACME, len(everything)) == (everything, False)
+    seen: list[AuditEntry] = []
+    before, more = None, True
+    while more:
+        page, more = registry.audit_page(ACME, 3, before)
+        assert 0 < len(page) <= 3
+        seen, before = page + seen, page[0].id
+    assert seen == everything
+    assert registry.audit_page(ACME, 3, everything[0].id) == ([], False)
+    with pytest.raises(NotFound):
+        registry.audit_page(TenantId("nobody"), 3)
+
+
+def test_a_page_reads_no_more_than_its_entries_and_knows_the_one_in_the_head(registry: Registry) -> None:
+    for value in range(1, 8):
+        register(registry, value)
+    last = registry.head(ACME).last_entry
+    registry.store.delete(layout.log_key(ACME, last.id))  # its writer died before it wrote that
+    read: list[str] = []
+    counted = Registry(
+        FaultyStore(registry.store, before=lambda operation, key: read.append(f"{operation} {key}"))
+    )
+    page, more = counted.audit_page(ACME, 3)
+    assert (page, more) == (registry.audit(ACME)[-3:], True)
+    assert page[-1] == last
+    assert len([one for one in read if "/log/" in one and one.startswith("get")]) == 2
+
+
+def test_rollback_goes_to_the_last_move_whatever_the_order_of_the_listing(registry: Registry) -> None:
+    for value in (1, 2, 3):
+        register(registry, value)
+    for version in (3, 2, 3):
+        registry.set_alias(ACME, PRODUCTION, version)
+    registry.set_alias(ACME, CANARY, 1)
+    assert registry.rollback(ACME).aliases["production"] == 2
 
 
 def test_rollback_without_history_or_to_a_deleted_version_is_refused(registry: Registry) -> None:
@@ -323,7 +393,7 @@ def test_log_keys_sort_by_revision_even_with_a_clock_that_is_behind(registry: Re
     for value in (2, 3, 4):
         behind.register(ACME, weights(value), "tiny", SPECS)
         registry.set_alias(ACME, CANARY, value)
-    keys = [meta.key for meta in registry.store.list(layout.log_prefix(ACME))]
+    keys = sorted(meta.key for meta in registry.store.list(layout.log_prefix(ACME)))
     ids = [layout.log_key(ACME, entry.id) for entry in registry.audit(ACME)]
     assert keys == ids
 
@@ -418,3 +488,53 @@ def test_pins_are_kept_by_ref_and_forgotten_by_version() -> None:
     registry.pins.add(ModelRef.parse("acme"))
     registry.delete_tenant(acme)
     assert [str(ref) for ref in registry.pins.refs()] == ["globex"]
+
+
+# -- a tenant that is made with its first version
+
+
+def test_a_missing_tenant_is_made_with_its_version_or_not_at_all() -> None:
+    registry = make()
+
+    def refuse(data: bytes | memoryview) -> tuple[float, ...]:
+        raise InvalidWeights("they do not run")
+
+    with pytest.raises(InvalidWeights):
+        registry.register(ACME, b"junk", "tiny", SPECS, create=True)
+    with pytest.raises(InvalidWeights):
+        registry.register(ACME, weights(1.0), "tiny", SPECS, create=True, probe=refuse)
+    with pytest.raises(InvalidInput):
+        registry.register(ACME, weights(1.0), "tiny", SPECS, create=True, metadata={"a": "b" * 5000})
+    with pytest.raises(NotFound):
+        registry.register(ACME, weights(1.0), "tiny", SPECS)
+    assert list(registry.store.list("")) == [], "nothing of it is there"
+    assert registry.register(ACME, weights(1.0), "tiny", SPECS, create=True).version.version == 1
+    assert [entry.action for entry in registry.audit(ACME)] == [
+        Action.TENANT_CREATED,
+        Action.VERSION_REGISTERED,
+    ]
+    assert registry.register(ACME, weights(2.0), "tiny", SPECS, create=True).version.version == 2
+
+
+def test_a_tenant_that_a_colleague_makes_meanwhile_is_taken() -> None:
+    registry = make()
+
+    def colleague(data: bytes | memoryview) -> tuple[float, ...]:
+        registry.create_tenant(ACME)
+        return (1.0,)
+
+    done = registry.register(ACME, weights(1.0), "tiny", SPECS, create=True, probe=colleague)
+    assert (done.created, registry.head(ACME).aliases) == (True, {PRODUCTION: 1})
+
+
+def test_a_deleted_tenant_comes_back_and_an_erased_one_does_not() -> None:
+    registry = make()
+    registry.register(ACME, weights(1.0), "tiny", SPECS, create=True)
+    registry.delete_tenant(ACME)
+    assert registry.register(ACME, weights(1.0), "tiny", SPECS, create=True).version.version == 2
+    leaving = registry.eraser.begin(ACME)
+    registry.eraser.remove(leaving)
+    registry.eraser.finish(leaving)
+    with pytest.raises(AlreadyExists, match="erased"):
+        registry.register(ACME, weights(3.0), "tiny", SPECS, create=True)
+    assert [meta.key for meta in registry.store.list("blobs/")] == []

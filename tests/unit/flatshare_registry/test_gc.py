@@ -8,6 +8,7 @@ from flatshare_registry.errors import Corrupt, InvalidInput, Unavailable
 from flatshare_registry.gc import DEFAULT_GRACE_S, collect
 from flatshare_registry.ids import PRODUCTION, TenantId
 from flatshare_registry.registration import BLOB_REFRESH_S
+from flatshare_registry.store_clock import MAX_SKEW_S, store_now
 from flatshare_registry.stores.base import Overwrite
 from flatshare_registry.stores.memory import MemoryStore
 from flatshare_registry.testing.faults import CrashAtStep, FaultyStore, ManualClock
@@ -117,6 +118,45 @@ def test_a_blob_renewed_between_listing_and_delete_is_spared(
 
     assert collect(FaultyStore(store, before=renew), remove=True, clock=clock).garbage == ()
     assert blobs(store) == 1
+
+
+def test_ages_are_counted_by_the_stores_clock(
+    registry: Registry, store: MemoryStore, clock: ManualClock
+) -> None:
+    registry.delete_tenant(ACME)
+    clock.advance(DEFAULT_GRACE_S - 3600)
+    a_little_ahead = ManualClock(clock.now_s + MAX_SKEW_S - 1)
+    for grace_s in (DEFAULT_GRACE_S - 3600, DEFAULT_GRACE_S - 3600 + MAX_SKEW_S - 10):
+        assert collect(store, remove=True, grace_s=grace_s, clock=a_little_ahead).garbage == ()
+    assert blobs(store) == 1
+
+
+@pytest.mark.parametrize("wrong_s", [26 * 3600.0, MAX_SKEW_S + 2, -MAX_SKEW_S - 2, -26 * 3600.0])
+def test_with_a_clock_that_is_wrong_nothing_is_garbage(
+    registry: Registry, store: MemoryStore, clock: ManualClock, wrong_s: float
+) -> None:
+    registry.delete_tenant(ACME)
+    clock.advance(10 * DEFAULT_GRACE_S)
+    with pytest.raises(InvalidInput, match="clock"):
+        collect(store, remove=True, clock=ManualClock(clock.now_s + wrong_s))
+    assert blobs(store) == 1
+
+
+def test_a_blob_is_refreshed_by_the_stores_clock_too(
+    registry: Registry, store: MemoryStore, clock: ManualClock
+) -> None:
+    """A registration whose clock is behind would take an old blob for a fresh one, and gc would take it."""
+    registry.delete_tenant(ACME)
+    clock.advance(DEFAULT_GRACE_S - 60)
+    behind = Registry(store, clock=ManualClock(clock.now_s - (DEFAULT_GRACE_S - 120)))
+    behind.create_tenant(ACME)
+    digest = behind.register(ACME, weights(1), "tiny", SPECS).version.digest
+    assert clock.now_s - store.head(layout.blob_key(digest)).modified_s < 1
+
+
+def test_reading_the_stores_clock_leaves_nothing_there(store: MemoryStore, clock: ManualClock) -> None:
+    assert store_now(store) == clock.now_s
+    assert list(store.list("")) == []
 
 
 def test_a_short_grace_period_is_refused(store: MemoryStore) -> None:

@@ -66,7 +66,10 @@ def test_any_text_is_parsed_or_refused(text: str) -> None:
     assert str(ref) == text or text == f"{ref.tenant}:production"
 
 
-@pytest.mark.parametrize("value", [True, "1.0", "", "+1", 0, -1, 10**9])
+@pytest.mark.parametrize(
+    "value", [True, "1.0", "", "+1", 0, -1, 10**9, 10**5000, -(10**5000), "9" * 5000, "0" * 5000 + "1"],
+    ids=lambda value: str(type(value)),
+)  # fmt: skip
 def test_bad_version_numbers(value: object) -> None:
     with pytest.raises(InvalidRef):
         parse_version(value)  # type: ignore[arg-type]  # wrong types are the point

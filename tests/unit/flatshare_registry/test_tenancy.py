@@ -46,6 +46,81 @@ def test_a_keys_secret_is_stored_nowhere(registry: Registry) -> None:
     assert (entry.action, entry.detail["key"]) == ("key.created", made.id)
 
 
+def test_a_request_that_is_sent_again_makes_no_second_key(registry: Registry) -> None:
+    tenancy = registry.tenancy
+    made = tenancy.create_key(ACME, once="3f0c")
+    assert is_valid(parse_key(made.text), registry.head(ACME).keys[made.id].sha256)
+    with pytest.raises(AlreadyExists, match=made.id):
+        tenancy.create_key(ACME, once="3f0c")
+    assert list(registry.head(ACME).keys) == [made.id]
+    others = {
+        tenancy.create_key(ACME, once="3f0d").id,
+        tenancy.create_key(ACME).id,
+        tenancy.create_key(ACME).id,
+    }
+    assert len({made.id, *others}) == 4
+    rotated = tenancy.rotate_key(ACME, made.id, grace_s=60, once="3f0c")
+    with pytest.raises(AlreadyExists, match=rotated.id):
+        tenancy.rotate_key(ACME, made.id, grace_s=60, once="3f0c")
+    assert tenancy.rotate_key(ACME, rotated.id, grace_s=60, once="3f0c").id not in (made.id, rotated.id)
+    registry.create_tenant(TenantId("globex"))
+    other = tenancy.create_key(TenantId("globex"), once="3f0c")
+    assert other.id.partition(".")[2] != made.id.partition(".")[2], (
+        "one tenant's ids tell nothing of another's"
+    )
+    tenancy.revoke_key(ACME, made.id)
+    again = tenancy.create_key(ACME, once="3f0c")
+    assert again.sha256 != made.sha256, "the secret is random, whatever the id"
+
+
+def test_who_was_given_a_used_id_does_not_read_what_was_before(registry: Registry) -> None:
+    registry.tenancy.create_key(ACME, [Scope.MANAGE], label="the old customer's secret project")
+    registry.delete_tenant(ACME)
+    own = registry.audit(ACME, since_created=True)
+    assert own[0].action == "tenant.created", "of one that is gone, its own life"
+    registry.create_tenant(ACME)
+    new = registry.tenancy.create_key(ACME, [Scope.MANAGE], label="new")
+    own = registry.audit(ACME, since_created=True)
+    assert [entry.action for entry in own] == ["tenant.created", "key.created"]
+    assert own[1].detail["key"] == new.id
+    everything = registry.audit(ACME)
+    assert [entry.action for entry in everything] == [
+        "tenant.created", "key.created", "tenant.deleted", "tenant.created", "key.created",
+    ]  # fmt: skip
+    assert everything[3:] == own
+
+
+def test_pages_of_the_log_end_where_the_id_was_given_out_again(
+    registry: Registry, clock: ManualClock
+) -> None:
+    for _ in range(3):
+        registry.tenancy.create_key(ACME, [Scope.MANAGE], label="the old customer's")
+    registry.delete_tenant(ACME)
+    old = registry.audit(ACME)
+    clock.advance(1)
+    registry.create_tenant(ACME)
+    registry.tenancy.create_key(ACME, [Scope.MANAGE], label="new")
+    entries, more = registry.audit_page(ACME, 100, own=True)
+    assert [entry.action for entry in entries] == ["tenant.created", "key.created"]
+    assert not more
+    for cursor in (old[-1].id, old[2].id, entries[0].id):
+        assert registry.audit_page(ACME, 100, cursor, own=True) == ([], False)
+    assert registry.audit_page(ACME, 1, own=True) == (entries[1:], True)
+    assert len(registry.audit_page(ACME, 100)[0]) == len(old) + 2, "operators see all"
+
+
+def test_entries_of_before_are_not_even_read(registry: Registry) -> None:
+    for _ in range(20):
+        registry.tenancy.suspend(ACME)
+        registry.tenancy.resume(ACME)
+    registry.delete_tenant(ACME)
+    registry.create_tenant(ACME)
+    read: list[str] = []
+    counted = Registry(FaultyStore(registry.store, before=lambda operation, key: read.append(key)), actor="x")
+    assert len(counted.audit(ACME, since_created=True)) == 1
+    assert len([key for key in read if "/log/" in key and not key.endswith("/")]) == 0
+
+
 def test_rotation_leaves_both_good_for_the_grace_and_then_one(registry: Registry, clock: ManualClock) -> None:
     old = registry.tenancy.create_key(ACME, [Scope.MANAGE], label="ci")
     new = registry.tenancy.rotate_key(ACME, old.id, grace_s=3600)
@@ -97,6 +172,24 @@ def test_quotas_are_what_differs_from_the_plan(registry: Registry) -> None:
     for bad in ({"requests_per_s": 0}, {"requests_per_s": float("nan")}, {"burst": -1}, {"speed": 3}):
         with pytest.raises(ValueError, match="validation error"):
             Quotas.model_validate(bad)
+
+
+def test_two_edits_of_quotas_at_a_time_both_stand(registry: Registry) -> None:
+    seen: list[Quotas] = []
+
+    def slow(quotas: Quotas) -> Quotas:
+        seen.append(quotas)
+        if len(seen) == 1:  # a colleague is faster than this edit's swap
+            registry.tenancy.edit_quotas(ACME, lambda now: now.model_copy(update={"burst": 10}))
+        return quotas.model_copy(update={"requests_per_s": 50.0})
+
+    head = registry.tenancy.edit_quotas(ACME, slow, plan="gold")
+    assert (head.quotas.burst, head.quotas.requests_per_s, head.plan) == (10, 50.0, "gold")
+    assert [one.burst for one in seen] == [None, 10]
+    with pytest.raises(InvalidInput, match="floor"):
+        registry.tenancy.edit_quotas(
+            ACME, lambda now: now.model_copy(update={"resident_bytes": 5, "resident_floor_bytes": 6})
+        )
 
 
 def test_suspension_deletes_nothing(registry: Registry, clock: ManualClock) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import time
 import tracemalloc
 from pathlib import Path
 
@@ -161,13 +162,40 @@ def test_a_damaged_file_never_raises_anything_else(noise: bytes, at: int, patch:
             pass
 
 
+def test_missing_and_unexpected_names_are_both_shown_the_nearest_first() -> None:
+    wanted = {f"layer{number}.weight": TensorSpec("F32", (1,)) for number in range(9)}
+    found = {
+        f"{'net.' if number else 'something.quite.other.'}layer{number}.weight": np.zeros(1, np.float32)
+        for number in range(9)
+    }
+    with pytest.raises(InvalidWeights) as caught:
+        check_architecture(describe(encode_safetensors(found)).tensors, "net", wanted)
+    message = caught.value.message
+    assert "'layer1.weight', 'layer2.weight', 'layer3.weight' and 6 more are missing" in message
+    assert (
+        "'net.layer1.weight', 'net.layer2.weight', 'net.layer3.weight' and 6 more are not part of it"
+        in message
+    )
+
+
+def test_naming_what_is_wrong_takes_no_time_whatever_is_wrong() -> None:
+    wanted = {f"{'w' * 70}{number}": TensorSpec("F32", (1,)) for number in range(5000)}
+    found = {f"{'v' * 70}{number}": np.zeros(1, np.float32) for number in range(5000)}
+    tensors = describe(encode_safetensors(found)).tensors
+    begun = time.perf_counter()
+    with pytest.raises(InvalidWeights, match="4997 more"):
+        check_architecture(tensors, "net", wanted)
+    assert time.perf_counter() - begun < 5
+
+
 def test_architecture_mismatches_are_named() -> None:
     wanted = {"w": TensorSpec("F32", (2, 3)), "gone": TensorSpec("F32", (1,)), "b": TensorSpec("I64", (3,))}
     with pytest.raises(InvalidWeights) as caught:
         check_architecture(describe(encode_safetensors(GOOD)).tensors, "mnist-cnn", wanted)
     assert "not a mnist-cnn" in caught.value.message
     assert "'gone' is missing" in caught.value.message
-    assert "and 1 more" in caught.value.message
+    assert "'none', 's' are not part of it" in caught.value.message
+    assert "'b' is I64[2], must be I64[3]" in caught.value.message
 
 
 def test_a_folder_is_not_weights(tmp_path: Path) -> None:

@@ -209,5 +209,24 @@ async def test_the_openapi_shows_bodies_replies_errors_and_the_header(client: ht
         assert set(post["responses"]) >= {"200", "400", "404", "413", "503"}
         assert "x-flatshare-digest" in post["responses"]["200"]["headers"]
     schema = document["paths"]["/predict"]["post"]["requestBody"]["content"]["application/json"]["schema"]
-    assert schema["examples"][0]["image"]
+    assert schema == {"$ref": "#/components/schemas/PredictRequest"}
+    assert document["components"]["schemas"]["PredictRequest"]["examples"][0]["image"]
     assert document["components"]["schemas"]["PredictReply"]["examples"] == [{"predicted_label": [7]}]
+
+
+@pytest.mark.parametrize(
+    "path", ["/predict/", "/classify/", "/predict/stream/", "/docs/", "/v2/health/live/"]
+)
+async def test_a_trailing_slash_is_no_redirect(client: httpx.AsyncClient, path: str) -> None:
+    """A redirect says http:// behind TLS, and a client that follows it sends its key in clear."""
+    for method in ("GET", "POST"):
+        reply = await client.request(method, path)
+        assert (reply.status_code, reply.headers.get("location")) == (404, None)
+
+
+async def test_a_missing_model_header_is_named_with_dashes_too(client: httpx.AsyncClient) -> None:
+    """nginx drops headers with underscores; who sits behind one must learn of the other form."""
+    reply = await client.post("/predict", json={"image": []})
+    assert reply.status_code == 400
+    assert MODEL in reply.json()["error"]["message"]
+    assert "serve-multiplexed-model-id" in reply.json()["error"]["message"]

@@ -38,7 +38,7 @@ async def secured(world: World) -> AsyncIterator[httpx.AsyncClient]:
     transport = httpx.ASGITransport(
         app=world.secured(OperatorKeys.of(world.operators)), raise_app_exceptions=False
     )
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         yield client
 
 

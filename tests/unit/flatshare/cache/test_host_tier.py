@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import gc
@@ -11,14 +12,16 @@ import shutil
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
 
 from flatshare.cache import host_tier as module
-from flatshare.cache.host_tier import HostTier, open_host_tier
-from flatshare.cache.tier_files import PAGE
+from flatshare.cache.host_place import open_host_tier
+from flatshare.cache.host_tier import HostTier
+from flatshare.cache.tier_files import PAGE, unlink_unless_mapped
 
 BIG = 100 * 1024
 
@@ -462,3 +465,72 @@ def test_a_file_that_took_the_place_of_the_one_to_scrub_is_left_alone(
     assert tier.scrub([name(data)]).removed == ()
     assert published[0] is not None
     assert bytes(published[0]) == data
+
+
+@contextlib.contextmanager
+def between_open_and_lock(
+    monkeypatch: pytest.MonkeyPatch, how: int, act: Callable[[], object]
+) -> Iterator[None]:
+    """Do something once, after a file was opened and before it is locked so."""
+    real, left = fcntl.flock, [act]
+
+    def flock(handle: int, wanted: int) -> None:
+        if wanted == how and left:
+            left.pop()()
+        real(handle, wanted)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(fcntl, "flock", flock)
+        yield
+    assert not left, "nobody came by there"
+
+
+@pytest.mark.parametrize("size", [3000, BIG])
+def test_a_file_whose_scrubber_was_killed_is_not_opened_as_zeros(
+    tier: HostTier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int
+) -> None:
+    data = content(7, size)
+    publish(tier, data)
+    gc.collect()
+    script = (
+        "import os, sys\nfrom pathlib import Path\nfrom flatshare.cache import host_tier as module\n"
+        "real = module.overwrite\n"
+        "module.overwrite = lambda handle: (real(handle), os.kill(os.getpid(), 9))\n"
+        "module.HostTier(Path(sys.argv[1]), 10**7).scrub([sys.argv[2]])\n"
+    )
+
+    def scrub_and_die() -> None:
+        died = subprocess.run([sys.executable, "-c", script, str(tmp_path / "tier"), name(data)])
+        assert died.returncode == -9
+
+    with between_open_and_lock(monkeypatch, fcntl.LOCK_SH, scrub_and_die):
+        assert tier.open(name(data), size) is None
+    assert publish(tier, data) == data, "the next one brings it again"
+
+
+def test_an_eviction_takes_only_the_file_that_it_has_locked(
+    tier: HostTier, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    data = content(7)
+    publish(tier, data)
+    gc.collect()
+    mapped: list[memoryview | None] = []
+
+    def another_comes() -> None:
+        assert tier.scrub([name(data)]).removed
+        mapped.append(publish(tier, data))
+
+    path = str(tier.path(name(data)))
+    with between_open_and_lock(monkeypatch, fcntl.LOCK_EX | fcntl.LOCK_NB, another_comes):
+        assert unlink_unless_mapped(path) == 0
+    assert tier.has(name(data)), "it is mapped, and counts"
+    assert mapped == [data]
+
+
+def test_who_counts_has_the_lock_of_the_file_that_is_there(
+    tier: HostTier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = next((tmp_path / "tier").glob("*/usage"))
+    with between_open_and_lock(monkeypatch, fcntl.LOCK_EX, usage.unlink):
+        publish(tier, content(7))
+    assert tier.usage().used_bytes == -(-BIG // PAGE) * PAGE

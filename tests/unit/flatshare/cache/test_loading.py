@@ -508,7 +508,7 @@ async def test_an_architecture_that_is_not_installed_or_changed_is_refused(
 
 
 def test_the_budget_of_a_device() -> None:
-    from flatshare.cache.device import DeviceMemory
+    from flatshare.cache.tiers import DeviceMemory
     from flatshare.errors import SettingsError
 
     class Gpu(CpuDevice):

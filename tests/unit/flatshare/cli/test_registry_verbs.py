@@ -98,6 +98,38 @@ def test_errors_come_as_ours(tmp_path: Path, arguments: list[str], error: type[E
     assert isinstance(result.exception, error), result.exception
 
 
+@pytest.mark.parametrize("why", ["junk", "another network", "an alias", "a note", "an architecture"])
+def test_a_refused_registration_leaves_no_tenant(tmp_path: Path, why: str) -> None:
+    bad = tmp_path / "bad.safetensors"
+    bad.write_bytes(b"junk" if why == "junk" else encode_safetensors({"w": np.zeros(3, dtype=np.float32)}))
+    good = weights(tmp_path, 1)
+    arguments = {
+        "junk": [str(bad)],
+        "another network": [str(bad)],
+        "an alias": [good, "--alias", "Not A Label"],
+        "a note": [good, "--note", f"long={'x' * 5000}"],
+        "an architecture": [good, "-a", "gpt"],
+    }[why]
+    result = run("register", "acme", *arguments, "--create")
+    assert isinstance(result.exception, InvalidInput), result.exception
+    assert json.loads(ok("tenants", "list", "--json")) == []
+    ok("register", "acme", good, "--create")
+    ok("register", "acme", good, "--create")
+
+
+def test_tenants_may_be_called_as_a_sub_command(tmp_path: Path) -> None:
+    for tenant in ("verify", "show", "acme"):
+        ok("tenants", "create", tenant)
+    for tenant in ("verify", "show", "acme"):
+        shown = json.loads(ok("audit", "show", tenant, "--json"))
+        assert [(one["tenant"], one["action"]) for one in shown] == [(tenant, "tenant.created")]
+    assert json.loads(ok("audit", "verify", "--json"))["tenants"] == 3
+    assert json.loads(ok("audit", "verify", "verify", "--json"))["links"].keys() == {"verify"}
+    assert json.loads(ok("audit", "--json", "acme")) == json.loads(ok("audit", "acme", "--json"))
+    assert "show" in ok("audit", "--help")
+    assert isinstance(run("audit", "nobody").exception, NotFound)
+
+
 def test_a_log_that_was_written_anew_is_found_by_a_link_that_was_kept(tmp_path: Path) -> None:
     ok("tenants", "create", "acme")
     shown = ok("audit", "verify", "acme")

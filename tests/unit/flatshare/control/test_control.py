@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections.abc import AsyncIterator
 from typing import Any
 
@@ -10,17 +11,18 @@ import httpx
 import pytest
 
 from flatshare.api.identity import Identities
-from flatshare.cache.device import DeviceMemory
 from flatshare.cache.host_tier import HostUsage
-from flatshare.cache.promotions import SwapInfo
 from flatshare.cache.stats import CacheStats
-from flatshare.cache.tiers import ResidentInfo, State, Tier
+from flatshare.cache.tiers import DeviceMemory, ResidentInfo, State, SwapInfo, Tier
 from flatshare.control import fleet as fleet_module
 from flatshare.control.app import RegistryHeads, create_control_app
+from flatshare.engine.quotas import QuotaKeeper
 from flatshare.pool.details import ReplicaState
 from flatshare.pool.snapshot import ReplicaSnapshot
+from flatshare.settings import Settings
 from flatshare_registry.catalog import Registry
 from flatshare_registry.ids import TenantId
+from flatshare_registry.records import Action, Quotas
 from flatshare_registry.stores.memory import MemoryStore
 from flatshare_registry.testing.files import TINY_SPECS, tiny_weights
 
@@ -91,7 +93,7 @@ def world() -> World:
 @pytest.fixture
 async def client(world: World) -> AsyncIterator[httpx.AsyncClient]:
     transport = httpx.ASGITransport(app=world.app, raise_app_exceptions=False)
-    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         yield client
 
 
@@ -103,7 +105,7 @@ async def test_tenants_from_birth_to_death(world: World, client: httpx.AsyncClie
     world.register(1)
     shown = (await client.get("/tenants/acme")).json()
     assert (shown["versions"], shown["aliases"]) == ([1], {"production": 1})
-    assert (await client.delete("/tenants/acme")).json() == {"refreshed": ["r1", "r2"]}
+    assert (await client.delete("/tenants/acme")).json() == {"refreshed": ["r1", "r2"], "missed": ["r9"]}
     assert (await client.get("/tenants/acme")).status_code == 404
     actions = [one["action"] for one in (await client.get("/tenants/acme/audit")).json()["entries"]]
     assert actions == ["tenant.created", "version.registered", "tenant.deleted"]
@@ -133,7 +135,7 @@ async def test_a_replica_that_does_not_answer_does_not_undo_a_change(
     world.register(2)
     world.replicas.stuck = True
     moved = await client.put("/tenants/acme/aliases/production", json={"version": 2})
-    assert (moved.status_code, moved.json()["refreshed"]) == (200, [])
+    assert (moved.status_code, moved.json()["refreshed"], moved.json()["missed"]) == (200, [], ["r1", "r9"])
     assert world.registry.head(TenantId("acme")).aliases == {"production": 2}
     fleet = (await client.get("/replicas")).json()
     assert (fleet["replicas"], [one["replica"] for one in fleet["not_answering"]]) == ([], ["r1", "r9"])
@@ -151,6 +153,7 @@ async def test_a_replica_that_dies_while_it_is_told_does_not_undo_a_change(
     world.replicas.refreshed = ["r2", RuntimeError("actor died")]
     moved = await client.put("/tenants/acme/aliases/production", json={"version": 2})
     assert (moved.status_code, moved.json()["refreshed"]) == (200, ["r2"])
+    assert moved.json()["missed"] == ["r1", "r9"], "who could not be told is named"
 
 
 async def test_the_fleet_is_shown_with_totals_and_those_that_cannot_answer(client: httpx.AsyncClient) -> None:
@@ -231,3 +234,157 @@ async def test_its_openapi_documents_every_route(client: httpx.AsyncClient) -> N
         for method, operation in operations.items():
             assert operation.get("description"), f"{method} {path} has no description"
             assert "404" in operation["responses"]
+
+
+@pytest.mark.parametrize("path", ["/tenants/", "/tenants/acme/", "/docs/", "/replicas/"])
+async def test_a_trailing_slash_is_no_redirect(client: httpx.AsyncClient, path: str) -> None:
+    reply = await client.get(path)
+    assert (reply.status_code, reply.headers.get("location")) == (404, None)
+    assert reply.json()["error"]["code"] == "no_such_route"
+
+
+async def test_the_hint_names_the_docs_of_this_plane(world: World) -> None:
+    transport = httpx.ASGITransport(app=world.app, root_path="/admin")
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+        for method, path in (("GET", "/admin/nope"), ("PATCH", "/admin/tenants")):
+            reply = await client.request(method, path)
+            assert "GET /admin/docs" in reply.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("number", ["9" * 5000, "9" * 4000, "0", "-1", "100000000"])
+async def test_numbers_that_are_no_version_are_refused(
+    world: World, client: httpx.AsyncClient, number: str
+) -> None:
+    world.registry.create_tenant(TenantId("acme"))
+    world.register(1)
+    json_type = {"content-type": "application/json"}
+    body = f'{{"version": {number}}}'
+    for reply in (
+        await client.get(f"/tenants/acme/versions/{number}"),
+        await client.delete(f"/tenants/acme/versions/{number}"),
+        await client.put("/tenants/acme/aliases/production", content=body, headers=json_type),
+    ):
+        assert (reply.status_code, reply.json()["error"]["code"]) == (400, "bad_input"), reply.text[:200]
+        assert len(reply.text) < 600
+    for method, path, body in (
+        ("POST", "/tenants/acme/keys", f'{{"lifetime_s": {number}}}'),
+        ("POST", "/tenants/acme/keys/acme.x/rotate", f'{{"grace_s": {number}}}'),
+        ("PUT", "/tenants/acme/quotas", f'{{"quotas": {{"burst": {number}}}}}'),
+    ):
+        reply = await client.request(method, path, content=body, headers=json_type)
+        assert reply.status_code < 500, reply.text[:200]
+
+
+async def test_quotas_show_what_replicas_hold_a_tenant_to(world: World) -> None:
+    """With the very function of the replicas, and the share of a replica's places that nobody wrote down."""
+    settings = Settings(
+        max_ongoing_requests=10, max_queued_requests=30, tenant_share=0.25,
+        plans={"default": Quotas(requests_per_s=9.0), "gold": Quotas(concurrent_requests=33)},
+    )  # fmt: skip
+    app = create_control_app(
+        world.registry,
+        fleet_module.Fleet(world.replicas, lambda: []),
+        Identities(RegistryHeads(world.registry), None),
+        settings.plans,
+        default_quotas=settings.default_quotas,
+    )
+    keeper = QuotaKeeper(settings.plans, concurrent_requests=settings.default_quotas.concurrent_requests)
+    acme = TenantId("acme")
+    world.registry.create_tenant(acme)
+    transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+        for own, plan, wanted in (
+            ({}, None, 10), ({"burst": 5}, None, 10), ({}, "gold", 33), ({"concurrent_requests": 2}, "gold", 2),
+        ):  # fmt: skip
+            answer = await client.put("/tenants/acme/quotas", json={"quotas": own, "plan": plan})
+            shown = (await client.get("/tenants/acme/quotas")).json()["effective"]
+            assert answer.json()["effective"] == shown
+            assert shown["concurrent_requests"] == wanted
+            assert Quotas(**shown) == keeper.limits(world.registry.head(acme))
+
+
+async def test_a_rollback_that_is_sent_again_does_not_undo_itself(
+    world: World, client: httpx.AsyncClient
+) -> None:
+    world.registry.create_tenant(TenantId("acme"))
+    for value in (1, 2, 3):
+        world.register(value)
+    path = "/tenants/acme/aliases/production"
+    await client.put(path, json={"version": 2})
+    for _ in range(2):
+        reply = await client.post(f"{path}/rollback", json={"expected": 2})
+        assert (reply.status_code, reply.json()["tenant"]["production"]) == (200, 1)
+    await client.put(path, json={"version": 3})
+    reply = await client.post(f"{path}/rollback", json={"expected": 2})
+    assert (reply.status_code, reply.json()["error"]["code"]) == (409, "alias_moved")
+    assert "retry-after" not in reply.headers, "no waiting helps"
+    for body in ({"expected": 0}, {"expected": "x"}, ["x"]):
+        assert (await client.post(f"{path}/rollback", json=body)).status_code == 400
+    for wanted in (1, 3):  # without it, as ever
+        assert (await client.post(f"{path}/rollback")).json()["tenant"]["production"] == wanted
+
+
+async def test_one_idempotency_key_makes_one_key(world: World, client: httpx.AsyncClient) -> None:
+    world.registry.create_tenant(TenantId("acme"))
+    headers = {"idempotency-key": "0b7f2c9e-7a60-4b0e-a7f5-6a1f3c1d9f00"}
+    made = await client.post("/tenants/acme/keys", json={}, headers=headers)
+    again = await client.post("/tenants/acme/keys", json={}, headers=headers)
+    assert (made.status_code, again.status_code) == (201, 409)
+    assert again.json()["error"]["code"] == "already_exists"
+    assert made.json()["id"] in again.json()["error"]["message"]
+    assert made.json()["key"].rpartition("_")[2] not in again.text
+    rotate = f"/tenants/acme/keys/{made.json()['id']}/rotate"
+    rotated = await client.post(rotate, json={}, headers=headers)
+    assert (rotated.status_code, (await client.post(rotate, json={}, headers=headers)).status_code) == (
+        201,
+        409,
+    )
+    assert len((await client.get("/tenants/acme/keys")).json()) == 2
+    for bad in ("", "x" * 256):
+        reply = await client.post("/tenants/acme/keys", json={}, headers={"idempotency-key": bad})
+        assert reply.status_code == 400
+
+
+async def test_the_log_is_shown_by_pages(world: World, client: httpx.AsyncClient) -> None:
+    world.registry.create_tenant(TenantId("acme"))
+    for value in range(1, 130):
+        world.registry.note(TenantId("acme"), Action.FLEET_UNLOAD, {"model": f"acme@{value}"})
+    first = (await client.get("/tenants/acme/audit")).json()
+    assert [one["revision"] for one in first["entries"]] == list(range(31, 131)), "the newest, oldest first"
+    second = (await client.get("/tenants/acme/audit", params={"before": first["next"]})).json()
+    assert [one["revision"] for one in second["entries"]] == list(range(1, 31))
+    assert second["next"] is None
+    few = (await client.get("/tenants/acme/audit", params={"limit": 2})).json()
+    assert [one["revision"] for one in few["entries"]] == [129, 130]
+    for query in (
+        {"limit": 0},
+        {"limit": 1001},
+        {"limit": "9" * 5000},
+        {"before": "../x"},
+        {"before": "9" * 26},
+    ):
+        status = (await client.get("/tenants/acme/audit", params=query)).status_code
+        assert status == (200 if query == {"before": "9" * 26} else 400)
+
+
+async def test_a_log_is_verified_once_at_a_time(
+    world: World, client: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All of it is read, in a thread that goes on when the caller leaves."""
+    world.registry.create_tenant(TenantId("acme"))
+    begun, go_on = threading.Event(), threading.Event()
+    verify = world.registry.verify_audit
+
+    def slow(tenant: TenantId) -> list[str]:
+        begun.set()
+        assert go_on.wait(30)
+        return verify(tenant)
+
+    monkeypatch.setattr(world.registry, "verify_audit", slow)
+    first = asyncio.create_task(client.get("/tenants/acme/audit/verify"))
+    await asyncio.to_thread(begun.wait, 30)
+    second = await client.get("/tenants/acme/audit/verify")
+    assert (second.status_code, second.json()["error"]["code"]) == (429, "over_concurrent_requests")
+    go_on.set()
+    assert (await first).json()["whole"]
+    assert (await client.get("/tenants/acme/audit/verify")).json()["whole"]

@@ -23,7 +23,11 @@ from flatshare_registry import Registry, TenantId, layout
 from flatshare_registry.errors import NotFound
 from flatshare_registry.stores.base import Create, Overwrite
 from flatshare_registry.stores.memory import MemoryStore
+from flatshare_registry.stores.s3 import S3Options, S3Store, make_s3_client
+from flatshare_registry.testing.faults import DisorderedStore
 from flatshare_registry.testing.files import TINY_SPECS, tiny_weights
+
+from ....odd_s3 import ODDITIES, odd_s3
 
 ACME = TenantId("acme")
 
@@ -211,6 +215,53 @@ async def test_what_an_erasure_is_verified_by(world: World) -> None:
     assert problems() == [f"blob {digest[:12]} is still in the store"]
     store.put(layout.version_key(ACME, 1), b"{}", Create())
     assert len(problems()) == 1 and "versions/00000001.json is still" in problems()[0]
+
+
+async def test_records_are_read_oldest_first_whatever_the_order_of_the_listing(world: World) -> None:
+    made = [await world.erasure.run(ACME, f"try {number}") for number in range(3)]
+    found = read_records(DisorderedStore(world.registry.store), ACME)
+    assert [one["id"] for one in found] == sorted(one["id"] for one in made)
+
+
+async def test_a_store_that_shows_no_versions_is_named_in_the_record(
+    world: World, tmp_path: Path, s3_url: str
+) -> None:
+    good = await world.erasure.run(ACME, "me")
+    assert good["store"]["versions_checked"] is True
+    with odd_s3(s3_url, ODDITIES["no-versions"]) as (url, _):
+        options = S3Options(endpoint_url=url)
+        registry = Registry(S3Store(make_s3_client(options), "models", "no-versions", options))
+        registry.create_tenant(ACME)
+        registry.register(ACME, tiny_weights(1.0), "tiny", TINY_SPECS)
+        world.replicas.registry = registry
+        # The registry's own look at which tensors others have is not replaced here: the nodes keep none.
+        record = await Erasure(registry, Fleet(Clean(world), world.replicas.states), world.signer).run(
+            ACME, "me"
+        )
+        assert record["store"]["versions_checked"] is False
+        assert verify_record(record) is None
+        assert {meta.key.split("/")[0] for meta in registry.store.list("")} == {"erasures", "tenants"}
+        problems, notes = erasure_problems(registry, ACME, [record], None)
+        assert problems == []
+        assert any("versions" in note for note in notes)
+
+
+class Clean:
+    """Replicas whose node keeps nothing."""
+
+    def __init__(self, world: World) -> None:
+        self.inner = world.replicas
+
+    def broadcast(self, method: str, *arguments: Any) -> Any:
+        answers = self.inner.broadcast(method, *arguments)
+        if method != "erase_host":
+            return answers
+
+        class Answers:
+            async def results_async(self, *, return_exceptions: bool) -> list[Any]:
+                return [HostReceipt("r1", "n1", "node", (), (), 0, 1.0)]
+
+        return Answers()
 
 
 async def test_a_file_that_is_kept_without_a_reason_stops_it(

@@ -11,7 +11,8 @@ import psutil
 import pytest
 
 from flatshare.errors import LocalError
-from flatshare.local.state import PlatformState, find_states
+from flatshare.local.state import PlatformState, find_states, known_states
+from flatshare.settings import load_settings
 
 
 @pytest.fixture(autouse=True)
@@ -62,7 +63,7 @@ def test_leftovers_are_ended_by_id_and_start_time() -> None:
     dead = state(2**22 - 1, 1.0, family=((child.pid, started_at), (2**22 - 2, 1.0)))
     dead.save()
     assert len(dead.end_leftovers()) == 1
-    assert not psutil.pid_exists(child.pid)
+    assert child.wait(0) != 0, "it has ended when the call returns"
     assert PlatformState.read(8000) is None
 
 
@@ -72,3 +73,63 @@ def test_a_damaged_file_is_a_clear_error(text: str) -> None:
     PlatformState.path(8000).write_text(text)
     with pytest.raises(LocalError, match="damaged"):
         PlatformState.read(8000)
+
+
+CLAIM = """
+import sys
+from flatshare.errors import LocalError
+from flatshare.local.state import PlatformState
+from flatshare.settings import load_settings
+state = PlatformState.starting(load_settings(store="file:///s"), log="")
+sys.stdin.readline()
+try:
+    state.claim()
+    print("has it", flush=True)
+except LocalError as error:
+    print(error.message, flush=True)
+sys.stdin.read()
+"""
+
+
+def test_of_several_that_start_at_a_time_one_has_the_port() -> None:
+    claimers = [
+        subprocess.Popen(
+            [sys.executable, "-c", CLAIM], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        for _ in range(4)
+    ]
+    try:
+        said = []
+        for one in claimers:
+            assert one.stdin is not None
+            one.stdin.write("go\n")
+            one.stdin.flush()
+        for one in claimers:
+            assert one.stdout is not None
+            said.append(one.stdout.readline().strip())
+        assert said.count("has it") == 1
+        winner = claimers[said.index("has it")]
+        assert all(f"pid {winner.pid}" in line for line in said if line != "has it")
+        assert all("flatshare down --port 8000" in line for line in said if line != "has it")
+        (known,) = known_states()
+        assert (known.phase, known.pid) == ("starting", winner.pid)
+        assert find_states() == [], "clients do not talk to what only starts"
+    finally:
+        for one in claimers:
+            one.communicate("")
+
+
+def test_a_dead_one_makes_way() -> None:
+    state(2**22 - 1, 1.0).save()
+    mine = PlatformState.starting(load_settings(store="file:///s"), log="")
+    mine.claim()
+    assert PlatformState.read(8000) == mine
+    mine.remove()
+    assert known_states() == []
+
+
+def test_nobody_forgets_what_another_wrote() -> None:
+    theirs = state(*me())
+    theirs.save()
+    state(2**22 - 1, 1.0).remove()
+    assert PlatformState.read(8000) == theirs

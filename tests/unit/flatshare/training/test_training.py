@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gzip
+import itertools
+import re
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +18,7 @@ from flatshare.training.handwriting import HANDWRITINGS, handwriting
 from flatshare.training.mnist import load_digits
 from flatshare.training.train import fine_tune, load_module, predict_labels, train_base
 from flatshare_registry.errors import InvalidInput, InvalidWeights
-from flatshare_registry.weights import check_architecture, describe
+from flatshare_registry.weights import TensorSpec, check_architecture, describe
 
 NETWORK = architecture("mnist-cnn")
 DIGITS = load_digits()
@@ -129,6 +131,131 @@ def test_convert_takes_checkpoints(tmp_path: Path, wrap: str) -> None:
     torch.save(state, path)
     assert not is_torchscript(path)
     assert equal(to_safetensors(path, NETWORK), module)
+
+
+WRAPPERS = ["module.", "_orig_mod.", "model."]
+
+
+@pytest.mark.parametrize(
+    "prefix", ["".join(order) for count in (1, 2, 3) for order in itertools.product(WRAPPERS, repeat=count)]
+)
+def test_convert_peels_wrappers_in_any_order(tmp_path: Path, prefix: str) -> None:
+    module = NETWORK.build()
+    path = tmp_path / "checkpoint.pt"
+    torch.save({f"{prefix}{name}": tensor for name, tensor in module.state_dict().items()}, path)
+    notes: list[str] = []
+    assert equal(to_safetensors(path, NETWORK, note=notes.append), module)
+    assert notes == [f"took {prefix.removesuffix('.')!r} off the names"]
+
+
+def test_convert_takes_what_real_wrappers_make(tmp_path: Path) -> None:
+    for wrap in (
+        lambda module: torch.nn.DataParallel(torch.compile(module)),
+        lambda module: torch.compile(torch.nn.DataParallel(module)),
+        lambda module: torch.nn.ModuleDict({"model": torch.compile(module)}),
+    ):
+        module = NETWORK.build()
+        path = tmp_path / "checkpoint.pt"
+        torch.save(
+            {"epoch": 3, "model_state_dict": wrap(module).state_dict(), "optimizer": {"lr": 1.0}}, path
+        )
+        assert equal(to_safetensors(path, NETWORK), module)
+
+
+def test_convert_takes_a_part_that_was_compiled_alone(tmp_path: Path) -> None:
+    module, compiled = NETWORK.build(), NETWORK.build()
+    compiled.load_state_dict(module.state_dict())
+    first = next(iter(dict(compiled.named_children())))
+    setattr(compiled, first, torch.compile(getattr(compiled, first)))
+    assert any("._orig_mod." in name for name in compiled.state_dict())
+    path = tmp_path / "checkpoint.pt"
+    torch.save(compiled.state_dict(), path)
+    assert equal(to_safetensors(path, NETWORK), module)
+
+
+def test_convert_leaves_an_architectures_own_names_alone(tmp_path: Path) -> None:
+    own = replace(NETWORK, tensors={f"model.{name}": spec for name, spec in NETWORK.tensors.items()})
+    state = {f"model.{name}": tensor for name, tensor in NETWORK.build().state_dict().items()}
+    for wrapped in (state, {f"module.{name}": tensor for name, tensor in state.items()}):
+        path = tmp_path / "checkpoint.pt"
+        torch.save(wrapped, path)
+        found = describe(to_safetensors(path, own)).tensors
+        assert {one.name for one in found} == set(own.tensors)
+
+
+@pytest.mark.parametrize(
+    "keys",
+    [["model_state_dict"], ["state_dict"], ["model"], ["model", "state_dict"], ["state_dict", "model"],
+     ["model", "model_state_dict"], ["module"]],
+)  # fmt: skip
+def test_convert_finds_the_state_in_what_trainers_write(tmp_path: Path, keys: list[str]) -> None:
+    module = NETWORK.build()
+    document: object = module.state_dict()
+    for key in reversed(keys):
+        document = {key: document, "epoch": 3, "optimizer_state_dict": {"state": {}}}
+    path = tmp_path / "checkpoint.pt"
+    torch.save(document, path)
+    assert equal(to_safetensors(path, NETWORK), module)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_convert_makes_the_architectures_dtype_of_another(tmp_path: Path, dtype: torch.dtype) -> None:
+    module = NETWORK.build().to(dtype)
+    path = tmp_path / "checkpoint.pt"
+    torch.save(module.state_dict(), path)
+    notes: list[str] = []
+    data = to_safetensors(path, NETWORK, note=notes.append)
+    check_architecture(describe(data).tensors, NETWORK.name, NETWORK.tensors)
+    assert equal(data, module.to(torch.float32))
+    assert len(notes) == 1
+    assert "F32" in notes[0]
+
+
+def test_convert_refuses_numbers_that_do_not_fit(tmp_path: Path) -> None:
+    half = replace(
+        NETWORK, tensors={name: TensorSpec("F16", spec.shape) for name, spec in NETWORK.tensors.items()}
+    )
+    state = NETWORK.build().state_dict()
+    path = tmp_path / "checkpoint.pt"
+    torch.save(state, path)
+    assert describe(to_safetensors(path, half)).tensors[0].dtype == "F16"
+    name = next(iter(state))
+    state[name].view(-1)[3] = 1e6
+    torch.save(state, path)
+    with pytest.raises(InvalidWeights, match=re.escape(f"{name!r} holds numbers that F16 can't")):
+        to_safetensors(path, half)
+
+
+def test_convert_shows_what_it_found(tmp_path: Path) -> None:
+    state = {f"backbone.{name}": tensor for name, tensor in NETWORK.build().state_dict().items()}
+    path = tmp_path / "checkpoint.pt"
+    torch.save({"state_dict": state}, path)
+    with pytest.raises(InvalidWeights) as caught:
+        to_safetensors(path, NETWORK)
+    name = next(iter(NETWORK.tensors))
+    assert repr(name) in caught.value.message
+    assert repr(f"backbone.{name}") in caught.value.message
+    torch.save({"epoch": 3, "generator": state}, path)
+    with pytest.raises(InvalidWeights, match=r"'epoch'.*'generator'"):
+        to_safetensors(path, NETWORK)
+    wrong = NETWORK.build().state_dict()
+    wrong[name] = torch.zeros(2, 3)
+    torch.save(wrong, path)
+    with pytest.raises(InvalidWeights, match=re.escape(f"{name!r} is F32[2, 3], must be F32[")):
+        to_safetensors(path, NETWORK)
+
+
+@pytest.mark.parametrize(
+    "odd", [torch.zeros(3).to_sparse(), torch.zeros(3, device="meta"), torch.zeros(3, dtype=torch.complex64)]
+)
+def test_convert_refuses_tensors_that_hold_no_plain_numbers(tmp_path: Path, odd: torch.Tensor) -> None:
+    state = NETWORK.build().state_dict()
+    name = next(iter(state))
+    state[name] = odd
+    path = tmp_path / "checkpoint.pt"
+    torch.save(state, path)
+    with pytest.raises(InvalidWeights, match=re.escape(name)):
+        to_safetensors(path, NETWORK)
 
 
 class Evil:

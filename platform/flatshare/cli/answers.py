@@ -1,0 +1,228 @@
+"""What a platform answers to client commands, and the check that it was one that answered.
+
+The shapes name what the commands read; a newer platform may say more.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any, TypeVar, cast
+
+import httpx
+from pydantic import TypeAdapter, ValidationError
+from typing_extensions import TypedDict
+
+from flatshare.cli.web import shown
+from flatshare_registry.errors import InvalidInput
+
+__all__ = [
+    "About",
+    "Erased",
+    "Erasing",
+    "Fleet",
+    "Labels",
+    "Plans",
+    "Problem",
+    "QuotasShown",
+    "Refreshed",
+    "Tenant",
+    "Unloaded",
+    "Unpinned",
+    "not_ours",
+    "parsed",
+]
+
+T = TypeVar("T")
+
+
+class _Problem(TypedDict):
+    code: str
+    message: str
+    request_id: str
+
+
+class Problem(TypedDict):
+    """An error, of both planes and of the edge."""
+
+    error: _Problem
+
+
+class _Info(TypedDict):
+    title: str
+
+
+class About(TypedDict):
+    """The head of an OpenAPI document."""
+
+    info: _Info
+
+
+class Refreshed(TypedDict):
+    """Which replicas took up a change."""
+
+    refreshed: list[str]
+
+
+class Unpinned(TypedDict):
+    """On how many replicas a model was pinned."""
+
+    unpinned: int
+
+
+class Unloaded(TypedDict):
+    """On how many replicas a model was resident."""
+
+    unloaded: int
+
+
+class Labels(TypedDict):
+    """A prediction."""
+
+    predicted_label: list[int]
+
+
+class Tenant(TypedDict):
+    """A tenant, of the list of all."""
+
+    id: str
+    production: int | None
+
+
+class QuotasShown(TypedDict):
+    """A tenant's limits."""
+
+    plan: str
+    own: dict[str, float | None]
+    effective: dict[str, float | None]
+
+
+class Plans(TypedDict):
+    """The plans that a platform knows."""
+
+    plans: dict[str, dict[str, float | None]]
+
+
+class Erasing(TypedDict):
+    """An erasure that goes on."""
+
+    step: str
+
+
+class _Store(TypedDict):
+    removed_blobs: list[Any]
+    kept_blobs: list[dict[str, Any]]
+    objects: int
+
+
+class _Signature(TypedDict):
+    public_key: str
+
+
+class Erased(TypedDict):
+    """The record of an erasure that has ended."""
+
+    id: str
+    versions: list[Any]
+    store: _Store
+    replicas: list[dict[str, Any]]
+    nodes: list[dict[str, Any]]
+    signature: _Signature
+
+
+class _Model(TypedDict):
+    tenant: str
+    version: int
+    digest: str
+    size_bytes: int
+    own_bytes: int
+    tier: str
+    state: str
+    pinned: bool
+    hits: int
+    leases: int
+    last_used_at: float
+
+
+class _Host(TypedDict):
+    used_bytes: int
+    budget_bytes: int
+
+
+class _Swap(TypedDict):
+    tenant: str
+    alias: str
+    from_version: int
+    to_version: int
+    error: str
+
+
+class _Replica(TypedDict):
+    replica: str
+    node: str
+    device: str
+    state: str
+    slots: int
+    slots_used: int
+    ongoing: int
+    queued: int
+    held_bytes: int
+    budget_bytes: int | None
+    host: _Host | None
+    swaps: list[_Swap]
+    models: list[_Model]
+
+
+class _Pending(TypedDict):
+    replica: str
+    node_ip: str
+    state: str
+
+
+class _Totals(TypedDict):
+    requests: int
+    hits: dict[str, int]
+    hit_rate: dict[str, float]
+    loads: int
+    load_failures: int
+    load_ms_p50: float | None
+    load_ms_p99: float | None
+    evictions: int
+
+
+class Fleet(TypedDict):
+    """Every replica, the models in it, and totals."""
+
+    replicas: list[_Replica]
+    not_answering: list[_Pending]
+    totals: _Totals
+
+
+def parsed(reply: httpx.Response, shape: type[T]) -> T:
+    """What a reply says.
+
+    Raises
+    ------
+    InvalidInput
+        It is not what a platform answers to this.
+    """
+    kind: Any = shape
+    try:
+        _adapter(kind).validate_json(reply.content, strict=True)
+    except ValidationError as error:
+        first = error.errors(include_input=False, include_url=False, include_context=False)[0]
+        place = ".".join(str(part) for part in first["loc"])
+        raise not_ours(reply, f"{place}: {first['msg']}" if place else "it is not JSON") from None
+    return cast("T", reply.json())  # as it came: what a newer platform says beside it, too
+
+
+def not_ours(reply: httpx.Response, why: str) -> InvalidInput:
+    """The error that something answered which is not a flatshare platform."""
+    url = shown(str(reply.request.url))
+    return InvalidInput(
+        f"{url} answered {reply.status_code}, and not as a flatshare platform does ({why}): is --url right?"
+    )
+
+
+@cache
+def _adapter(shape: Any) -> TypeAdapter[Any]:
+    return TypeAdapter(shape)

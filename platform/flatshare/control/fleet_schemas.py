@@ -1,0 +1,151 @@
+"""The fleet's body, as the control plane's OpenAPI shows it."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+
+from pydantic import BaseModel, Field
+
+from flatshare.cache.stats import CacheStats
+from flatshare.cache.tiers import State, Tier
+from flatshare.control.fleet import FleetView
+from flatshare.pool.snapshot import ReplicaSnapshot
+
+__all__ = ["FleetReply"]
+
+
+class ModelReply(BaseModel):
+    """A model that a replica holds."""
+
+    tenant: str
+    version: int
+    digest: str
+    architecture: str
+    size_bytes: int = Field(description="Of all its tensors.")
+    own_bytes: int = Field(description="Of those that no other model of this replica shares.")
+    tier: Tier = Field(description="Where it was loaded from.")
+    state: State = Field(description="Why it is held.")
+    pinned: bool = Field(description="Never evicted.")
+    generation: int = Field(description="Number of the load, counted since the replica started.")
+    hits: int
+    leases: int = Field(description="Requests that hold it now.")
+    last_used_at: float = Field(description="POSIX seconds.")
+    loaded_at: float = Field(description="POSIX seconds.")
+
+
+class HostReply(BaseModel):
+    """A node's host tier, as one of its replicas sees it."""
+
+    folder: str
+    budget_bytes: int
+    used_bytes: int
+    bypassed: int = Field(description="Tensors that this replica kept in its own memory for want of room.")
+
+
+class SwapReply(BaseModel):
+    """An alias that is not yet where it was moved to, on this replica."""
+
+    tenant: str
+    alias: str
+    from_version: int = Field(description="Still answers.")
+    to_version: int
+    error: str = Field(description="Why the last try to load it failed; empty while it loads.")
+
+
+class ReplicaReply(BaseModel):
+    """One replica."""
+
+    replica: str
+    state: str = Field(description="Serve's word: STARTING, RUNNING, STOPPING ...")
+    node: str
+    node_id: str
+    pid: int
+    device: str
+    slots: int
+    slots_used: int
+    budget_bytes: int | None = Field(description="What models may take on the device; null for no bound.")
+    held_bytes: int = Field(description="What they take; shared tensors count once.")
+    reserved_bytes: int = Field(description="Set aside by loads under way.")
+    host: HostReply | None = Field(description="The node's host tier; null without one.")
+    loading: list[str] = Field(description="Versions that are being loaded.")
+    swaps: list[SwapReply]
+    passes: int = Field(description="Forward passes since the start.")
+    rows: int = Field(description="Images in them.")
+    started_at: float
+    ongoing: int = Field(description="Requests worked on now.")
+    queued: int = Field(description="Requests waiting now.")
+    refused: int = Field(description="Requests refused since the start.")
+    advertised: list[str] = Field(description="Refs that Ray's routers are told are here.")
+    models: list[ModelReply] = Field(description="Most recently used first.")
+
+    @classmethod
+    def of(cls, snapshot: ReplicaSnapshot, state: str) -> ReplicaReply:
+        """From the replica's snapshot and Serve's word."""
+        return cls.model_validate({**asdict(snapshot), "state": state})
+
+
+class TotalsReply(BaseModel):
+    """Sums over the fleet, since each replica started."""
+
+    requests: int
+    hit_rate: dict[Tier, float] = Field(description="Share of requests, by where the model was found.")
+    hits: dict[Tier, int]
+    loads: int
+    load_failures: int
+    evictions: int
+    quarantined: int = Field(description="Slots taken out of use by an isolation check.")
+    swaps: int = Field(description="Promotions that took over from a resident version.")
+    load_ms_p50: float | None = Field(description="Fetch, check and place; null before the first load.")
+    load_ms_p99: float | None
+
+    @classmethod
+    def of(cls, stats: CacheStats) -> TotalsReply:
+        """From summed counters."""
+        p50, p99 = (stats.load_times.quantile_s(share) for share in (0.5, 0.99))
+        return cls(
+            requests=stats.requests,
+            hit_rate={tier: stats.hits[tier] / max(stats.requests, 1) for tier in Tier},
+            hits=stats.hits,
+            loads=stats.loads,
+            load_failures=stats.load_failures,
+            evictions=stats.evictions,
+            quarantined=stats.quarantined,
+            swaps=stats.swaps,
+            load_ms_p50=None if p50 is None else p50 * 1000,
+            load_ms_p99=None if p99 is None else p99 * 1000,
+        )
+
+
+class PendingReplica(BaseModel):
+    """A replica that can't tell about itself yet, or any more."""
+
+    replica: str
+    state: str
+    node_ip: str
+
+
+class FleetReply(BaseModel):
+    """The fleet."""
+
+    replicas: list[ReplicaReply]
+    not_answering: list[PendingReplica]
+    totals: TotalsReply
+
+    @classmethod
+    def of(cls, view: FleetView) -> FleetReply:
+        """From what everybody said."""
+        answered = {one.replica for one in view.snapshots}
+        return cls(
+            replicas=[
+                ReplicaReply.of(
+                    one, view.states[one.replica].state if one.replica in view.states else "UNKNOWN"
+                )
+                for one in view.snapshots
+            ],
+            not_answering=[
+                PendingReplica(replica=one.replica, state=one.state, node_ip=one.node_ip)
+                for one in view.states.values()
+                if one.replica not in answered
+            ],
+            totals=TotalsReply.of(view.totals),
+        )
