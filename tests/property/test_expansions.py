@@ -22,7 +22,7 @@ from .hostile import Maker, Request
 from .image_bombs import app1_segments, exif_of_one_value, good_image, profiles
 from .watch import Reply, Watch, send
 
-EACH = int(os.environ.get("FLATSHARE_FUZZ_EACH", "8"))
+EACH = int(os.environ.get("FLATSHARE_FUZZ_EACH", "16"))
 """Requests a route that only looks; the routes that read a body of a tenant's get ten times as many."""
 
 SEED = int(os.environ.get("FLATSHARE_FUZZ_SEED", "1"))
@@ -30,9 +30,14 @@ SEED = int(os.environ.get("FLATSHARE_FUZZ_SEED", "1"))
 pytestmark = pytest.mark.filterwarnings("ignore::UserWarning:PIL")  # what it thinks of such files
 
 
-OPEN = (("/v2/models/", "status 500"), ("/v2/models/", "held the loop"))
-"""Findings that are known and not mended yet: route, and how they begin. ``api/oip.py`` reads a length with ``int()``,
-and parses JSON of any structure on the loop. When it is mended, this goes, and the two marks below."""
+OPEN = (
+    (
+        "/v2/models/",
+        "held the loop",
+    ),  # api/oip.py parses JSON of any structure: as payload.py's _check_expansion
+    ("/docs/", "an error in no form of ours: Malformed range header"),  # Starlette's FileResponse
+)
+"""Findings that are known and not mended yet: route, and how they begin. What is mended goes, and its mark below."""
 
 
 @pytest.fixture(scope="module")
@@ -114,11 +119,10 @@ FOUND: dict[str, Request] = {
 }
 
 
-_OPEN_FOUND = {  # see OPEN
-    "OIP: a length of 4,400 zeros": pytest.mark.xfail(strict=True, reason="int() of a header in api/oip.py"),
+_OPEN_FOUND = {
     "OIP: a megabyte of empty lists": pytest.mark.xfail(
-        strict=False, reason="JSON parsed on the loop in api/oip.py"
-    ),
+        strict=False, reason="see OPEN; on a fast machine it passes"
+    )
 }
 
 
