@@ -359,9 +359,10 @@ def test_a_key_that_is_refused_again_and_again_is_held_back_and_no_other(
             assert reply.headers["retry-after"] == "1"
             assert reply.elapsed.total_seconds() > 0.9, "a flood in a closed loop comes to a second a turn"
         for key in ({"authorization": "Bearer good"}, {"x-api-key": "bad"}, {}):
-            began = time.monotonic()
-            assert ask(200, **key).status_code == 200
-            assert time.monotonic() - began < 0.5
+            # Each one of a key that is held back takes a second or more: the quickest of five tells.
+            others = [ask(200, **key) for _ in range(5)]
+            assert {one.status_code for one in others} == {200}
+            assert min(one.elapsed.total_seconds() for one in others) < 0.9
         with ThreadPoolExecutor(8) as threads:  # answers are no refusals, however many
             good = threads.map(lambda _: ask(200, authorization="Bearer good").status_code, range(200))
             assert set(good) == {200}
@@ -438,7 +439,7 @@ def test_one_address_can_not_take_all_connections(tmp_path: Path, backends: list
         with pytest.raises(httpx.TransportError):
             httpx.post(edge.url, headers={MODEL: "m"})
         idle.pop().close()
-        deadline = time.monotonic() + 5
+        deadline = time.monotonic() + 30
         while True:
             with contextlib.suppress(httpx.TransportError):
                 assert httpx.post(edge.url, headers={MODEL: "m"}).status_code == 200

@@ -225,6 +225,7 @@ async def test_a_generated_client_calls_every_route_of_the_control_plane(
         return reply.parsed
 
     await ask("list_tenants")
+    await ask("list_plans")
     await ask("create_tenant", 201, body=models.NewTenant.from_dict({"id": "new"}))
     assert (await ask("show_tenant", **tenant)).production == 1
     assert (await ask("refresh", **tenant)).missed == []

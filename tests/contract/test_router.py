@@ -59,7 +59,7 @@ def request(model: str, number: int = 0) -> PendingRequest:
 
 
 async def place(router: HomeReplicaRouter, model: str, number: int = 0) -> str:
-    replica = await asyncio.wait_for(router._choose_replica_for_request(request(model, number)), 5)
+    replica = await asyncio.wait_for(router._choose_replica_for_request(request(model, number)), 30)
     return str(replica.replica_id.unique_id)
 
 
@@ -99,7 +99,7 @@ async def test_no_finished_request_is_kept() -> None:
     router = make_router(FakeReplica("r0"), FakeReplica("r1"))
     for number in range(300):
         pending = request(f"junk-{number}")
-        replica = await asyncio.wait_for(router._choose_replica_for_request(pending), 5)
+        replica = await asyncio.wait_for(router._choose_replica_for_request(pending), 30)
         router.on_request_routed(pending, replica.replica_id, None)
     assert len(router._pending_requests_by_model_id) == 0
 

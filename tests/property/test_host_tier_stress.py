@@ -23,7 +23,10 @@ from flatshare_registry.weights import TensorSpec
 
 VERSIONS = 12
 BUDGET = 1_500_000
-SECONDS = 8.0
+KILLS = 10
+READS = 100
+"""How much must have happened: on a busy machine it takes longer."""
+
 WORKERS = 3
 
 WORKER = """
@@ -96,9 +99,12 @@ def test_killed_at_random_points_nothing_is_lost_or_wrong(tmp_path: Path) -> Non
     chosen = random.Random(20261123)
     workers = [start(tmp_path, seed) for seed in range(WORKERS)]
     seed, kills = WORKERS, 0
-    end = time.monotonic() + SECONDS
+
+    def lines() -> list[str]:
+        return [line for out in tmp_path.glob("out-*") for line in out.read_text().splitlines()]
+
     try:
-        while time.monotonic() < end:
+        while kills < KILLS or lines().count("ok") <= READS:
             victim = chosen.randrange(WORKERS)
             # A random moment is the point of this test; a worker needs a second to start.
             time.sleep(chosen.uniform(0.3, 1.2))
@@ -113,10 +119,7 @@ def test_killed_at_random_points_nothing_is_lost_or_wrong(tmp_path: Path) -> Non
         for worker in workers:
             worker.kill()
             worker.wait()
-    lines = [line for out in tmp_path.glob("out-*") for line in out.read_text().splitlines()]
-    assert kills >= 5
-    assert lines.count("ok") > 100, "the workers did work"
-    assert not [line for line in lines if "WRONG" in line]
+    assert not [line for line in lines() if "WRONG" in line]
     assert not [err for err in tmp_path.glob("err-*") if "Traceback" in err.read_text()]
     # Every file is what its name says, the count covers them, and orphans go at the next start.
     for path in (tmp_path / "tier").rglob("tensors/*/*"):

@@ -39,7 +39,7 @@ from flatshare.api.oip_schemas import (
     ReadyReply,
     ServerReply,
 )
-from flatshare.api.payload import decode_array
+from flatshare.api.payload import check_expansion, decode_array
 from flatshare.api.tensors import is_ready, rows_of, tensor_of
 from flatshare.engine.service import InferenceService, Prediction, Rows, Ticket
 from flatshare.errors import BadInput
@@ -135,12 +135,13 @@ def add_oip_routes(
                 body = await bodies.read(request, ticket)
                 length = request.headers.get(HEADER_LENGTH)
                 ready = is_ready(request.headers)
-                split = decoding.here_or_there(ticket.ref.tenant, len(body), lambda: _split(body, length))
-                document, binary = split if isinstance(split, tuple) else await split
+                document: dict[str, Any] = {}
 
                 def decode(network: Architecture) -> Rows | Awaitable[Rows]:
                     def rows(most: int) -> Rows:
-                        return _input_rows(document, binary, network, most, ready=ready)
+                        found, binary = _split(body, length, network, most)
+                        document.update(found)
+                        return _input_rows(found, binary, network, most, ready=ready)
 
                     return decoding.here_or_there(
                         ticket.ref.tenant, len(body), lambda: ticket.decode(max_rows, rows)
@@ -198,16 +199,22 @@ def _metadata(ref: ModelRef, version: VersionRecord) -> dict[str, Any]:
     }
 
 
-def _split(body: bytes, header_length: str | None) -> tuple[dict[str, Any], memoryview]:
-    """The JSON part of a body and the binary data after it."""
+def _split(
+    body: bytes, header_length: str | None, network: Architecture, max_rows: int
+) -> tuple[dict[str, Any], memoryview]:
+    """The JSON part of a body, which may not expand to more than rows can have, and the binary data after it.
+    The JSON part of a body, which may not expand to more than rows can have, and the binary data after it.
+    """
     end = len(body)
     if header_length is not None:
         found = whole_number(header_length, len(body))
         if found is None:
             raise BadInput(f"{HEADER_LENGTH} is not a length within the body")
         end = found
+    text = body[:end]
+    check_expansion(text, network.input, max_rows)
     try:
-        document = orjson.loads(body[:end])
+        document = orjson.loads(text)
     except orjson.JSONDecodeError as error:
         raise BadInput(f"the inference request is not JSON: {error}") from None
     if not isinstance(document, dict):

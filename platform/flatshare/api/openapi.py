@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
+from functools import cache
 from importlib.resources import files
 from pathlib import Path
 from typing import Any, Final
@@ -12,7 +13,7 @@ from fastapi.openapi.docs import get_swagger_ui_html
 from fastapi.openapi.utils import get_openapi
 from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
-from starlette.responses import FileResponse, HTMLResponse
+from starlette.responses import HTMLResponse, Response
 
 __all__ = ["DOCS_PATHS", "documented"]
 
@@ -87,6 +88,12 @@ def _corrected(
     return document
 
 
+@cache
+def _asset(path: Path) -> bytes:
+    """A file of the page; there are three, and a process reads each once."""
+    return path.read_bytes()
+
+
 def _add_page(app: FastAPI) -> None:
     """Swagger UI, from files that are here: a CDN can't be reached from everywhere, and knows who reads."""
     folder = Path(str(files("fastapi_offline").joinpath("static")))
@@ -103,8 +110,9 @@ def _add_page(app: FastAPI) -> None:
         )
 
     def add(name: str, media_type: str) -> None:
-        async def asset() -> FileResponse:
-            return FileResponse(folder / name, media_type=media_type)
+        async def asset() -> Response:
+            # Not a FileResponse: that reads Range, and answers a bad one in plain text.
+            return Response(_asset(folder / name), media_type=media_type)
 
         app.get(f"/docs/{name}", include_in_schema=False, name=name)(asset)
 

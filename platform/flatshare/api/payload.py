@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from flatshare.errors import BadInput, TooLarge
 from flatshare.models.architecture import Architecture, InputSpec
 
-__all__ = ["READY", "READY_HEADER", "decode_array", "decode_json", "decode_pixels"]
+__all__ = ["READY", "READY_HEADER", "check_expansion", "decode_array", "decode_json", "decode_pixels"]
 
 MAX_DEPTH: Final = 8
 """Deepest nesting of lists that is looked into: more than any architecture's input has."""
@@ -53,7 +53,7 @@ def decode_json(body: bytes, spec: InputSpec, max_rows: int, *, ready: bool = Fa
         More than ``max_rows`` rows.
     """
     text: bytes | str = body
-    _check_expansion(body, spec, max_rows)
+    check_expansion(body, spec, max_rows)
     try:
         document = orjson.loads(body)
         if isinstance(document, str):
@@ -71,7 +71,7 @@ def decode_json(body: bytes, spec: InputSpec, max_rows: int, *, ready: bool = Fa
     return _checked(_rows_of_list(value, spec, max_rows, truths=truths), spec, ready=ready)
 
 
-def _check_expansion(body: bytes, spec: InputSpec, max_rows: int) -> None:
+def check_expansion(body: bytes, spec: InputSpec, max_rows: int) -> None:
     """Refuse long JSON of more values than the most rows can have: each would take up to 64 bytes.
 
     Raises

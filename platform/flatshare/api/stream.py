@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from flatshare.api.error_table import describe_error
 from flatshare.engine.service import Prediction
-from flatshare.errors import Forbidden, OverQuota, Suspended, TooLarge, TooSlow, Unauthenticated
+from flatshare.errors import BadInput, Forbidden, OverQuota, Suspended, TooLarge, TooSlow, Unauthenticated
 
 __all__ = ["IN_FLIGHT", "LinesResponse", "answers", "lines_of"]
 
@@ -28,6 +28,9 @@ IDLE_S: Final = 60.0
 
 LINE_S: Final = 30.0
 """Seconds in which a line must be here once it has begun: a stream that drips holds a place too."""
+
+BAD_LINES: Final = 100
+"""Lines in a row that can never work, after which a stream ends: who sends so many sends no requests."""
 
 IN_FLIGHT: Final = 16
 """Lines worked on at a time: enough to fill passes, few enough that one stream is not a flood."""
@@ -126,6 +129,7 @@ async def answers(
         A context for each line beside the first that is worked on; None while the tenant may have no more:
         then the next line waits for one of this stream's to end.
     """
+    bad = 0  # lines in a row that can never work
     read: bytes | None = None  # the next line, which waits for a place
     running: set[asyncio.Task[bytes]] = set()
     refused = asyncio.Event()  # nothing more will be answered: no use in reading on
@@ -134,6 +138,7 @@ async def answers(
     reading: asyncio.Task[bytes] | None = asyncio.ensure_future(_next(source))
 
     async def one(number: int, line: bytes) -> bytes:
+        nonlocal bad
         try:
             prediction = await predict(line)
         except OverQuota as error:
@@ -143,8 +148,14 @@ async def answers(
         except (Unauthenticated, Forbidden, Suspended) as error:
             refused.set()
             return _failure(number, error, request_id)
+        except BadInput as error:
+            bad += 1
+            if bad >= BAD_LINES:
+                refused.set()
+            return _failure(number, error, request_id)
         except Exception as error:  # one line's failure is its own answer
             return _failure(number, error, request_id)
+        bad = 0
         return _line({
             "index": number,
             "predicted_label": prediction.label_list(),

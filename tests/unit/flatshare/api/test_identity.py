@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import statistics
 import threading
 import time
 from collections.abc import AsyncIterator
@@ -63,18 +62,24 @@ async def test_another_tenant_and_an_unknown_one_look_the_same_and_neither_is_lo
 
 
 async def test_a_refusal_takes_the_same_time_whether_the_tenant_is_known_or_not(
-    world: World, secured: httpx.AsyncClient
+    world: World, secured: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Also where the look-up of an unknown one takes most of that time. The two kinds are asked at the same time,
+    so that a busy machine is as busy for both, and the quickest of each are compared."""
+    monkeypatch.setattr(identity, "REFUSAL_S", 0.5)
     good = world.registry.tenancy.create_key(ACME)
     await ask(secured, good.text)
     bad = f"fs_{good.id}_{'x' * 43}"
-    times: dict[str, list[float]] = {"known": [], "unknown": []}
-    for number in range(5):
-        for kind, key in (("known", bad), ("unknown", new_key(f"t{number}").text)):
-            began = time.perf_counter()
-            assert (await ask(secured, key)).status_code == 401
-            times[kind].append(time.perf_counter() - began)
-    known, unknown = (statistics.median(one) for one in times.values())
+    slow = threading.Event()  # never set
+    world.faulty.before = lambda operation, key: slow.wait(0.4) if "/t" in key else None
+
+    async def refused(key: str) -> float:
+        began = time.perf_counter()
+        assert (await ask(secured, key)).status_code == 401
+        return time.perf_counter() - began
+
+    times = [await asyncio.gather(refused(bad), refused(new_key(f"t{number}").text)) for number in range(4)]
+    known, unknown = (min(one) for one in zip(*times, strict=True))
     assert min(known, unknown) >= identity.REFUSAL_S
     assert abs(known - unknown) < 0.5 * identity.REFUSAL_S
 
@@ -268,6 +273,7 @@ async def test_an_issuer_that_is_down_is_asked_again_and_not_by_everybody() -> N
 async def test_look_ups_of_junk_keys_leave_room_for_everybody_else(
     world: World, secured: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    monkeypatch.setattr(identity, "LOOK_UP_TIMEOUT_S", 3600.0)  # who is refused is so at once, not after that
     good = world.registry.tenancy.create_key(ACME).text
     assert (await ask(secured, good)).status_code == 200
     release = threading.Event()
@@ -278,10 +284,13 @@ async def test_look_ups_of_junk_keys_leave_room_for_everybody_else(
 
     world.faulty.before = hang
     junk = [asyncio.create_task(ask(secured, new_key(f"junk-{n}").text)) for n in range(200)]
-    await asyncio.sleep(0.2)  # let them all come
-    refused = [task.result().status_code for task in junk if task.done()]
-    assert refused.count(503) >= 200 - 2 * identity.LOOK_UPS, "at once"
-    assert (await asyncio.wait_for(ask(secured, good), 5)).status_code == 200
+    async with asyncio.timeout(15):  # all others hang for longer
+        while sum(task.done() for task in junk) < 200 - 2 * identity.LOOK_UPS:
+            await asyncio.wait(
+                [task for task in junk if not task.done()], return_when=asyncio.FIRST_COMPLETED
+            )
+    assert {task.result().status_code for task in junk if task.done()} == {503}, "at once"
+    assert (await asyncio.wait_for(ask(secured, good), 30)).status_code == 200
     release.set()
     await asyncio.gather(*junk)
 
@@ -312,10 +321,11 @@ async def test_a_flood_of_junk_does_not_show_who_is_known_here(
     assert (await ask(secured, new_key("acme").text)).status_code == 401
 
 
-async def test_a_bad_operators_key_is_refused_at_once(world: World, secured: httpx.AsyncClient) -> None:
-    began = time.perf_counter()
-    assert (await ask(secured, new_key("ADMIN").text)).status_code == 401
-    assert time.perf_counter() - began < identity.REFUSAL_S
+async def test_a_bad_operators_key_is_refused_at_once(
+    world: World, secured: httpx.AsyncClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(identity, "REFUSAL_S", 3600.0)
+    assert (await asyncio.wait_for(ask(secured, new_key("ADMIN").text), 30)).status_code == 401
 
 
 @pytest.mark.parametrize("between", ["\t", "  ", " \t"])

@@ -288,7 +288,7 @@ async def test_a_pass_and_a_failed_pass_leave_nothing_behind(
                         await inference.run(lease, ROWS.numpy()[:, :, :5, :5])
             await asyncio.sleep(0)
             cache.unload(ModelKey.of(record))
-            for _ in range(100):  # the thread lets go of its batch just after it has answered
+            for _ in range(3000):  # the thread lets go of its batch just after it has answered
                 if not loader.hold(record):
                     break
                 await asyncio.sleep(0.01)

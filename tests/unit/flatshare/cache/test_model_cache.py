@@ -225,7 +225,7 @@ async def test_a_load_whose_callers_left_can_be_evicted_for_one_that_waits(loade
     # b's load finds the only slot reserved for a, and waits.
     waiting = asyncio.create_task(cache.lease(version("b"), 5))
     leaving.cancel()
-    lease = await asyncio.wait_for(waiting, 2)
+    lease = await asyncio.wait_for(waiting, 30)
     assert held(cache) == {"b"}
     lease.release()
 
@@ -616,7 +616,7 @@ async def test_one_lease_that_ends_lets_in_all_for_whom_there_is_room(loader: Fa
     await settle()
     assert (cache.ledger.held_bytes, cache.ledger.reserved_bytes, cache.occupied) == (100, 0, 1)
     lease.release()
-    for one in await asyncio.wait_for(asyncio.gather(*waiting), 2):
+    for one in await asyncio.wait_for(asyncio.gather(*waiting), 30):
         one.release()
     assert held(cache) == {f"small-{n}" for n in range(4)}
     assert (cache.ledger.held_bytes, cache.ledger.reserved_bytes, cache.occupied) == (40, 0, 4)
@@ -630,12 +630,12 @@ async def test_one_that_does_not_fit_does_not_hold_up_others(loader: FakeLoader)
         loader.parts[f"large-{number}"] = dict.fromkeys(share(f"l{number}"), 80)
     large = [asyncio.create_task(use(cache, f"large-{n}")) for n in range(3)]
     await settle()
-    await asyncio.wait_for(use(cache, "a", "b"), 2)  # there is room for these beside the leased one
+    await asyncio.wait_for(use(cache, "a", "b"), 30)  # there is room for these beside the leased one
     fetches = len(loader.fetches)
     await use(cache, "a", "b", "a", "b")
     assert len(loader.fetches) == fetches, "those that wait do not fetch again and again"
     lease.release()
-    await asyncio.wait_for(asyncio.gather(*large), 2)
+    await asyncio.wait_for(asyncio.gather(*large), 30)
 
 
 async def test_loads_that_wait_for_room_do_not_hold_what_the_other_needs(loader: FakeLoader) -> None:
@@ -649,7 +649,7 @@ async def test_loads_that_wait_for_room_do_not_hold_what_the_other_needs(loader:
     waiting = [asyncio.create_task(use(cache, name)) for name in ("y", "y2", "x2")]
     await settle()
     holder.release()
-    await asyncio.wait_for(asyncio.gather(*waiting), 3)
+    await asyncio.wait_for(asyncio.gather(*waiting), 30)
     parts = {one for name in held(cache) for one in loader.parts[name].items()}
     assert cache.ledger.held_bytes == sum(size for _, size in parts) <= 60
     assert (cache.ledger.reserved_bytes, cache.occupied) == (0, len(held(cache)))
@@ -671,7 +671,7 @@ async def test_a_failed_load_wakes_who_waits_for_what_it_held(loader: FakeLoader
     loader.gate("gated-b").set()
     with pytest.raises(Corrupt):
         await failing
-    (await asyncio.wait_for(waiting, 2)).release()
+    (await asyncio.wait_for(waiting, 30)).release()
 
 
 async def test_closing_fails_who_waits_also_for_a_load_that_has_not_begun(loader: FakeLoader) -> None:
@@ -679,7 +679,7 @@ async def test_closing_fails_who_waits_also_for_a_load_that_has_not_begun(loader
     waiter = cache._wait_for_load(version("a"))
     await cache.close(1)
     with pytest.raises(NoRoom, match="stopping"):
-        await asyncio.wait_for(waiter, 1)
+        await asyncio.wait_for(waiter, 30)
     with pytest.raises(NoRoom, match="stopping"):
         await cache.lease(version("b"), 1)
 
@@ -867,7 +867,7 @@ async def test_promise_11_a_store_that_hangs_does_not_hold_up_the_nodes_own_file
     await settle()
     loader.local = {f"here-{n}" for n in range(6)}
     for name in sorted(loader.local):
-        with await asyncio.wait_for(cache.lease(version(name), 5), 5) as lease:
+        with await asyncio.wait_for(cache.lease(version(name), 30), 30) as lease:
             assert lease.tier == Tier.HOST
     for number in range(5):
         loader.gate(f"gated-{number}").set()

