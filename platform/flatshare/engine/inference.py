@@ -242,7 +242,8 @@ class Inference:
             if len(found) != sum(job.size for job in block) + (probe is not None):
                 raise ModelFailed(f"{block[0].lease.record.name} gave {len(found)} rows for other inputs")
             if probe is not None:
-                check_probe_logits(block[0].lease.record, found[-1])
+                record = block[0].lease.record
+                check_probe_logits(architecture(record.architecture), record, found[-1], self.device)
                 _probe_answered(block)
             start = 0
             for job in block:
