@@ -4,7 +4,7 @@ What matters, and why:
 
 - Server ids come from replica names, not from positions: HAProxy 2.8 places a server on the hash
   ring by its id, so with positions one death would move most models to another replica.
-- ``hash-balance-factor`` bounds the load of a model's home at 1.5 times the average; what is over
+- ``hash-balance-factor`` bounds the load of a model's home at 1.75 times the average; what is over
   it goes to the next replica on the ring.
 - A prediction is idempotent, so a replica that dies under a request costs a retry, not a failure;
   HAProxy can only send a body again that fits its buffer whole (``tune.bufsize``).
@@ -18,8 +18,10 @@ What matters, and why:
   ``errorfile`` and ``http-error`` for what it has parsed); everything else is answered in our JSON, also what
   Serve would answer in plain text, and more than ``MAX_HEADERS`` headers: so it parses more than that.
 - Who is refused by the replicas again and again (400 to 499, ``REFUSALS`` times in ten seconds) is held
-  back here, a second each time, by the key that they show, but for ``HELD_BACK_PER_S`` requests: a replica's
-  refusal costs a quarter of a millisecond of its core, and a flood of them would be felt by others.
+  back here, a second each time, by the key that they show, but for ``HELD_BACK_PER_S`` requests a second: a
+  replica's refusal costs a quarter of a millisecond of its core, and a flood of them would be felt by others.
+  A tenant that is over its quota (429) is not such: it gets its quota all the time, and what it sends beyond
+  three times of that is held back.
   Limits themselves are the replicas'. The control plane has few places: an address from which key after key
   is tried there is refused, but not who showed a key lately that it took.
 - The admin socket is a file that only this user can open; there is no stats port.
@@ -52,8 +54,12 @@ REFUSALS: Final = 100
 """Refusals in ten seconds after which the edge answers most of a key's requests itself, a second late, with 429."""
 
 HELD_BACK_PER_S: Final = 20
-"""Requests a second of such a key that still pass. They count when they come: a flood comes in waves, all held
-back for the same second, and refusals are known only later."""
+"""Requests a second of such a key that still pass. What is held back does not count: a flood that never pauses
+would else be held back whole."""
+
+QUOTA_WINDOW_MS: Final = 200
+"""Over how long answers and 429s of a key are counted against each other. Short: while some of its requests are held
+back, the tenant's quota goes on filling, and all of that must be used within the second."""
 
 OPERATOR_S: Final = 3600
 """How long after the control plane took a key it is not kept off with the others of its address."""
@@ -160,6 +166,7 @@ global
     tune.bufsize {buffer_bytes}
     tune.maxrewrite {REWRITE_BYTES}
     tune.http.maxhdr {HEADER_BYTES // 4}
+    tune.stick-counters 4
 
 defaults
     mode http
@@ -177,7 +184,10 @@ defaults
 {_http_errors(options)}
 
 backend refusals
-    stick-table type binary len 32 size 100k expire 10s store gpc0,gpc0_rate(10s),http_req_rate(1s)
+    stick-table type binary len 32 size 100k expire 10s store gpc0,gpc0_rate(10s),gpc1,gpc1_rate(1s)
+
+backend quotas
+    stick-table type binary len 32 size 100k expire 10s store gpc(2),gpc_rate(2,{QUOTA_WINDOW_MS}ms)
 
 backend operators
     stick-table type binary len 32 size 10k expire {OPERATOR_S}s store gpc0
@@ -204,7 +214,14 @@ frontend edge
     http-request set-var(txn.shown) req.fhdr(x-api-key) unless {{ req.fhdr(authorization) -m found }}
     # Digests only: no key stands in a table that the admin socket shows.
     http-request track-sc1 var(txn.shown),sha2(256) table refusals if {{ var(txn.shown) -m found }}
-    http-request tarpit deny_status 429 if {{ sc1_gpc0_rate(refusals) gt {REFUSALS} }} {{ sc1_http_req_rate(refusals) gt {HELD_BACK_PER_S} }}
+    http-request tarpit deny_status 429 if {{ sc1_gpc0_rate(refusals) gt {REFUSALS} }} {{ sc1_gpc1_rate(refusals) gt {HELD_BACK_PER_S} }}
+    http-request sc-inc-gpc1(1) if {{ var(txn.shown) -m found }}
+    # Over a quota is no refusal of the key: what comes beyond three times of what is answered is held back.
+    http-request track-sc3 var(txn.shown),sha2(256) table quotas if {{ var(txn.shown) -m found }}
+    http-request set-var(txn.within) sc_gpc_rate(0,3,quotas),mul(2),add({HELD_BACK_PER_S * QUOTA_WINDOW_MS // 1000}) if {{ var(txn.shown) -m found }}
+    http-request tarpit deny_status 429 if {{ var(txn.shown) -m found }} {{ sc_gpc_rate(1,3,quotas),sub(txn.within) gt 0 }}
+    http-response sc-inc-gpc(0,3) if {{ status 200:299 }} {{ var(txn.shown) -m found }}
+    http-response sc-inc-gpc(1,3) if {{ status 429 }} {{ var(txn.shown) -m found }}
     # Who tries key after key on the control plane must not keep the operator from it; nor may an address that the
     # operator shares with them, once the control plane took the operator's key.
     http-request set-var(txn.control) bool(true) if {{ path /admin }} or {{ path_beg /admin/ }}
@@ -212,7 +229,7 @@ frontend edge
     {_refuse(429, options)} hdr retry-after 10 if {{ var(txn.control) -m found }} {{ sc0_gpc0_rate gt {REFUSALS} }} !{{ var(txn.shown),sha2(256),in_table(operators) -m bool }}
     http-response sc-inc-gpc0(0) if {{ var(txn.control) -m found }} {{ status 401 }}
     http-response track-sc2 var(txn.shown),sha2(256) table operators if {{ var(txn.control) -m found }} {{ status 200:299 }} {{ var(txn.shown) -m found }} !{{ var(txn.open) -m found }}
-    http-response sc-inc-gpc0(1) if {{ status 400:403 405:499 }} {{ var(txn.shown) -m found }}
+    http-response sc-inc-gpc0(1) if {{ status 400:403 405:428 430:499 }} {{ var(txn.shown) -m found }}
     # An operator's key may ask for many tenants, some of them gone; a bad one like it is a 401.
     http-response sc-inc-gpc0(1) if {{ status 404 }} {{ var(txn.shown) -m found }} !{{ var(txn.shown) -m beg fs_ADMIN. }}
     {_refuse(413, options)} if {{ req.hdr_val(content-length) gt {options.max_body_bytes} }}
