@@ -24,7 +24,7 @@ __all__ = ["check_probe", "check_probe_logits", "probe_logits", "probe_rows", "p
 _probes: Final[dict[str, NDArray[np.float32]]] = {}
 
 LEAST_TOLERANCE: Final = 1e-3
-"""Difference that is always allowed, as a share of the largest logit. Other machines sum in other orders: CPUs
+"""Difference that is always allowed, as a share of the largest logit. Machines sum in other orders: CPUs
 of three instruction sets, batches of 1 and 64, differed by 1.7e-6 at most; one wrong layer moves logits by
 their own size."""
 
