@@ -18,6 +18,7 @@
     │   ├── TooManyColdLoads    cold_loads_per_min
     │   └── ResidentOverQuota   resident_bytes: all that the tenant may keep on a device is in use
     ├── Overloaded              no room now; retry after ``retry_after_s``
+    │   ├── Wedged              a pass never ends: the replica is being replaced
     │   └── NoRoom              every slot is leased and none came free before the deadline
     ├── DeadlineExceeded        it was accepted but not answered in time; retry
     ├── OtherStore              the call is about another store than this platform's
@@ -65,6 +66,7 @@ __all__ = [
     "TooSlow",
     "Unauthenticated",
     "UnsupportedEncoding",
+    "Wedged",
 ]
 
 
@@ -155,6 +157,10 @@ class Overloaded(ServeError):
     """Refused at once, because too much is already waiting."""
 
     retry_after_s = 1
+
+
+class Wedged(Overloaded):
+    """A pass on the device does not end; the replica is unhealthy, and will be replaced."""
 
 
 class NoRoom(Overloaded):

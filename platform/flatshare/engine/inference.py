@@ -11,9 +11,10 @@ import asyncio
 import contextlib
 import logging
 import threading
+import time
 import traceback
 import warnings
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Final, cast
 
@@ -24,7 +25,7 @@ from numpy.typing import NDArray
 from flatshare.cache.lease import Lease
 from flatshare.engine.fair_queue import FairQueue
 from flatshare.engine.passes import forward
-from flatshare.errors import IsolationBroken, ModelFailed, NoRoom, ServeError
+from flatshare.errors import IsolationBroken, ModelFailed, NoRoom, ServeError, Wedged
 from flatshare.models.architecture import architecture
 from flatshare.models.probe import check_probe_logits, probe_rows
 from flatshare.models.stages import Model
@@ -35,6 +36,9 @@ logger = logging.getLogger("flatshare.engine")
 
 # Rows may look into a request's own bytes, which are read-only; a forward pass writes to none of them.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable", category=UserWarning)
+
+PASS_LIMIT_S: Final = 60.0
+"""Seconds that a pass may take, where nobody says otherwise: a full one takes 14 ms."""
 
 MAX_BATCH_ROWS: Final = 64
 """Rows at which a pass is full. On one core ``mnist-cnn`` (channels-last) gives 4,300 images/s at 16 rows,
@@ -80,11 +84,22 @@ class Inference:
         Threads of one forward pass; 0 for what each architecture says.
     max_batch_rows
         Rows of one pass.
+    pass_limit_s
+        Seconds after which a pass counts as one that never ends.
     """
 
     def __init__(
-        self, device: torch.device, torch_threads: int = 0, max_batch_rows: int = MAX_BATCH_ROWS
+        self,
+        device: torch.device,
+        torch_threads: int = 0,
+        max_batch_rows: int = MAX_BATCH_ROWS,
+        *,
+        pass_limit_s: float = PASS_LIMIT_S,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._pass_limit_s = pass_limit_s
+        self._clock = clock
+        self._pass_began: float | None = None  # written by the thread alone
         self.device = device
         self.passes = 0
         self.rows = 0
@@ -105,6 +120,26 @@ class Inference:
     def waiting(self) -> int:
         """Jobs that wait for their pass."""
         return len(self._queue)
+
+    def _patience_s(self) -> float:
+        """Seconds until the pass that runs now has run for too long."""
+        began = self._pass_began
+        return self._pass_limit_s if began is None else max(began + self._pass_limit_s - self._clock(), 0.01)
+
+    def check_alive(self) -> None:
+        """Return if no pass has run for longer than any may.
+
+        Raises
+        ------
+        Wedged
+            One has: the thread can't be ended, so the process must be.
+        """
+        began = self._pass_began
+        if began is not None and self._clock() - began > self._pass_limit_s:
+            raise Wedged(
+                f"a pass of this replica has not ended within {self._pass_limit_s:g} s; it is being replaced; "
+                "retry"
+            )
 
     async def run(self, lease: Lease, rows: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits of some rows.
@@ -131,7 +166,10 @@ class Inference:
             The pass raised, and this request's rows alone do too.
         NoRoom
             The device has no memory for the pass now.
+        Wedged
+            A pass never ends. The lease must stay, and what it holds: the thread still uses it.
         """
+        self.check_alive()
         most = self._max_rows
         if len(rows) <= most:
             return await self._run_one(lease, rows)
@@ -168,18 +206,22 @@ class Inference:
             if not waiting and not job.ended:
                 job.over = loop.create_future()
                 while not job.over.done():
+                    self.check_alive()
                     with contextlib.suppress(asyncio.CancelledError):
-                        await asyncio.wait([job.over])
+                        await asyncio.wait([job.over], timeout=self._patience_s())
             raise
 
     def close(self) -> None:
-        """End the thread after the pass that runs now; who still waits is refused. Blocks until then."""
+        """End the thread after the pass that runs now; who still waits is refused. Blocks until then.
+
+        A pass that never ends is not waited for longer than any may take.
+        """
         with self._lock:
             self._closing = True
             wake, self._idle = self._idle, False
         if wake:
             self._wakeup.release()
-        self._thread.join()
+        self._thread.join(self._pass_limit_s)
 
     # -- in the thread
 
@@ -200,7 +242,11 @@ class Inference:
                 continue
             self.passes += 1
             self.rows += sum(job.size for job in batch)
-            self._deliver_soon(loop, batch, self._answers(batch))
+            self._pass_began = self._clock()
+            answers = self._answers(batch)
+            self._pass_began = None
+            self._deliver_soon(loop, batch, answers)
+            del answers
             del batch  # a job in here would keep its model alive while the thread waits
 
     def _answers(self, batch: Sequence[_Job]) -> list[_Answer]:

@@ -31,6 +31,7 @@ from flatshare.errors import (
     RowsOverQuota,
     Suspended,
     TooLarge,
+    Wedged,
 )
 from flatshare.models.architecture import Architecture, architecture
 from flatshare_registry.errors import InvalidInput, NotFound, Unavailable
@@ -296,6 +297,10 @@ class InferenceService:
                             logits = await self._inference.run(lease, rows)
                     except ProbeFailed as error:
                         self.cache.condemn(lease, error)
+                        raise
+                    except Wedged:
+                        # The thread still uses its memory: nobody may have the slot, and its bytes count.
+                        self.cache.quarantine(lease)
                         raise
                     except IsolationBroken:
                         logger.exception("isolation: %s", lease.receipt)

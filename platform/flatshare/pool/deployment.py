@@ -146,7 +146,12 @@ class ClassifierPool:
             on_change=self._advertiser.changed,
         )
         self._device = device
-        self._inference = Inference(device.torch_device, settings.torch_threads, settings.max_batch_rows)
+        self._inference = Inference(
+            device.torch_device,
+            settings.torch_threads,
+            settings.max_batch_rows,
+            pass_limit_s=settings.request_timeout_s,
+        )
         self._service = InferenceService(
             view=self._view,
             cache=self._cache,
@@ -314,6 +319,10 @@ class ClassifierPool:
     async def _meant(self, model_ref: str) -> list[ModelKey]:
         ref = ModelRef.parse(model_ref)
         return self._promotions.meant(ref, await self._view.resolve(ref, self._settings.request_timeout_s))
+
+    async def check_health(self) -> None:
+        """Called by Serve: a replica whose pass never ends is replaced, since nothing can end its thread."""
+        self._inference.check_alive()
 
     async def fence(self, tenant: str) -> str:
         """Answer nothing for a tenant that is being erased, for a while; returns this replica's name."""
