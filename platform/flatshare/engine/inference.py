@@ -137,8 +137,7 @@ class Inference:
         began = self._pass_began
         if began is not None and self._clock() - began > self._pass_limit_s:
             raise Wedged(
-                f"a pass of this replica has not ended within {self._pass_limit_s:g} s; it is being replaced; "
-                "retry"
+                f"a pass of this replica has not ended within {self._pass_limit_s:g} s: it is replaced, retry"
             )
 
     async def run(self, lease: Lease, rows: NDArray[np.float32]) -> NDArray[np.float32]:
