@@ -109,7 +109,7 @@ async def test_one_tenant_has_so_many_requests_under_way_and_no_more(control: Co
         return tenant
 
     identities = Identities(RegistryHeads(control.registry), control.keys.operators)
-    transport = httpx.ASGITransport(app=Gate(app, identities))
+    transport = httpx.ASGITransport(app=Gate(app, identities, lambda: "a" * 32))
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
 
         def ask(who: str, tenant: str = "acme") -> asyncio.Task[httpx.Response]:
@@ -136,10 +136,10 @@ def test_an_application_with_a_route_that_no_rule_names_is_not_begun(control: Co
     app = FastAPI(openapi_url=None)
     app.get("/tenants")(lambda: "named")
     identities = Identities(RegistryHeads(control.registry), control.keys.operators)
-    Gate(app, identities)
+    Gate(app, identities, lambda: "a" * 32)
     app.post("/tenants/{tenant}/everything")(lambda tenant: tenant)
     with pytest.raises(ServeError, match=r"without a rule of access.*/tenants/\{tenant\}/everything"):
-        Gate(app, identities)
+        Gate(app, identities, lambda: "a" * 32)
 
 
 async def test_a_refusal_says_what_the_key_is_for(control: Control) -> None:
