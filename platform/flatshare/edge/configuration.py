@@ -213,11 +213,12 @@ frontend edge
     http-request set-var(txn.shown) req.fhdr(authorization),word(2,' ') if {{ req.fhdr(authorization) -m found }}
     http-request set-var(txn.shown) req.fhdr(x-api-key) unless {{ req.fhdr(authorization) -m found }}
     # Digests only: no key stands in a table that the admin socket shows.
-    http-request track-sc1 var(txn.shown),sha2(256) table refusals if {{ var(txn.shown) -m found }}
+    http-request set-var(txn.digest) var(txn.shown),sha2(256) if {{ var(txn.shown) -m found }}
+    http-request track-sc1 var(txn.digest) table refusals if {{ var(txn.shown) -m found }}
     http-request tarpit deny_status 429 if {{ sc1_gpc0_rate(refusals) gt {REFUSALS} }} {{ sc1_gpc1_rate(refusals) gt {HELD_BACK_PER_S} }}
     http-request sc-inc-gpc1(1) if {{ var(txn.shown) -m found }}
     # Over a quota is no refusal of the key: what comes beyond three times of what is answered is held back.
-    http-request track-sc3 var(txn.shown),sha2(256) table quotas if {{ var(txn.shown) -m found }}
+    http-request track-sc3 var(txn.digest) table quotas if {{ var(txn.shown) -m found }}
     http-request set-var(txn.within) sc_gpc_rate(0,3,quotas),mul(2),add({HELD_BACK_PER_S * QUOTA_WINDOW_MS // 1000}) if {{ var(txn.shown) -m found }}
     http-request tarpit deny_status 429 if {{ var(txn.shown) -m found }} {{ sc_gpc_rate(1,3,quotas),sub(txn.within) gt 0 }}
     http-response sc-inc-gpc(0,3) if {{ status 200:299 }} {{ var(txn.shown) -m found }}
@@ -226,9 +227,9 @@ frontend edge
     # operator shares with them, once the control plane took the operator's key.
     http-request set-var(txn.control) bool(true) if {{ path /admin }} or {{ path_beg /admin/ }}
     http-request set-var(txn.open) bool(true) if {{ path_beg {" ".join(OPEN_PATHS)} }}
-    {_refuse(429, options)} hdr retry-after 10 if {{ var(txn.control) -m found }} {{ sc0_gpc0_rate gt {REFUSALS} }} !{{ var(txn.shown),sha2(256),in_table(operators) -m bool }}
+    {_refuse(429, options)} hdr retry-after 10 if {{ var(txn.control) -m found }} {{ sc0_gpc0_rate gt {REFUSALS} }} !{{ var(txn.digest),in_table(operators) -m bool }}
     http-response sc-inc-gpc0(0) if {{ var(txn.control) -m found }} {{ status 401 }}
-    http-response track-sc2 var(txn.shown),sha2(256) table operators if {{ var(txn.control) -m found }} {{ status 200:299 }} {{ var(txn.shown) -m found }} !{{ var(txn.open) -m found }}
+    http-response track-sc2 var(txn.digest) table operators if {{ var(txn.control) -m found }} {{ status 200:299 }} {{ var(txn.shown) -m found }} !{{ var(txn.open) -m found }}
     http-response sc-inc-gpc0(1) if {{ status 400:403 405:428 430:499 }} {{ var(txn.shown) -m found }}
     # An operator's key may ask for many tenants, some of them gone; a bad one like it is a 401.
     http-response sc-inc-gpc0(1) if {{ status 404 }} {{ var(txn.shown) -m found }} !{{ var(txn.shown) -m beg fs_ADMIN. }}
