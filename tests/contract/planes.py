@@ -137,7 +137,7 @@ class Replicas:
 
 class Control:
     def __init__(self, folder: Path, auth: bool = True) -> None:
-        clock = ManualClock()
+        clock = self.clock = ManualClock()
         self.registry = Registry(MemoryStore(clock=clock), clock=clock)
         for tenant in (ACME, GLOBEX):
             self.registry.create_tenant(tenant)

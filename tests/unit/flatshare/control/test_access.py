@@ -14,6 +14,7 @@ from flatshare.api.identity import Identities
 from flatshare.control.access import BURST, MAX_UNDER_WAY, Gate
 from flatshare.control.app import RegistryHeads
 from flatshare.errors import ServeError
+from flatshare_registry import Scope, TenantId
 
 from ....contract.planes import Control
 
@@ -153,3 +154,21 @@ async def test_a_refusal_says_what_the_key_is_for(control: Control) -> None:
         ):
             reply = await client.request(method, path, headers=control.keys.headers(who))
             assert (reply.status_code, reply.json()["error"]["message"]) == (403, message)
+
+
+async def test_who_was_given_a_used_id_reads_the_log_from_its_own_beginning(control: Control) -> None:
+    """Key labels of the customer who had the id before are that customer's."""
+    acme = TenantId("acme")
+    control.registry.delete_tenant(acme)
+    control.clock.advance(1)
+    control.registry.create_tenant(acme)
+    own = control.registry.tenancy.create_key(acme, [Scope.MANAGE], label="mine").text
+    transport = httpx.ASGITransport(app=control.app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
+
+        async def actions(headers: dict[str, str]) -> list[str]:
+            reply = await client.get("/tenants/acme/audit", headers=headers)
+            return [entry["action"] for entry in reply.json()["entries"]]
+
+        assert await actions({"x-api-key": own}) == ["tenant.created", "key.created"]
+        assert len(await actions(control.keys.headers("admin"))) > 5
