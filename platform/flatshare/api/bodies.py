@@ -8,6 +8,7 @@ import zlib
 from collections.abc import AsyncGenerator, Mapping
 from typing import Final
 
+from python_multipart.multipart import parse_options_header
 from starlette.datastructures import Headers, UploadFile
 from starlette.formparsers import MultiPartException, MultiPartParser
 
@@ -116,6 +117,13 @@ def files_of(headers: Mapping[str, str], body: bytes, max_files: int) -> list[by
         It takes longer than ``MULTIPART_BUDGET_S``.
     """
     deadline = time.monotonic() + MULTIPART_BUDGET_S
+    # Only the boundary: a charset would choose a codec of Python's for names, and some take quadratic time.
+    boundary = (
+        parse_options_header(headers.get("content-type", ""))[1].get(b"boundary", b"").decode("latin-1")
+    )
+    if not boundary or '"' in boundary:
+        raise BadInput("the multipart body can't be read: its Content-Type names no boundary")
+    kind = Headers({"content-type": f'multipart/form-data; boundary="{boundary}"'})
 
     async def pieces() -> AsyncGenerator[bytes, None]:
         for start in range(0, len(body), PIECE_BYTES):
@@ -124,7 +132,7 @@ def files_of(headers: Mapping[str, str], body: bytes, max_files: int) -> list[by
             yield body[start : start + PIECE_BYTES]
 
     async def parse() -> list[bytes]:
-        parser = MultiPartParser(Headers(headers), pieces(), max_files=max_files + 1, max_fields=MAX_FIELDS)
+        parser = MultiPartParser(kind, pieces(), max_files=max_files + 1, max_fields=MAX_FIELDS)
         # In memory whatever its size: the body is, too, and its length is capped.
         parser.spool_max_size = max(len(body), INLINE_BYTES) + 1
         form = await parser.parse()
@@ -135,5 +143,7 @@ def files_of(headers: Mapping[str, str], body: bytes, max_files: int) -> list[by
 
     try:
         return asyncio.run(parse())
-    except (MultiPartException, KeyError, ValueError) as error:
-        raise BadInput(f"the multipart body can't be read: {getattr(error, 'message', error)}") from None
+    except MultiPartException as error:
+        raise BadInput(f"the multipart body can't be read: {ascii(error.message)[1:-1][:200]}") from None
+    except (KeyError, ValueError):
+        raise BadInput("the multipart body can't be read: a part's headers are damaged") from None

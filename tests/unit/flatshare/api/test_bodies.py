@@ -141,6 +141,24 @@ def test_multipart_takes_no_longer_than_it_may(monkeypatch: pytest.MonkeyPatch) 
         files_of({"content-type": "multipart/form-data; boundary=b"}, head, 10)
 
 
+@pytest.mark.parametrize("charset", ["punycode", "idna", "utf-7", "rot13", "x" * 5000])
+def test_a_multipart_body_chooses_no_codec(charset: str) -> None:
+    """Names of parts are decoded as UTF-8, whatever is asked for: Python's punycode takes quadratic time."""
+    body = b'--b\r\ncontent-disposition: form-data; name="\x80\x81"; filename="x"\r\n\r\nA\r\n--b--\r\n'
+    try:
+        assert files_of(
+            {"content-type": f"multipart/form-data; boundary=b; charset={charset}"}, body, 10
+        ) == [b"A"]
+    except BadInput as error:
+        assert error.message.isprintable() and error.message.isascii()
+
+
+@pytest.mark.parametrize("kind", ["", "multipart/form-data", "multipart/form-data; boundary=", "x; boundary"])
+def test_a_multipart_body_needs_a_boundary(kind: str) -> None:
+    with pytest.raises(BadInput, match="names no boundary"):
+        files_of({"content-type": kind}, b"--b--", 10)
+
+
 @pytest.mark.parametrize("body", [b"", b"--b", b"--b\r\n\r\nx\r\n--b--\r\n", b"--b\r\n\xff: \r\n"])
 def test_damaged_multipart_is_refused_or_empty(body: bytes) -> None:
     try:
