@@ -45,6 +45,9 @@ REQUESTS_PER_S: Final = 5.0
 BURST: Final = 30
 """Of one tenant's keys on the control plane, which has few places and tells every replica of each change."""
 
+STORE_PATIENCE_S: Final = 1.0
+"""Seconds that the OpenAPI document waits for the id: a platform must start while its store is down."""
+
 _CALLER: Final = "flatshare.caller"
 
 
@@ -113,6 +116,7 @@ class Gate:
         self._app = app
         self._identities = identities
         self._store_id = store_id
+        self._looking: asyncio.Future[str] | None = None
         self._tenants: LRUCache[str, _Account] = LRUCache(10_000)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -151,16 +155,23 @@ class Gate:
         wanted = request.headers.get(STORE_HEADER)
         if wanted is None or request.method in ("GET", "HEAD"):
             return
-        if wanted != await asyncio.to_thread(self._store_id):
+        if wanted != await self._own_store():
             raise OtherStore("this platform serves another store than the one that the change is in")
+
+    async def _own_store(self) -> str:
+        """The id of this platform's store; one look at a time, which goes on when a caller leaves."""
+        if self._looking is None or (self._looking.done() and self._looking.exception() is not None):
+            self._looking = asyncio.ensure_future(asyncio.to_thread(self._store_id))
+        return await asyncio.shield(self._looking)
 
     async def _naming_the_store(self, scope: Scope, send: Send) -> Send:
         """``send`` for the document that clients look at first: its headers name the store."""
         if not str(scope["path"]).endswith("/openapi.json"):
             return send
         try:
-            own = (await asyncio.to_thread(self._store_id)).encode()
-        except RegistryError:  # the document itself needs no store
+            async with asyncio.timeout(STORE_PATIENCE_S):
+                own = (await self._own_store()).encode()
+        except (RegistryError, TimeoutError):  # the document itself needs no store
             return send
 
         async def named(message: Message) -> None:

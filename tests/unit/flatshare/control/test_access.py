@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 from collections import Counter
 from pathlib import Path
 
@@ -11,10 +12,12 @@ import pytest
 from fastapi import FastAPI
 
 from flatshare.api.identity import Identities
+from flatshare.control import access
 from flatshare.control.access import BURST, MAX_UNDER_WAY, Gate
 from flatshare.control.app import RegistryHeads
 from flatshare.errors import ServeError
 from flatshare_registry import Scope, TenantId
+from flatshare_registry.identity import STORE_HEADER
 
 from ....contract.planes import Control
 
@@ -172,3 +175,26 @@ async def test_who_was_given_a_used_id_reads_the_log_from_its_own_beginning(cont
 
         assert await actions({"x-api-key": own}) == ["tenant.created", "key.created"]
         assert len(await actions(control.keys.headers("admin"))) > 5
+
+
+async def test_the_document_waits_for_no_store(control: Control, monkeypatch: pytest.MonkeyPatch) -> None:
+    """`up` asks for it until it answers: a platform starts, and serves what its nodes have, while its store is down."""
+    monkeypatch.setattr(access, "STORE_PATIENCE_S", 0.05)
+    go, looks = threading.Event(), []
+
+    def look() -> str:
+        looks.append(1)
+        assert go.wait(30)
+        return "a" * 32
+
+    app = FastAPI(openapi_url="/openapi.json", docs_url=None, redoc_url=None)
+    transport = httpx.ASGITransport(app=Gate(app, Identities(RegistryHeads(control.registry), None), look))
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+        for _ in range(5):
+            reply = await client.get("/openapi.json")
+            assert reply.status_code == 200
+            assert STORE_HEADER not in reply.headers
+        assert len(looks) == 1, "a store that hangs must not take a thread for each request"
+        go.set()
+        while STORE_HEADER not in (await client.get("/openapi.json")).headers:
+            pass
