@@ -93,9 +93,7 @@ class BodyReader:
         """
         coding = encoding_of(request, known=_WINDOW_BITS.keys())
         own = ticket.limits.body_bytes
-        body = await read_body(
-            request, self._max_body_bytes, own, hold=ticket.hold_bytes, known=_WINDOW_BITS.keys()
-        )
+        body = await read_body(request, self._max_body_bytes, own, hold=ticket.hold_bytes)
         if coding is None:
             return body
         limit, refusal = self._max_body_bytes, TooLarge

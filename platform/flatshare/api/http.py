@@ -165,9 +165,10 @@ async def read_body(
     quota_bytes: int | None = None,
     *,
     hold: Callable[[int], None] = lambda size: None,
-    known: Collection[str] = (),
 ) -> bytes:
     """A request's body as it comes, never holding more than the limit.
+
+    How it is compressed is the caller's to look at (:func:`encoding_of`).
 
     Parameters
     ----------
@@ -175,13 +176,9 @@ async def read_body(
         The tenant's own limit.
     hold
         Told how many bytes are held, or will be, before they are; raises to refuse.
-    known
-        Codings that the caller expands.
 
     Raises
     ------
-    UnsupportedEncoding
-        It is compressed, in none of these.
     TooLarge, BodyOverQuota
         It claims, or turns out, to be longer.
     TooSlow
@@ -189,7 +186,6 @@ async def read_body(
     BadInput
         Its Content-Length is not a number.
     """
-    encoding_of(request, known)
     refusal: type[TooLarge] = TooLarge
     if quota_bytes is not None and quota_bytes < limit_bytes:
         limit_bytes, refusal = quota_bytes, BodyOverQuota

@@ -24,7 +24,7 @@ from starlette.requests import ClientDisconnect
 from starlette.routing import BaseRoute, Match, Route
 from starlette.types import Message, Receive, Scope, Send
 
-from flatshare.api.http import error_reply, read_body
+from flatshare.api.http import encoding_of, error_reply, read_body
 from flatshare.api.identity import Caller, Identities, Role
 from flatshare.api.local_only import check_local
 from flatshare.api.openapi import DOCS_PATHS
@@ -135,6 +135,7 @@ class Gate:
                 scope[_CALLER] = caller
                 await self._check_store(request)
                 with self._counted(caller):
+                    encoding_of(request)
                     receive = _given(await read_body(request, MAX_BODY_BYTES), receive)
                     await self._app(scope, receive, send)
                 return

@@ -146,6 +146,17 @@ def test_an_application_with_a_route_that_no_rule_names_is_not_begun(control: Co
         Gate(app, identities, lambda: "a" * 32)
 
 
+async def test_a_compressed_body_is_refused_by_its_coding_and_changes_nothing(control: Control) -> None:
+    before = control.state()
+    headers = {**control.keys.headers("admin"), "content-encoding": "gzip"}
+    async with httpx.AsyncClient(
+        transport=httpx.ASGITransport(app=control.app), base_url="http://test"
+    ) as client:
+        reply = await client.post("/tenants", headers=headers, json={"id": "new"})
+    assert reply.status_code == 415 and "Content-Encoding 'gzip'" in reply.json()["error"]["message"]
+    assert control.state() == before
+
+
 async def test_a_refusal_says_what_the_key_is_for(control: Control) -> None:
     transport = httpx.ASGITransport(app=control.app)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
