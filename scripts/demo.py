@@ -26,10 +26,10 @@ from flatshare.bench.workload import Shot, encode_json, zipf_shares
 from flatshare.cli.context import credentials
 from flatshare.cli.fleet import print_fleet
 from flatshare.cli.output import out, print_table, progress_bar
+from flatshare.mnist.digits import Digits, load_digits
+from flatshare.mnist.handwriting import HANDWRITINGS, Handwriting
+from flatshare.mnist.train import Trained, fine_tune, load_module, train_base
 from flatshare.models.architecture import architecture
-from flatshare.training.handwriting import HANDWRITINGS, Handwriting
-from flatshare.training.mnist import Digits, load_digits
-from flatshare.training.train import Trained, fine_tune, load_module, train_base
 from flatshare_registry import PRODUCTION, Registry, TenantId
 from flatshare_registry.settings import RegistrySettings
 from flatshare_registry.testing.ports import free_ports

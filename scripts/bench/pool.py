@@ -39,9 +39,9 @@ from flatshare.bench.report import summarise
 from flatshare.bench.workload import Shot, zipf_shares
 from flatshare.cli.context import credentials
 from flatshare.cli.output import err, out, print_table, progress_bar
+from flatshare.mnist.digits import load_digits
 from flatshare.models.architecture import architecture
 from flatshare.models.probe import probe_logits
-from flatshare.training.mnist import load_digits
 from flatshare_registry import Registry, TenantId, layout
 from flatshare_registry.settings import RegistrySettings
 from flatshare_registry.testing.s3_server import CREDENTIALS

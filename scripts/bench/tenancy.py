@@ -35,22 +35,22 @@ from flatshare.api.identity import Identities, OperatorKeys, Role
 from flatshare.bench.load import Load, run_load
 from flatshare.bench.report import summarise
 from flatshare.bench.workload import Shot, encode_json
-from flatshare.cache.device import CpuDevice
-from flatshare.cache.fetch import TensorSource
-from flatshare.cache.ledger import Ledger
-from flatshare.cache.loading import DeviceLoader
-from flatshare.cache.model_cache import ModelCache
-from flatshare.cache.promotions import Promotions
-from flatshare.cache.view import RegistryView
 from flatshare.cli.context import credentials
 from flatshare.cli.output import err, out, print_table
 from flatshare.engine.admission import Admission
 from flatshare.engine.inference import Inference
 from flatshare.engine.quotas import QuotaKeeper
-from flatshare.engine.service import InferenceService
+from flatshare.mnist.digits import load_digits
 from flatshare.models.architecture import architecture
 from flatshare.models.probe import probe_logits
-from flatshare.training.mnist import load_digits
+from flatshare.replica.request import InferenceService
+from flatshare.residency.ledger import Ledger
+from flatshare.residency.model_cache import ModelCache
+from flatshare.resolution.heads import RegistryView
+from flatshare.resolution.swaps import Promotions
+from flatshare.weights.device import CpuDevice
+from flatshare.weights.device_loader import DeviceLoader
+from flatshare.weights.fetch import TensorSource
 from flatshare_registry import Quotas, Registry, TenantId
 from flatshare_registry.keys import new_key
 from flatshare_registry.settings import RegistrySettings

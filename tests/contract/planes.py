@@ -15,22 +15,22 @@ from safetensors.torch import save
 from flatshare.api.app import create_app
 from flatshare.api.hot import HotRoutes
 from flatshare.api.identity import Identities, OperatorKeys, Role
-from flatshare.cache.device import CpuDevice
-from flatshare.cache.fetch import TensorSource
-from flatshare.cache.ledger import Ledger
-from flatshare.cache.loading import DeviceLoader
-from flatshare.cache.model_cache import ModelCache
-from flatshare.cache.promotions import Promotions
-from flatshare.cache.view import RegistryView
 from flatshare.control.app import RegistryHeads, create_control_app
 from flatshare.control.fleet import Fleet
 from flatshare.engine.admission import Admission
 from flatshare.engine.inference import Inference
 from flatshare.engine.quotas import QuotaKeeper
-from flatshare.engine.service import InferenceService
 from flatshare.models.architecture import architecture
 from flatshare.pool.details import ReplicaState
-from flatshare.pool.receipt import EraseReceipt, HostReceipt
+from flatshare.replica.receipt import EraseReceipt, HostReceipt
+from flatshare.replica.request import InferenceService
+from flatshare.residency.ledger import Ledger
+from flatshare.residency.model_cache import ModelCache
+from flatshare.resolution.heads import RegistryView
+from flatshare.resolution.swaps import Promotions
+from flatshare.weights.device import CpuDevice
+from flatshare.weights.device_loader import DeviceLoader
+from flatshare.weights.fetch import TensorSource
 from flatshare_registry import Registry, Scope, TenantId
 from flatshare_registry.ids import AliasName
 from flatshare_registry.keys import new_key

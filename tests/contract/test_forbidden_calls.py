@@ -17,7 +17,7 @@ CALLS = {"eval", "exec", "compile", "__import__", "importlib.import_module", "os
          "subprocess.getstatusoutput", "asyncio.create_subprocess_shell"}  # fmt: skip
 TRUSTED = {
     # `flatshare convert` reads a checkpoint that its own user vouches for, and says so; never a server.
-    ("platform/flatshare/training/convert.py", "torch.jit.load"),
+    ("platform/flatshare/models/convert.py", "torch.jit.load"),
     # The contenders of the benchmark, written as their own documentation does.
     ("scripts/bench/fastapi_lru/app.py", "torch.jit.load"),
     ("scripts/bench/litserve_lru/app.py", "torch.jit.load"),

@@ -51,12 +51,12 @@ async def _awaited(original: object, self: object, key: object) -> None:
 @pytest.mark.parametrize(
     ("target", "replacement", "said"),
     [
-        ("flatshare.cache.lease:Lease.is_whole", breaks.intact, "there is no"),
-        ("flatshare.cache.leases:Lease.is_intact", breaks.intact, "there is no"),
-        ("flatshare.cache.lease:_Lease.is_intact", breaks.nothing, "there is no"),
-        ("flatshare.cache.lease:Lease.model", breaks.nothing, "not a function"),
-        ("flatshare.cache.lease:Lease.is_intact", breaks.deleted, "takes"),
-        ("flatshare.cache.residency:Residency._evictable", _awaited, "coroutine"),
+        ("flatshare.residency.lease:Lease.is_whole", breaks.intact, "there is no"),
+        ("flatshare.residency.leases:Lease.is_intact", breaks.intact, "there is no"),
+        ("flatshare.residency.lease:_Lease.is_intact", breaks.nothing, "there is no"),
+        ("flatshare.residency.lease:Lease.model", breaks.nothing, "not a function"),
+        ("flatshare.residency.lease:Lease.is_intact", breaks.deleted, "takes"),
+        ("flatshare.residency.residency:Residency._evictable", _awaited, "coroutine"),
     ],
 )
 def test_a_break_that_fits_no_more_is_said_so(target: str, replacement: object, said: str) -> None:

@@ -11,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flatshare.models.mnist_cnn import ARCHITECTURE
+from flatshare.mnist.cnn import ARCHITECTURE
 from flatshare_registry.testing.files import encode_safetensors
 
 ROOT = Path(__file__).parents[2]
@@ -140,7 +140,7 @@ def test_licences_of_all_that_is_in_it_are_stated(light: Light) -> None:
 
 def test_the_packages_carry_what_they_need(light: Light) -> None:
     code = (
-        "from importlib.resources import files; d = files('flatshare.training') / 'data';"
+        "from importlib.resources import files; d = files('flatshare.mnist') / 'data';"
         "print(sorted(p.name for p in d.iterdir()))"
     )
     names = light.run("python", "-c", code).stdout

@@ -17,15 +17,15 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 from torch import nn
 
-from flatshare.cache.lease import Lease
-from flatshare.cache.ledger import Ledger
-from flatshare.cache.loader import Held, Placed, Prepared
-from flatshare.cache.model_cache import ModelCache
-from flatshare.cache.policy import POLICIES
-from flatshare.cache.promotions import Promotions
-from flatshare.cache.tiers import ModelKey, Part, State, Tier
 from flatshare.errors import NeverFits, NoRoom
 from flatshare.models.stages import Model
+from flatshare.residency.lease import Lease
+from flatshare.residency.ledger import Ledger
+from flatshare.residency.model_cache import ModelCache
+from flatshare.residency.policy import POLICIES
+from flatshare.resolution.swaps import Promotions
+from flatshare.weights.loader import Held, Placed, Prepared
+from flatshare.weights.tiers import ModelKey, Part, State, Tier
 from flatshare_registry.errors import Corrupt, NotFound, Unavailable
 from flatshare_registry.ids import ModelRef, TenantId
 from flatshare_registry.records import Action, AuditEntry, TenantHead, VersionRecord, utc

@@ -16,13 +16,13 @@ from typing import Any
 
 from torch import nn
 
-from flatshare.cache.ledger import Ledger
-from flatshare.cache.loader import Held, Placed, Prepared
-from flatshare.cache.model_cache import ModelCache
-from flatshare.cache.policy import POLICIES
-from flatshare.cache.tiers import ModelKey, Part, Tier
 from flatshare.errors import DeadlineExceeded, ModelFailed, NoRoom
 from flatshare.models.stages import Model
+from flatshare.residency.ledger import Ledger
+from flatshare.residency.model_cache import ModelCache
+from flatshare.residency.policy import POLICIES
+from flatshare.weights.loader import Held, Placed, Prepared
+from flatshare.weights.tiers import ModelKey, Part, Tier
 from flatshare_registry.errors import Corrupt, NotFound, Unavailable
 from flatshare_registry.records import VersionRecord, utc
 

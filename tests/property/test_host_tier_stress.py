@@ -12,9 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from flatshare.cache.fetch import TensorSource
-from flatshare.cache.host_tier import HostTier
-from flatshare.cache.tier_files import PAGE
+from flatshare.weights.fetch import TensorSource
+from flatshare.weights.host_tier import HostTier
+from flatshare.weights.tier_files import PAGE
 from flatshare_registry.catalog import Registry
 from flatshare_registry.ids import TenantId
 from flatshare_registry.stores.local import LocalStore
@@ -32,8 +32,8 @@ WORKERS = 3
 WORKER = """
 import hashlib, random, sys, threading
 from pathlib import Path
-from flatshare.cache.fetch import TensorSource
-from flatshare.cache.host_tier import HostTier
+from flatshare.weights.fetch import TensorSource
+from flatshare.weights.host_tier import HostTier
 from flatshare_registry.catalog import Registry
 from flatshare_registry.ids import TenantId
 from flatshare_registry.stores.local import LocalStore

@@ -19,9 +19,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from flatshare.cache import fetch
-from flatshare.cache.fetch import TensorSource
-from flatshare.cache.host_tier import HostTier
+from flatshare.weights import fetch
+from flatshare.weights.fetch import TensorSource
+from flatshare.weights.host_tier import HostTier
 from flatshare_registry.catalog import Registry
 from flatshare_registry.errors import Corrupt, Unavailable
 from flatshare_registry.ids import TenantId

@@ -4,9 +4,9 @@ import subprocess
 import sys
 
 CORE = [
-    "flatshare.api.app", "flatshare.bench.load", "flatshare.cache.model_cache", "flatshare.cache.view",
-    "flatshare.control.app", "flatshare.edge.supervisor", "flatshare.engine.service", "flatshare.models.probe",
-    "flatshare.pool.ranking", "flatshare.pool.details", "flatshare.training.train", "flatshare.cli.main",
+    "flatshare.api.app", "flatshare.bench.load", "flatshare.residency.model_cache", "flatshare.resolution.heads",
+    "flatshare.control.app", "flatshare.edge.supervisor", "flatshare.replica.request", "flatshare.models.probe",
+    "flatshare.placement.homes", "flatshare.pool.details", "flatshare.mnist.train", "flatshare.cli.main",
     "flatshare_registry",
 ]  # fmt: skip
 
@@ -24,7 +24,7 @@ def test_the_registry_imports_no_torch() -> None:
 WITHOUT_TORCH = [
     "flatshare.control.deployment", "flatshare.control.app", "flatshare.edge.supervisor",
     "flatshare.edge.configuration", "flatshare.edge.process", "flatshare.local.platform", "flatshare.pool.controller",
-    "flatshare.pool.environment", "flatshare.pool.receipt", "flatshare.pool.snapshot", "flatshare.cli.main",
+    "flatshare.pool.environment", "flatshare.replica.receipt", "flatshare.replica.snapshot", "flatshare.cli.main",
     "flatshare.cli.fleet", "flatshare.cli.platform_verbs", "flatshare.cli.registry_verbs",
     "flatshare.cli.tenancy_verbs", "flatshare.cli.training_verbs",
 ]  # fmt: skip

@@ -26,18 +26,18 @@ from flatshare.api.http import (
     request_id_of,
 )
 from flatshare.api.identity import Identities
-from flatshare.api.images import decode_images
 from flatshare.api.local_only import LocalOnly
 from flatshare.api.oip import OPEN_PATHS, add_oip_routes, error_form
 from flatshare.api.oip_schemas import InferRequest
 from flatshare.api.openapi import documented
-from flatshare.api.payload import READY, READY_HEADER, decode_json, decode_pixels
 from flatshare.api.schemas import MODEL_ID_HEADER, PredictReply, PredictRequest
 from flatshare.api.stream import LinesResponse, answers, lines_of
-from flatshare.api.tensors import DTYPE_HEADER, SHAPE_HEADER, decode_npy, decode_octets, is_ready
-from flatshare.engine.service import InferenceService, Prediction, Rows, Ticket
+from flatshare.codecs.images import decode_images
+from flatshare.codecs.payload import READY, READY_HEADER, decode_json, decode_pixels
+from flatshare.codecs.tensors import DTYPE_HEADER, SHAPE_HEADER, decode_npy, decode_octets, is_ready
 from flatshare.errors import BadInput
 from flatshare.models.architecture import Architecture
+from flatshare.replica.request import InferenceService, Prediction, Rows, Ticket
 from flatshare_registry.ids import ModelRef
 
 __all__ = ["create_app"]

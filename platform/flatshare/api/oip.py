@@ -39,11 +39,11 @@ from flatshare.api.oip_schemas import (
     ReadyReply,
     ServerReply,
 )
-from flatshare.api.payload import check_expansion, decode_array
-from flatshare.api.tensors import is_ready, rows_of, tensor_of
-from flatshare.engine.service import InferenceService, Prediction, Rows, Ticket
+from flatshare.codecs.payload import check_expansion, decode_array
+from flatshare.codecs.tensors import is_ready, rows_of, tensor_of
 from flatshare.errors import BadInput
 from flatshare.models.architecture import Architecture, architecture
+from flatshare.replica.request import InferenceService, Prediction, Rows, Ticket
 from flatshare_registry.ids import ModelRef, parse_version
 from flatshare_registry.records import VersionRecord
 

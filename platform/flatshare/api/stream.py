@@ -18,8 +18,8 @@ from starlette.responses import StreamingResponse
 from starlette.types import Receive, Scope, Send
 
 from flatshare.api.error_table import describe_error
-from flatshare.engine.service import Prediction
 from flatshare.errors import BadInput, Forbidden, OverQuota, Suspended, TooLarge, TooSlow, Unauthenticated
+from flatshare.replica.request import Prediction
 
 __all__ = ["IN_FLIGHT", "LinesResponse", "answers", "lines_of"]
 

@@ -62,8 +62,8 @@ def bench(
     from flatshare.bench.load import Load, Outcome, run_load
     from flatshare.bench.report import summarise
     from flatshare.bench.workload import digit_shots
+    from flatshare.mnist.digits import load_digits
     from flatshare.models.architecture import architecture
-    from flatshare.training.mnist import load_digits
 
     if plot is not None and (plot.suffix not in PLOT_SUFFIXES or not plot.parent.is_dir()):
         raise InvalidInput(f"--plot {plot}: name a {', '.join(PLOT_SUFFIXES)} file in a folder that exists")

@@ -43,8 +43,8 @@ def add_to(app: typer.Typer) -> None:
 
 
 def _digits(data: Path | None, download: Path | None) -> Any:
-    from flatshare.training.mnist import download as fetch
-    from flatshare.training.mnist import load_digits
+    from flatshare.mnist.digits import download as fetch
+    from flatshare.mnist.digits import load_digits
 
     if data is not None and download is not None:
         raise InvalidInput("give --data or --download, not both")
@@ -70,8 +70,8 @@ def train_base(
 ) -> None:
     """Train the base model that tenants are fine-tuned from."""
     need_serve_extra()
+    from flatshare.mnist import train
     from flatshare.models.architecture import architecture
-    from flatshare.training import train
 
     network = architecture(architecture_name)
     digits = _digits(data, download)
@@ -110,9 +110,9 @@ def train_tenant(
 ) -> None:
     """Fine-tune the base model on one customer's handwriting; prints base and own accuracy."""
     need_serve_extra()
+    from flatshare.mnist import train
+    from flatshare.mnist.handwriting import handwriting
     from flatshare.models.architecture import architecture
-    from flatshare.training import train
-    from flatshare.training.handwriting import handwriting
 
     parsed = TenantId(tenant)
     network, writing = architecture(architecture_name), handwriting(handwriting_name)
@@ -168,7 +168,7 @@ def train_tenant(
 def handwritings(as_json: AsJson = False) -> None:
     """List the handwritings that tenants can have."""
     need_serve_extra()
-    from flatshare.training.handwriting import HANDWRITINGS
+    from flatshare.mnist.handwriting import HANDWRITINGS
 
     if as_json:
         print_json([{"name": one.name, "about": one.about} for one in HANDWRITINGS.values()])
@@ -187,7 +187,7 @@ def convert(
     """Convert TorchScript or a checkpoint to safetensors, on this machine."""
     need_serve_extra()
     from flatshare.models.architecture import architecture
-    from flatshare.training.convert import TORCHSCRIPT_WARNING, is_torchscript, to_safetensors
+    from flatshare.models.convert import TORCHSCRIPT_WARNING, is_torchscript, to_safetensors
 
     if trust_torchscript and is_torchscript(file):
         err.print("warning:", style="yellow", end=" ")

@@ -27,7 +27,7 @@ from typing import Final
 from flatshare.control.erasure_record import Record, Signer
 from flatshare.control.fleet import Fleet
 from flatshare.errors import FleetUnavailable
-from flatshare.pool.receipt import EraseReceipt, HostReceipt
+from flatshare.replica.receipt import EraseReceipt, HostReceipt
 from flatshare_registry import layout
 from flatshare_registry.catalog import Registry
 from flatshare_registry.ids import TenantId

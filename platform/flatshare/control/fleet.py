@@ -8,11 +8,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
-from flatshare.cache.stats import CacheStats
 from flatshare.errors import FleetUnavailable
 from flatshare.pool.details import ReplicaState
-from flatshare.pool.receipt import EraseReceipt, HostReceipt
-from flatshare.pool.snapshot import ReplicaSnapshot
+from flatshare.replica.receipt import EraseReceipt, HostReceipt
+from flatshare.replica.snapshot import ReplicaSnapshot
+from flatshare.residency.stats import CacheStats
 from flatshare_registry.errors import RegistryError, Unavailable
 from flatshare_registry.ids import TenantId
 from flatshare_registry.records import TenantHead

@@ -6,10 +6,10 @@ from dataclasses import asdict
 
 from pydantic import BaseModel, Field
 
-from flatshare.cache.stats import CacheStats
-from flatshare.cache.tiers import State, Tier
 from flatshare.control.fleet import FleetView
-from flatshare.pool.snapshot import ReplicaSnapshot
+from flatshare.replica.snapshot import ReplicaSnapshot
+from flatshare.residency.stats import CacheStats
+from flatshare.weights.tiers import State, Tier
 
 __all__ = ["FleetReply"]
 

@@ -1,1 +1,4 @@
-"""From a request to an answer: quotas, admission, fair queueing, shared passes. No ray, no web framework."""
+"""From a lease to logits: quotas, admission, fair queueing, shared passes.
+
+Others ask it for the logits of rows under a lease. It never knows refs or HTTP.
+"""

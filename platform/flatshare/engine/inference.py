@@ -22,13 +22,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flatshare.cache.lease import Lease
 from flatshare.engine.fair_queue import FairQueue
 from flatshare.engine.passes import forward
 from flatshare.errors import IsolationBroken, ModelFailed, NoRoom, ServeError, Wedged
 from flatshare.models.architecture import architecture
 from flatshare.models.probe import check_probe_logits, probe_rows
 from flatshare.models.stages import Model
+from flatshare.residency.lease import Lease
 
 __all__ = ["MAX_BATCH_ROWS", "Inference"]
 

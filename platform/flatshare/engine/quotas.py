@@ -14,7 +14,6 @@ from typing import Final
 
 from cachetools import LRUCache
 
-from flatshare.cache.shares import NO_SHARE, Share
 from flatshare.errors import (
     Overloaded,
     TooManyAtOnce,
@@ -22,6 +21,7 @@ from flatshare.errors import (
     TooManyColdLoads,
     TooManyRequests,
 )
+from flatshare.residency.tenant_limits import NO_SHARE, Share
 from flatshare_registry.records import DEFAULT_PLAN, Quotas, TenantHead
 
 __all__ = ["Bucket", "BytesLimit", "QuotaKeeper", "UnderWay", "effective_quotas"]

@@ -14,9 +14,9 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Final
 
-from flatshare.cache.host_place import demand_host_tier, host_tier_folder
 from flatshare.errors import LocalError, SettingsError
 from flatshare.settings import Settings
+from flatshare.weights.host_place import demand_host_tier, host_tier_folder
 
 __all__ = ["affordable_connections", "check_edge", "check_machine"]
 

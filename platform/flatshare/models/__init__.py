@@ -1,1 +1,4 @@
-"""Architectures by name. The only rooms that know what a model looks like are this and ``training/``."""
+"""What a network is: architecture, stages, probe, conversion; found by name, through entry points.
+
+Others ask it for an architecture. It never knows any one network, HTTP or Ray.
+"""

@@ -22,35 +22,35 @@ from flatshare.api.app import create_app
 from flatshare.api.decoding import INLINE_BYTES, DecodeRoom
 from flatshare.api.hot import HotRoutes
 from flatshare.api.identity import LOCAL_OPERATOR, Identities, OperatorKeys
-from flatshare.api.payload import READY, decode_array
 from flatshare.api.tokens import token_verifier
-from flatshare.cache.device import device_budget, open_device
-from flatshare.cache.fetch import TensorSource
-from flatshare.cache.host_place import open_host_tier
-from flatshare.cache.host_tier import Scrubbed
-from flatshare.cache.ledger import Ledger
-from flatshare.cache.loading import DeviceLoader
-from flatshare.cache.model_cache import LOCAL_CONCURRENCY, ModelCache
-from flatshare.cache.policy import POLICIES
-from flatshare.cache.promotions import Promotions
-from flatshare.cache.threads import in_thread
-from flatshare.cache.tiers import ModelKey
-from flatshare.cache.trust import TrustedHeads
-from flatshare.cache.view import RegistryView
+from flatshare.codecs.payload import READY, decode_array
 from flatshare.engine.admission import Admission
 from flatshare.engine.inference import Inference
 from flatshare.engine.quotas import BytesLimit, QuotaKeeper
-from flatshare.engine.service import InferenceService, Rows
 from flatshare.errors import BadInput
 from flatshare.models.architecture import Architecture
 from flatshare.pool.handle import POOL_DEPLOYMENT
-from flatshare.pool.key_use import KeyUse
 from flatshare.pool.multiplex import NEVER_EVICT, Advertiser
-from flatshare.pool.pins import restore_pins
-from flatshare.pool.receipt import EraseReceipt, HostReceipt
 from flatshare.pool.router import HomeReplicaRouter
-from flatshare.pool.snapshot import ReplicaSnapshot
+from flatshare.replica.key_use import KeyUse
+from flatshare.replica.pins import restore_pins
+from flatshare.replica.receipt import EraseReceipt, HostReceipt
+from flatshare.replica.request import InferenceService, Rows
+from flatshare.replica.snapshot import ReplicaSnapshot
+from flatshare.residency.ledger import Ledger
+from flatshare.residency.model_cache import LOCAL_CONCURRENCY, ModelCache
+from flatshare.residency.policy import POLICIES
+from flatshare.resolution.heads import RegistryView
+from flatshare.resolution.swaps import Promotions
+from flatshare.resolution.trust import TrustedHeads
 from flatshare.settings import Settings
+from flatshare.weights.device import device_budget, open_device
+from flatshare.weights.device_loader import DeviceLoader
+from flatshare.weights.fetch import TensorSource
+from flatshare.weights.host_place import open_host_tier
+from flatshare.weights.host_tier import Scrubbed
+from flatshare.weights.threads import in_thread
+from flatshare.weights.tiers import ModelKey
 from flatshare_registry.catalog import Registry
 from flatshare_registry.errors import InvalidRef, Unavailable
 from flatshare_registry.heads import decode_head

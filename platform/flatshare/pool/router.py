@@ -22,7 +22,7 @@ from ray.serve.request_router import (
     RunningReplica,
 )
 
-from flatshare.pool.ranking import canonical, rank, score
+from flatshare.placement.homes import canonical, rank, score
 
 __all__ = ["HomeReplicaRouter"]
 

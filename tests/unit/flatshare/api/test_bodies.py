@@ -209,6 +209,6 @@ async def test_json_that_would_expand_is_refused_before_it_is_parsed(
     def parse(text: bytes) -> object:
         raise AssertionError("it was parsed")
 
-    monkeypatch.setattr("flatshare.api.payload.orjson.loads", parse)
+    monkeypatch.setattr("flatshare.codecs.payload.orjson.loads", parse)
     reply = await post(client, "/predict", body)
     assert reply.json()["error"]["code"] == code

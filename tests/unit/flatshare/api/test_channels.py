@@ -10,9 +10,9 @@ import pytest
 from numpy.typing import NDArray
 from PIL import Image
 
-from flatshare.api.images import decode_images
-from flatshare.api.payload import check_shape, decode_array, decode_json, decode_pixels
-from flatshare.api.tensors import decode_npy, decode_octets
+from flatshare.codecs.images import decode_images
+from flatshare.codecs.payload import check_shape, decode_array, decode_json, decode_pixels
+from flatshare.codecs.tensors import decode_npy, decode_octets
 from flatshare.errors import BadInput, TooLarge
 from flatshare.models.architecture import Architecture, InputSpec, architecture
 from flatshare.models.probe import probe_rows

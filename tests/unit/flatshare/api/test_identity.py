@@ -343,7 +343,7 @@ async def test_rows_over_a_tenants_quota_are_refused_before_they_are_decoded(
     key = world.registry.tenancy.create_key(ACME).text
     world.registry.tenancy.set_quotas(ACME, Quotas(rows_per_request=2))
     packed: list[str] = []
-    monkeypatch.setattr("flatshare.api.payload.struct.pack", lambda *args: packed.append("called"))
+    monkeypatch.setattr("flatshare.codecs.payload.struct.pack", lambda *args: packed.append("called"))
     body = {"image": np.zeros((3, 28, 28)).tolist()}
     headers = {MODEL: "acme", "authorization": f"Bearer {key}"}
     refused = await secured.post("/predict", json=body, headers=headers)

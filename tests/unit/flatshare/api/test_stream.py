@@ -11,8 +11,8 @@ import pytest
 
 from flatshare.api import stream
 from flatshare.api.stream import lines_of
-from flatshare.engine.service import Prediction
 from flatshare.errors import BadInput, TooLarge, TooSlow
+from flatshare.replica.request import Prediction
 
 
 async def pieces(chunks: Iterable[bytes]) -> AsyncIterator[bytes]:

@@ -12,7 +12,7 @@ from typer.testing import CliRunner, Result
 
 from flatshare.cli.main import app
 from flatshare.errors import SettingsError
-from flatshare.models.mnist_cnn import ARCHITECTURE
+from flatshare.mnist.cnn import ARCHITECTURE
 from flatshare_registry.errors import (
     Corrupt,
     InvalidInput,

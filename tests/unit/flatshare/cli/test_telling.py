@@ -19,7 +19,7 @@ from flatshare.cli.errors import EXIT_CODES, NotTold, exit_code
 from flatshare.cli.main import app
 from flatshare.errors import FleetUnavailable, OtherStore
 from flatshare.local.state import PlatformState
-from flatshare.models.mnist_cnn import ARCHITECTURE
+from flatshare.mnist.cnn import ARCHITECTURE
 from flatshare_registry import Registry, TenantId
 from flatshare_registry.errors import InvalidInput
 from flatshare_registry.keys import parse_key

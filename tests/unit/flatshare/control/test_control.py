@@ -11,15 +11,15 @@ import httpx
 import pytest
 
 from flatshare.api.identity import Identities
-from flatshare.cache.host_tier import HostUsage
-from flatshare.cache.stats import CacheStats
-from flatshare.cache.tiers import DeviceMemory, ResidentInfo, State, SwapInfo, Tier
 from flatshare.control import fleet as fleet_module
 from flatshare.control.app import RegistryHeads, create_control_app
 from flatshare.engine.quotas import QuotaKeeper
 from flatshare.pool.details import ReplicaState
-from flatshare.pool.snapshot import ReplicaSnapshot
+from flatshare.replica.snapshot import ReplicaSnapshot
+from flatshare.residency.stats import CacheStats
 from flatshare.settings import Settings
+from flatshare.weights.host_tier import HostUsage
+from flatshare.weights.tiers import DeviceMemory, ResidentInfo, State, SwapInfo, Tier
 from flatshare_registry.catalog import Registry
 from flatshare_registry.ids import TenantId
 from flatshare_registry.records import Action, Quotas

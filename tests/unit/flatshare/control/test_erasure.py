@@ -18,7 +18,7 @@ from flatshare.control.erasure_record import Signer, erasure_problems, read_reco
 from flatshare.control.fleet import Fleet
 from flatshare.errors import FleetUnavailable, ServeError
 from flatshare.pool.details import ReplicaState
-from flatshare.pool.receipt import EraseReceipt, HostReceipt
+from flatshare.replica.receipt import EraseReceipt, HostReceipt
 from flatshare_registry import Registry, TenantId, layout
 from flatshare_registry.errors import NotFound
 from flatshare_registry.stores.base import Create, Overwrite

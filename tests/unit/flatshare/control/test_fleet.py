@@ -16,7 +16,7 @@ from flatshare.control.erasure_record import Signer
 from flatshare.control.fleet import Fleet, Told
 from flatshare.errors import FleetUnavailable
 from flatshare.pool.details import ReplicaState
-from flatshare.pool.receipt import EraseReceipt, HostReceipt
+from flatshare.replica.receipt import EraseReceipt, HostReceipt
 from flatshare_registry import Registry, TenantId
 from flatshare_registry.errors import Unavailable
 from flatshare_registry.heads import decode_head

@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import nn
 
-from flatshare.cache.lease import Lease
-from flatshare.cache.ledger import Ledger
-from flatshare.cache.loader import Held, Placed, Prepared
-from flatshare.cache.model_cache import ModelCache
-from flatshare.cache.tiers import Part, Receipt, Tier
 from flatshare.engine.inference import MAX_BATCH_ROWS, Inference
 from flatshare.errors import IsolationBroken, ModelFailed, NoRoom
 from flatshare.models.stages import Model
+from flatshare.residency.lease import Lease
+from flatshare.residency.ledger import Ledger
+from flatshare.residency.model_cache import ModelCache
+from flatshare.weights.loader import Held, Placed, Prepared
+from flatshare.weights.tiers import Part, Receipt, Tier
 from flatshare_registry.records import VersionRecord
 
 

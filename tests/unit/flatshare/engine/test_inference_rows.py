@@ -11,15 +11,15 @@ import pytest
 import torch
 from torch import nn
 
-from flatshare.cache.ledger import Ledger
-from flatshare.cache.loader import Held, Placed, Prepared
-from flatshare.cache.model_cache import ModelCache
-from flatshare.cache.tiers import Part, Tier
 from flatshare.engine.inference import Inference
 from flatshare.errors import ModelFailed, ProbeFailed
 from flatshare.models.architecture import architecture
 from flatshare.models.probe import probe_rows
 from flatshare.models.stages import Model
+from flatshare.residency.ledger import Ledger
+from flatshare.residency.model_cache import ModelCache
+from flatshare.weights.loader import Held, Placed, Prepared
+from flatshare.weights.tiers import Part, Tier
 from flatshare_registry.records import VersionRecord
 
 RECORD = VersionRecord.model_validate(

@@ -8,8 +8,8 @@ import torch
 from safetensors.torch import save
 from torchvision import transforms
 
+from flatshare.mnist.digits import load_digits
 from flatshare.models.architecture import architecture, architecture_names
-from flatshare.training.mnist import load_digits
 from flatshare_registry.errors import InvalidInput
 from flatshare_registry.weights import describe
 

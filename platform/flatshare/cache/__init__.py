@@ -1,1 +1,0 @@
-"""Residency: which models a replica holds, and for whom. No ray and no web framework in here."""

@@ -1,0 +1,363 @@
+"""The whole story of a request: allow, count, resolve, decode, lease, admit, predict, release.
+
+Knows no protocol: HTTP and handles are thin shells around :meth:`InferenceService.predict`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Final, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flatshare.engine.admission import Admission
+from flatshare.engine.quotas import FREE_BYTES, QuotaKeeper, UnderWay
+from flatshare.errors import (
+    DeadlineExceeded,
+    IsolationBroken,
+    ModelFailed,
+    ProbeFailed,
+    RowsOverQuota,
+    Suspended,
+    TooLarge,
+    Wedged,
+)
+from flatshare.models.architecture import Architecture, architecture
+from flatshare.residency.lease import Lease
+from flatshare.residency.model_cache import ModelCache
+from flatshare.resolution.heads import RegistryView
+from flatshare.resolution.swaps import Promotions
+from flatshare.weights.tiers import Tier
+from flatshare_registry.errors import InvalidInput, NotFound, Unavailable
+from flatshare_registry.ids import ModelRef, TenantId
+from flatshare_registry.records import Quotas, TenantHead, TenantState, VersionRecord
+
+__all__ = ["Decode", "InferenceService", "MayPredict", "Prediction", "Ticket"]
+
+logger = logging.getLogger("flatshare.replica")
+
+FEW_ROWS: Final = 16
+"""Rows up to which plain Python finds the labels as fast as numpy does."""
+
+LEASE_SHARE: Final = 0.98
+"""Part of what is left of a request's time that it waits for a lease."""
+
+Rows = NDArray[np.float32]
+
+Decode = Callable[[Architecture], Rows | Awaitable[Rows]]
+"""Makes the rows ``(N, *input.shape)`` of a request for an architecture, at once or as something to await;
+raises ``BadInput``."""
+
+
+class MayPredict(Protocol):
+    """A caller who is known."""
+
+    def may_predict(self, ref: ModelRef) -> None:
+        """Return if the caller may use a model; raises ``NotFound`` or ``Forbidden``."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Ticket:
+    """The right to one request for a model: its caller was allowed and its tenant's limits were checked.
+
+    Attributes
+    ----------
+    head
+        The tenant, as known when the request came.
+    limits
+        What holds for its size.
+    """
+
+    ref: ModelRef
+    head: TenantHead
+    limits: Quotas
+    under_way: UnderWay
+
+    def __enter__(self) -> Ticket:
+        """Begin."""
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """The request is over: it counts no longer."""
+        self.under_way.__exit__(kind, error, trace)
+
+    def hold_bytes(self, size: int) -> None:
+        """Count what the request holds in memory. Raises as :meth:`UnderWay.hold_bytes`."""
+        self.under_way.hold_bytes(size)
+
+    def decode(self, most: int, decode: Callable[[int], NDArray[np.float32]]) -> NDArray[np.float32]:
+        """Decode rows within the tenant's limit, which is known before memory is spent on them.
+
+        Parameters
+        ----------
+        most
+            Rows that anybody may send.
+        decode
+            Called with the smaller of the two limits.
+
+        Raises
+        ------
+        RowsOverQuota
+            There are more than this tenant may send.
+        """
+        own = self.limits.rows_per_request
+        if own is None or own >= most:
+            return decode(most)
+        try:
+            return decode(own)
+        except TooLarge as error:
+            raise RowsOverQuota(f"tenant {self.ref.tenant}: {error.message}") from None
+
+    def check_rows(self, rows: int) -> None:
+        """Refuse a batch that is larger than the tenant may send.
+
+        Raises
+        ------
+        RowsOverQuota
+            It is.
+        """
+        limit = self.limits.rows_per_request
+        if limit is not None and rows > limit:
+            raise RowsOverQuota(f"there are {rows} rows; tenant {self.ref.tenant} may send {limit} at a time")
+
+
+@dataclass(frozen=True, slots=True)
+class Prediction:
+    """An answer and where it came from.
+
+    Attributes
+    ----------
+    logits
+        ``(N, classes)`` float32.
+    version
+        Exactly what ran.
+    tier
+        Where the request found it.
+    """
+
+    logits: NDArray[np.float32]
+    version: VersionRecord
+    tier: Tier
+
+    @property
+    def labels(self) -> NDArray[np.int64]:
+        """Most likely class of each row, ``(N,)``."""
+        labels: NDArray[np.int64] = self.logits.argmax(axis=1)
+        return labels
+
+    def label_list(self) -> list[int]:
+        """The same as plain numbers; for few rows without letting the GIL go (see ``codecs/payload.py``)."""
+        if len(self.logits) > FEW_ROWS:
+            numbers: list[int] = self.labels.tolist()
+            return numbers
+        return [row.index(max(row)) for row in self.logits.tolist()]
+
+
+class Runs(Protocol):
+    """What the service asks of an inference engine."""
+
+    async def run(self, lease: Lease, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Logits ``(N, classes)`` of rows ``(N, *input.shape)`` under a lease."""
+        ...
+
+
+class InferenceService:
+    """Answers requests of one replica.
+
+    Parameters
+    ----------
+    admission
+        Places for requests whose model is resident: the work of a replica.
+    cold
+        Places for requests that wait for the registry or for a load. They are apart, so that a
+        store that is slow or down does not stop the models that are here (promise 11).
+    promotions
+        Which old version still answers for an alias that was moved.
+    quotas
+        What each tenant may use.
+    timeout_s
+        Seconds that a request may take, waiting included.
+    """
+
+    def __init__(
+        self,
+        *,
+        view: RegistryView,
+        cache: ModelCache,
+        promotions: Promotions,
+        inference: Runs,
+        admission: Admission,
+        cold: Admission,
+        quotas: QuotaKeeper,
+        timeout_s: float,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock = clock
+        self._fences: dict[TenantId, float] = {}
+        self.view = view
+        self.cache = cache
+        self.promotions = promotions
+        self.admission = admission
+        self.cold = cold
+        self.quotas = quotas
+        self._inference = inference
+        self._timeout_s = timeout_s
+
+    async def enter(self, caller: MayPredict, ref: ModelRef, *, within: Ticket | None = None) -> Ticket:
+        """Let a request in, before anything of it is read: a context that lasts as long as the request.
+
+        Waits for nothing when the tenant is known.
+
+        Parameters
+        ----------
+        within
+            The ticket of the stream that it is a line of: it counts for the rate, and not once more as
+            under way.
+
+        Raises
+        ------
+        NotFound
+            There is no such tenant, or it is none of the caller's.
+        Forbidden, Suspended
+            The caller may not, or nobody may now.
+        OverQuota
+            The tenant is over its rate, or has too many requests under way.
+        Unavailable
+            The tenant is not known here, and the store does not answer.
+        """
+        caller.may_predict(ref)
+        self.check_fence(ref)
+        head = self.view.head_now(ref.tenant)
+        if head is None:
+            try:
+                async with asyncio.timeout(self._timeout_s), self.cold.hold(self._timeout_s, ref.tenant):
+                    head = await self.view.head(ref.tenant)
+            except TimeoutError:
+                raise Unavailable(f"the registry did not answer within {self._timeout_s:g} s") from None
+        if head.state is TenantState.SUSPENDED:
+            raise Suspended(f"tenant {ref.tenant} is suspended; ask your operator")
+        under_way = self.quotas.request(head, counted=within is None)
+        return Ticket(ref, head, self.quotas.limits(head), under_way)
+
+    def another_place(self, ticket: Ticket) -> UnderWay | None:
+        """A place for one more line of a stream at a time; None when its tenant has all that it may have."""
+        return self.quotas.place(ticket.head)
+
+    async def predict(self, ticket: Ticket, decode: Decode) -> Prediction:
+        """Answer one request.
+
+        Raises
+        ------
+        BadInput
+            The request is wrong; nothing was loaded.
+        OverQuota
+            The tenant loads too many models, or keeps too many on the device.
+        NotFound
+            No such tenant, alias or version.
+        Overloaded, DeadlineExceeded
+            No room, or not in time; retry.
+        Corrupt, ModelFailed, Unavailable
+            The version can't be served now.
+        IsolationBroken
+            The slot does not hold what the ref resolved to.
+        """
+        ref = ticket.ref
+        loop = asyncio.get_running_loop()
+        deadline = loop.time() + self._timeout_s
+        try:
+            async with asyncio.timeout_at(deadline):
+                version = await self._resolve(ref)
+                decoded = decode(_installed(version))
+                rows = decoded if isinstance(decoded, np.ndarray) else await decoded
+                ticket.check_rows(len(rows))
+                if rows.nbytes > FREE_BYTES:
+                    ticket.under_way.hold_more(rows.nbytes)
+                self.check_fence(ref)  # what the registry said may be older than the fence
+                lease = self.cache.try_lease(version)
+                if lease is None:
+                    if not self.cache.is_loading(version):  # to join a load costs nothing
+                        self.quotas.cold_load(ticket.head)
+                    async with self.cold.hold(self._timeout_s, ref.tenant):
+                        # A little less than is left: then the cache says why there is no lease.
+                        lease = await self.cache.lease(version, (deadline - loop.time()) * LEASE_SHARE)
+                with lease:
+                    try:
+                        if lease.record.digest != version.digest:
+                            raise IsolationBroken(f"the slot of {version.name} holds other weights")
+                        async with self.admission.hold(self._timeout_s, ref.tenant):
+                            logits = await self._inference.run(lease, rows)
+                    except ProbeFailed as error:
+                        self.cache.condemn(lease, error)
+                        raise
+                    except Wedged:
+                        # The thread still uses its memory: nobody may have the slot, and its bytes count.
+                        self.cache.quarantine(lease)
+                        raise
+                    except IsolationBroken:
+                        logger.exception("isolation: %s", lease.receipt)
+                        self.cache.quarantine(lease)
+                        raise
+                self.check_fence(ref)  # it may have come while this was under way
+                return Prediction(logits, version, lease.tier)
+        except TimeoutError:
+            raise DeadlineExceeded(f"not answered within {self._timeout_s:g} s") from None
+
+    def fence(self, tenant: TenantId, seconds: float) -> None:
+        """Answer nothing for a tenant, for so long, whatever the registry's view says: it is being erased."""
+        self._fences[tenant] = self._clock() + seconds
+
+    def check_fence(self, ref: ModelRef) -> None:
+        """Return if a tenant may be served: its models may be leased, and loaded.
+
+        Raises
+        ------
+        NotFound
+            It is being erased.
+        """
+        if self._fences:
+            until = self._fences.get(ref.tenant)
+            if until is not None:
+                if self._clock() < until:
+                    raise NotFound(f"there is no tenant {ref.tenant}")
+                del self._fences[ref.tenant]
+
+    async def describe(self, ticket: Ticket) -> VersionRecord:
+        """The version that a ref means now; loads nothing. Raises as :meth:`predict` does."""
+        return await self._resolve(ticket.ref)
+
+    async def _resolve(self, ref: ModelRef) -> VersionRecord:
+        # The head moves the registry's view, which may begin a swap: look at it first.
+        version = self.view.resolve_now(ref)
+        serving = self.promotions.serving(ref)
+        if serving is not None:
+            return serving
+        if version is not None:
+            return version
+        async with self.cold.hold(self._timeout_s, ref.tenant):
+            version = await self.view.resolve(ref, self._timeout_s)
+        return self.promotions.serving(ref) or version
+
+
+def _installed(version: VersionRecord) -> Architecture:
+    """A version's architecture.
+
+    Raises
+    ------
+    ModelFailed
+        It is not installed here: the operator's to mend, not the caller's.
+    """
+    try:
+        return architecture(version.architecture)
+    except InvalidInput as error:
+        raise ModelFailed(
+            f"{version.name} can't be served: its architecture is not installed here"
+        ) from error

@@ -1,0 +1,65 @@
+"""What a replica tells the control plane about itself: plain values that pickle."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from flatshare.residency.stats import CacheStats
+from flatshare.weights.host_tier import HostUsage
+from flatshare.weights.tiers import DeviceMemory, ResidentInfo, SwapInfo
+
+__all__ = ["ReplicaSnapshot"]
+
+
+@dataclass(frozen=True, slots=True)
+class ReplicaSnapshot:
+    """One replica at one moment.
+
+    Attributes
+    ----------
+    slots, slots_used
+        Models that fit; models that are held, being loaded or being freed.
+    budget_bytes, held_bytes, reserved_bytes
+        Of the device: what models may take (None for no bound), what they take, and what loads under way
+        have set aside. Shared tensors count once.
+    device_memory
+        The device's own accounts.
+    host
+        The node's host tier; None without one.
+    loading
+        Versions that are being loaded.
+    swaps
+        Aliases that are not yet where they were moved to.
+    passes, rows
+        Forward passes since the start, and the rows in them.
+    ongoing, queued, refused
+        Requests worked on now, waiting now, and refused since the start.
+    advertised
+        Refs that Ray's routers are told are here.
+    models
+        Most recently used first.
+    """
+
+    replica: str
+    node: str
+    node_id: str
+    pid: int
+    device: str
+    slots: int
+    slots_used: int
+    budget_bytes: int | None
+    held_bytes: int
+    reserved_bytes: int
+    device_memory: DeviceMemory
+    host: HostUsage | None
+    loading: list[str]
+    swaps: list[SwapInfo]
+    passes: int
+    rows: int
+    started_at: float
+    ongoing: int
+    queued: int
+    refused: int
+    advertised: list[str]
+    models: list[ResidentInfo]
+    stats: CacheStats

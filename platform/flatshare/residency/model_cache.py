@@ -1,0 +1,591 @@
+"""The model cache of one replica: loads what is asked for, and lends it out by lease.
+
+What is on the device, and who goes for whom, is ``residency.py``.
+
+Rules, each with a test:
+
+- Fetch, verify, build and try out first; only then make room. A load that fails evicts nothing.
+  (Only a device that refuses the finished model, out of memory say, comes after.)
+- Victims are chosen as a set, among residents without lease and pin, before any of them goes. If the
+  set can't make room nothing is evicted, and the load waits for a lease to end.
+- One load of a version at a time; the load belongs to the cache, not to the caller who asked first.
+- A load hands its waiters their leases in the same step in which the model becomes resident, so
+  nothing can evict it in between.
+- What is taken, in slots and in bytes, never exceeds what there is (``ledger.py``).
+- Loads from the node's own files have places of their own: a store that hangs holds up none of them.
+- Places for loads go round the tenants that wait; a tenant that is over its share evicts its own models, and
+  nobody evicts another below its floor (``shares.py``).
+
+All methods must be called on one event loop; nothing in here blocks it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+import traceback
+from collections.abc import Awaitable, Callable, Mapping
+from contextlib import AbstractContextManager
+from dataclasses import dataclass, field
+from typing import Final
+
+from flatshare.errors import DeadlineExceeded, IsolationBroken, NoRoom
+from flatshare.residency.failures import FailureMemory
+from flatshare.residency.fair_semaphore import Turns
+from flatshare.residency.lease import Erased, Lease, Resident
+from flatshare.residency.ledger import Ledger
+from flatshare.residency.policy import EvictionPolicy, LeastRecentlyUsed
+from flatshare.residency.residency import NoRoomNow, Residency
+from flatshare.residency.stats import CacheStats
+from flatshare.residency.tenant_limits import NO_SHARE, ShareOf
+from flatshare.weights.loader import Held, Loader, Placed, Prepared
+from flatshare.weights.tiers import ModelKey, Part, ResidentInfo, State, Tier
+from flatshare_registry.errors import NotFound, Unavailable
+from flatshare_registry.records import VersionRecord
+
+__all__ = ["LOCAL_CONCURRENCY", "ModelCache"]
+
+LOCAL_CONCURRENCY: Final = 2
+"""Loads from the node's own files at a time: they cost CPU, not waiting."""
+
+STORE_RESTS_S: Final = 2.0
+"""Seconds for which nobody asks a store that has just let a load time out."""
+
+
+@dataclass(slots=True, eq=False)
+class _Load:
+    """A load under way and who waits for it.
+
+    Attributes
+    ----------
+    wants_room
+        It is ready and waits for leases to end.
+    """
+
+    task: asyncio.Task[None] | None = None
+    waiters: list[asyncio.Future[Lease]] = field(default_factory=list)
+    erased: bool = False
+    wants_room: bool = False
+
+    @property
+    def abandoned(self) -> bool:
+        """Whether all who waited have gone."""
+        return all(waiter.done() for waiter in self.waiters)
+
+    def fail(self, error: Exception) -> None:
+        """Tell all who wait."""
+        for waiter in self.waiters:
+            if not waiter.done():
+                waiter.set_exception(_copy(error))
+
+    def check_erased(self, record: VersionRecord) -> None:
+        """Stop a load of something that is gone meanwhile.
+
+        Raises
+        ------
+        NotFound
+            It is.
+        """
+        if self.erased:
+            raise NotFound(f"{record.name} was erased")
+
+
+class ModelCache:
+    """Residents of one replica.
+
+    Parameters
+    ----------
+    ledger
+        Slots and bytes; this cache's own.
+    loader
+        The two halves of a load.
+    load_concurrency
+        Most loads from the store at a time; others wait.
+    room_timeout_s
+        Seconds that a load waits for room while all is leased or pinned.
+    fetch_timeout_s
+        Seconds that the store may take for one version; then it counts as unavailable.
+    policy
+        Who is evicted first.
+    share_of
+        A tenant's share of the device.
+    on_change
+        Called after the set of residents changed; must not raise.
+    clock, wall_clock
+        Monotonic and POSIX seconds.
+    """
+
+    def __init__(
+        self,
+        *,
+        ledger: Ledger,
+        loader: Loader,
+        load_concurrency: int = 4,
+        room_timeout_s: float = 30.0,
+        fetch_timeout_s: float = 10.0,
+        policy: EvictionPolicy | None = None,
+        share_of: ShareOf = lambda tenant: NO_SHARE,
+        on_change: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.ledger = ledger
+        self.stats = CacheStats()
+        self._loader = loader
+        self._room_timeout_s = room_timeout_s
+        self._fetch_timeout_s = fetch_timeout_s
+        self._on_change = on_change
+        self._clock = clock
+        self._failures = FailureMemory(clock)
+        self._loading = Turns(load_concurrency)
+        self._loading_local = Turns(LOCAL_CONCURRENCY)
+        self._loads: dict[ModelKey, _Load] = {}
+        self._erasures: dict[str, Erased] = {}
+        self._residency = Residency(
+            ledger,
+            policy or LeastRecentlyUsed(),
+            share_of,
+            stats=self.stats,
+            scrub=loader.scrub,
+            on_change=on_change,
+            wall_clock=wall_clock,
+        )
+        self._store_rests_until = float("-inf")
+        self._closed = False
+
+    # -- leasing
+
+    def try_lease(self, record: VersionRecord) -> Lease | None:
+        """A lease if the version is resident; no waiting, no load. The hot path."""
+        key = ModelKey.of(record)
+        resident = self._residency.residents.get(key)
+        if resident is None:
+            return None
+        self._residency.policy.used(key)
+        return self._residency.grant(resident, Tier.DEVICE)
+
+    async def lease(self, record: VersionRecord, timeout_s: float) -> Lease:
+        """A lease on a version, loaded first if need be.
+
+        Cancelling the caller, or its time-out, leaves the load running for whoever else waits.
+
+        Raises
+        ------
+        DeadlineExceeded
+            It was not loaded within ``timeout_s`` seconds.
+        NoRoom, ResidentOverQuota
+            It was loaded, and all that could have made room for it was in use. Nothing was evicted.
+        Corrupt, ModelFailed, Unavailable
+            The load failed, now or a short while ago. Nothing was evicted.
+        """
+        lease = self.try_lease(record)
+        if lease is not None:
+            return lease
+        waiter = self._wait_for_load(record)
+        try:
+            async with asyncio.timeout(timeout_s):
+                return await waiter
+        except BaseException as error:
+            # Cancelled or timed out, perhaps just after the load handed this waiter its lease.
+            if not waiter.done():
+                waiter.cancel()
+            elif not waiter.cancelled() and waiter.exception() is None:
+                waiter.result().release()
+            if isinstance(error, TimeoutError):
+                load = self._loads.get(ModelKey.of(record))
+                if load is not None and load.wants_room:
+                    raise self._residency.no_room(record, self._loader.check(record)) from None
+                raise DeadlineExceeded(f"{record.name} was not loaded within {timeout_s:g} s") from None
+            raise
+
+    async def preload(self, record: VersionRecord, timeout_s: float, *, pin: bool = False) -> None:
+        """Make a version resident without using it; no request is counted. Raises as :meth:`lease` does.
+
+        Parameters
+        ----------
+        pin
+            Also keep it until :meth:`unpin` or :meth:`unload`.
+
+        Raises
+        ------
+        NoRoom
+            Pinning it would leave no slot, or less than half the bytes, for everybody else.
+        """
+        key = ModelKey.of(record)
+        if pin:
+            self._residency.check_pin(key, self._loader.check(record))
+        with await self.lease(record, timeout_s) as lease:
+            self.stats.hits[lease.tier] -= 1
+            resident = lease.resident
+            assert resident is not None, "the lease is held"
+            resident.hits -= 1
+            if pin and resident.state is State.RESIDENT:
+                self._residency.check_pin(key, resident.parts)  # others may have been pinned meanwhile
+                resident.pinned = True
+
+    def unpin(self, key: ModelKey) -> bool:
+        """Let a version be evicted again; whether it was pinned."""
+        resident = self._residency.residents.get(key)
+        if resident is None or not resident.pinned:
+            return False
+        resident.pinned = False
+        self._residency.room.wake()
+        return True
+
+    def protected(self, key: ModelKey) -> AbstractContextManager[None]:
+        """Within this, a version is evicted after all others: its successor is on the way."""
+        return self._residency.protected(key)
+
+    # -- removing
+
+    def unload(self, key: ModelKey) -> bool:
+        """Stop lending a version and free it as soon as its leases have ended; whether it was here.
+
+        Also ends a pin or a quarantine.
+        """
+        for resident in self._residency.leaving.values():
+            if resident.state is State.QUARANTINED and ModelKey.of(resident.record) == key:
+                resident.state = State.DRAINING
+                self._residency.free_if_unleased(resident)
+                return True
+        resident_now = self._residency.residents.get(key)
+        if resident_now is None:
+            return False
+        self._residency.retire(resident_now, evicted=False)
+        self._on_change()
+        return True
+
+    def withdraw(self, key: ModelKey) -> None:
+        """A version was deleted: free it, and let a load of it that is under way come to nothing."""
+        if key in self._loads:
+            self._loads[key].erased = True
+        self.unload(key)
+
+    def quarantine(self, lease: Lease) -> None:
+        """Take the slot of a lease out of use: it failed an isolation check.
+
+        Nobody gets the slot again until an operator unloads the version; a later request for the
+        version loads it anew, into another slot.
+        """
+        resident = lease.resident
+        if resident is None or resident.state is State.QUARANTINED:
+            return
+        if resident.state is State.RESIDENT:
+            self._residency.retire(resident, evicted=False)
+        resident.state = State.QUARANTINED
+        self.stats.quarantined += 1
+        self._on_change()
+
+    def condemn(self, lease: Lease, error: Exception) -> None:
+        """A model failed its probe with its first rows: free it, and remember why it can't be served."""
+        key = ModelKey.of(lease.record)
+        if lease.resident is not None and self._residency.residents.get(key) is lease.resident:
+            self._residency.retire(lease.resident, evicted=False)
+            self._on_change()
+        self._loader.distrust(lease.record)
+        self._failures.remember(key, error)
+
+    def erase(self, tenant: str) -> Erased:
+        """Free and overwrite all of a tenant's models, and let none of its loads under way become resident.
+
+        Returns
+        -------
+        Erased
+            What went and what was overwritten; both grow while leases end (:meth:`erased`).
+        """
+        for key, load in self._loads.items():
+            if key.tenant == tenant:
+                load.erased = True
+        told = self._erasures.setdefault(tenant, Erased())
+        self._loader.stop(tenant)
+        self._loader.let_go()
+        for resident in [*self._residency.residents.values(), *self._residency.leaving.values()]:
+            if resident.record.tenant == tenant and resident.erased is None:
+                resident.erased = told
+                told.models += 1
+                if resident.state is State.RESIDENT:
+                    self._residency.retire(resident, evicted=False)
+                elif resident.state is State.QUARANTINED:
+                    resident.state = State.DRAINING
+                    self._residency.free_if_unleased(resident)
+        self._failures.forget(tenant)
+        self._on_change()
+        return told
+
+    async def erased(self, tenant: str, timeout_s: float) -> bool:
+        """Wait until nothing of an erased tenant is left; whether that is so.
+
+        Loads under way count, and so do threads of loads that were given up: they go on.
+        """
+        deadline = self._clock() + timeout_s
+
+        def gone() -> bool:
+            held = [*self._residency.residents.values(), *self._residency.leaving.values()]
+            return not any(one.record.tenant == tenant for one in held)
+
+        while loads := [load.task for key, load in self._loads.items() if key.tenant == tenant and load.task]:
+            done, _ = await asyncio.wait(loads, timeout=max(deadline - self._clock(), 0))
+            if not done:
+                return False
+        if not await self._loader.ended(tenant, deadline - self._clock()):
+            return False
+        self._loader.let_go()  # what these loads have prepared
+        return gone() or await self._residency.room.wait(gone, deadline - self._clock())
+
+    def forget_failures(self, tenant: str) -> None:
+        """Try a tenant's failed versions again at the next request."""
+        self._failures.forget(tenant)
+
+    async def close(self, timeout_s: float) -> None:
+        """Stop loads and begin no more, then free everything; waits up to ``timeout_s`` for leases to end."""
+        self._closed = True
+        loads = list(self._loads.values())
+        tasks = [load.task for load in loads if load.task is not None]
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+        for load in loads:
+            load.fail(NoRoom("the replica is stopping"))  # one that was cancelled before its first step
+        self._loads.clear()
+        for resident in list(self._residency.residents.values()):
+            self._residency.retire(resident, evicted=False)
+        deadline = self._clock() + timeout_s
+        await self._residency.room.wait(
+            lambda: not any(one.leases for one in self._residency.leaving.values()), deadline - self._clock()
+        )
+        self._on_change()
+
+    # -- looking
+
+    @property
+    def slots(self) -> int:
+        """Most models at a time."""
+        return self.ledger.slots
+
+    @property
+    def occupied(self) -> int:
+        """Slots that are taken: by residents, by loads, by what is draining or in quarantine."""
+        return self.ledger.slots_taken
+
+    @property
+    def loading(self) -> list[ModelKey]:
+        """Versions that are being loaded, or wait for their turn."""
+        return list(self._loads)
+
+    def is_loading(self, record: VersionRecord) -> bool:
+        """Whether a load of a version is under way that others can join."""
+        return ModelKey.of(record) in self._loads
+
+    def is_resident(self, key: ModelKey) -> bool:
+        """Whether a version can be leased at once."""
+        return key in self._residency.residents
+
+    def record_of(self, key: ModelKey) -> VersionRecord | None:
+        """The record of a version that can be leased at once."""
+        resident = self._residency.residents.get(key)
+        return resident.record if resident is not None else None
+
+    def is_pinned(self, key: ModelKey) -> bool:
+        """Whether a version is here and never evicted."""
+        resident = self._residency.residents.get(key)
+        return resident is not None and resident.pinned
+
+    def resident_records(self) -> list[VersionRecord]:
+        """Versions that can be leased at once."""
+        return [resident.record for resident in self._residency.residents.values()]
+
+    def snapshot(self) -> list[ResidentInfo]:
+        """All that is held and why, most recently used first."""
+        return self._residency.snapshot()
+
+    # -- loading
+
+    def _wait_for_load(self, record: VersionRecord) -> asyncio.Future[Lease]:
+        """Join the load of a version, beginning it if there is none."""
+        key = ModelKey.of(record)
+        load = self._loads.get(key)
+        if load is not None:
+            load.check_erased(record)
+        else:
+            if self._closed:
+                raise NoRoom("the replica is stopping")
+            self._failures.check(key)
+            claimed = self._loader.check(record)
+            self._residency.check_ever_fits(record, claimed)
+            load = self._loads[key] = _Load()
+            # The cache holds the task: no caller's cancellation reaches it.
+            load.task = asyncio.create_task(self._run_load(key, record, claimed, load), name=f"load {key}")
+        waiter: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
+        load.waiters.append(waiter)
+        return waiter
+
+    async def _run_load(
+        self, key: ModelKey, record: VersionRecord, claimed: Mapping[Part, int], load: _Load
+    ) -> None:
+        try:
+            resident = await self._load(record, claimed, load)
+        except _Abandoned:
+            pass  # nobody waits any more; whoever asks next begins anew
+        except BaseException as error:
+            self.stats.load_failures += 1
+            _let_go(error)
+            failure = error if isinstance(error, Exception) else NoRoom(f"{key}: the replica is stopping")
+            self._failures.remember(key, failure)
+            load.fail(failure)
+            del failure
+            if not isinstance(error, Exception):
+                raise
+        else:
+            for waiter in load.waiters:
+                if not waiter.done():
+                    waiter.set_result(self._residency.grant(resident, resident.tier))
+            self._on_change()
+        finally:
+            if self._loads.get(key) is load:
+                del self._loads[key]
+            # What this load held, or its resident without a lease, may be room for another.
+            self._residency.room.wake()
+
+    async def _load(self, record: VersionRecord, claimed: Mapping[Part, int], load: _Load) -> Resident:
+        """Try until there is room, or the time for that is over.
+
+        A load that waits for room holds nothing: neither a place, nor parts that others could free,
+        nor the tensors that it prepared. It begins again when there is room for it, and then finds its
+        bytes on the node.
+        """
+        deadline: float | None = None
+        tenant = record.tenant
+        while True:
+            try:
+                resident = await self._attempt(
+                    record, claimed, load, self._loading_local, self._loader.prepare_local
+                )
+                if resident is None:
+                    resident = await self._attempt(record, claimed, load, self._loading, self._prepare)
+                assert resident is not None, "the store answers or raises"
+                return resident
+            except NoRoomNow:
+                pass
+            deadline = self._clock() + self._room_timeout_s if deadline is None else deadline
+            load.wants_room = True
+            if self._clock() >= deadline or not await self._residency.room.wait(
+                lambda: self._residency.could_fit(tenant, claimed), deadline - self._clock()
+            ):
+                raise self._residency.no_room(record, claimed)
+            load.wants_room = False
+
+    async def _prepare(self, record: VersionRecord, held: Held) -> Prepared:
+        if self._clock() < self._store_rests_until:
+            raise Unavailable(
+                f"the store did not answer others a moment ago; {record.name} was not asked for"
+            )
+        began = self._clock()
+        try:
+            async with asyncio.timeout(self._fetch_timeout_s):
+                return await self._loader.prepare(record, held, self._fetch_timeout_s)
+        except (TimeoutError, Unavailable) as error:
+            if self._clock() - began >= self._fetch_timeout_s / 2:
+                # It hangs rather than refuses: whoever waits for a place to ask it would wait as long, one
+                # after the other. They are told now; after a while somebody asks it again.
+                self._store_rests_until = self._clock() + STORE_RESTS_S
+            if isinstance(error, Unavailable):
+                raise
+            raise Unavailable(
+                f"the store did not deliver {record.name} within {self._fetch_timeout_s:g} s"
+            ) from None
+
+    async def _attempt(
+        self,
+        record: VersionRecord,
+        claimed: Mapping[Part, int],
+        load: _Load,
+        places: Turns,
+        prepare: Callable[[VersionRecord, Held], Awaitable[Prepared | None]],
+    ) -> Resident | None:
+        """One way to load; None when it can't give the bytes.
+
+        Raises
+        ------
+        NoRoomNow
+            It is ready, but what is leased or pinned leaves no room.
+        """
+        async with places.hold(record.tenant):
+            # Callers may have gone while this waited for its turn: a flood of requests that hang up
+            # must not fetch, or evict, for nobody. One that has begun is finished (promise 6).
+            if load.abandoned:
+                raise _Abandoned
+            # What the device has already is held from here on, so that nothing evicts it meanwhile.
+            held = self._loader.hold(record)
+            counted = self.ledger.hold_present(held)
+            try:
+                started = self._clock()
+                prepared = await prepare(record, held)
+                if prepared is None:
+                    return None
+                load.check_erased(record)
+                placed = await self._place(record, prepared, claimed, held, counted)
+                if load.erased:
+                    own = self.ledger.own_parts(placed.parts)
+                    self._loader.scrub(placed.model, own)
+                    self.ledger.drop(placed.parts)
+                    self.ledger.free_slot()
+                load.check_erased(record)
+                self.stats.loads += 1
+                self.stats.load_times.add(self._clock() - started)
+                return self._residency.admit(record, placed, prepared.tier)
+            finally:
+                self.ledger.drop(counted)
+
+    async def _place(
+        self,
+        record: VersionRecord,
+        prepared: Prepared,
+        claimed: Mapping[Part, int],
+        held: Held,
+        counted: Mapping[Part, int],
+    ) -> Placed:
+        """Make room, put the model there, and count what it really takes."""
+        # All that will be copied is set aside, also what another model has brought here meanwhile.
+        new_bytes = sum(size for part, size in claimed.items() if part not in counted)
+        self._residency.make_room(record.tenant, new_bytes, slots=1, whole_bytes=sum(claimed.values()))
+        reservation = self.ledger.reserve(new_bytes)
+        try:
+            placed = await self._loader.place(record, prepared, held)
+            if placed.model.digest != record.digest:
+                raise IsolationBroken(f"{record.name} was loaded with other weights")
+            self._residency.check_ever_fits(record, placed.parts)
+            more = self.ledger.missing_bytes(placed.parts) - reservation.bytes
+            if more > 0:
+                try:
+                    self._residency.make_room(record.tenant, more, slots=0, whole_bytes=more)
+                except NoRoomNow as error:
+                    raise NoRoom(f"{record.name} takes {more} bytes more than it claimed; retry") from error
+                self.ledger.grow(reservation, reservation.bytes + more)
+        except BaseException:
+            self.ledger.cancel(reservation)
+            raise
+        self.ledger.settle(reservation, placed.parts)
+        return placed
+
+
+class _Abandoned(Exception):
+    """A load that nobody waits for any more was dropped before it began."""
+
+
+def _let_go(error: BaseException) -> None:
+    """Clear the frames of a failure: their locals hold tensors, and the error is kept for callers."""
+    seen: BaseException | None = error
+    while seen is not None:
+        traceback.clear_frames(seen.__traceback__)
+        seen = seen.__cause__ or seen.__context__
+
+
+def _copy(error: Exception) -> Exception:
+    """A fresh instance for each waiter: a shared one would collect all their tracebacks."""
+    try:
+        copy = type(error)(*error.args)
+    except TypeError:
+        return error
+    copy.__dict__.update(error.__dict__)
+    copy.__cause__ = error.__cause__
+    return copy

@@ -1,0 +1,299 @@
+"""What is on a device, who holds it, and who goes for whom: slots and bytes, leases, pins, floors, eviction.
+
+Knows nothing of where models come from; ``model_cache.py`` loads them and hands them over.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import time
+from collections.abc import Callable, Collection, Iterator, Mapping
+
+from flatshare.errors import NeverFits, NoRoom, ResidentOverQuota
+from flatshare.models.stages import Model
+from flatshare.residency.lease import Lease, Resident
+from flatshare.residency.ledger import Ledger
+from flatshare.residency.policy import EvictionPolicy
+from flatshare.residency.room import RoomQueue
+from flatshare.residency.stats import CacheStats
+from flatshare.residency.tenant_limits import ShareOf, own_victims, spare_floors
+from flatshare.weights.loader import Placed
+from flatshare.weights.tiers import ModelKey, Part, Receipt, ResidentInfo, State, Tier
+from flatshare_registry.records import VersionRecord
+
+__all__ = ["NoRoomNow", "Residency"]
+
+logger = logging.getLogger("flatshare.residency")
+
+
+class NoRoomNow(NoRoom):
+    """A load is ready, but nothing that may be evicted makes room for it at this moment."""
+
+    def __init__(self) -> None:
+        super().__init__("no room now; retry")
+
+
+class Residency:
+    """The models on one device. Must be used on one event loop; nothing in here waits.
+
+    Parameters
+    ----------
+    ledger
+        Slots and bytes.
+    policy
+        Who goes first.
+    share_of
+        A tenant's share of the device.
+    stats
+        Counted in: hits and evictions.
+    scrub
+        Overwrites those parts of a model that nobody else has (erasure); returns how many bytes.
+    on_change
+        Called after models were evicted; must not raise.
+    wall_clock
+        POSIX seconds.
+
+    Attributes
+    ----------
+    residents
+        What can be leased.
+    leaving
+        What can't any more and still takes its slot: draining, or in quarantine.
+    room
+        Where loads wait for a lease to end.
+    """
+
+    def __init__(
+        self,
+        ledger: Ledger,
+        policy: EvictionPolicy,
+        share_of: ShareOf,
+        *,
+        stats: CacheStats,
+        scrub: Callable[[Model, Collection[Part]], int],
+        on_change: Callable[[], None],
+        wall_clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.ledger = ledger
+        self.policy = policy
+        self.stats = stats
+        self.residents: dict[ModelKey, Resident] = {}
+        self.leaving: dict[int, Resident] = {}
+        self.room = RoomQueue()
+        self._share_of = share_of
+        self._scrub = scrub
+        self._on_change = on_change
+        self._wall_clock = wall_clock
+        self._protected: dict[ModelKey, int] = {}
+        self._generation = 0
+
+    # -- lending
+
+    def grant(self, resident: Resident, tier: Tier) -> Lease:
+        """A lease on a resident, for a request that found it in this tier."""
+        resident.leases += 1
+        resident.hits += 1
+        resident.last_used_at = self._wall_clock()
+        self.stats.hits[tier] += 1
+        return Lease(resident, tier, self._released)
+
+    def _released(self, resident: Resident) -> None:
+        resident.leases -= 1
+        if not resident.leases:
+            self.free_if_unleased(resident)
+            self.room.wake()
+
+    # -- coming and going
+
+    def admit(self, record: VersionRecord, placed: Placed, tier: Tier) -> Resident:
+        """A placed model, whose reservation is settled, becomes resident.
+
+        From here to the leases of those who wait for it nothing may await: the slot goes from reserved to
+        resident to leased in one step.
+        """
+        self._generation += 1
+        key, now = ModelKey.of(record), self._wall_clock()
+        resident = Resident(
+            record=record,
+            model=placed.model,
+            parts=placed.parts,
+            tier=tier,
+            receipt=Receipt(record.tenant, record.version, record.digest, self._generation),
+            probe_due=not placed.proven,
+            loaded_at=now,
+            last_used_at=now,
+        )
+        self.residents[key] = resident
+        self.policy.admitted(key)
+        return resident
+
+    @contextlib.contextmanager
+    def protected(self, key: ModelKey) -> Iterator[None]:
+        """Within this, a version is evicted after all others: its successor is on the way."""
+        self._protected[key] = self._protected.get(key, 0) + 1
+        try:
+            yield
+        finally:
+            self._protected[key] -= 1
+            if not self._protected[key]:
+                del self._protected[key]
+
+    def retire(self, resident: Resident, *, evicted: bool) -> None:
+        """No new leases; freed now, or when the last one ends. Counts until it is freed."""
+        key = ModelKey.of(resident.record)
+        del self.residents[key]
+        self.policy.removed(key, evicted=evicted)
+        resident.state = State.DRAINING
+        self.leaving[id(resident)] = resident
+        self.free_if_unleased(resident)
+
+    def free_if_unleased(self, resident: Resident) -> None:
+        """Let go of a draining model whose last lease has ended."""
+        if resident.leases or resident.state is not State.DRAINING:
+            return
+        if resident.erased is not None and resident.model is not None:
+            try:
+                resident.erased.overwritten_bytes += self._scrub(
+                    resident.model, self.ledger.own_parts(resident.parts)
+                )
+            except (
+                Exception
+            ):  # a device that fails: the memory goes all the same, and is not told as overwritten
+                logger.exception("%s could not be overwritten", resident.record.name)
+        # Dropping the last reference frees the tensors; nobody else holds the model.
+        resident.model = None
+        del self.leaving[id(resident)]
+        self.ledger.drop(resident.parts)
+        self.ledger.free_slot()
+        self.room.wake()
+
+    # -- making room
+
+    def make_room(self, tenant: str, new_bytes: int, *, slots: int, whole_bytes: int) -> None:
+        """Evict what must go so that so much fits, or nothing.
+
+        Parameters
+        ----------
+        whole_bytes
+            What counts for the tenant's share.
+
+        Raises
+        ------
+        NoRoomNow
+            What may be evicted would not do.
+        ResidentOverQuota
+            The model is more than the tenant's whole share.
+        """
+        if self._share_of(tenant).cap_bytes is None and self.ledger.fits(slots, new_bytes):
+            return
+        keys = self.candidates(tenant)
+        own = self.own_victims(tenant, whole_bytes, keys)
+        if own is None:
+            raise NoRoomNow
+        keys = [*own, *(key for key in keys if key not in own)]
+        chosen = self.ledger.choose_victims(
+            [self.residents[key].parts for key in keys], new_bytes, slots=slots
+        )
+        if chosen is None:
+            raise NoRoomNow
+        for key in dict.fromkeys([*own, *(keys[index] for index in chosen)]):
+            self.retire(self.residents[key], evicted=True)
+            self.stats.evictions += 1
+        self._on_change()
+
+    def own_victims(self, tenant: str, size_bytes: int, keys: list[ModelKey]) -> list[ModelKey] | None:
+        """A tenant's own models that must go for its cap; None when these are in use. Raises as shares.py."""
+        cap = self._share_of(tenant).cap_bytes
+        return own_victims(tenant, size_bytes, cap, keys, self.residents, self.leaving.values())
+
+    def could_fit(self, tenant: str, claimed: Mapping[Part, int]) -> bool:
+        """Whether a new try of a load that waits for room would find it."""
+        if self.own_victims(tenant, sum(claimed.values()), self.candidates(tenant)) is None:
+            return False
+        new_bytes = self.ledger.missing_bytes(claimed)
+        if self.ledger.fits(1, new_bytes):
+            return True
+        parts = [self.residents[key].parts for key in self.candidates(tenant)]
+        return self.ledger.choose_victims(parts, new_bytes, slots=1, keep=claimed) is not None
+
+    def candidates(self, tenant: str) -> list[ModelKey]:
+        """Who may go for a model of this tenant, in order; versions whose successor is on the way last."""
+        keys = [key for key in self.policy.victims() if self._evictable(key)]
+        keys.sort(key=lambda key: key in self._protected)
+        return spare_floors(
+            keys, self.residents, self._share_of, tenant, self.ledger.slots, self.ledger.budget_bytes
+        )
+
+    def no_room(self, record: VersionRecord, claimed: Mapping[Part, int]) -> Exception:
+        """What to tell those who wait for a version, when all that could make room for it is in use."""
+        tenant = record.tenant
+        if self.own_victims(tenant, sum(claimed.values()), self.candidates(tenant)) is None:
+            return ResidentOverQuota(
+                f"no room for {record.name}: all that tenant {tenant} may keep on a device is in use"
+            )
+        return NoRoom(
+            f"no room for {record.name}: all {self.ledger.slots} slots, or their bytes, are in use or "
+            "pinned; retry, or add slots"
+        )
+
+    def check_ever_fits(self, record: VersionRecord, parts: Mapping[Part, int]) -> None:
+        """Refuse what is larger than the whole budget (promise 9).
+
+        Raises
+        ------
+        NeverFits
+            It is.
+        """
+        budget, size = self.ledger.budget_bytes, sum(parts.values())
+        if budget is not None and size > budget:
+            raise NeverFits(
+                f"{record.name} takes {size} bytes on the device; a replica's budget is {budget} bytes"
+            )
+
+    def check_pin(self, key: ModelKey, parts: Mapping[Part, int]) -> None:
+        """Refuse one pin too many.
+
+        Raises
+        ------
+        NoRoom
+            It would leave no slot, or less than half the bytes, for everybody else.
+        """
+        pinned = [one for other, one in self.residents.items() if one.pinned and other != key]
+        if len(pinned) + 1 >= self.ledger.slots:
+            raise NoRoom(
+                f"pinning {key} would leave none of {self.ledger.slots} slots for other models; unpin some"
+            )
+        budget = self.ledger.budget_bytes
+        together = {part: size for one in pinned for part, size in one.parts.items()} | dict(parts)
+        if budget is not None and sum(together.values()) > budget // 2:
+            raise NoRoom(f"pinning {key} would take more than half of the {budget} bytes; unpin some")
+
+    def _evictable(self, key: ModelKey) -> bool:
+        resident = self.residents[key]
+        return not resident.leases and not resident.pinned
+
+    # -- looking
+
+    def snapshot(self) -> list[ResidentInfo]:
+        """All that is held and why, most recently used first."""
+        held = [*self.residents.values(), *self.leaving.values()]
+        return [
+            ResidentInfo(
+                tenant=one.record.tenant,
+                version=one.record.version,
+                digest=one.record.digest,
+                architecture=one.record.architecture,
+                size_bytes=one.size_bytes,
+                own_bytes=self.ledger.own_bytes(one.parts),
+                tier=one.tier,
+                state=one.state,
+                pinned=one.pinned,
+                generation=one.receipt.generation,
+                hits=one.hits,
+                leases=one.leases,
+                last_used_at=one.last_used_at,
+                loaded_at=one.loaded_at,
+            )
+            for one in sorted(held, key=lambda one: -one.last_used_at)
+        ]

@@ -1,0 +1,338 @@
+"""Loads onto one device: prepare in host memory, then place (``loader.py`` says what the cache asks for).
+
+What tenants have in common is held once: tensors by digest, and whole stages by their tensors, so
+that models with equal first layers hold the same objects (``models/stages.py``).
+"""
+
+from __future__ import annotations
+
+import contextlib
+import threading
+from collections.abc import Callable, Collection, Iterator, Mapping
+from concurrent.futures import Executor
+from typing import Final, Generic, TypeVar
+from weakref import WeakValueDictionary
+
+import torch
+from cachetools import LRUCache
+from torch import nn
+
+from flatshare.errors import ModelFailed, NoRoom, ProbeFailed
+from flatshare.models.architecture import Architecture, architecture
+from flatshare.models.probe import check_probe
+from flatshare.models.stages import Model, device_tensor, plan_of, tensor_view
+from flatshare.weights.device import Device
+from flatshare.weights.fetch import Fetched, TensorSource
+from flatshare.weights.host_cache import WarmTensors
+from flatshare.weights.loader import Held, Placed, Prepared
+from flatshare.weights.tiers import Part, Tier
+from flatshare_registry.errors import InvalidInput
+from flatshare_registry.records import TensorRecord, VersionRecord
+from flatshare_registry.weights import check_architecture
+
+__all__ = ["DeviceLoader", "part_of"]
+
+T = TypeVar("T")
+
+WARM_SHARE: Final = 8
+"""A process keeps at most one part in so many of the host tier's bytes ready beyond what its models hold."""
+
+MAX_PROVEN: Final = 100_000
+"""Versions that are remembered as having answered their probe in this process."""
+
+
+def part_of(tensor: TensorRecord) -> Part:
+    """What the device calls a tensor."""
+    return Part(tensor.sha256, tensor.dtype, tensor.shape)
+
+
+class DeviceLoader:
+    """Loads onto one device, in threads.
+
+    Parameters
+    ----------
+    source
+        Where tensors' bytes come from.
+    device
+        Where they go; the only difference between CPU and CUDA is this argument.
+    threads
+        Where loads from the store run.
+    local_threads
+        Where loads from the node's own files run: apart, so that a store that hangs holds up none of
+        them (promise 11).
+    """
+
+    def __init__(
+        self, source: TensorSource, device: Device, threads: Executor, local_threads: Executor
+    ) -> None:
+        self.source = source
+        self.device = device
+        self._threads = threads
+        self._local_threads = local_threads
+        # Weak: what keeps a tensor or a stage is a model that has it, so the last model's end frees it.
+        self._tensors: WeakValueDictionary[Part, torch.Tensor] = WeakValueDictionary()
+        self._stages: WeakValueDictionary[tuple[str, int, tuple[Part, ...]], nn.Module] = (
+            WeakValueDictionary()
+        )
+        # What each living model holds, placed or not: who wants to overwrite a tensor must know them all.
+        self._users: WeakValueDictionary[int, _Tensors] = WeakValueDictionary()
+        self._sharing = threading.Lock()
+        tier = source.tier
+        self._warm = WarmTensors(tier.budget_bytes // WARM_SHARE if tier is not None else 0)
+        if tier is not None:
+            tier.on_pressure = self._warm.clear
+        self._proven = _Known[bool](MAX_PROVEN)
+
+    def check(self, record: VersionRecord) -> Mapping[Part, int]:
+        """See :class:`Loader`."""
+        _architecture_of(record)
+        return {part_of(one): self.device.footprint(one.size_bytes) for one in record.tensors}
+
+    def hold(self, record: VersionRecord) -> Held:
+        """See :class:`Loader`."""
+        with self._sharing:
+            found = {part: self._tensors.get(part) for part in map(part_of, record.tensors)}
+        return {part: tensor for part, tensor in found.items() if tensor is not None}
+
+    def distrust(self, record: VersionRecord) -> None:
+        """See :class:`Loader`."""
+        self._proven.forget((record.digest, record.architecture))
+        self.let_go()  # all of it: memory that went wrong once is not asked which part of it did
+        with contextlib.suppress(RuntimeError):  # the replica is stopping: its threads take nothing more
+            self.source.work.submit(self._local_threads, record.tenant, lambda: self.source.recheck(record))
+
+    def let_go(self) -> None:
+        """See :class:`Loader`."""
+        self._warm.clear()
+
+    def stop(self, tenant: str) -> None:
+        """See :class:`Loader`."""
+        self.source.work.stop(tenant)
+
+    async def ended(self, tenant: str, timeout_s: float) -> bool:
+        """See :class:`Loader`."""
+        return await self.source.work.ended(tenant, timeout_s)
+
+    def scrub(self, model: Model, parts: Collection[Part]) -> int:
+        """See :class:`Loader`. No load under way can have these tensors, or come by them later."""
+        self._warm.clear()
+        with self._sharing:
+            others = {part for user in self._users.values() if user is not model.tensors for part in user}
+            going = {part: model.tensors[part] for part in parts if part not in others}
+            for part in going:
+                self._tensors.pop(part, None)
+            for key in list(self._stages):
+                if not going.keys().isdisjoint(key[2]):
+                    self._stages.pop(key, None)
+        return self.device.scrub(going.values())
+
+    async def prepare_local(self, record: VersionRecord, held: Held) -> Prepared | None:
+        """See :class:`Loader`."""
+        if self.source.tier is None:
+            return None
+        if self.device.computes_in_host_memory and self._proven.get((record.digest, record.architecture)):
+            # Here and now: handing this to a thread would cost more than doing it (measured: a reload in a
+            # thread took 12 ms under load, for 1 ms of work, because each of its many small steps waits
+            # for the interpreter lock).
+            self._warm.touch(map(part_of, record.tensors))
+            warm = self._warm.get(part for part in map(part_of, record.tensors) if part not in held)
+            if warm is not None:
+                return Prepared(warm, Tier.HOST, self._build(record, warm, held, prove=False), proven=False)
+        # Here and now too: a load from the store needs no thread to learn that it is one.
+        if not self.source.is_local(record, {one.name for one in record.tensors if part_of(one) not in held}):
+            return None
+        return await self.source.work.run(
+            self._local_threads,
+            record.tenant,
+            lambda: self._prepare(record, held, lambda names: self.source.read_local(record, names)),
+        )
+
+    async def prepare(self, record: VersionRecord, held: Held, timeout_s: float) -> Prepared:
+        """See :class:`Loader`."""
+        prepared = await self.source.work.run(
+            self._threads,
+            record.tenant,
+            lambda: self._prepare(record, held, lambda names: self.source.read(record, names, timeout_s)),
+        )
+        assert prepared is not None, "the store answers or raises"
+        return prepared
+
+    async def place(self, record: VersionRecord, prepared: Prepared, held: Held) -> Placed:
+        """See :class:`Loader`."""
+        model = prepared.model
+        if model is None:
+            try:
+                tensors = await self.device.place(prepared.tensors)
+            except torch.OutOfMemoryError as error:  # not the model's fault, and perhaps over in a moment
+                raise NoRoom(f"the device has no memory for {record.name} now; retry") from error
+            except Exception as error:  # CUDA raises RuntimeErrors of several kinds
+                raise ModelFailed(f"{record.name} could not be placed on {self.device.name}") from error
+            # Here and now: to put tensors into layers takes less than handing it to a thread, and a store
+            # that hangs has all of the other threads.
+            model = self._build(record, tensors, held, prove=False)
+        sizes = {
+            part: self.device.footprint(tensor.untyped_storage().nbytes())
+            for part, tensor in model.tensors.items()
+        }
+        return Placed(model, sizes, prepared.proven)
+
+    def _prepare(
+        self, record: VersionRecord, held: Held, read: Callable[[Collection[str]], Fetched | None]
+    ) -> Prepared | None:
+        network = _architecture_of(record)
+        wanted = [one for one in record.tensors if part_of(one) not in held]
+        fetched = read({one.name for one in wanted})
+        if fetched is None:
+            return None
+        tensors = {
+            part_of(one): device_tensor(
+                tensor_view(fetched.data.get(one.sha256, memoryview(b"")), one),
+                channels_last=network.channels_last,
+            )
+            for one in wanted
+        }
+        if not self.device.computes_in_host_memory:
+            # Tried out here, before room is made; on the device it answers its probe with its first rows.
+            self._try_out(network, record, tensors, held)
+            return Prepared(self._staged(record, tensors), fetched.tier, proven=False)
+        prepared = Prepared(tensors, fetched.tier, self._build(record, tensors, held))
+        if self.source.tier is not None:
+            self._warm.keep(tensors)
+        return prepared
+
+    def _try_out(
+        self, network: Architecture, record: VersionRecord, tensors: Mapping[Part, torch.Tensor], held: Held
+    ) -> None:
+        """Build a version in host memory and let it answer its probe, once a process.
+
+        Of parts that the device has already, the node's files are used; where these are gone, only the device
+        can tell, with the first rows.
+        """
+        key = (record.digest, record.architecture)
+        if self._proven.get(key):
+            return
+        names = {one.name for one in record.tensors if part_of(one) in held}
+        others = self.source.read_local(record, names) if names else Fetched({}, Tier.HOST)
+        if others is None:
+            return
+        named = {one.name: tensors.get(part_of(one)) for one in record.tensors}
+        for one in record.tensors:
+            if named[one.name] is None:
+                view = tensor_view(others.data.get(one.sha256, memoryview(b"")), one)
+                named[one.name] = device_tensor(view, channels_last=network.channels_last)
+        plan = plan_of(network)
+        with _as_model_failure(record):
+            given = {name: tensor for name, tensor in named.items() if tensor is not None}
+            model = Model(tuple(plan.stage(index, given) for index in range(len(plan.names))))
+        self._prove(network, record, model, torch.device("cpu"))
+
+    def _prove(
+        self, network: Architecture, record: VersionRecord, model: Model, device: torch.device
+    ) -> None:
+        try:
+            check_probe(network, record, model, device)
+        except ProbeFailed:
+            self.source.recheck(record)
+            raise
+        self._proven.put((record.digest, record.architecture), True)
+
+    def _staged(
+        self, record: VersionRecord, tensors: Mapping[Part, torch.Tensor]
+    ) -> Mapping[Part, torch.Tensor]:
+        try:
+            return self.device.stage(tensors)
+        except RuntimeError as error:  # page-locked memory is scarce, and torch says so in several ways
+            raise NoRoom(f"there is no page-locked memory for {record.name} now; retry") from error
+
+    def _build(
+        self, record: VersionRecord, tensors: Mapping[Part, torch.Tensor], held: Held, *, prove: bool = True
+    ) -> Model:
+        """Make the model of shared and new tensors, and let it answer its probe."""
+        network = _architecture_of(record)
+        with _as_model_failure(record):
+            model = self._assemble(network, record, {**tensors, **held})
+        if prove:
+            self._prove(network, record, model, self.device.torch_device)
+        return model
+
+    def _assemble(self, network: Architecture, record: VersionRecord, given: Mapping[Part, object]) -> Model:
+        plan = plan_of(network)
+        parts = {one.name: part_of(one) for one in record.tensors}
+        with self._sharing:
+            shared = _Tensors()
+            for part in parts.values():
+                new = given[part]
+                assert isinstance(new, torch.Tensor), "hold() gave tensors"
+                shared[part] = self._tensors.setdefault(part, new)
+            self._users[id(shared)] = shared
+        named = {name: shared[part] for name, part in parts.items()}
+        stages: list[nn.Module] = []
+        for index, names in enumerate(plan.names):
+            key = (network.name, index, tuple(parts[name] for name in names))
+            with self._sharing:
+                stage = self._stages.get(key)
+            if stage is None:
+                # Not under the lock: it may take milliseconds, and the event loop takes the lock too.
+                made = plan.stage(index, named)
+                with self._sharing:
+                    stage = self._stages.setdefault(key, made)
+            stages.append(stage)
+        return Model(tuple(stages), shared, record.digest, network.channels_last, network.threads)
+
+
+class _Tensors(dict[Part, torch.Tensor]):
+    """A dict that can be referred to weakly."""
+
+
+@contextlib.contextmanager
+def _as_model_failure(record: VersionRecord) -> Iterator[None]:
+    """Whatever an operator's own architecture raises is that version's failure."""
+    try:
+        yield
+    except ModelFailed:
+        raise
+    except Exception as error:
+        raise ModelFailed(f"{record.name} could not be built: {type(error).__name__}") from error
+
+
+class _Known(Generic[T]):
+    """What is known of digests under architectures; the least recently asked goes first. Safe for threads."""
+
+    def __init__(self, most: int) -> None:
+        self._found: LRUCache[tuple[str, str], T] = LRUCache(most)
+        self._lock = threading.Lock()
+
+    def get(self, key: tuple[str, str]) -> T | None:
+        with self._lock:
+            return self._found.get(key)
+
+    def put(self, key: tuple[str, str], value: T) -> None:
+        with self._lock:
+            self._found[key] = value
+
+    def forget(self, key: tuple[str, str]) -> None:
+        with self._lock:
+            self._found.pop(key, None)
+
+
+_checked: Final = _Known[Architecture](10_000)
+
+
+def _architecture_of(record: VersionRecord) -> Architecture:
+    """A version's architecture; checked once for each digest, since neither changes in a process.
+
+    Raises
+    ------
+    ModelFailed
+        It is not installed here, or has other tensors: the operator's to mend, not the caller's.
+    """
+    known = _checked.get((record.digest, record.architecture))
+    if known is not None and len(record.tensors) == len(known.tensors):
+        return known
+    try:
+        network = architecture(record.architecture)
+        check_architecture(record.tensors, network.name, network.tensors)
+    except InvalidInput as error:
+        raise ModelFailed(f"{record.name} can't be served here: {error.message}") from error
+    _checked.put((record.digest, record.architecture), network)
+    return network

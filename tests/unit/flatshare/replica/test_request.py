@@ -1,0 +1,140 @@
+"""The story of a request where its parts meet: probes of reloaded models, quarantine."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+from safetensors.torch import save
+
+from flatshare.api.identity import LOCAL_OPERATOR
+from flatshare.engine.admission import Admission
+from flatshare.engine.inference import Inference
+from flatshare.engine.quotas import QuotaKeeper
+from flatshare.errors import IsolationBroken, ModelFailed
+from flatshare.models.architecture import architecture
+from flatshare.models.probe import probe_logits
+from flatshare.replica.request import InferenceService, Prediction
+from flatshare.residency.ledger import Ledger
+from flatshare.residency.model_cache import ModelCache
+from flatshare.resolution.heads import RegistryView
+from flatshare.resolution.swaps import Promotions
+from flatshare.weights.device import CpuDevice
+from flatshare.weights.device_loader import DeviceLoader
+from flatshare.weights.fetch import TensorSource
+from flatshare.weights.host_tier import HostTier
+from flatshare.weights.tiers import ModelKey, Receipt, State, Tier
+from flatshare_registry.catalog import Registry
+from flatshare_registry.ids import ModelRef, TenantId
+from flatshare_registry.stores.memory import MemoryStore
+
+NETWORK = architecture("mnist-cnn")
+ROWS = NETWORK.preprocess(torch.randint(0, 256, (3, 28, 28), dtype=torch.uint8).numpy())
+ACME = ModelKey("acme", 1)
+
+
+class World:
+    def __init__(self, threads: ThreadPoolExecutor, folder: Path) -> None:
+        store = MemoryStore()
+        registry = Registry(store)
+        registry.create_tenant(TenantId("acme"))
+        torch.manual_seed(4)
+        self.module = NETWORK.build()
+        registry.register(
+            TenantId("acme"), save(dict(self.module.state_dict())), NETWORK.name, NETWORK.tensors,
+            probe=lambda weights: probe_logits(NETWORK, weights),
+        )  # fmt: skip
+        view = RegistryView(registry, threads, ttl_s=60)
+        source = TensorSource(store, HostTier(folder, 10**9))
+        self.loader = DeviceLoader(source, CpuDevice(), threads, threads)
+        self.cache = ModelCache(ledger=Ledger(4, None), loader=self.loader)
+        self.inference = Inference(torch.device("cpu"))
+        self.service = InferenceService(
+            view=view, cache=self.cache, promotions=Promotions(self.cache, view.record, timeout_s=5),
+            inference=self.inference, admission=Admission(8, 8), cold=Admission(8, 0), quotas=QuotaKeeper(), timeout_s=10,
+        )  # fmt: skip
+
+    async def ask(self, rows: NDArray[np.float32] = ROWS) -> Prediction:
+        with await self.service.enter(LOCAL_OPERATOR, ModelRef.parse("acme")) as ticket:
+            return await self.service.predict(ticket, lambda network: rows)
+
+    def right(self) -> torch.Tensor:
+        with torch.inference_mode():
+            logits: torch.Tensor = self.module(torch.from_numpy(ROWS))
+            return logits
+
+
+@pytest.fixture
+def world(tmp_path: Path) -> Iterator[World]:
+    with ThreadPoolExecutor(2) as threads:
+        world = World(threads, tmp_path)
+        yield world
+        world.inference.close()
+
+
+async def test_a_reload_answers_its_probe_with_its_first_rows_and_rightly(world: World) -> None:
+    first = await world.ask()
+    world.cache.unload(ACME)
+    again = await world.ask()
+    assert (first.tier, again.tier) == (Tier.STORE, Tier.HOST)
+    assert world.inference.rows == 6, "the probe's row is nobody's"
+    for prediction in (first, again, await world.ask()):
+        torch.testing.assert_close(torch.from_numpy(prediction.logits), world.right(), rtol=1e-5, atol=1e-5)
+
+
+async def test_a_model_whose_memory_was_damaged_never_answers(world: World) -> None:
+    await world.ask()
+    world.cache.unload(ACME)
+    for part, tensor in world.loader._warm._tensors.items():
+        if part.shape == (64, 32, 3, 3):
+            tensor += 0.1  # this process's own copy, in channels-last order
+    with pytest.raises(ModelFailed, match="does not answer its probe"):
+        await world.ask()
+    assert not world.cache.is_resident(ACME)
+    with pytest.raises(ModelFailed, match="does not answer its probe"):
+        await world.ask()  # remembered
+    # Asked to try again, it is loaded anew from the node's checked files, not from the damaged memory.
+    world.cache.forget_failures("acme")
+    torch.testing.assert_close(
+        torch.from_numpy((await world.ask()).logits), world.right(), rtol=1e-5, atol=1e-5
+    )
+
+
+async def test_a_bad_row_does_not_condemn_a_model_that_still_owes_its_probe(world: World) -> None:
+    await world.ask()
+    world.cache.unload(ACME)
+    small = ROWS[:, :, :5, :5].copy()  # no network of this shape takes it
+    with pytest.raises(ModelFailed, match="failed in its forward pass"):
+        await world.ask(small)
+    assert world.cache.is_resident(ACME), "a caller's input must not take the model away from the others"
+    torch.testing.assert_close(
+        torch.from_numpy((await world.ask()).logits), world.right(), rtol=1e-5, atol=1e-5
+    )
+
+
+async def test_a_slot_that_fails_an_isolation_check_is_quarantined_and_the_next_request_is_served(
+    world: World,
+) -> None:
+    await world.ask()
+    original = world.cache._residency.grant
+
+    def swapped(one, tier):  # type: ignore[no-untyped-def]  # as _grant
+        held = original(one, tier)
+        one.receipt = Receipt("initech", 1, "1" * 64, 100)
+        return held
+
+    world.cache._residency.grant = swapped  # type: ignore[method-assign]  # a slot changes hands under a lease
+    with pytest.raises(IsolationBroken):
+        await world.ask()
+    world.cache._residency.grant = original  # type: ignore[method-assign]
+    assert world.cache.stats.quarantined == 1
+    assert [info.state for info in world.cache.snapshot()] == [State.QUARANTINED]
+    torch.testing.assert_close(
+        torch.from_numpy((await world.ask()).logits), world.right(), rtol=1e-5, atol=1e-5
+    )
+    assert world.cache.occupied == 2
