@@ -1,4 +1,4 @@
-"""Shared by all tests: a clean environment, and one S3 server a session."""
+"""Shared by all tests: a clean environment, one S3 server a session, and no process that is left behind."""
 
 from __future__ import annotations
 
@@ -8,6 +8,10 @@ from collections.abc import Iterator
 import pytest
 
 from flatshare_registry.testing.s3_server import CREDENTIALS, local_s3
+
+from .leftovers import pytest_configure
+
+__all__ = ["clean_environment", "pytest_configure", "s3_url"]
 
 
 @pytest.fixture(autouse=True)

@@ -10,7 +10,7 @@ import difflib
 import re
 from collections.abc import Iterable, Mapping
 from ipaddress import ip_network
-from typing import Final, Literal, Self
+from typing import Any, Final, Literal, Self
 
 from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import SettingsError as BadSource
@@ -280,7 +280,7 @@ class Settings(RegistrySettings):
             raise ValueError(f"trusted_proxies: {error}") from error
 
 
-def load_settings(**given: object) -> Settings:
+def load_settings(**given: Any) -> Settings:
     """Settings from the environment, overridden by those of ``given`` that are not None.
 
     Raises
@@ -289,8 +289,7 @@ def load_settings(**given: object) -> Settings:
         With one line a problem.
     """
     try:
-        # Pydantic validates; its constructor is typed field by field.
-        return Settings(**{name: value for name, value in given.items() if value is not None})  # type: ignore[arg-type]
+        return Settings(**{name: value for name, value in given.items() if value is not None})
     except BadSource as error:  # what should be JSON is not
         named = re.search(r'field "(\w+)"', str(error))
         name = f"FLATSHARE_{named[1].upper()}" if named else "a FLATSHARE_ variable"

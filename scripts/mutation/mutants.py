@@ -216,10 +216,11 @@ def _replaced(lines: list[str], node: ast.stmt | ast.expr, new: ast.AST | None) 
     middle = "".join(lines[first : last + 1]).encode()
     middle = middle[node.col_offset : len(middle) - len(tail.encode())]
     try:
-        whole = ast.parse(f"({middle.decode()})" if isinstance(node, ast.expr) else _flat(middle.decode()))
+        if not isinstance(node, ast.expr):
+            ast.parse(_flat(middle.decode()))
+        elif ast.dump(ast.parse(f"({middle.decode()})", mode="eval").body) != ast.dump(node):
+            return None
     except SyntaxError:
-        return None
-    if isinstance(node, ast.expr) and ast.dump(whole.body[0].value) != ast.dump(node):  # type: ignore[attr-defined]
         return None
     if new is None:
         put = "pass"

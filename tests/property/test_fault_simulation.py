@@ -9,10 +9,8 @@ from __future__ import annotations
 import asyncio
 import os
 import random
-import selectors
 from collections import Counter
-from collections.abc import Collection, Coroutine
-from typing import Any
+from collections.abc import Collection
 
 from torch import nn
 
@@ -26,37 +24,13 @@ from flatshare.weights.tiers import ModelKey, Part, Tier
 from flatshare_registry.errors import Corrupt, NotFound, Unavailable
 from flatshare_registry.records import VersionRecord, utc
 
+from ..simulated_time import in_simulated_time
+
 SEEDS = int(os.environ.get("FLATSHARE_TEST_SEEDS", "2000"))
 REQUESTS = 40
 SLOTS = 4
 BUDGET = 100
 EXPECTED = (Corrupt, Unavailable, NoRoom, DeadlineExceeded, ModelFailed, NotFound)
-
-
-class JumpingClock(selectors.DefaultSelector):
-    """Instead of waiting for a timer, moves the time to it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = 0.0
-
-    def select(self, timeout: float | None = None) -> Any:
-        if timeout is not None and timeout > 0:
-            self.now += timeout
-        assert timeout is not None, "nothing is left to wait for, and something waits: a deadlock"
-        return super().select(0)
-
-
-def run_simulated(work: Coroutine[Any, Any, None]) -> None:
-    clock = JumpingClock()
-    loop = asyncio.SelectorEventLoop(clock)
-    loop.time = lambda: clock.now  # type: ignore[method-assign]  # simulated
-    try:
-        loop.run_until_complete(work)
-        left = asyncio.all_tasks(loop)
-        assert not left, f"tasks were left behind: {left}"
-    finally:
-        loop.close()
 
 
 def parts_of(record: VersionRecord) -> dict[Part, int]:
@@ -247,7 +221,7 @@ def test_promise_11_with_a_store_that_hangs_everybody_gets_503_and_nobody_a_hang
         again.cancel()
         await cache.close(1)
 
-    run_simulated(scene())
+    in_simulated_time(scene())
     assert ended == {"Unavailable": 24}
 
 
@@ -272,13 +246,13 @@ def test_all_slots_leased_is_503_and_says_so() -> None:
         assert cache.stats.evictions == 0, "nobody waits any more: nothing is evicted for nobody"
         await cache.close(1)
 
-    run_simulated(scene())
+    in_simulated_time(scene())
 
 
 def test_no_seed_breaks_a_promise_or_leaks() -> None:
     seen: Counter[str] = Counter()
     for seed in range(SEEDS):
-        run_simulated(scenario(seed, seen))
+        in_simulated_time(scenario(seed, seen))
     for outcome in (
         "tier device",
         "tier host",

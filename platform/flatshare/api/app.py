@@ -187,24 +187,21 @@ def create_app(
             )
         with await enter(request) as ticket:
             body = await bodies.read(request, ticket)
-            tenant = ticket.ref.tenant
             headers = request.headers
-            files = [body]
-            if kind == "multipart/form-data":
-                files = await decoding.run(tenant, lambda: files_of(headers, body, max_rows))
 
             def decode(network: Architecture) -> Rows | Awaitable[Rows]:
-                def rows(most: int) -> Rows:
-                    if kind == "application/octet-stream":
-                        return decode_pixels(body, network, most)
-                    return decode_images(files, network, most)
+                def pixels(most: int) -> Rows:
+                    return decode_pixels(body, network, most)
 
-                return decoding.here_or_there(
-                    tenant,
-                    len(body),
-                    lambda: ticket.decode(max_rows, rows),
-                    expands=kind != "application/octet-stream",
-                )
+                def images() -> Rows:
+                    several = kind == "multipart/form-data"
+                    files = files_of(headers, body, max_rows) if several else [body]
+                    return ticket.decode(max_rows, lambda most: decode_images(files, network, most))
+
+                tenant = ticket.ref.tenant
+                if kind == "application/octet-stream":
+                    return decoding.here_or_there(tenant, len(body), lambda: ticket.decode(max_rows, pixels))
+                return decoding.run(tenant, images)
 
             return _reply(await service.predict(ticket, decode), replica)
 

@@ -82,6 +82,9 @@ class BodyReader:
     async def read(self, request: Incoming, ticket: Ticket) -> bytes:
         """A request's whole body, expanded; its bytes count as the tenant's until the ticket ends.
 
+        A compressed one counts as it came until it is expanded, and then as what it has become. Both are in
+        memory while it is expanded: of as many bodies as the room has threads.
+
         Raises
         ------
         TooLarge, BodyOverQuota, TooSlow, BadInput

@@ -76,13 +76,9 @@ class DecodeRoom:
         await asyncio.wrap_future(running)
         return box.pop()
 
-    def here_or_there(
-        self, tenant: str, size_bytes: int, work: Callable[[], T], *, expands: bool = False
-    ) -> T | Awaitable[T]:
-        """Do short work now; for long work, or what expands, something to await."""
-        if expands or size_bytes > INLINE_BYTES:
-            return self.run(tenant, work)
-        return work()
+    def here_or_there(self, tenant: str, size_bytes: int, work: Callable[[], T]) -> T | Awaitable[T]:
+        """Do short work now; for long work, something to await. What can expand goes to :meth:`run`."""
+        return self.run(tenant, work) if size_bytes > INLINE_BYTES else work()
 
     def close(self) -> None:
         """Take nothing more; what runs goes on to its end."""

@@ -61,7 +61,7 @@ def documented(
             app.openapi_schema = _corrected(made, open_paths, bodies)
         return app.openapi_schema
 
-    app.openapi = document  # type: ignore[method-assign]  # FastAPI's documented way
+    app.openapi = document  # type: ignore[method-assign]  # so FastAPI documents it
     _add_page(app)
     return app
 

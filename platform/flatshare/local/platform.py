@@ -142,7 +142,7 @@ def _applications(
         yield
     finally:
         if keep_cluster:  # else everything ends with the cluster, and nobody need wait for its draining
-            serve.shutdown()  # type: ignore[no-untyped-call]  # Ray's
+            serve.shutdown()  # type: ignore[no-untyped-call]  # Ray gives it no types
 
 
 def _deploy(application: serve.Application, name: str, prefix: str) -> None:
@@ -211,7 +211,7 @@ def edge_options(settings: Settings, admin_socket: Path) -> EdgeOptions:
 def edge_targets() -> EdgeTargets:
     """Where both applications listen now, as seen from this node."""
     details = read_details()
-    own_ip = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]  # Ray's
+    own_ip = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]  # Ray gives it no types
 
     def near(found: list[Target]) -> tuple[Target, ...]:
         # Replicas of this node listen on loopback, although Serve names the node's address.

@@ -204,7 +204,7 @@ class PlatformState:
 
 def url_of(settings: Settings) -> str:
     """Where clients on this machine reach the edge."""
-    everywhere = {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104  # names only
+    everywhere = {"localhost": "127.0.0.1", "0.0.0.0": "127.0.0.1", "::": "[::1]"}  # noqa: S104  # nothing listens here
     host = everywhere.get(settings.host, f"[{settings.host}]" if ":" in settings.host else settings.host)
     return f"{'https' if settings.tls_cert else 'http'}://{host}:{settings.port}"
 

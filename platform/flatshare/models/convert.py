@@ -86,7 +86,7 @@ def _torchscript_state(path: Path, trusted: bool) -> dict[str, torch.Tensor]:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)  # that it is deprecated is why this command exists
-            module = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]  # untyped
+            module = torch.jit.load(str(path), map_location="cpu")  # type: ignore[no-untyped-call]  # torch gives it no types
     except (RuntimeError, ValueError, OSError) as error:
         raise InvalidWeights(f"{path} can't be loaded as TorchScript: {_first_line(error)}") from error
     return dict(module.state_dict())

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Final
@@ -111,9 +111,9 @@ def plan_of(network: Architecture) -> Plan:
 
 
 @lru_cache(maxsize=256)
-def _plan(name: str, build: object) -> Plan:
+def _plan(name: str, build: Callable[[], nn.Module]) -> Plan:
     with torch.device("meta"):
-        module: nn.Module = build()  # type: ignore[operator]  # Architecture.build, hashable as an object
+        module = build()
     module.requires_grad_(False).eval()
     state = {id(tensor) for tensor in module.state_dict(keep_vars=True).values()}
     if any(id(tensor) not in state for tensor in [*module.parameters(), *module.buffers()]):

@@ -233,7 +233,7 @@ class ClassifierPool:
             prediction = await self._service.predict(ticket, decode)
         return {**batch, "predicted_label": prediction.labels}
 
-    @serve.multiplexed(max_num_models_per_replica=NEVER_EVICT)  # type: ignore[untyped-decorator]  # Ray's
+    @serve.multiplexed(max_num_models_per_replica=NEVER_EVICT)  # type: ignore[untyped-decorator]  # Ray gives it no types
     async def load_model(self, model_id: str) -> str:
         """Ray's door: called (by the advertiser) with each ref whose version became resident."""
         return model_id

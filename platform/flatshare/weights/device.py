@@ -107,7 +107,7 @@ class CudaDevice:
         # CPU's by up to 1.5e-3, and by who shares its pass: kernels are chosen by batch size.
         torch.backends.cudnn.allow_tf32 = False
         torch.backends.cuda.matmul.allow_tf32 = False
-        self._copies = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]  # torch's
+        self._copies = torch.cuda.Stream(self.torch_device)  # type: ignore[no-untyped-call]  # torch gives it no types
 
     def footprint(self, size_bytes: int) -> int:
         """See :class:`Device`."""
@@ -148,7 +148,7 @@ class CudaDevice:
             inference = torch.cuda.default_stream(self.torch_device)
             for tensor in placed.values():
                 tensor.record_stream(inference)
-            copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # torch's
+            copied = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # torch gives it no types
             copied.record(self._copies)
         copied.synchronize()  # of this event only; passes on other streams go on
         return placed

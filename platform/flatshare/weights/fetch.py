@@ -265,7 +265,8 @@ class TensorSource:
                 tries -= 1
                 if not tries or self._clock() >= deadline:
                     raise
-                time.sleep(random.uniform(0, RETRY_S))  # noqa: S311  # jitter, no secret
+                # A store has no event to await. Apart, so that all who failed together do not come together.
+                time.sleep(random.uniform(0, RETRY_S))  # noqa: S311  # no secret
 
 
 @dataclass(slots=True)

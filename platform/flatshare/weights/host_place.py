@@ -62,6 +62,6 @@ def host_tier_folder(folder: str) -> Path | None:
         return None
     if folder != "auto":
         return Path(folder)
-    shared = Path("/dev/shm")  # noqa: S108  # the node's tmpfs; our folder in it is private
+    shared = Path("/dev/shm")  # noqa: S108  # anybody writes there; our folder in it is private
     base = shared if shared.is_dir() else Path(tempfile.gettempdir())
     return base / f"flatshare-{os.getuid()}"

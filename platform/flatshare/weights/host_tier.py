@@ -281,7 +281,7 @@ class HostTier:
                 os.close(handle)
                 if time.monotonic() >= deadline:
                     return None
-                time.sleep(LOCK_RETRY_S)
+                time.sleep(LOCK_RETRY_S)  # flock waits for ever or not at all: nothing waits until a time
                 continue
             if is_still_named(handle, path):
                 return handle

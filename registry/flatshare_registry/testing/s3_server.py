@@ -80,7 +80,7 @@ def local_s3(port: int = 0, bucket: str | None = None) -> Iterator[str]:
 
     Port 0 takes a free one. The bucket, when named, exists before the URL is yielded.
     """
-    FakeKey.__deepcopy__ = _copy_without_data  # type: ignore[attr-defined]  # it has none of its own
+    FakeKey.__deepcopy__ = _copy_without_data  # type: ignore[attr-defined]  # copy.deepcopy asks for it, moto has none
     app = _serialised_puts(DomainDispatcherApplication(create_backend_app))
     # make_server listens before it returns: requests that come before serve_forever wait in the backlog.
     server = make_server("127.0.0.1", port, app, threaded=True, request_handler=_Handler)
@@ -118,7 +118,7 @@ def main() -> None:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *_: stop.set())
     with local_s3(arguments.port, arguments.bucket) as url:
-        print(url, flush=True)  # noqa: T201 - the one line that a parent process reads
+        print(url, flush=True)  # noqa: T201  # the one line that a parent process reads
         stop.wait()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import io
 import zlib
+from collections.abc import Callable, Coroutine
 from typing import Any
 
 import httpx
@@ -17,6 +18,8 @@ from tests.unit.flatshare.api.conftest import World
 
 from flatshare.api import bodies
 from flatshare.api.bodies import expand, files_of
+from flatshare.api.decoding import DecodeRoom
+from flatshare.engine.quotas import FREE_BYTES
 from flatshare.errors import BadInput, TooLarge
 
 MODEL = {"serve_multiplexed_model_id": "acme"}
@@ -131,6 +134,51 @@ async def test_multipart_is_one_request(client: httpx.AsyncClient, world: World)
     assert reply.json() == {"predicted_label": world.right("acme", ready())}
     reply = await client.post("/classify", files=[*files * 4, files[0]], headers=MODEL)
     assert (reply.status_code, reply.json()["error"]["code"]) == (413, "too_large")
+
+
+async def test_a_multipart_body_takes_one_turn_among_those_that_are_decoded(
+    client: httpx.AsyncClient, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else whoever sends several images waits twice behind a flood, and holds the body for so long."""
+    turns: list[str] = []
+    run = DecodeRoom.run
+
+    def counted(room: DecodeRoom, tenant: str, work: Callable[[], Any]) -> Coroutine[Any, Any, Any]:
+        turns.append(tenant)
+        return run(room, tenant, work)
+
+    monkeypatch.setattr(DecodeRoom, "run", counted)
+    files = [("image", ("one.png", png(one), "image/png")) for one in PIXELS]
+    reply = await client.post("/classify", files=files, headers=MODEL)
+    assert reply.json() == {"predicted_label": world.right("acme", ready())}
+    assert turns == ["acme"]
+
+
+async def test_a_compressed_body_counts_as_it_comes_and_then_as_what_it_expands_to(
+    client: httpx.AsyncClient, world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Never as both: when it is expanded, nobody holds the compressed bytes any more."""
+    body = np.random.default_rng(0).bytes(784 * 130)
+    packed = gzip.compress(body)
+    assert len(packed) > len(body) > FREE_BYTES
+    quotas, counted = world.service.quotas, []
+
+    def expanded(*arguments: Any) -> bytes:
+        counted.append(quotas.held_bytes)
+        return expand(*arguments)
+
+    async def predict(*_: object) -> None:
+        counted.append(quotas.held_bytes)
+        raise BadInput("enough")
+
+    monkeypatch.setattr(bodies, "expand", expanded)
+    monkeypatch.setattr(world.service, "predict", predict)
+    reply = await post(
+        client, "/classify", packed, content_type="application/octet-stream", content_encoding="gzip"
+    )
+    assert "enough" in reply.text
+    assert counted == [len(packed) - FREE_BYTES, len(body) - FREE_BYTES]
+    assert quotas.held_bytes == 0
 
 
 def test_multipart_takes_no_longer_than_it_may(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -55,13 +55,12 @@ async def test_a_caller_that_goes_away_leaves_its_place_taken_until_its_work_end
     room.close()
 
 
-async def test_short_work_is_done_at_once_unless_it_expands() -> None:
+async def test_short_work_is_done_at_once() -> None:
     room = DecodeRoom(1)
     assert room.here_or_there("acme", INLINE_BYTES, lambda: 1) == 1
-    for size, expands in ((INLINE_BYTES + 1, False), (1, True)):
-        found = room.here_or_there("acme", size, threading.current_thread, expands=expands)
-        assert not isinstance(found, threading.Thread)
-        assert await found is not threading.current_thread()
+    found = room.here_or_there("acme", INLINE_BYTES + 1, threading.current_thread)
+    assert not isinstance(found, threading.Thread)
+    assert await found is not threading.current_thread()
     room.close()
 
 

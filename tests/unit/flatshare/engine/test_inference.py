@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -15,24 +15,9 @@ from flatshare.engine.inference import MAX_BATCH_ROWS, Inference
 from flatshare.errors import IsolationBroken, ModelFailed, NoRoom
 from flatshare.models.stages import Model
 from flatshare.residency.lease import Lease
-from flatshare.residency.ledger import Ledger
-from flatshare.residency.model_cache import ModelCache
-from flatshare.weights.loader import Held, Placed, Prepared
-from flatshare.weights.tiers import Part, Receipt, Tier
-from flatshare_registry.records import VersionRecord
+from flatshare.weights.tiers import Receipt
 
-
-class Gate(nn.Module):
-    """Waits inside the forward pass until it is let on."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.entered, self.go = threading.Event(), threading.Event()
-
-    def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        self.entered.set()
-        assert self.go.wait(10)
-        return rows.flatten(1)
+from .one_model import Gate, cache_of, record_of
 
 
 class Broken(nn.Module):
@@ -40,51 +25,8 @@ class Broken(nn.Module):
         raise RuntimeError("shapes do not match")
 
 
-class OneModel:
-    def __init__(self, model: Model) -> None:
-        self.model = model
-
-    def check(self, record: VersionRecord) -> dict[Part, int]:
-        return {}
-
-    def hold(self, record: VersionRecord) -> dict[Part, object]:
-        return {}
-
-    def distrust(self, record: VersionRecord) -> None:
-        pass  # keeps nothing between loads
-
-    def let_go(self) -> None:
-        pass  # keeps nothing between loads
-
-    def scrub(self, model: Model, parts: Collection[Part]) -> int:
-        return 0
-
-    async def prepare_local(self, record: VersionRecord, held: Held) -> Prepared | None:
-        return Prepared({}, Tier.HOST, self.model)
-
-    async def prepare(self, record: VersionRecord, held: Held, timeout_s: float) -> Prepared:
-        raise AssertionError("it is here")
-
-    async def place(self, record: VersionRecord, prepared: Prepared, held: Held) -> Placed:
-        return Placed(self.model, {})
-
-
-def cache_of(*stages: nn.Module) -> ModelCache:
-    return ModelCache(ledger=Ledger(1, None), loader=OneModel(Model(stages, digest=RECORD.digest)))
-
-
-RECORD = VersionRecord.model_validate(
-    {"tenant": "acme", "version": 1, "architecture": "x", "digest": "0" * 64, "size_bytes": 0, "tensors": [],
-     "created_at": "2026-01-01T00:00:00Z", "created_by": "test"}
-)  # fmt: skip
+RECORD = record_of("x")
 ROWS = np.arange(8, dtype=np.float32).reshape(2, 1, 2, 2)
-
-
-@pytest.fixture
-def inference() -> Iterator[Inference]:
-    inference = Inference(torch.device("cpu"))
-    yield inference
-    inference.close()
 
 
 async def test_rows_come_back_as_logits(inference: Inference) -> None:
@@ -133,7 +75,7 @@ async def test_promise_1_a_slot_that_changed_fails_the_request(
 
 
 async def test_promise_1_a_model_of_other_weights_never_becomes_resident() -> None:
-    cache = ModelCache(ledger=Ledger(1, None), loader=OneModel(Model((nn.Flatten(),), digest="1" * 64)))
+    cache = cache_of(nn.Flatten(), digest="1" * 64)
     with pytest.raises(IsolationBroken, match="acme@1"):
         await cache.lease(RECORD, 5)
     assert cache.snapshot() == [] and cache.occupied == 0

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
-from collections.abc import Collection, Iterator
 
 import numpy as np
 import pytest
@@ -15,54 +13,12 @@ from flatshare.engine.inference import Inference
 from flatshare.errors import ModelFailed, ProbeFailed
 from flatshare.models.architecture import architecture
 from flatshare.models.probe import probe_rows
-from flatshare.models.stages import Model
-from flatshare.residency.ledger import Ledger
-from flatshare.residency.model_cache import ModelCache
-from flatshare.weights.loader import Held, Placed, Prepared
-from flatshare.weights.tiers import Part, Tier
 from flatshare_registry.records import VersionRecord
 
-RECORD = VersionRecord.model_validate(
-    {"tenant": "acme", "version": 1, "architecture": "mnist-cnn", "digest": "0" * 64, "size_bytes": 0, "tensors": [],
-     "created_at": "2026-01-01T00:00:00Z", "created_by": "test"}
-)  # fmt: skip
+from .one_model import Gate, cache_of, record_of
+
+RECORD = record_of("mnist-cnn")
 ROWS = np.random.default_rng(0).normal(size=(4, 1, 28, 28)).astype(np.float32)
-
-
-class OneModel:
-    """A loader of one model, which may still owe its probe."""
-
-    def __init__(self, model: Model, proven: bool) -> None:
-        self.model, self.proven = model, proven
-
-    def check(self, record: VersionRecord) -> dict[Part, int]:
-        return {}
-
-    def hold(self, record: VersionRecord) -> dict[Part, object]:
-        return {}
-
-    def distrust(self, record: VersionRecord) -> None:
-        pass  # keeps nothing between loads
-
-    def let_go(self) -> None:
-        pass  # keeps nothing between loads
-
-    def scrub(self, model: Model, parts: Collection[Part]) -> int:
-        return 0
-
-    async def prepare_local(self, record: VersionRecord, held: Held) -> Prepared | None:
-        return Prepared({}, Tier.HOST, self.model)
-
-    async def prepare(self, record: VersionRecord, held: Held, timeout_s: float) -> Prepared:
-        raise AssertionError("it is here")
-
-    async def place(self, record: VersionRecord, prepared: Prepared, held: Held) -> Placed:
-        return Placed(self.model, {}, self.proven)
-
-
-def cache_of(stage: nn.Module, *, proven: bool = True, threads: int = 1) -> ModelCache:
-    model = Model((stage,), digest=RECORD.digest, threads=threads)
-    return ModelCache(ledger=Ledger(1, None), loader=OneModel(model, proven))
 
 
 class TenFirst(nn.Module):
@@ -79,26 +35,16 @@ class TenFirst(nn.Module):
         return rows.flatten(1)[:, :10]
 
 
-class Miscounts(nn.Module):
+class Miscounts(Gate):
     """Gives a row more or less than it got, after the test has let it on."""
 
     def __init__(self, by: int) -> None:
         super().__init__()
         self.by = by
-        self.entered, self.go = threading.Event(), threading.Event()
 
     def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        self.entered.set()
-        assert self.go.wait(10)
-        logits = rows.flatten(1)[:, :10]
+        logits = super().forward(rows)[:, :10]
         return torch.cat([logits, logits[:1]]) if self.by > 0 else logits[: len(logits) - 1]
-
-
-@pytest.fixture
-def inference() -> Iterator[Inference]:
-    inference = Inference(torch.device("cpu"))
-    yield inference
-    inference.close()
 
 
 @pytest.mark.parametrize("by", [1, -1])

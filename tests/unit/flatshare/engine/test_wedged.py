@@ -5,14 +5,19 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 
+import numpy as np
 import pytest
 import torch
-from tests.unit.flatshare.engine.test_inference import RECORD, ROWS, Gate, cache_of
 
 from flatshare.api.error_table import describe_error
 from flatshare.engine.inference import Inference
 from flatshare.errors import Wedged
 from flatshare_registry.testing.faults import ManualClock
+
+from .one_model import Gate, cache_of, record_of
+
+RECORD = record_of("x")
+ROWS = np.arange(8, dtype=np.float32).reshape(2, 1, 2, 2)
 
 
 @pytest.fixture

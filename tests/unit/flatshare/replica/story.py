@@ -1,10 +1,9 @@
-"""A real service on a real registry in memory, whose loads and passes the test holds in its hand; and simulated time."""
+"""A real service on a real registry in memory, whose loads and passes the test holds in its hand."""
 
 from __future__ import annotations
 
 import asyncio
-import selectors
-from collections.abc import Awaitable, Callable, Collection
+from collections.abc import Callable, Collection
 from concurrent.futures import Executor, Future
 from typing import Any, TypeVar
 
@@ -154,25 +153,3 @@ async def settle() -> None:
     """Let everything that can run without outside help run."""
     for _ in range(20):
         await asyncio.sleep(0)
-
-
-class _SimulatedTime(selectors.DefaultSelector):
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = 0.0
-
-    def select(self, timeout: float | None = None) -> Any:
-        if timeout is not None and timeout > 0:
-            self.now += timeout
-        return super().select(0)
-
-
-def in_simulated_time(work: Callable[[], Awaitable[None]]) -> None:
-    """Run a test in which nothing outside is waited for: the time moves to the next timer at once."""
-    clock = _SimulatedTime()
-    loop = asyncio.SelectorEventLoop(clock)
-    loop.time = lambda: clock.now  # type: ignore[method-assign]  # simulated
-    try:
-        loop.run_until_complete(work())
-    finally:
-        loop.close()

@@ -3,42 +3,19 @@
 from __future__ import annotations
 
 import asyncio
-import selectors
 from collections import Counter
-from typing import Any
 
 import pytest
 
 from flatshare.engine.admission import Admission
 from flatshare.errors import DeadlineExceeded, Overloaded
 
+from ....simulated_time import in_simulated_time
+
 PLACES = 4
 SERVICE_S = 0.01
 CAPACITY = PLACES / SERVICE_S  # requests a second
 SECONDS = 5.0
-
-
-class SimulatedTime(selectors.DefaultSelector):
-    """Instead of waiting for a timer, moves the time to it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.now = 0.0
-
-    def select(self, timeout: float | None = None) -> Any:
-        if timeout is not None and timeout > 0:
-            self.now += timeout
-        return super().select(0)
-
-
-def run(work: Any) -> None:
-    clock = SimulatedTime()
-    loop = asyncio.SelectorEventLoop(clock)
-    loop.time = lambda: clock.now  # type: ignore[method-assign]  # simulated
-    try:
-        loop.run_until_complete(work)
-    finally:
-        loop.close()
 
 
 async def offer(offered: dict[str, float]) -> tuple[Counter[str], Counter[str], dict[str, float]]:
@@ -89,7 +66,7 @@ def test_two_small_tenants_get_all_they_ask_beside_one_that_offers_eight_times_t
         assert total >= 0.95 * CAPACITY * SECONDS, "nothing is left idle"
         assert answered["flood"] >= 0.9 * (CAPACITY * SECONDS - 2 * small * SECONDS)
 
-    run(work())
+    in_simulated_time(work())
 
 
 def test_three_that_all_ask_too_much_get_a_third_each() -> None:
@@ -98,4 +75,4 @@ def test_three_that_all_ask_too_much_get_a_third_each() -> None:
         for name in ("flood", "a", "b"):
             assert answered[name] == pytest.approx(CAPACITY * SECONDS / 3, rel=0.1)
 
-    run(work())
+    in_simulated_time(work())

@@ -31,7 +31,8 @@ from flatshare_registry.ids import PRODUCTION, ModelRef
 from flatshare_registry.stores.memory import MemoryStore
 from flatshare_registry.testing.faults import FaultyStore
 
-from .story import ACME, GLOBEX, Story, in_simulated_time, rows_of, settle
+from ....simulated_time import in_simulated_time
+from .story import ACME, GLOBEX, Story, rows_of, settle
 
 
 async def test_cold_loads_are_counted_and_their_rate_is_a_minutes() -> None:
@@ -150,7 +151,7 @@ def test_a_request_that_runs_out_of_time_in_its_pass_says_so() -> None:
         assert asyncio.get_running_loop().time() - began == pytest.approx(2)
         assert story.leases == 0
 
-    in_simulated_time(work)
+    in_simulated_time(work())
 
 
 def test_a_request_that_finds_no_room_until_its_time_is_over_is_told_that() -> None:
@@ -172,7 +173,7 @@ def test_a_request_that_finds_no_room_until_its_time_is_over_is_told_that() -> N
         assert 1.9 <= asyncio.get_running_loop().time() - began <= 2
         holder.release()
 
-    in_simulated_time(work)
+    in_simulated_time(work())
 
 
 def test_a_load_that_takes_too_long_names_the_version() -> None:
@@ -184,7 +185,7 @@ def test_a_load_that_takes_too_long_names_the_version() -> None:
         assert story.cache.loading == [("acme", 1)], "others may still wait for it"
         await story.cache.close(1)
 
-    in_simulated_time(work)
+    in_simulated_time(work())
 
 
 async def test_an_architecture_that_is_not_installed_is_the_models_failure_and_nothing_is_decoded() -> None:

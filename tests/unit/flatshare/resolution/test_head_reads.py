@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -17,52 +16,10 @@ from flatshare_registry.errors import NotFound, Unavailable
 from flatshare_registry.ids import PRODUCTION, ModelRef, TenantId
 from flatshare_registry.records import TenantHead
 from flatshare_registry.stores.memory import MemoryStore
-from flatshare_registry.testing.faults import FaultyStore, ManualClock
+from flatshare_registry.testing.faults import FaultyStore
 from flatshare_registry.testing.files import TINY_SPECS, tiny_weights
 
-ACME = TenantId("acme")
-TTL_S = 2.0
-
-
-class World:
-    """A view on a store whose reads can be held back, or fail."""
-
-    def __init__(self, threads: ThreadPoolExecutor) -> None:
-        self.reads: list[str] = []
-        self.down = False
-        self.gate: threading.Event | None = None
-        self.clock = ManualClock()
-        store = MemoryStore()
-        self.registry = Registry(store)
-        self.registry.create_tenant(ACME)
-        self.registry.register(ACME, tiny_weights(1), "tiny", TINY_SPECS)
-        self.told: list[tuple[TenantHead | None, TenantHead | None]] = []
-        self.view = RegistryView(
-            Registry(FaultyStore(store, before=self._before)), threads, ttl_s=TTL_S, clock=self.clock,
-            on_change=lambda old, new: self.told.append((old, new)),
-        )  # fmt: skip
-
-    def _before(self, operation: str, key: str) -> None:
-        self.reads.append(key)
-        if self.gate is not None:
-            assert self.gate.wait(10)
-        if self.down:
-            raise Unavailable("down")
-
-    async def reading(self) -> None:
-        """Wait until a read is under way that was not before."""
-        seen = len(self.reads)
-        while len(self.reads) == seen:
-            await asyncio.sleep(0.001)
-
-
-@pytest.fixture
-def world() -> Iterator[World]:
-    with ThreadPoolExecutor(4) as threads:
-        world = World(threads)
-        yield world
-        if world.gate is not None:
-            world.gate.set()
+from .conftest import ACME, TTL_S, World
 
 
 @pytest.mark.parametrize("ask", ["head", "resolve"])

@@ -4,78 +4,19 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
 from flatshare.resolution import heads as view_module
-from flatshare.resolution.heads import RegistryView
 from flatshare.resolution.trust import TrustedHeads
 from flatshare_registry import layout
-from flatshare_registry.catalog import Registry
 from flatshare_registry.errors import Corrupt, NotFound, Unavailable
-from flatshare_registry.ids import PRODUCTION, ModelRef, TenantId
-from flatshare_registry.records import TenantHead
+from flatshare_registry.ids import ModelRef, TenantId
 from flatshare_registry.stores.base import Overwrite
-from flatshare_registry.stores.memory import MemoryStore
-from flatshare_registry.testing.faults import FaultyStore, ManualClock
-from flatshare_registry.testing.files import TINY_SPECS, tiny_weights
 
-ACME, REF = TenantId("acme"), ModelRef.parse("acme")
+from .conftest import ACME, World
 
-
-class World:
-    """A registry behind a store that counts and can be switched off, and a view on it."""
-
-    def __init__(self, threads: ThreadPoolExecutor) -> None:
-        self.reads: list[str] = []
-        self.down = False
-        self.gate: threading.Event | None = None
-        self.clock = ManualClock()
-        store = MemoryStore()
-        self.registry = Registry(store)
-        self.changes = 0
-        self.view = RegistryView(
-            Registry(FaultyStore(store, before=self._before)),
-            threads,
-            ttl_s=2.0,
-            on_change=self._changed,
-            clock=self.clock,
-        )
-
-    def _before(self, operation: str, key: str) -> None:
-        self.reads.append(key)
-        if self.gate is not None:
-            assert self.gate.wait(10)
-        if self.down:
-            raise Unavailable("down")
-
-    def _changed(self, old: TenantHead | None, new: TenantHead | None) -> None:
-        self.changes += 1
-
-    def publish(self, value: float, promote: bool = True) -> int:
-        done = self.registry.register(
-            ACME, tiny_weights(value), "tiny", TINY_SPECS, alias=PRODUCTION if promote else None
-        )
-        return done.version.version
-
-    async def resolve(self, text: str = "acme") -> int:
-        return (await self.view.resolve(ModelRef.parse(text), 5)).version
-
-    async def behind(self) -> None:
-        """Wait for reads that nobody waits for."""
-        while self.view._reads:
-            await asyncio.gather(*self.view._reads.values(), return_exceptions=True)
-
-
-@pytest.fixture
-def world() -> Iterator[World]:
-    with ThreadPoolExecutor(2) as threads:
-        world = World(threads)
-        world.registry.create_tenant(ACME)
-        world.publish(1)
-        yield world
+REF = ModelRef.parse("acme")
 
 
 async def test_a_fresh_answer_costs_no_request(world: World) -> None:
@@ -95,7 +36,7 @@ async def test_a_stale_answer_is_given_once_more_and_renewed_behind(world: World
     assert await world.resolve() == 1
     await world.behind()
     assert await world.resolve() == 2
-    assert world.changes == 2
+    assert len(world.told) == 2
 
 
 async def test_a_very_old_answer_is_read_again_first(world: World) -> None:
@@ -111,7 +52,7 @@ async def test_an_unchanged_head_is_one_conditional_request(world: World) -> Non
     before = len(world.reads)
     assert await world.resolve() == 1
     assert len(world.reads) == before + 1  # the version record is immutable, so never again
-    assert world.changes == 1
+    assert len(world.told) == 1
 
 
 async def test_a_refresh_sees_a_promotion_at_once(world: World) -> None:
@@ -283,10 +224,10 @@ async def test_a_told_end_is_the_end(world: World) -> None:
     await world.view.resolve(REF, 5)
     world.down = True
     world.registry.delete_tenant(ACME)
-    changes = world.changes
+    told = len(world.told)
     world.view.learn(world.registry._heads.read_any(ACME))
     assert world.view.head_now(ACME) is None
-    assert world.changes == changes + 1
+    assert len(world.told) == told + 1
 
 
 async def test_keys_are_believed_for_a_bounded_time_models_are_served_without_one(world: World) -> None:

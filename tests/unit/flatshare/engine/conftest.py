@@ -1,0 +1,17 @@
+"""What the tests of passes share: an engine on the CPU."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import pytest
+import torch
+
+from flatshare.engine.inference import Inference
+
+
+@pytest.fixture
+def inference() -> Iterator[Inference]:
+    inference = Inference(torch.device("cpu"))
+    yield inference
+    inference.close()
