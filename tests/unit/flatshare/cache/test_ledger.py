@@ -116,6 +116,14 @@ def test_of_victims_that_do_not_help_the_most_recently_used_are_spared_first() -
     assert ledger.held_bytes == 40, "it was a thought"
 
 
+def test_a_victim_whose_slot_is_needed_is_not_spared_although_its_bytes_are_not() -> None:
+    ledger = Ledger(3, 100)
+    victims = [resident(ledger, names) for names in "abc"]
+    assert ledger.choose_victims(victims, 0, slots=2) == [0, 1]
+    assert ledger.choose_victims(victims, 90, slots=2) == [0, 1]
+    assert ledger.choose_victims(victims, 100, slots=2) == [0, 1, 2]
+
+
 def test_bytes_that_are_reserved_are_nobodys_to_take() -> None:
     ledger = Ledger(10, 50)
     ledger.reserve(20)

@@ -189,3 +189,28 @@ async def test_a_request_that_waits_too_long_says_how_long() -> None:
                 raise AssertionError("let in")
         assert (admission.ongoing, admission.queued, admission.refused) == (1, 0, 0)
     assert admission.ongoing == 0
+
+
+@pytest.mark.parametrize("next_one", ["a", "b"])
+async def test_a_place_does_not_go_to_who_is_just_being_cancelled(next_one: str) -> None:
+    admission = Admission(1, 10)
+    await admission.enter(1, "a")
+    leaving, staying = await waiting(admission, "a", next_one)
+    leaving.cancel()
+    admission.leave()  # before the one that is cancelled could tell
+    assert (admission.ongoing, admission.queued) == (1, 0)
+    await asyncio.wait_for(staying, 30)
+    assert isinstance((await asyncio.gather(leaving, return_exceptions=True))[0], asyncio.CancelledError)
+    admission.leave()
+    assert (admission.ongoing, admission.queued) == (0, 0)
+
+
+async def test_who_is_cancelled_while_others_of_its_tenant_wait_on_is_forgotten_once() -> None:
+    admission = Admission(1, 10)
+    await admission.enter(1, "a")
+    first, second, third = await waiting(admission, "a", "a", "a")
+    first.cancel()
+    admission.leave()  # passes the first by, and lets the second in
+    assert isinstance((await asyncio.gather(first, return_exceptions=True))[0], asyncio.CancelledError)
+    assert admission.queued == 1 and second.done() and not third.done()
+    assert await let_in(admission, [third]) == [0]
