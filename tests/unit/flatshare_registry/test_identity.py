@@ -50,11 +50,13 @@ def test_it_is_read_once_and_asked_again_after_a_failure() -> None:
         if down:
             raise Unavailable("down")
 
-    identity = StoreIdentity(FaultyStore(MemoryStore(), before=before))
+    store = MemoryStore()
+    identity = StoreIdentity(FaultyStore(store, before=before))
     with pytest.raises(Unavailable):
         identity()
     down = False
     first = identity()
+    assert first == read_identity(store)
     count = len(reads)
     assert identity() == first
     assert len(reads) == count
