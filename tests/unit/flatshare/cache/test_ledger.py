@@ -90,6 +90,19 @@ def test_a_load_that_turned_out_smaller_gives_bytes_back() -> None:
     assert (ledger.slots_taken, ledger.reserved_bytes) == (0, 0)
 
 
+def test_a_reservation_ends_once_however_it_ends() -> None:
+    ledger = Ledger(3, 100)
+    cancelled, settled = ledger.reserve(10), ledger.reserve(10)
+    ledger.cancel(cancelled)
+    ledger.settle(settled, parts("a"))
+    for reservation in (cancelled, settled):
+        with pytest.raises(AssertionError, match="ends once"):
+            ledger.cancel(reservation)
+        with pytest.raises(AssertionError, match="ends once"):
+            ledger.settle(reservation, parts("a"))
+    assert (ledger.slots_taken, ledger.reserved_bytes, ledger.held_bytes) == (1, 0, 10)
+
+
 def test_a_part_counts_once_until_its_last_holder_lets_go() -> None:
     ledger = Ledger(3, 100)
     first, second = resident(ledger, "xa"), resident(ledger, "xb")
