@@ -162,10 +162,10 @@ class Eraser:
         named = others.now()
         kept = [digest for digest in leaving.blobs if digest in named]
         going = [digest for digest in leaving.blobs if digest not in named]
-        objects = 0
-        for index, digest in enumerate(going):
+        objects, steps = 0, len(going) + 1
+        for done, digest in enumerate(going, start=1):
             objects += removal.take(digest)
-            progress(index + 1, len(going) + 1)
+            progress(done, steps)
         # Who registered the same weights meanwhile gets them back; only then are the copies let go.
         for digest in removal.settle(going):
             going.remove(digest)
@@ -176,7 +176,7 @@ class Eraser:
             objects += self._store.purge_all(prefix)
         # Earlier states of the head named keys, aliases and notes.
         objects += self._store.purge(layout.head_key(tenant), keep_latest=True)
-        progress(len(leaving.blobs) + 1, len(leaving.blobs) + 1)
+        progress(steps, steps)
         return StoreErasure(tuple(going), tuple(sorted(kept)), objects, versions_checked)
 
     def unnamed_tensors(self, tenant: TenantId, tensors: Collection[str]) -> set[str]:

@@ -600,3 +600,29 @@ def test_an_alias_of_a_version_that_is_not_there_is_not_found(registry: Registry
     damaged = head.model_copy(update={"aliases": {**head.aliases, "canary": 7}})
     with pytest.raises(NotFound, match="version 7"):
         select(damaged, ModelRef.parse("acme:canary"))
+
+
+def test_a_deed_outside_the_registry_is_noted_and_changes_nothing_else(registry: Registry) -> None:
+    register(registry, 1)
+    before = registry.head(ACME)
+    registry.acting_as("ann", "request-7").note(ACME, Action.FLEET_UNLOAD, {"why": "a test"})
+    entry, after = registry.last_entry(ACME), registry.head(ACME)
+    assert (entry.actor, entry.request_id, entry.detail) == ("ann", "request-7", {"why": "a test"})
+    assert (entry.action, entry.revision) == (Action.FLEET_UNLOAD, before.revision + 1)
+    assert after == before.model_copy(update={"revision": entry.revision, "last_entry": entry})
+    assert registry.audit(ACME)[-1] == entry and registry.verify_audit(ACME) == []
+    assert (registry.actor, registry.acting_as("ann").actor) == ("tests", "ann")
+    with pytest.raises(NotFound):
+        registry.note(GLOBEX, Action.FLEET_UNLOAD, {})
+
+
+def test_of_a_deleted_version_its_record_and_its_pin_go_and_others_stay(registry: Registry) -> None:
+    for value in (1, 2, 3):
+        register(registry, value)
+        registry.pins.add(ModelRef(ACME, int(value)))
+    registry.delete_version(ACME, 2)
+    keys = {meta.key for meta in registry.store.list("")}
+    for number in (1, 2, 3):
+        assert (layout.version_key(ACME, number) in keys) == (number != 2)
+        assert (layout.pin_key(ModelRef(ACME, number)) in keys) == (number != 2)
+    assert [one.version for one in registry.list_versions(ACME)] == [1, 3]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -49,11 +50,37 @@ def test_it_is_read_once_and_asked_again_after_a_failure() -> None:
         if down:
             raise Unavailable("down")
 
-    identity = StoreIdentity(FaultyStore(MemoryStore(), before=before))
+    store = MemoryStore()
+    identity = StoreIdentity(FaultyStore(store, before=before))
     with pytest.raises(Unavailable):
         identity()
     down = False
     first = identity()
+    assert first == read_identity(store)
     count = len(reads)
     assert identity() == first
     assert len(reads) == count
+
+
+@pytest.mark.parametrize("length", [1, 64, 65])
+def test_an_identity_has_at_most_64_characters(length: int) -> None:
+    store = MemoryStore()
+    store.put(layout.IDENTITY, json.dumps({"id": "a" * length}).encode(), Overwrite())
+    if length > 64:
+        with pytest.raises(Corrupt, match="does not hold the store's id"):
+            read_identity(store)
+    else:
+        assert read_identity(store) == ensure_identity(store) == "a" * length
+
+
+def test_who_is_beaten_to_it_takes_the_winners() -> None:
+    store = MemoryStore()
+    won: list[str] = []
+
+    def before(operation: str, key: str) -> None:
+        if operation == "put" and not won:
+            won.append("")
+            won[0] = ensure_identity(store)
+
+    assert ensure_identity(FaultyStore(store, before=before)) == won[0]
+    assert read_identity(store) == won[0]

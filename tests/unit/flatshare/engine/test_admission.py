@@ -93,3 +93,124 @@ async def test_one_tenants_flood_does_not_take_the_places_of_others() -> None:
         await asyncio.sleep(0)
     assert all(task.done() for task in (*small, *flood))
     assert (admission.queued, admission.ongoing) == (0, 0)
+
+
+async def waiting(admission: Admission, *tenants: str, timeout_s: float = 30) -> list[asyncio.Task[None]]:
+    """Requests that wait, in this order."""
+    tasks = [asyncio.create_task(admission.enter(timeout_s, tenant)) for tenant in tenants]
+    await asyncio.sleep(0)
+    return tasks
+
+
+async def let_in(admission: Admission, tasks: list[asyncio.Task[None]]) -> list[int]:
+    """In which order requests come in as places come free."""
+    order: list[int] = []
+    for _ in tasks:
+        admission.leave()
+        for _ in range(3):
+            await asyncio.sleep(0)
+        order += [at for at, task in enumerate(tasks) if task.done() and at not in order]
+    return order
+
+
+async def test_places_that_come_free_go_round_the_tenants_and_within_one_in_order() -> None:
+    admission = Admission(1, 10)
+    await admission.enter(1, "a")
+    tasks = await waiting(admission, "a", "a", "a", "b", "b", "c")
+    assert await let_in(admission, tasks) == [0, 3, 5, 1, 4, 2]
+    assert (admission.ongoing, admission.queued) == (1, 0)
+    admission.leave()
+    assert admission.ongoing == 0
+
+
+async def test_a_place_is_taken_only_from_who_has_clearly_more_waiting_and_from_the_newest() -> None:
+    admission = Admission(1, 4)
+    await admission.enter(1, "a")
+    many = await waiting(admission, "a", "a", "b", "a")
+    (first,) = await waiting(admission, "c")
+    await asyncio.sleep(0)
+    assert isinstance(many[3].exception(), Overloaded), "the newest of who has three, where c has none"
+    assert [task.done() for task in (*many[:3], first)] == [False] * 4
+    assert (admission.refused, admission.queued) == (1, 4)
+    for tenant in ("b", "c"):  # who has one could get a second only from one that has three
+        with pytest.raises(Overloaded):
+            await admission.enter(1, tenant)
+    with pytest.raises(Overloaded, match="works on 1 requests and 4 more wait"):
+        await admission.enter(1, "a")
+    assert (admission.refused, admission.queued) == (4, 4)
+    (other,) = await waiting(admission, "d")
+    await asyncio.sleep(0)
+    assert isinstance(many[1].exception(), Overloaded), "two are clearly more than none"
+    assert await let_in(admission, [many[0], many[2], first, other]) == [0, 1, 2, 3]
+
+
+async def test_where_nobody_may_wait_the_next_is_refused_at_once() -> None:
+    admission = Admission(1, 0)
+    await admission.enter(1, "a")
+    for refused in (1, 2):
+        with pytest.raises(Overloaded):
+            await admission.enter(1, "b")
+        assert (admission.refused, admission.queued, admission.ongoing) == (refused, 0, 1)
+
+
+async def test_who_stops_waiting_takes_nobody_elses_place_in_the_queue() -> None:
+    admission = Admission(1, 10)
+    await admission.enter(1, "a")
+    tasks = await waiting(admission, "a", "a", "b", "a")
+    tasks[1].cancel()
+    tasks[2].cancel()
+    await asyncio.gather(*tasks[1:3], return_exceptions=True)
+    assert admission.queued == 2
+    assert await let_in(admission, [tasks[0], tasks[3]]) == [0, 1]
+    admission.leave()
+    assert (admission.ongoing, admission.queued) == (0, 0)
+
+
+async def test_who_was_refused_and_cancelled_at_once_gives_no_place_away() -> None:
+    admission = Admission(1, 2)
+    await admission.enter(1, "a")
+    tasks = await waiting(admission, "a", "a")
+    taker = asyncio.create_task(admission.enter(30, "b"))
+    tasks[1].cancel()  # at the moment in which b is given its place
+    for _ in range(3):
+        await asyncio.sleep(0)
+    assert tasks[1].done() and not tasks[0].done() and not taker.done()
+    assert (admission.ongoing, admission.queued) == (1, 2)
+    assert await let_in(admission, [tasks[0], taker]) == [0, 1]
+    admission.leave()
+    assert admission.ongoing == 0
+
+
+async def test_a_request_that_waits_too_long_says_how_long() -> None:
+    admission = Admission(1, 2)
+    async with admission.hold(1, "a"):
+        with pytest.raises(DeadlineExceeded, match=r"waited 0.02 s for a free place"):
+            async with admission.hold(0.02, "b"):
+                raise AssertionError("let in")
+        assert (admission.ongoing, admission.queued, admission.refused) == (1, 0, 0)
+    assert admission.ongoing == 0
+
+
+@pytest.mark.parametrize("next_one", ["a", "b"])
+async def test_a_place_does_not_go_to_who_is_just_being_cancelled(next_one: str) -> None:
+    admission = Admission(1, 10)
+    await admission.enter(1, "a")
+    leaving, staying = await waiting(admission, "a", next_one)
+    leaving.cancel()
+    admission.leave()  # before the one that is cancelled could tell
+    assert (admission.ongoing, admission.queued) == (1, 0)
+    await asyncio.wait_for(staying, 30)
+    assert isinstance((await asyncio.gather(leaving, return_exceptions=True))[0], asyncio.CancelledError)
+    admission.leave()
+    assert (admission.ongoing, admission.queued) == (0, 0)
+
+
+async def test_who_is_cancelled_while_others_of_its_tenant_wait_on_is_forgotten_once() -> None:
+    admission = Admission(1, 10)
+    await admission.enter(1, "a")
+    first, second, third = await waiting(admission, "a", "a", "a")
+    first.cancel()
+    admission.leave()  # passes the first by, and lets the second in
+    assert isinstance((await asyncio.gather(first, return_exceptions=True))[0], asyncio.CancelledError)
+    assert admission.queued == 1 and second.done() and not third.done()
+    assert await let_in(admission, [third]) == [0]
