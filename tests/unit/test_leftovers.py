@@ -46,7 +46,11 @@ def test_endless(noted):
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
 def test_a_pytest_that_is_ended_leaves_no_process(tmp_path: Path, number: signal.Signals) -> None:
     """Also one that its parent let go long ago, in a session of its own, as a detached ``up`` is."""
-    (tmp_path / "conftest.py").write_text("from tests.leftovers import pytest_configure\n")
+    # A shell starts what it starts in the background with SIGINT ignored, and that is inherited.
+    (tmp_path / "conftest.py").write_text(
+        "import signal\nfrom tests.leftovers import pytest_configure\n"
+        "signal.signal(signal.SIGINT, signal.default_int_handler)\n"
+    )
     (tmp_path / "pytest.ini").write_text("[pytest]\n")
     (tmp_path / "test_endless.py").write_text(TESTS)
     with subprocess.Popen(
@@ -57,10 +61,15 @@ def test_a_pytest_that_is_ended_leaves_no_process(tmp_path: Path, number: signal
         text=True,
     ) as ran:
         assert ran.stdout is not None
-        words = next(line for line in ran.stdout if line.startswith("started ")).split()
-        started = [psutil.Process(int(pid)) for pid in words[1:]]
-        assert len(started) == 2
-        ran.send_signal(number)
-        assert ran.wait(30) == (-signal.SIGKILL if number == signal.SIGKILL else pytest.ExitCode.INTERRUPTED)
-        assert wait_until_ended(started, 30) == []
+        try:
+            words = next(line for line in ran.stdout if line.startswith("started ")).split()
+            started = [psutil.Process(int(pid)) for pid in words[1:]]
+            assert len(started) == 2
+            ran.send_signal(number)
+            assert ran.wait(30) == (
+                -signal.SIGKILL if number == signal.SIGKILL else pytest.ExitCode.INTERRUPTED
+            )
+            assert wait_until_ended(started, 30) == []
+        finally:
+            ran.kill()  # nothing to wait for but its end
     assert (tmp_path / "torn-down").exists() == (number != signal.SIGKILL)

@@ -250,11 +250,11 @@ def test_a_tier_without_room_is_said_once_and_counted_each_time(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     tier = HostTier(tmp_path / "tier", BIG)
-    with caplog.at_level(logging.WARNING, logger="flatshare.cache"):
+    with caplog.at_level(logging.WARNING, logger="flatshare.weights"):
         for _ in range(3):
             assert tier.writer("ab" * 32, 2 * BIG) is None
     assert tier.usage().bypassed == 3
-    assert [one.name for one in caplog.records] == ["flatshare.cache"]
+    assert [one.name for one in caplog.records] == ["flatshare.weights"]
 
 
 def test_an_erasure_that_found_no_tier_overwrote_nothing() -> None:
