@@ -10,7 +10,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,6 +19,7 @@ import orjson
 from numpy.typing import NDArray
 
 from flatshare.bench.workload import Shot, encode_json
+from flatshare.edge.process import find_haproxy
 from flatshare_registry.testing.ports import free_ports
 
 HERE = Path(__file__).parent
@@ -109,6 +110,30 @@ def litserve(capacity: Capacity) -> Iterator[str]:
 
 
 @contextlib.contextmanager
+def expert(capacity: Capacity) -> Iterator[str]:
+    """HAProxy that hashes the model's id, two single-worker processes, an LRU of modules from tmpfs."""
+    port, *ports = free_ports(3)
+    assert capacity.replicas == len(ports), "its HAProxy is written for two processes"
+    folder = HERE / "expert_lru"
+    shared = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None
+    with (
+        tempfile.TemporaryDirectory(prefix="expert-bench-", dir=shared) as weights,
+        contextlib.ExitStack() as stack,
+    ):
+        for one in ports:
+            command = [
+                sys.executable, "-m", "uvicorn", "app:app", "--host", "127.0.0.1", "--port", str(one),
+                "--log-level", "error", "--no-access-log",
+            ]  # fmt: skip
+            stack.enter_context(server(command, folder, capacity, one, {"BENCH_FOLDER": weights}))
+        variables = dict(
+            zip(("BENCH_PORT", "BENCH_PORT_A", "BENCH_PORT_B"), map(str, (port, *ports)), strict=True)
+        )
+        edge = [find_haproxy(), "-db", "-f", str(folder / "haproxy.cfg")]
+        yield stack.enter_context(server(edge, folder, capacity, port, variables))
+
+
+@contextlib.contextmanager
 def flatshare(capacity: Capacity) -> Iterator[str]:
     """This project, as ``flatshare up`` starts it."""
     port, serve_port = free_ports(2)
@@ -133,15 +158,27 @@ def flatshare(capacity: Capacity) -> Iterator[str]:
 CONTENDERS = {
     "stock": Contender(stock, header_json, header_binary),
     "fastapi": Contender(fastapi, header_json, header_binary),
+    "expert": Contender(expert, header_json, header_binary),
     "litserve": Contender(litserve, body_json, base64_binary),
     "flatshare": Contender(flatshare, header_json, header_binary),
 }
 
 
 @contextlib.contextmanager
-def server(command: list[str], folder: Path, capacity: Capacity, port: int) -> Iterator[str]:
+def server(
+    command: list[str],
+    folder: Path,
+    capacity: Capacity,
+    port: int,
+    variables: Mapping[str, str] | None = None,
+) -> Iterator[str]:
     """A server with workers: started in a session of its own, so that all of it can be ended."""
-    environment = {**os.environ, "BENCH_SLOTS": str(capacity.slots), "OMP_NUM_THREADS": "1"}
+    environment = {
+        **os.environ,
+        "BENCH_SLOTS": str(capacity.slots),
+        "OMP_NUM_THREADS": "1",
+        **(variables or {}),
+    }
     process = subprocess.Popen(
         command, cwd=folder, env=environment, start_new_session=True,
         stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,

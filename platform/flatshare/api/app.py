@@ -6,7 +6,7 @@ neither parses their bodies nor serialises their replies.
 
 from __future__ import annotations
 
-from collections.abc import Awaitable
+from collections.abc import Awaitable, Mapping
 from typing import Any, Final
 
 import orjson
@@ -15,7 +15,7 @@ from starlette.responses import StreamingResponse
 
 from flatshare.api.bodies import BodyReader, files_of, media_type_of
 from flatshare.api.decoding import DecodeRoom
-from flatshare.api.hot import HotRoutes
+from flatshare.api.hot import HotAnswers, HotRoute, HotRoutes, RawHeaders
 from flatshare.api.http import (
     ERROR_REPLIES,
     REQUEST_ID_HEADER,
@@ -27,11 +27,12 @@ from flatshare.api.http import (
 )
 from flatshare.api.identity import Identities
 from flatshare.api.local_only import LocalOnly
-from flatshare.api.oip import OPEN_PATHS, add_oip_routes, error_form
+from flatshare.api.oip import OPEN_PATHS, add_oip_routes, error_form, infer_route, is_infer_path
 from flatshare.api.oip_schemas import InferRequest
 from flatshare.api.openapi import documented
 from flatshare.api.schemas import MODEL_ID_HEADER, PredictReply, PredictRequest
-from flatshare.api.stream import LinesResponse, answers, lines_of
+from flatshare.api.stream import LinesResponse, lines_of
+from flatshare.api.stream import answers as answers_of
 from flatshare.codecs.images import decode_images
 from flatshare.codecs.payload import READY, READY_HEADER, decode_json, decode_pixels
 from flatshare.codecs.tensors import DTYPE_HEADER, SHAPE_HEADER, decode_npy, decode_octets, is_ready
@@ -99,33 +100,19 @@ def create_app(
     decoding = room or DecodeRoom()
     bodies = BodyReader(decoding, max_body_bytes)
 
+    answers = HotAnswers(
+        service, identities, bodies, decoding, max_body_bytes=max_body_bytes, max_rows=max_rows
+    )
+    predict = HotRoute(ref_of, lambda headers, body, ref: PredictCall(headers, body, replica))
+    infer = infer_route(lambda prediction: _headers_of(prediction, replica))
+
     async def enter(request: Incoming) -> Ticket:
         """The caller known, the ref parsed and the request let in, before a byte of the body is read."""
         caller = await identities.identify(request.headers)
-        return await service.enter(caller, ModelRef.parse(model_id_of(request)))
-
-    async def predict(request: Incoming) -> Response:
-        with await enter(request) as ticket:
-            body = await bodies.read(request, ticket)
-            kind = media_type_of(request.headers)
-            ready = is_ready(request.headers)
-
-            def decode(network: Architecture) -> Rows | Awaitable[Rows]:
-                def rows(most: int) -> Rows:
-                    if kind == "application/octet-stream":
-                        return decode_octets(body, request.headers, network, most)
-                    if kind == "application/x-npy":
-                        return decode_npy(body, network, most, ready=ready)
-                    return decode_json(body, network.input, most, ready=ready)
-
-                return decoding.here_or_there(
-                    ticket.ref.tenant, len(body), lambda: ticket.decode(max_rows, rows)
-                )
-
-            return _reply(await service.predict(ticket, decode), replica)
+        return await service.enter(caller, ref_of(request.scope["headers"]))
 
     async def documented_only(request: Request) -> Response:
-        return await predict(request)  # FastAPI wants its own class in the signature
+        return await answers.answer(predict, request)  # FastAPI wants its own class in the signature
 
     described: dict[str, Any] = {
         "response_model": PredictReply,
@@ -240,41 +227,67 @@ def create_app(
 
         lines = lines_of(request.stream(), limit, stream_ticket.hold_bytes)
         return LinesResponse(
-            answers(
-                lines, predict_line, request_id_of(request), lambda: service.another_place(stream_ticket)
+            answers_of(
+                lines,
+                predict_line,
+                request_id_of(request.headers),
+                lambda: service.another_place(stream_ticket),
             ),
             stream_ticket,
             media_type=NDJSON,
         )
 
-    add_oip_routes(
-        app,
-        service,
-        identities,
-        lambda prediction: _headers_of(prediction, replica),
-        bodies,
-        decoding,
-        max_rows=max_rows,
-    )
+    add_oip_routes(app, service, identities, answers, infer)
     documented(app, open_paths=OPEN_PATHS, bodies=[PredictRequest, InferRequest])
     # The hot routes ask ``identities``, which looks at the same; of the others some need no key.
     others = LocalOnly(app, error_form) if identities.off else app
-    return HotRoutes(others, {"/predict": predict, "/": predict})
+    return HotRoutes(
+        others,
+        answers,
+        {"/predict": predict, "/": predict},
+        lambda path: infer if is_infer_path(path) else None,
+    )
+
+
+class PredictCall:
+    """One prediction: rows of JSON, npy or octets, and their labels as JSON."""
+
+    __slots__ = ("_body", "_headers", "_replica")
+
+    def __init__(self, headers: Mapping[str, str], body: bytes, replica: str) -> None:
+        self._headers = headers
+        self._body = body
+        self._replica = replica
+
+    def rows(self, network: Architecture, most: int) -> Rows:
+        """Rows of the body, by its media type. Raises ``BadInput`` and ``TooLarge``."""
+        kind = media_type_of(self._headers)
+        ready = is_ready(self._headers)
+        if kind == "application/octet-stream":
+            return decode_octets(self._body, self._headers, network, most)
+        if kind == "application/x-npy":
+            return decode_npy(self._body, network, most, ready=ready)
+        return decode_json(self._body, network.input, most, ready=ready)
+
+    def reply(self, prediction: Prediction) -> Response:
+        """The labels."""
+        return _reply(prediction, self._replica)
 
 
 _MODEL_ID: Final = MODEL_ID_HEADER.encode()
 _MODEL_ID_WITH_DASHES: Final = _MODEL_ID.replace(b"_", b"-")
 
 
-def model_id_of(request: Incoming) -> str:
+def ref_of(headers: RawHeaders, path: str = "") -> ModelRef:
     """The model ref in the header; ``-`` and ``_`` are the same there, as in Ray Serve.
 
     Raises
     ------
     BadInput
         There is none, or there are two.
+    InvalidRef
+        It is none.
     """
-    headers = request.scope["headers"]
     found = [value for name, value in headers if name == _MODEL_ID] or [
         value for name, value in headers if name == _MODEL_ID_WITH_DASHES
     ]
@@ -283,8 +296,7 @@ def model_id_of(request: Incoming) -> str:
             f"name one model in the {MODEL_ID_HEADER} header: acme, acme:canary or acme@7; behind a proxy "
             f"that drops names with underscores (nginx does), write {MODEL_ID_HEADER.replace('_', '-')}"
         )
-    text: str = found[0].decode("latin-1")
-    return text
+    return ModelRef.parse(found[0].decode("latin-1"))
 
 
 def _reply(prediction: Prediction, replica: str) -> Response:

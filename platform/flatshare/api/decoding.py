@@ -17,8 +17,7 @@ INLINE_BYTES: Final = 64 * 1024
 What can expand (images, multipart, compressed bodies) is never decoded there, however short it is."""
 
 DECODE_THREADS: Final = 2
-"""Bodies that are decoded at a time: what decoding needs beside their own bytes is needed so often at most.
-Bodies that are decoded at a time: what decoding needs beside their own bytes is needed so often at most."""
+"""Bodies decoded at a time: what decoding needs beside their own bytes is needed so often at most."""
 
 MAX_WAITING: Final = 1024
 """Bodies that wait for their turn; one more is refused."""

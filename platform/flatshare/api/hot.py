@@ -1,23 +1,193 @@
-"""The hot routes' way round FastAPI: same handlers, same error replies, without the framework between.
+"""The hot routes: answered without FastAPI, by the replica's own door or as ASGI, in the same words.
 
-In a profile of a loaded replica FastAPI and Starlette were on the stack in 42 % of the samples, our
-own handler in 22 %: middlewares, routing and dependency solving, of which these routes use nothing.
-FastAPI still holds these routes for the OpenAPI, and everything else.
+In a profile of a loaded replica FastAPI and Starlette were on the stack in 42 % of the samples, our own
+handler in 22 %: middlewares, routing and dependency solving, of which these routes use nothing. FastAPI still
+holds these routes for the OpenAPI, and everything else.
+
+There are two ways to an answer. :meth:`HotAnswers.answer` is a coroutine over any request. The door
+(``door/protocol.py``) takes the steps one by one, so that a request for a resident model needs no task:
+:meth:`HotAnswers.enter_now`, :meth:`HotAnswers.expected_length`, :meth:`HotAnswers.begin`; where one says
+that something must be waited for, the coroutine does the rest.
 """
 
 from __future__ import annotations
 
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Protocol
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
 from starlette.types import ASGIApp, Receive, Scope, Send
 
-from flatshare.api.http import Incoming, error_reply
+from flatshare.api.bodies import BodyReader
+from flatshare.api.decoding import INLINE_BYTES, DecodeRoom
+from flatshare.api.http import (
+    ErrorForm,
+    Incoming,
+    WithHeaders,
+    claimed_length,
+    error_reply,
+    own_form,
+    route_path,
+)
+from flatshare.api.identity import Identities
+from flatshare.models.architecture import Architecture
+from flatshare.replica.request import InferenceService, Prediction, Rows, Ticket
+from flatshare_registry.ids import ModelRef
 
-__all__ = ["HotRequest", "HotRoutes"]
+__all__ = ["Call", "HotAnswers", "HotRequest", "HotRoute", "HotRoutes", "RawHeaders"]
 
-Handler = Callable[[Incoming], Awaitable[Response]]
+RawHeaders = Sequence[tuple[bytes, bytes]]
+"""Headers as they came: names in lower case, in order, doubles and all."""
+
+
+class Call(Protocol):
+    """One request of a hot route, whose body is here."""
+
+    def rows(self, network: Architecture, most: int) -> Rows:
+        """Rows ``(N, *input.shape)``, at most ``most``. Raises ``BadInput`` and ``TooLarge``."""
+        ...
+
+    def reply(self, prediction: Prediction) -> Response:
+        """The answer."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class HotRoute:
+    """What makes one hot route another than the next.
+
+    Attributes
+    ----------
+    ref
+        The model that a request names, by its headers and path; raises ``BadInput`` or ``InvalidRef``.
+    call
+        Makes the call of headers, body and ref; looks at nothing yet.
+    form
+        Of errors.
+    """
+
+    ref: Callable[[RawHeaders, str], ModelRef]
+    call: Callable[[Mapping[str, str], bytes, ModelRef], Call]
+    form: ErrorForm = own_form
+
+
+class HotAnswers:
+    """Answers requests of hot routes.
+
+    Parameters
+    ----------
+    bodies, decoding
+        Read bodies, and decode long ones.
+    max_body_bytes, max_rows
+        Limits of one request; beyond them 413.
+    """
+
+    def __init__(
+        self,
+        service: InferenceService,
+        identities: Identities,
+        bodies: BodyReader,
+        decoding: DecodeRoom,
+        *,
+        max_body_bytes: int,
+        max_rows: int,
+    ) -> None:
+        self._service = service
+        self._identities = identities
+        self._bodies = bodies
+        self._decoding = decoding
+        self._max_body_bytes = max_body_bytes
+        self._max_rows = max_rows
+
+    async def answer(self, route: HotRoute, request: Incoming) -> Response:
+        """The whole story: the caller known, the ref parsed and the request let in before its body is read.
+
+        Raises
+        ------
+        ServeError, RegistryError
+            What the error table knows.
+        ClientDisconnect
+            The client went away before the end of the body.
+        """
+        caller = await self._identities.identify(request.headers)
+        ref = route.ref(request.scope["headers"], route_path(request.scope))
+        with await self._service.enter(caller, ref) as ticket:
+            body = await self._bodies.read(request, ticket)
+            return await self.finish(route, ticket, request.headers, body)
+
+    def enter_now(
+        self, route: HotRoute, headers: Mapping[str, str], raw: RawHeaders, path: str
+    ) -> Ticket | None:
+        """Let a request in whose caller and tenant are known; None for one that must be looked up first."""
+        caller = self._identities.identify_now(headers)
+        if caller is None:
+            return None
+        return self._service.enter_now(caller, route.ref(raw, path))
+
+    def expected_length(self, ticket: Ticket, claimed: str) -> int:
+        """The length of a body, by its Content-Length; it counts as held from now on.
+
+        Raises
+        ------
+        TooLarge, BodyOverQuota, TooManyBytesAtOnce, Overloaded
+            Nobody, or this tenant, may send so much, or not now.
+        """
+        length = claimed_length(claimed, self._max_body_bytes, ticket.limits.body_bytes)
+        ticket.hold_bytes(length)
+        return length
+
+    def begin(
+        self,
+        route: HotRoute,
+        ticket: Ticket,
+        request: WithHeaders,
+        body: bytes,
+        done: Callable[[Response], None],
+    ) -> bool:
+        """Answer a request that waits for its pass only; ``done`` gets the response, later and once.
+
+        Returns
+        -------
+        bool
+            False: it is long, or has to wait for more. Nothing has begun; :meth:`finish` does it.
+
+        Raises
+        ------
+        ServeError, RegistryError
+            It is refused; ``done`` is not called.
+        """
+        if len(body) > INLINE_BYTES:
+            return False
+        call = route.call(request.headers, body, ticket.ref)
+
+        def answered(result: Prediction | Exception) -> None:
+            try:
+                if isinstance(result, Exception):
+                    raise result
+                response = call.reply(result)
+            except Exception as error:  # the last handler on this way: everything becomes an error reply
+                response = error_reply(request, error, route.form)
+            done(response)
+
+        return self._service.begin(ticket, lambda network: self._rows(ticket, call, network), answered)
+
+    async def finish(
+        self, route: HotRoute, ticket: Ticket, headers: Mapping[str, str], body: bytes
+    ) -> Response:
+        """The rest of a request that was let in and whose body is here. Raises as :meth:`answer`."""
+        call = route.call(headers, body, ticket.ref)
+
+        def decode(network: Architecture) -> Rows | Awaitable[Rows]:
+            return self._decoding.here_or_there(
+                ticket.ref.tenant, len(body), lambda: self._rows(ticket, call, network)
+            )
+
+        return call.reply(await self._service.predict(ticket, decode))
+
+    def _rows(self, ticket: Ticket, call: Call, network: Architecture) -> Rows:
+        return ticket.decode(self._max_rows, lambda most: call.rows(network, most))
 
 
 class HotRequest:
@@ -54,32 +224,48 @@ class HotRequest:
 
 
 class HotRoutes:
-    """An ASGI app that answers POSTs to some exact paths itself and passes the rest on.
+    """An ASGI app that answers POSTs to hot routes itself and passes the rest on.
 
     Parameters
     ----------
     app
         Gets everything else.
-    handlers
+    answers
+        Answers requests of the hot routes.
+    routes
         By path, relative to where the app is mounted.
+    route_of
+        The hot route of other paths, if it is one.
     """
 
-    def __init__(self, app: ASGIApp, handlers: Mapping[str, Handler]) -> None:
+    def __init__(
+        self,
+        app: ASGIApp,
+        answers: HotAnswers,
+        routes: Mapping[str, HotRoute],
+        route_of: Callable[[str], HotRoute | None],
+    ) -> None:
         self._app = app
-        self._handlers = handlers
+        self._routes = routes
+        self._route_of = route_of
+        self.answers = answers
+
+    def route(self, path: str) -> HotRoute | None:
+        """The hot route of POSTs to a path; None when it is none."""
+        return self._routes.get(path) or self._route_of(path)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI's entry point."""
-        handler = None
+        route = None
         if scope["type"] == "http" and scope["method"] == "POST":
-            handler = self._handlers.get(scope["path"].removeprefix(scope.get("root_path", "")))
-        if handler is None:
+            route = self.route(route_path(scope))
+        if route is None:
             await self._app(scope, receive, send)
             return
         try:
-            response = await handler(HotRequest(scope, receive))
+            response = await self.answers.answer(route, HotRequest(scope, receive))
         except ClientDisconnect:
             return  # nobody is there to be answered
         except Exception as error:  # the last handler on this path: everything becomes an error reply
-            response = error_reply(Request(scope, receive), error)
+            response = error_reply(Request(scope, receive), error, route.form)
         await response(scope, receive, send)

@@ -32,6 +32,8 @@ __all__ = [
     "ErrorForm",
     "Incoming",
     "PlainResponse",
+    "WithHeaders",
+    "claimed_length",
     "encoding_of",
     "error_reply",
     "error_response",
@@ -75,17 +77,21 @@ ErrorForm = Callable[[HttpError, str], dict[str, Any]]
 """Makes the body of an error reply from the error and the request's id."""
 
 
-class Incoming(Protocol):
+class WithHeaders(Protocol):
+    """A request whose headers are known."""
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """By name in lower case; of one that came twice, the first."""
+        ...
+
+
+class Incoming(WithHeaders, Protocol):
     """What a handler needs of a request: Starlette's ``Request`` has it, and ``hot.HotRequest``."""
 
     @property
     def scope(self) -> Scope:
         """As ASGI gave it."""
-        ...
-
-    @property
-    def headers(self) -> Mapping[str, str]:
-        """By name in lower case; of one that came twice, the first."""
         ...
 
     def stream(self) -> AsyncGenerator[bytes, None]:
@@ -107,9 +113,9 @@ class PlainResponse(Response):
         ]
 
 
-def request_id_of(request: Incoming) -> str:
+def request_id_of(headers: Mapping[str, str]) -> str:
     """The caller's request id if it is safe to log and echo, else a new one."""
-    given = request.headers.get(REQUEST_ID_HEADER, "")
+    given = headers.get(REQUEST_ID_HEADER, "")
     return given if _SAFE_ID.fullmatch(given) else new_ulid()
 
 
@@ -159,6 +165,32 @@ def encoding_of(request: Incoming, known: Collection[str] = ()) -> str | None:
     return coding
 
 
+def claimed_length(text: str, limit_bytes: int, quota_bytes: int | None = None) -> int:
+    """The length that a Content-Length says.
+
+    Parameters
+    ----------
+    quota_bytes
+        The tenant's own limit.
+
+    Raises
+    ------
+    BadInput
+        It is not a number.
+    TooLarge, BodyOverQuota
+        It is over a limit.
+    """
+    refusal: type[TooLarge] = TooLarge
+    if quota_bytes is not None and quota_bytes < limit_bytes:
+        limit_bytes, refusal = quota_bytes, BodyOverQuota
+    if not text.isascii() or not text.isdigit():
+        raise BadInput("Content-Length is not a number")
+    length = whole_number(text, limit_bytes)
+    if length is None:
+        raise refusal(f"the body has {text[:20]} bytes; the limit is {limit_bytes}")
+    return length
+
+
 async def read_body(
     request: Incoming,
     limit_bytes: int,
@@ -186,17 +218,12 @@ async def read_body(
     BadInput
         Its Content-Length is not a number.
     """
+    claimed = request.headers.get("content-length")
+    if claimed is not None:
+        hold(claimed_length(claimed, limit_bytes, quota_bytes))
     refusal: type[TooLarge] = TooLarge
     if quota_bytes is not None and quota_bytes < limit_bytes:
         limit_bytes, refusal = quota_bytes, BodyOverQuota
-    claimed = request.headers.get("content-length")
-    if claimed is not None:
-        if not claimed.isascii() or not claimed.isdigit():
-            raise BadInput("Content-Length is not a number")
-        size_claimed = whole_number(claimed, limit_bytes)
-        if size_claimed is None:
-            raise refusal(f"the body has {claimed[:20]} bytes; the limit is {limit_bytes}")
-        hold(size_claimed)
     parts: list[bytes] = []
     size = 0
     try:
@@ -220,7 +247,7 @@ def own_form(error: HttpError, request_id: str) -> dict[str, Any]:
 
 def error_response(error: HttpError, request_id: str, form: ErrorForm = own_form) -> Response:
     """The JSON reply for an error."""
-    # Serve itself puts the x-request-id header on every reply.
+    # The door, and Serve itself where it listens, put the x-request-id header on every reply.
     headers = {} if error.retry_after_s is None else {"retry-after": str(error.retry_after_s)}
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
@@ -228,9 +255,9 @@ def error_response(error: HttpError, request_id: str, form: ErrorForm = own_form
     return Response(body, error.status, headers, media_type="application/json")
 
 
-def error_reply(request: Request, error: Exception, form: ErrorForm = own_form) -> Response:
+def error_reply(request: WithHeaders, error: Exception, form: ErrorForm = own_form) -> Response:
     """The reply for an exception; what is our fault is logged with its traceback, here and nowhere else."""
-    request_id = request_id_of(request)
+    request_id = request_id_of(request.headers)
     described = describe_error(error)
     if described.status >= 500 and described.status != 503:
         logger.error("request %s failed: %s", request_id, described.code, exc_info=error)
@@ -252,7 +279,9 @@ def install_error_handlers(
         return error_reply(request, error, form_of(request))
 
     def answer(request: Request, status: int, code: str, message: str) -> Response:
-        return error_response(HttpError(status, code, message), request_id_of(request), form_of(request))
+        return error_response(
+            HttpError(status, code, message), request_id_of(request.headers), form_of(request)
+        )
 
     async def framework(request: Request, error: Exception) -> Response:
         assert isinstance(error, HTTPException)

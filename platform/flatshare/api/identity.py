@@ -192,47 +192,75 @@ class Identities:
         Unavailable
             The tenant is not known here, and the store does not answer.
         """
-        if self._operators is None:
-            check_local(headers)
-            return LOCAL_OPERATOR
         came = time.monotonic()
+        caller = self.identify_now(headers)
+        if caller is not None:
+            return caller
         text = _credential(headers)
-        if text is None:
-            raise Unauthenticated("name yourself: Authorization: Bearer <API key>, or x-api-key")
+        assert text is not None, "who shows nothing is refused at once"
         try:
-            return await self._caller(text)
+            if self._tokens is not None and _is_token(text):
+                verified = await self._tokens.verify(text)
+                return Caller(f"token:{verified.subject}", None, verified.tenant, verified.scopes)
+            return await self._look_up_caller(parse_key(text))
         except InvalidInput as error:
             raise Unauthenticated(error.message) from None
         except (_NotGood, NotFound):
             await asyncio.sleep(came + REFUSAL_S - time.monotonic())
             raise Unauthenticated(NOT_GOOD) from None
 
-    async def _caller(self, text: str) -> Caller:
-        assert self._operators is not None
-        if self._tokens is not None and text.count(".") == 2 and not text.startswith("fs_"):
-            verified = await self._tokens.verify(text)
-            return Caller(f"token:{verified.subject}", None, verified.tenant, verified.scopes)
-        presented = parse_key(text)
-        tenant = presented.tenant
-        if tenant is None:
+    def identify_now(self, headers: Mapping[str, str]) -> Caller | None:
+        """As :meth:`identify`, without waiting; None where a look-up, a token or a late refusal takes time.
+
+        Raises
+        ------
+        NotLocal, Unauthenticated
+            As :meth:`identify`, for what is refused at once.
+        """
+        if self._operators is None:
+            check_local(headers)
+            return LOCAL_OPERATOR
+        text = _credential(headers)
+        if text is None:
+            raise Unauthenticated("name yourself: Authorization: Bearer <API key>, or x-api-key")
+        if self._tokens is not None and _is_token(text):
+            return None
+        try:
+            presented = parse_key(text)
+        except InvalidInput as error:
+            raise Unauthenticated(error.message) from None
+        if presented.tenant is None:
             operator = self._operators.caller(presented)
             if operator is None:
                 # At once: it tells nothing of any tenant, and must not hold a place of the control plane's.
                 raise Unauthenticated(NOT_GOOD)
             return operator
-        known = self._heads.head_now(tenant)
-        head = known or await self._look_up(tenant)
+        head = self._heads.head_now(presented.tenant)
+        return None if head is None else self._owner(presented, presented.tenant, head)
+
+    def _owner(self, presented: PresentedKey, tenant: TenantId, head: TenantHead) -> Caller | None:
+        """Whose key it is, by the tenant's head; None when it is not good."""
         key = head.keys.get(presented.id)
         good = is_valid(presented, key.sha256 if key is not None else None)
         if key is None or not good or (key.expires_at and self._clock() >= key.expires_at.timestamp()):
-            if known is not None:
-                # When look-ups are refused, so is a bad key of a tenant that needs none: else a flood of
-                # junk would show who is known here.
-                async with self._look_ups.hold(LOOK_UP_TIMEOUT_S):
-                    pass
-            raise _NotGood
+            return None
         self._used(tenant, key)
         return Caller(f"key:{key.id}", None, tenant, frozenset(key.scopes))
+
+    async def _look_up_caller(self, presented: PresentedKey) -> Caller:
+        """Raises ``_NotGood`` when it is nobody's key."""
+        tenant = presented.tenant
+        assert tenant is not None, "operators are known at once"
+        known = self._heads.head_now(tenant)
+        caller = self._owner(presented, tenant, known or await self._look_up(tenant))
+        if caller is not None:
+            return caller
+        if known is not None:
+            # When look-ups are refused, so is a bad key of a tenant that needs none: else a flood of
+            # junk would show who is known here.
+            async with self._look_ups.hold(LOOK_UP_TIMEOUT_S):
+                pass
+        raise _NotGood
 
     async def _look_up(self, tenant: TenantId) -> TenantHead:
         """Raises ``Overloaded`` when too many wait already, ``Unavailable`` when it takes too long."""
@@ -246,6 +274,11 @@ class Identities:
 
 class _NotGood(Exception):
     """A key that does not count."""
+
+
+def _is_token(text: str) -> bool:
+    """Whether what is shown is a JSON Web Token rather than a key of ours."""
+    return text.count(".") == 2 and not text.startswith("fs_")
 
 
 def _credential(headers: Mapping[str, str]) -> str | None:

@@ -9,7 +9,7 @@ refused by name: an answer without it would be another tensor than was asked for
 from __future__ import annotations
 
 import math
-from collections.abc import Awaitable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib.metadata import version
 from typing import Any, Final
 
@@ -18,9 +18,8 @@ import orjson
 from fastapi import FastAPI, Request, Response
 from numpy.typing import NDArray
 
-from flatshare.api.bodies import BodyReader
-from flatshare.api.decoding import DecodeRoom
 from flatshare.api.error_table import HttpError
+from flatshare.api.hot import HotAnswers, HotRoute
 from flatshare.api.http import ErrorForm, error_reply, own_form, route_path, whole_number
 from flatshare.api.identity import Identities
 from flatshare.api.oip_schemas import (
@@ -47,7 +46,15 @@ from flatshare.replica.request import InferenceService, Prediction, Rows, Ticket
 from flatshare_registry.ids import ModelRef, parse_version
 from flatshare_registry.records import VersionRecord
 
-__all__ = ["OPEN_PATHS", "add_oip_routes", "error_form"]
+__all__ = [
+    "OPEN_PATHS",
+    "InferCall",
+    "add_oip_routes",
+    "error_form",
+    "infer_ref",
+    "infer_route",
+    "is_infer_path",
+]
 
 PREFIX: Final = "/v2"
 OPEN_PATHS: Final = frozenset({PREFIX, f"{PREFIX}/health/live", f"{PREFIX}/health/ready"})
@@ -68,24 +75,79 @@ _NOT_SERVED: Final = (
 """Parameters of extensions that change what the answer is."""
 
 
-def add_oip_routes(
-    app: FastAPI,
-    service: InferenceService,
-    identities: Identities,
-    headers_of: Any,
-    bodies: BodyReader,
-    decoding: DecodeRoom,
-    *,
-    max_rows: int,
-) -> None:
-    """Add the protocol's routes to the data plane.
+class InferCall:
+    """One inference request: the rows of its one input, and the outputs that it wants.
 
     Parameters
     ----------
     headers_of
         Makes the reply headers that name tenant, version and replica, of a prediction.
-    bodies, decoding
-        Read bodies, and decode long ones.
+    """
+
+    def __init__(
+        self,
+        headers: Mapping[str, str],
+        body: bytes,
+        ref: ModelRef,
+        headers_of: Callable[[Prediction], dict[str, str]],
+    ) -> None:
+        self._headers = headers
+        self._body = body
+        self._ref = ref
+        self._headers_of = headers_of
+        self._document: dict[str, Any] = {}
+
+    def rows(self, network: Architecture, most: int) -> Rows:
+        """Rows of the input. Raises ``BadInput`` and ``TooLarge``."""
+        ready = is_ready(self._headers)
+        self._document, binary = _split(self._body, self._headers.get(HEADER_LENGTH), network, most)
+        return _input_rows(self._document, binary, network, most, ready=ready)
+
+    def reply(self, prediction: Prediction) -> Response:
+        """The outputs that were asked for. Raises ``BadInput`` when there is no such output."""
+        return _reply(prediction, self._document, str(self._ref), self._headers_of(prediction))
+
+
+def infer_route(headers_of: Callable[[Prediction], dict[str, str]]) -> HotRoute:
+    """The protocol's hot route."""
+
+    def call(headers: Mapping[str, str], body: bytes, ref: ModelRef) -> InferCall:
+        return InferCall(headers, body, ref, headers_of)
+
+    return HotRoute(lambda headers, path: infer_ref(path), call, _protocol_form)
+
+
+def infer_ref(path: str) -> ModelRef:
+    """The model that an infer route's path names: ``/v2/models/<ref>[/versions/<n>]/infer``.
+
+    Raises
+    ------
+    InvalidRef
+        It is no model ref.
+    """
+    _, _, _, ref, *rest = path.split("/")
+    return _ref_of_version(ref, rest[1] if rest[0] == "versions" else None)
+
+
+def is_infer_path(path: str) -> bool:
+    """Whether a path is that of an infer route, whatever the model."""
+    parts = path.split("/")
+    return (
+        path.startswith(f"{PREFIX}/models/")
+        and parts[-1] == "infer"
+        and (len(parts) == 5 or (len(parts) == 7 and parts[4] == "versions"))
+    )
+
+
+def add_oip_routes(
+    app: FastAPI, service: InferenceService, identities: Identities, hot: HotAnswers, route: HotRoute
+) -> None:
+    """Add the protocol's routes to the data plane.
+
+    Parameters
+    ----------
+    hot, route
+        Answers the infer route, and that route.
     """
 
     @app.get("/v2", operation_id="oip_server", tags=[TAG])
@@ -131,24 +193,7 @@ def add_oip_routes(
     async def infer(request: Request) -> Response:
         """Predict: JSON tensors, or binary ones after the JSON."""
         try:
-            with await enter(request) as ticket:
-                body = await bodies.read(request, ticket)
-                length = request.headers.get(HEADER_LENGTH)
-                ready = is_ready(request.headers)
-                document: dict[str, Any] = {}
-
-                def decode(network: Architecture) -> Rows | Awaitable[Rows]:
-                    def rows(most: int) -> Rows:
-                        found, binary = _split(body, length, network, most)
-                        document.update(found)
-                        return _input_rows(found, binary, network, most, ready=ready)
-
-                    return decoding.here_or_there(
-                        ticket.ref.tenant, len(body), lambda: ticket.decode(max_rows, rows)
-                    )
-
-                prediction = await service.predict(ticket, decode)
-                return _reply(prediction, document, str(ticket.ref), headers_of(prediction))
+            return await hot.answer(route, request)
         except Exception as error:
             return _error(request, error)
 
@@ -180,8 +225,11 @@ def error_form(request: Request) -> ErrorForm:
 
 
 def _ref(request: Request) -> ModelRef:
-    ref = ModelRef.parse(request.path_params["ref"])
-    version = request.path_params.get("version")
+    return _ref_of_version(request.path_params["ref"], request.path_params.get("version"))
+
+
+def _ref_of_version(text: str, version: str | None) -> ModelRef:
+    ref = ModelRef.parse(text)
     return ref if version is None else ModelRef(ref.tenant, parse_version(version))
 
 
@@ -202,9 +250,7 @@ def _metadata(ref: ModelRef, version: VersionRecord) -> dict[str, Any]:
 def _split(
     body: bytes, header_length: str | None, network: Architecture, max_rows: int
 ) -> tuple[dict[str, Any], memoryview]:
-    """The JSON part of a body, which may not expand to more than rows can have, and the binary data after it.
-    The JSON part of a body, which may not expand to more than rows can have, and the binary data after it.
-    """
+    """The JSON part of a body, not to expand to more than rows can have, and the binary data after it."""
     end = len(body)
     if header_length is not None:
         found = whole_number(header_length, len(body))

@@ -128,7 +128,7 @@ def create_control_app(
 
 def _for(registry: Registry, request: Request) -> Registry:
     """The registry, for changes in the name of whoever calls."""
-    return registry.acting_as(caller_of(request).name, request_id_of(request))
+    return registry.acting_as(caller_of(request).name, request_id_of(request.headers))
 
 
 def _add_tenants(app: FastAPI, registry: Registry, fleet: Fleet) -> None:

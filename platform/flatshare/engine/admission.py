@@ -33,6 +33,18 @@ class Admission:
         """An async context that is inside while the request is let in."""
         return _Hold(self, timeout_s, tenant)
 
+    @property
+    def has_room(self) -> bool:
+        """Whether a request would be let in without waiting."""
+        return self.ongoing < self.max_ongoing
+
+    def enter_now(self) -> bool:
+        """Go in if nobody has to wait for it; whether this request is in, and must :meth:`leave`."""
+        if self.ongoing >= self.max_ongoing:
+            return False
+        self.ongoing += 1
+        return True
+
     async def enter(self, timeout_s: float, tenant: str = "") -> None:
         """Wait to be let in.
 
@@ -44,8 +56,7 @@ class Admission:
         DeadlineExceeded
             Not let in within ``timeout_s``.
         """
-        if self.ongoing < self.max_ongoing:
-            self.ongoing += 1
+        if self.enter_now():
             return
         if self.queued >= self.max_queued and not self._give_up_one_for(tenant):
             self.refused += 1

@@ -30,7 +30,7 @@ from flatshare.models.probe import check_probe_logits, probe_rows
 from flatshare.models.stages import Model
 from flatshare.residency.lease import Lease
 
-__all__ = ["MAX_BATCH_ROWS", "Inference"]
+__all__ = ["MAX_BATCH_ROWS", "Answer", "Inference", "Job"]
 
 logger = logging.getLogger("flatshare.engine")
 
@@ -45,12 +45,18 @@ MAX_BATCH_ROWS: Final = 64
 4,700 at 64 and 3,200 at 256, where activations fall out of the cache. A single larger request runs alone."""
 
 
+Answer = NDArray[np.float32] | Exception
+"""Logits ``(N, classes)``, or why there are none."""
+
+
 @dataclass(slots=True, eq=False)
-class _Job:
-    """One request's rows, and where its logits are awaited.
+class Job:
+    """One request's rows, and who gets its logits.
 
     Attributes
     ----------
+    done
+        Called once on the event loop with the answer, also when nobody waits for it any more.
     over
         What a caller that was cancelled waits for: the end of its pass.
     ended
@@ -63,12 +69,9 @@ class _Job:
     size: int
     same: Hashable
     kind: Hashable
-    logits: asyncio.Future[NDArray[np.float32]]
+    done: Callable[[Answer], None]
     over: asyncio.Future[None] | None = None
     ended: bool = False
-
-
-_Answer = NDArray[np.float32] | Exception
 
 
 class Inference:
@@ -83,7 +86,7 @@ class Inference:
     torch_threads
         Threads of one forward pass; 0 for what each architecture says.
     max_batch_rows
-        Rows of one pass.
+        Rows of one pass; ``max_rows`` afterwards.
     pass_limit_s
         Seconds after which a pass counts as one that never ends.
     """
@@ -105,8 +108,8 @@ class Inference:
         self.rows = 0
         self._torch_threads = torch_threads
         self._threads_now = 0
-        self._max_rows = max_batch_rows
-        self._queue: FairQueue[_Job] = FairQueue(max_batch_rows)
+        self.max_rows = max_batch_rows
+        self._queue: FairQueue[Job] = FairQueue(max_batch_rows)
         self._lock = threading.Lock()
         self._idle = False
         self._wakeup = threading.Lock()  # taken: a semaphore of one, without threading's Python around it
@@ -168,8 +171,7 @@ class Inference:
         Wedged
             A pass never ends. The lease must stay, and what it holds: the thread still uses it.
         """
-        self.check_alive()
-        most = self._max_rows
+        most = self.max_rows
         if len(rows) <= most:
             return await self._run_one(lease, rows)
         parts = [self._run_one(lease, rows[start : start + most]) for start in range(0, len(rows), most)]
@@ -180,12 +182,29 @@ class Inference:
                 raise answer
         return np.concatenate(cast("list[NDArray[np.float32]]", answers))
 
-    async def _run_one(self, lease: Lease, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    def submit(self, lease: Lease, rows: NDArray[np.float32], done: Callable[[Answer], None]) -> Job:
+        """Queue rows of one pass without waiting for them.
+
+        Parameters
+        ----------
+        lease
+            Held by the caller until ``done`` is called, or :meth:`withdraw` returns True.
+        rows
+            As :meth:`run`'s, but no more than ``max_rows``.
+        done
+            Called once, on this event loop, with what :meth:`run` would return or raise.
+
+        Raises
+        ------
+        NoRoom
+            The replica is stopping; ``done`` is not called.
+        Wedged
+            A pass has not ended for longer than any may; likewise.
+        """
+        self.check_alive()
         model = lease.model
         loop = asyncio.get_running_loop()
-        job = _Job(
-            lease, rows, lease.record.tenant, len(rows), id(model), id(model.stages[0]), loop.create_future()
-        )
+        job = Job(lease, rows, lease.record.tenant, len(rows), id(model), id(model.stages[0]), done)
         with self._lock:
             if self._closing:
                 raise NoRoom("the replica is stopping; retry")
@@ -194,15 +213,32 @@ class Inference:
             wake, self._idle = self._idle, False
         if wake:  # a thread that is busy looks by itself; waking one costs more than a row's bookkeeping
             self._wakeup.release()
-        del model
+        return job
+
+    def withdraw(self, job: Job) -> bool:
+        """Take a job out that no pass has taken; whether it was: ``done`` is not called then."""
+        with self._lock:
+            return self._queue.remove(job)
+
+    async def _run_one(self, lease: Lease, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+        loop = asyncio.get_running_loop()
+        logits: asyncio.Future[NDArray[np.float32]] = loop.create_future()
+
+        def done(answer: Answer) -> None:
+            if logits.done():  # cancelled
+                return
+            if isinstance(answer, Exception):
+                logits.set_exception(answer)
+            else:
+                logits.set_result(answer)
+
+        job = self.submit(lease, rows, done)
         try:
-            return await job.logits
+            return await logits
         except asyncio.CancelledError:
             # A caller that goes away must not let go of the lease while its pass runs: a job that nobody
             # took is taken out, one whose pass runs is waited for, however often we are cancelled.
-            with self._lock:
-                waiting = self._queue.remove(job)
-            if not waiting and not job.ended:
+            if not self.withdraw(job) and not job.ended:
                 job.over = loop.create_future()
                 while not job.over.done():
                     self.check_alive()
@@ -248,14 +284,14 @@ class Inference:
             del answers
             del batch  # a job in here would keep its model alive while the thread waits
 
-    def _answers(self, batch: Sequence[_Job]) -> list[_Answer]:
+    def _answers(self, batch: Sequence[Job]) -> list[Answer]:
         """One answer a job: all in one pass, and if that fails each alone, so that a bad one fails alone."""
         try:
             return list(self._pass(batch))
         except Exception as error:  # whatever a network raises is that model's failure
             if len(batch) == 1:
                 return [_failure(batch[0], error)]
-        answers: list[_Answer] = []
+        answers: list[Answer] = []
         for job in batch:
             try:
                 answers += self._pass([job])
@@ -263,11 +299,11 @@ class Inference:
                 answers.append(_failure(job, error))
         return answers
 
-    def _pass(self, batch: Sequence[_Job]) -> list[NDArray[np.float32]]:
+    def _pass(self, batch: Sequence[Job]) -> list[NDArray[np.float32]]:
         for job in batch:
             _check(job, "before")
         # Rows of one model are one block; equal models are one model.
-        blocks: dict[Hashable, list[_Job]] = {}
+        blocks: dict[Hashable, list[Job]] = {}
         for job in batch:
             blocks.setdefault(job.same, []).append(job)
         jobs = list(blocks.values())
@@ -310,37 +346,34 @@ class Inference:
     def _deliver_soon(
         self,
         loop: asyncio.AbstractEventLoop | None,
-        batch: Sequence[_Job],
-        answers: Sequence[_Answer] | None,
+        batch: Sequence[Job],
+        answers: Sequence[Answer] | None,
     ) -> None:
         assert loop is not None, "a job came from a loop"
         with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits
             loop.call_soon_threadsafe(_deliver, batch, answers)
 
 
-def _deliver(batch: Sequence[_Job], answers: Sequence[_Answer] | None) -> None:
+def _deliver(batch: Sequence[Job], answers: Sequence[Answer] | None) -> None:
     """On the event loop: hand each job its answer; None for "the replica stops"."""
     for index, job in enumerate(batch):
         job.ended = True
         if job.over is not None:
             job.over.set_result(None)
-        if job.logits.done():  # cancelled
-            continue
-        answer = answers[index] if answers is not None else NoRoom("the replica is stopping; retry")
-        if isinstance(answer, Exception):
-            job.logits.set_exception(answer)
-        else:
-            job.logits.set_result(answer)
+        try:
+            job.done(answers[index] if answers is not None else NoRoom("the replica is stopping; retry"))
+        except Exception:  # one job's caller must not keep the others' answers from them
+            logger.exception("an answer of %s was not taken", job.lease.record.name)
 
 
-def _joined(block: Sequence[_Job], probe: NDArray[np.float32] | None) -> torch.Tensor:
+def _joined(block: Sequence[Job], probe: NDArray[np.float32] | None) -> torch.Tensor:
     rows = [job.rows for job in block]
     if probe is not None:
         rows.append(probe)
     return torch.from_numpy(rows[0] if len(rows) == 1 else np.concatenate(rows))
 
 
-def _probe_due(block: Sequence[_Job]) -> NDArray[np.float32] | None:
+def _probe_due(block: Sequence[Job]) -> NDArray[np.float32] | None:
     """The probe's row, if the block's model has not answered it since it was loaded again."""
     lease = block[0].lease
     if lease.resident is None or not lease.resident.probe_due or lease.record.probe_logits is None:
@@ -348,12 +381,12 @@ def _probe_due(block: Sequence[_Job]) -> NDArray[np.float32] | None:
     return probe_rows(architecture(lease.record.architecture))
 
 
-def _probe_answered(block: Sequence[_Job]) -> None:
+def _probe_answered(block: Sequence[Job]) -> None:
     if block[0].lease.resident is not None:
         block[0].lease.resident.probe_due = False
 
 
-def _failure(job: _Job, error: Exception) -> Exception:
+def _failure(job: Job, error: Exception) -> Exception:
     if isinstance(error, ServeError):
         return error.with_traceback(None)
     if isinstance(error, torch.OutOfMemoryError):  # of the device, not of the model; perhaps over in a moment
@@ -366,7 +399,7 @@ def _failure(job: _Job, error: Exception) -> Exception:
     return failed
 
 
-def _check(job: _Job, when: str) -> None:
+def _check(job: Job, when: str) -> None:
     """The lease must still hold the slot and the model that it was granted on.
 
     Raises

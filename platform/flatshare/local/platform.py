@@ -32,6 +32,7 @@ from flatshare.local.processes import descendants
 from flatshare.local.state import PlatformState
 from flatshare.pool.controller import read_details
 from flatshare.pool.details import Target, app_status, targets
+from flatshare.pool.doors import Doors, ask_replicas
 from flatshare.pool.handle import POOL_APP
 from flatshare.settings import LOOPBACK_HOSTS, Settings
 from flatshare_registry.errors import Unavailable
@@ -158,7 +159,13 @@ def _deploy(application: serve.Application, name: str, prefix: str) -> None:
 def _edge(settings: Settings) -> Iterator[EdgeSupervisor]:
     folder = Path(tempfile.mkdtemp(prefix="flatshare-edge-"))
     process = HaproxyProcess(folder)
-    supervisor = EdgeSupervisor(process, edge_options(settings, process.admin_socket), edge_targets)
+    doors = Doors(ask_replicas)
+
+    def at_doors() -> EdgeTargets:
+        found = edge_targets()
+        return EdgeTargets(doors.of(found.pool), found.control)
+
+    supervisor = EdgeSupervisor(process, edge_options(settings, process.admin_socket), at_doors)
     try:
         supervisor.start()
         yield supervisor

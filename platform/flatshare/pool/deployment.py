@@ -24,11 +24,13 @@ from flatshare.api.hot import HotRoutes
 from flatshare.api.identity import LOCAL_OPERATOR, Identities, OperatorKeys
 from flatshare.api.tokens import token_verifier
 from flatshare.codecs.payload import READY, decode_array
+from flatshare.door.listener import Door
 from flatshare.engine.admission import Admission
 from flatshare.engine.inference import Inference
 from flatshare.engine.quotas import BytesLimit, QuotaKeeper
 from flatshare.errors import BadInput
 from flatshare.models.architecture import Architecture
+from flatshare.pool.details import DoorAddress
 from flatshare.pool.handle import POOL_DEPLOYMENT
 from flatshare.pool.multiplex import NEVER_EVICT, Advertiser
 from flatshare.pool.router import HomeReplicaRouter
@@ -72,6 +74,12 @@ FENCE_S: Final = 60.0
 
 ERASE_WAIT_S: Final = 8.0
 """Seconds that one ``erase`` waits for leases and loads to end; the control plane asks again."""
+
+DOOR_HOST: Final = "127.0.0.1"
+"""Where replicas listen: the edge is on the same machine."""
+
+DOOR_STOP_S: Final = 6.0
+"""Seconds that a stopping replica waits for its door's requests to end."""
 
 DRAIN_S: Final = 5.0
 """Seconds that a stopping replica waits for leases to end."""
@@ -169,6 +177,16 @@ class ClassifierPool:
             token_verifier(settings),
             used=self._key_use,
         )
+        self._data_plane = create_app(
+            self._service,
+            self._identities,
+            replica=self.replica,
+            max_body_bytes=settings.max_body_bytes,
+            max_rows=settings.max_rows,
+            room=self._decoding,
+        )
+        self._door = Door(self._data_plane, DOOR_HOST)
+        self._door_open = asyncio.get_running_loop().create_task(self._door.start(), name="open the door")
         self._restoring = asyncio.get_running_loop().create_task(
             restore_pins(
                 lambda: in_thread(view_threads, registry.pins.refs),
@@ -180,15 +198,18 @@ class ClassifierPool:
         logger.info("replica %s on %s with %d slots", self.replica, device.name, settings.slots)
 
     def __serve_build_asgi_app__(self) -> HotRoutes:
-        """Called by Serve after the constructor: the data plane over this replica's service."""
-        return create_app(
-            self._service,
-            self._identities,
-            replica=self.replica,
-            max_body_bytes=self._settings.max_body_bytes,
-            max_rows=self._settings.max_rows,
-            room=self._decoding,
-        )
+        """Called by Serve after the constructor: the same data plane, for what comes by Serve's own ways."""
+        return self._data_plane
+
+    async def door(self) -> DoorAddress:
+        """Where this replica listens itself, once it does."""
+        await self._door_open
+        return DoorAddress(self.replica, self._door.host, self._door.port)
+
+    def record_autoscaling_stats(self) -> dict[str, float]:
+        """Called by Serve's autoscaler: it does not see the requests that come through the door."""
+        admission = self._service.admission
+        return {"ongoing": float(admission.ongoing), "queued": float(admission.queued)}
 
     # -- handles
 
@@ -358,9 +379,11 @@ class ClassifierPool:
         if not hasattr(self, "_inference"):
             return  # the constructor failed
         self._restoring.cancel()
+        await self._door.stop(DOOR_STOP_S)
         self._promotions.close()
         await self._cache.close(DRAIN_S)
         await asyncio.to_thread(self._inference.close)
+        self._service.deadlines.close()
         self._decoding.close()
         for threads in self._threads:
             threads.shutdown(wait=False, cancel_futures=True)

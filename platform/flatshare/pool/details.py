@@ -9,7 +9,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
-__all__ = ["ReplicaState", "Target", "app_status", "replica_states", "targets"]
+__all__ = ["DoorAddress", "ReplicaState", "Target", "app_status", "replica_states", "targets"]
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -24,6 +24,15 @@ class Target:
 
     name: str
     ip: str
+    port: int
+
+
+@dataclass(frozen=True, slots=True)
+class DoorAddress:
+    """Where one replica's own listener is, as the replica says."""
+
+    replica: str
+    host: str
     port: int
 
 

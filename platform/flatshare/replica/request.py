@@ -1,5 +1,8 @@
 """The whole story of a request: allow, count, resolve, decode, lease, admit, predict, release.
 
+It is told twice: :meth:`InferenceService.begin` for a request that has to wait for its pass only, with no
+task, and :meth:`InferenceService.predict` for all others. Both do the same checks in the same order.
+
 Knows no protocol: HTTP and handles are thin shells around :meth:`InferenceService.predict`.
 """
 
@@ -17,6 +20,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flatshare.engine.admission import Admission
+from flatshare.engine.inference import Answer, Job
 from flatshare.engine.quotas import FREE_BYTES, QuotaKeeper, UnderWay
 from flatshare.errors import (
     DeadlineExceeded,
@@ -29,6 +33,7 @@ from flatshare.errors import (
     Wedged,
 )
 from flatshare.models.architecture import Architecture, architecture
+from flatshare.replica.deadlines import Deadlines
 from flatshare.residency.lease import Lease
 from flatshare.residency.model_cache import ModelCache
 from flatshare.resolution.heads import RegistryView
@@ -165,9 +170,74 @@ class Prediction:
 class Runs(Protocol):
     """What the service asks of an inference engine."""
 
+    max_rows: int
+    """Rows of one pass."""
+
     async def run(self, lease: Lease, rows: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits ``(N, classes)`` of rows ``(N, *input.shape)`` under a lease."""
         ...
+
+    def submit(self, lease: Lease, rows: NDArray[np.float32], done: Callable[[Answer], None]) -> Job:
+        """The same for rows of one pass, without waiting: ``done`` is called with logits or an error."""
+        ...
+
+    def withdraw(self, job: Job) -> bool:
+        """Take a job out that no pass has taken; whether it was."""
+        ...
+
+
+Done = Callable[["Prediction | Exception"], None]
+"""Gets a request's answer, on the event loop, once."""
+
+
+class _Begun:
+    """A request that waits for its pass and for nothing else; nobody awaits it."""
+
+    __slots__ = ("_done", "_lease", "_service", "_ticket", "_version", "job")
+
+    def __init__(
+        self, service: InferenceService, ticket: Ticket, version: VersionRecord, lease: Lease, done: Done
+    ) -> None:
+        self._service = service
+        self._ticket = ticket
+        self._version = version
+        self._lease = lease
+        self._done: Done | None = done
+        self.job: Job | None = None
+
+    def answered(self, answer: Answer) -> None:
+        """The pass has ended."""
+        service, lease = self._service, self._lease
+        service.deadlines.remove(self)
+        service.admission.leave()
+        tier = lease.tier
+        try:
+            if isinstance(answer, Exception):
+                service.take_failure(lease, answer)
+        finally:
+            lease.release()
+        done, self._done = self._done, None
+        if done is None:  # it was told already that it took too long
+            return
+        if isinstance(answer, Exception):
+            done(answer)
+            return
+        try:
+            service.check_fence(self._ticket.ref)  # it may have come while this was under way
+        except NotFound as error:
+            done(error)
+            return
+        done(Prediction(answer, self._version, tier))
+
+    def expired(self) -> None:
+        """It took too long. While its pass runs, the lease and its place stay."""
+        done, self._done = self._done, None
+        assert done is not None, "what was answered is out of the deadlines"
+        assert self.job is not None
+        if self._service.inference.withdraw(self.job):
+            self._service.admission.leave()
+            self._lease.release()
+        done(self._service.too_late())
 
 
 class InferenceService:
@@ -209,7 +279,8 @@ class InferenceService:
         self.admission = admission
         self.cold = cold
         self.quotas = quotas
-        self._inference = inference
+        self.inference = inference
+        self.deadlines: Deadlines[_Begun] = Deadlines(timeout_s, _Begun.expired)
         self._timeout_s = timeout_s
 
     async def enter(self, caller: MayPredict, ref: ModelRef, *, within: Ticket | None = None) -> Ticket:
@@ -234,15 +305,24 @@ class InferenceService:
         Unavailable
             The tenant is not known here, and the store does not answer.
         """
+        ticket = self.enter_now(caller, ref, within=within)
+        if ticket is not None:
+            return ticket
+        try:
+            async with asyncio.timeout(self._timeout_s), self.cold.hold(self._timeout_s, ref.tenant):
+                head = await self.view.head(ref.tenant)
+        except TimeoutError:
+            raise Unavailable(f"the registry did not answer within {self._timeout_s:g} s") from None
+        return self._ticket(ref, head, within)
+
+    def enter_now(self, caller: MayPredict, ref: ModelRef, *, within: Ticket | None = None) -> Ticket | None:
+        """As :meth:`enter` for a tenant that is known; None, and nothing counted, for one that is not."""
         caller.may_predict(ref)
         self.check_fence(ref)
         head = self.view.head_now(ref.tenant)
-        if head is None:
-            try:
-                async with asyncio.timeout(self._timeout_s), self.cold.hold(self._timeout_s, ref.tenant):
-                    head = await self.view.head(ref.tenant)
-            except TimeoutError:
-                raise Unavailable(f"the registry did not answer within {self._timeout_s:g} s") from None
+        return None if head is None else self._ticket(ref, head, within)
+
+    def _ticket(self, ref: ModelRef, head: TenantHead, within: Ticket | None) -> Ticket:
         if head.state is TenantState.SUSPENDED:
             raise Suspended(f"tenant {ref.tenant} is suspended; ask your operator")
         under_way = self.quotas.request(head, counted=within is None)
@@ -251,6 +331,51 @@ class InferenceService:
     def another_place(self, ticket: Ticket) -> UnderWay | None:
         """A place for one more line of a stream at a time; None when its tenant has all that it may have."""
         return self.quotas.place(ticket.head)
+
+    def begin(self, ticket: Ticket, decode: Callable[[Architecture], Rows], done: Done) -> bool:
+        """Answer one request that has to wait for its pass only: no task, and one call when it is answered.
+
+        Parameters
+        ----------
+        done
+            Called once, later, with the prediction or with what :meth:`predict` would have raised.
+
+        Returns
+        -------
+        bool
+            False: it has to wait for something else, nothing has begun and ``done`` is not called;
+            :meth:`predict` is the way then.
+
+        Raises
+        ------
+        Exception
+            What :meth:`predict` raises before a pass; ``done`` is not called.
+        """
+        ref = ticket.ref
+        version = self._resolve_now(ref)
+        if version is None or not self.admission.has_room:
+            return False
+        rows = decode(_installed(version))
+        ticket.check_rows(len(rows))
+        if len(rows) > self.inference.max_rows:
+            return False
+        if rows.nbytes > FREE_BYTES:
+            ticket.under_way.hold_more(rows.nbytes)
+        self.check_fence(ref)
+        lease = self.cache.try_lease(version)
+        if lease is None:
+            return False
+        begun = _Begun(self, ticket, version, lease, done)
+        try:
+            self._check_weights(lease, version)
+            begun.job = self.inference.submit(lease, rows, begun.answered)
+        except Exception as error:
+            self.take_failure(lease, error)
+            lease.release()
+            raise
+        self.admission.enter_now()
+        self.deadlines.add(begun)
+        return True
 
     async def predict(self, ticket: Ticket, decode: Decode) -> Prediction:
         """Answer one request.
@@ -291,25 +416,35 @@ class InferenceService:
                         lease = await self.cache.lease(version, (deadline - loop.time()) * LEASE_SHARE)
                 with lease:
                     try:
-                        if lease.record.digest != version.digest:
-                            raise IsolationBroken(f"the slot of {version.name} holds other weights")
+                        self._check_weights(lease, version)
                         async with self.admission.hold(self._timeout_s, ref.tenant):
-                            logits = await self._inference.run(lease, rows)
-                    except ProbeFailed as error:
-                        self.cache.condemn(lease, error)
-                        raise
-                    except Wedged:
-                        # The thread still uses its memory: nobody may have the slot, and its bytes count.
-                        self.cache.quarantine(lease)
-                        raise
-                    except IsolationBroken:
-                        logger.exception("isolation: %s", lease.receipt)
-                        self.cache.quarantine(lease)
+                            logits = await self.inference.run(lease, rows)
+                    except Exception as error:
+                        self.take_failure(lease, error)
                         raise
                 self.check_fence(ref)  # it may have come while this was under way
                 return Prediction(logits, version, lease.tier)
         except TimeoutError:
-            raise DeadlineExceeded(f"not answered within {self._timeout_s:g} s") from None
+            raise self.too_late() from None
+
+    def too_late(self) -> DeadlineExceeded:
+        """What a request gets that was not answered in time."""
+        return DeadlineExceeded(f"not answered within {self._timeout_s:g} s")
+
+    def take_failure(self, lease: Lease, error: Exception) -> None:
+        """Do what a failed pass asks for: its slot may not be what it was. Called before the release."""
+        if isinstance(error, ProbeFailed):
+            self.cache.condemn(lease, error)
+        elif isinstance(error, Wedged):
+            # The thread still uses its memory: nobody may have the slot, and its bytes count.
+            self.cache.quarantine(lease)
+        elif isinstance(error, IsolationBroken):
+            logger.error("isolation: %s", lease.receipt, exc_info=error)
+            self.cache.quarantine(lease)
+
+    def _check_weights(self, lease: Lease, version: VersionRecord) -> None:
+        if lease.record.digest != version.digest:
+            raise IsolationBroken(f"the slot of {version.name} holds other weights")
 
     def fence(self, tenant: TenantId, seconds: float) -> None:
         """Answer nothing for a tenant, for so long, whatever the registry's view says: it is being erased."""
@@ -334,12 +469,13 @@ class InferenceService:
         """The version that a ref means now; loads nothing. Raises as :meth:`predict` does."""
         return await self._resolve(ticket.ref)
 
-    async def _resolve(self, ref: ModelRef) -> VersionRecord:
+    def _resolve_now(self, ref: ModelRef) -> VersionRecord | None:
         # The head moves the registry's view, which may begin a swap: look at it first.
         version = self.view.resolve_now(ref)
-        serving = self.promotions.serving(ref)
-        if serving is not None:
-            return serving
+        return self.promotions.serving(ref) or version
+
+    async def _resolve(self, ref: ModelRef) -> VersionRecord:
+        version = self._resolve_now(ref)
         if version is not None:
             return version
         async with self.cold.hold(self._timeout_s, ref.tenant):

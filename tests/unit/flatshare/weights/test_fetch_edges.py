@@ -350,7 +350,7 @@ def test_damaged_files_are_told_and_whole_ones_are_not(
     tier = HostTier(tmp_path / "tier", 10**7)
     source = TensorSource(store, tier)
     source.read(record, ["large"], 10)
-    with caplog.at_level(logging.ERROR, logger="flatshare.cache"):
+    with caplog.at_level(logging.ERROR, logger="flatshare.weights"):
         assert source.recheck(record) == [] and caplog.records == []
         path = tier.path(tensors["large"].sha256)
         path.chmod(0o600)
