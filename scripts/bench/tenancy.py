@@ -22,7 +22,6 @@ import sys
 import tempfile
 import time
 from collections.abc import Awaitable, Callable
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -37,20 +36,11 @@ from flatshare.bench.report import summarise
 from flatshare.bench.workload import Shot, encode_json
 from flatshare.cli.context import credentials
 from flatshare.cli.output import err, out, print_table
-from flatshare.engine.admission import Admission
-from flatshare.engine.inference import Inference
-from flatshare.engine.quotas import QuotaKeeper
 from flatshare.mnist.digits import load_digits
 from flatshare.models.architecture import architecture
 from flatshare.models.probe import probe_logits
-from flatshare.replica.request import InferenceService
-from flatshare.residency.ledger import Ledger
-from flatshare.residency.model_cache import ModelCache
-from flatshare.resolution.heads import RegistryView
-from flatshare.resolution.swaps import Promotions
-from flatshare.weights.device import CpuDevice
-from flatshare.weights.device_loader import DeviceLoader
-from flatshare.weights.fetch import TensorSource
+from flatshare.replica.build import Replica
+from flatshare.settings import Settings
 from flatshare_registry import Quotas, Registry, TenantId
 from flatshare_registry.keys import new_key
 from flatshare_registry.settings import RegistrySettings
@@ -140,59 +130,54 @@ async def in_one_process(registry: Registry, key: str, body: bytes, turns: int =
     same for both. Without Serve, the edge and a network the request is shorter, so the share is an upper bound.
     """
     spent: dict[str, list[float]] = {"off": [], "on": []}
-    with ThreadPoolExecutor(2) as threads:
-        view = RegistryView(registry, threads, ttl_s=60)
-        loader = DeviceLoader(TensorSource(registry.store), CpuDevice(), threads, threads)
-        cache = ModelCache(ledger=Ledger(4, None), loader=loader)
-        inference = Inference(torch.device("cpu"))
+    replica = Replica.build(Settings(slots=4, view_ttl_s=60, host_dir="off"), registry.store)
 
-        def plane(operators: OperatorKeys | None) -> Callable[..., Awaitable[None]]:
-            service = InferenceService(
-                view=view, cache=cache, promotions=Promotions(cache, view.record, timeout_s=5), inference=inference,
-                admission=Admission(64, 256), cold=Admission(64, 0), quotas=QuotaKeeper(concurrent_requests=80),
-                timeout_s=10,
-            )  # fmt: skip
-            return create_app(
-                service, Identities(view, operators), replica="r", max_body_bytes=10**6, max_rows=64
-            )
+    def plane(operators: OperatorKeys | None) -> Callable[..., Awaitable[None]]:
+        return create_app(
+            replica.service,
+            Identities(replica.view, operators),
+            replica="r",
+            max_body_bytes=10**6,
+            max_rows=64,
+        )
 
-        sides = {
-            "off": (plane(None), [(b"serve_multiplexed_model_id", b"free")]),
-            "on": (
-                plane(OperatorKeys.of({Role.ADMIN: new_key("ADMIN").text})),
-                [(b"serve_multiplexed_model_id", b"acme"), (b"x-api-key", key.encode())],
-            ),
+    sides = {
+        "off": (plane(None), [(b"serve_multiplexed_model_id", b"free")]),
+        "on": (
+            plane(OperatorKeys.of({Role.ADMIN: new_key("ADMIN").text})),
+            [(b"serve_multiplexed_model_id", b"acme"), (b"x-api-key", key.encode())],
+        ),
+    }
+
+    async def ask(mode: str, count: int) -> None:
+        app, headers = sides[mode]
+        scope = {
+            "type": "http",
+            "method": "POST",
+            "path": "/predict",
+            "query_string": b"",
+            "headers": headers,
         }
+        statuses: list[int] = []
 
-        async def ask(mode: str, count: int) -> None:
-            app, headers = sides[mode]
-            scope = {
-                "type": "http",
-                "method": "POST",
-                "path": "/predict",
-                "query_string": b"",
-                "headers": headers,
-            }
-            statuses: list[int] = []
+        async def receive() -> dict[str, Any]:
+            return {"type": "http.request", "body": body, "more_body": False}
 
-            async def receive() -> dict[str, Any]:
-                return {"type": "http.request", "body": body, "more_body": False}
+        async def send(message: Any) -> None:
+            if message["type"] == "http.response.start":
+                statuses.append(message["status"])
 
-            async def send(message: Any) -> None:
-                if message["type"] == "http.response.start":
-                    statuses.append(message["status"])
+        for _ in range(count):
+            await app(scope, receive, send)
+        assert statuses == [200] * count
 
-            for _ in range(count):
-                await app(scope, receive, send)
-            assert statuses == [200] * count
-
-        for turn in range(-4, turns):
-            for mode in ("off", "on") if turn % 2 == 0 else ("on", "off"):
-                began = time.process_time()
-                await asyncio.gather(*(ask(mode, 16) for _ in range(8)))
-                if turn >= 0:
-                    spent[mode].append((time.process_time() - began) / 128 * 1e6)
-        inference.close()
+    for turn in range(-4, turns):
+        for mode in ("off", "on") if turn % 2 == 0 else ("on", "off"):
+            began = time.process_time()
+            await asyncio.gather(*(ask(mode, 16) for _ in range(8)))
+            if turn >= 0:
+                spent[mode].append((time.process_time() - began) / 128 * 1e6)
+    await replica.close()
     return statistics.median(spent["off"]), statistics.median(spent["on"])
 
 

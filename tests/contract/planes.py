@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,20 +17,12 @@ from flatshare.api.hot import HotRoutes
 from flatshare.api.identity import Identities, OperatorKeys, Role
 from flatshare.control.app import RegistryHeads, create_control_app
 from flatshare.control.fleet import Fleet
-from flatshare.engine.admission import Admission
-from flatshare.engine.inference import Inference
-from flatshare.engine.quotas import QuotaKeeper
 from flatshare.models.architecture import architecture
 from flatshare.pool.details import ReplicaState
+from flatshare.replica.build import Place, Replica
 from flatshare.replica.receipt import EraseReceipt, HostReceipt
 from flatshare.replica.request import InferenceService
-from flatshare.residency.ledger import Ledger
-from flatshare.residency.model_cache import ModelCache
-from flatshare.resolution.heads import RegistryView
-from flatshare.resolution.swaps import Promotions
-from flatshare.weights.device import CpuDevice
-from flatshare.weights.device_loader import DeviceLoader
-from flatshare.weights.fetch import TensorSource
+from flatshare.settings import Settings
 from flatshare_registry import Registry, Scope, TenantId
 from flatshare_registry.ids import AliasName
 from flatshare_registry.keys import new_key
@@ -98,22 +90,14 @@ def data_plane(auth: bool = True) -> Iterator[Data]:
         torch.manual_seed(seed)
         registry.register(tenant, save(dict(NETWORK.build().state_dict())), NETWORK.name, NETWORK.tensors)
     keys = Keys(registry, clock)
-    with ThreadPoolExecutor(2) as threads:
-        view = RegistryView(registry, threads, ttl_s=60)
-        loader = DeviceLoader(TensorSource(store), CpuDevice(), threads, threads)
-        cache = ModelCache(ledger=Ledger(4, None), loader=loader)
-        inference = Inference(torch.device("cpu"))
-        service = InferenceService(
-            view=view, cache=cache, promotions=Promotions(cache, view.record, timeout_s=5),
-            inference=inference, admission=Admission(8, 8), cold=Admission(8, 0), quotas=QuotaKeeper(),
-            timeout_s=10,
-        )  # fmt: skip
-        app = create_app(
-            service, Identities(view, keys.operators if auth else None, clock=clock), replica="r1",
-            max_body_bytes=10**6, max_rows=8,
-        )  # fmt: skip
-        yield Data(app, keys, service)
-        inference.close()
+    settings = Settings(slots=4, view_ttl_s=60, host_dir="off", max_ongoing_requests=8, max_queued_requests=8)
+    replica = Replica.build(settings, store, place=Place("r1"))
+    app = create_app(
+        replica.service, Identities(replica.view, keys.operators if auth else None, clock=clock),
+        replica=replica.name, max_body_bytes=10**6, max_rows=8,
+    )  # fmt: skip
+    yield Data(app, keys, replica.service)
+    asyncio.run(replica.close())
 
 
 class Replicas:

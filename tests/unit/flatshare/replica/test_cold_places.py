@@ -7,7 +7,7 @@ import asyncio
 import pytest
 
 from flatshare.errors import Overloaded
-from flatshare.pool.deployment import cold_places
+from flatshare.replica.build import cold_places
 
 
 async def test_one_tenant_can_not_take_all_cold_places() -> None:

@@ -1,0 +1,419 @@
+"""One replica without a serving framework: its parts, put together once, and what a shell may ask of it.
+
+Ray Serve is one shell (``pool/deployment.py``), a test or a bench another. How anything is wired stands in
+:meth:`Replica.build`; the way of a request is ``request.py``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import functools
+import logging
+import os
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Final
+
+import torch
+
+from flatshare.engine.admission import Admission
+from flatshare.engine.inference import Inference
+from flatshare.engine.quotas import BytesLimit, QuotaKeeper
+from flatshare.replica.key_use import KeyUse
+from flatshare.replica.pins import restore_pins
+from flatshare.replica.receipt import EraseReceipt, HostReceipt
+from flatshare.replica.request import InferenceService
+from flatshare.replica.snapshot import ReplicaSnapshot
+from flatshare.residency.ledger import Ledger
+from flatshare.residency.model_cache import LOCAL_CONCURRENCY, ModelCache
+from flatshare.residency.policy import POLICIES
+from flatshare.resolution.heads import RegistryView
+from flatshare.resolution.swaps import Promotions
+from flatshare.settings import Settings
+from flatshare.weights.device import Device, device_budget, open_device
+from flatshare.weights.device_loader import DeviceLoader
+from flatshare.weights.fetch import TensorSource
+from flatshare.weights.host_place import open_host_tier
+from flatshare.weights.host_tier import HostTier, Scrubbed
+from flatshare.weights.threads import in_thread
+from flatshare.weights.tiers import ModelKey
+from flatshare_registry.catalog import Registry
+from flatshare_registry.errors import InvalidRef, Unavailable
+from flatshare_registry.heads import decode_head
+from flatshare_registry.ids import ModelRef, TenantId
+from flatshare_registry.records import TenantHead
+from flatshare_registry.stores.base import BlobStore
+
+__all__ = ["Place", "Replica"]
+
+logger = logging.getLogger("flatshare.replica")
+
+VIEW_THREADS: Final = 4
+"""Registry reads at a time in one replica: small objects, and most are answered from memory."""
+
+SWAP_WAIT_S: Final = 8.0
+"""Seconds that ``refresh`` waits for a promotion's swap: less than the control plane waits for replicas."""
+
+FENCE_S: Final = 60.0
+"""Seconds that a fence stands: longer than it takes to write a tombstone."""
+
+ERASE_WAIT_S: Final = 8.0
+"""Seconds that one ``erase`` waits for leases and loads to end; the control plane asks again."""
+
+DRAIN_S: Final = 5.0
+"""Seconds that a stopping replica waits for leases to end."""
+
+
+@dataclass(frozen=True, slots=True)
+class Place:
+    """Who and where a replica is.
+
+    Attributes
+    ----------
+    replica
+        Its own name, new at each start.
+    node
+        The machine, for people.
+    node_id
+        The machine, as the cluster calls it.
+    """
+
+    replica: str = "replica"
+    node: str = field(default_factory=lambda: os.uname().nodename)
+    node_id: str = ""
+
+
+@dataclass(slots=True, eq=False)
+class Replica:
+    """One replica's parts. All methods must be called on one event loop.
+
+    Attributes
+    ----------
+    service
+        Serves requests.
+    key_use
+        Notes which keys were used.
+    """
+
+    place: Place
+    settings: Settings
+    device: Device
+    registry: Registry
+    host_tier: HostTier | None
+    view: RegistryView
+    cache: ModelCache
+    promotions: Promotions
+    inference: Inference
+    service: InferenceService
+    key_use: KeyUse
+    _on_change: Callable[[], None]
+    _threads: list[ThreadPoolExecutor]
+    _view_threads: ThreadPoolExecutor
+    _started_at: float
+    _restoring: asyncio.Task[None] | None = None
+
+    @classmethod
+    def build(
+        cls,
+        settings: Settings,
+        store: BlobStore,
+        *,
+        place: Place | None = None,
+        on_change: Callable[[], None] = lambda: None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> Replica:
+        """Put one together. Nothing is read yet, and no thread runs but that of the passes.
+
+        Parameters
+        ----------
+        settings
+            All settings, already validated.
+        store
+            Where the registry is.
+        on_change
+            Called when :meth:`held_ids` may have changed; must be quick.
+        clock
+            Monotonic seconds, of quotas, heads and fences.
+
+        Raises
+        ------
+        SettingsError
+            The device that the settings name is not there.
+        """
+        device = open_device(settings.device)
+        set_threads = functools.partial(torch.set_num_threads, settings.torch_threads or 1)
+        threads = [
+            ThreadPoolExecutor(count, thread_name_prefix=name, initializer=set_threads)
+            for name, count in (
+                ("load", settings.load_concurrency),
+                ("load-local", LOCAL_CONCURRENCY),
+                ("load-part", settings.fetch_concurrency),
+                ("registry", VIEW_THREADS),
+                ("key-use", 1),
+            )
+        ]
+        load_threads, local_threads, part_threads, view_threads, key_threads = threads
+        quotas = QuotaKeeper(
+            settings.plans,
+            clock,
+            concurrent_requests=settings.default_quotas.concurrent_requests,
+            bytes_limit=bytes_limit(settings),
+        )
+        registry = Registry(store)
+        host_tier = open_host_tier(settings.host_dir, settings.host_bytes)
+
+        def head_changed(old: TenantHead | None, new: TenantHead | None) -> None:
+            promotions.moved(old, new)
+            on_change()
+
+        view = RegistryView(
+            registry, view_threads, ttl_s=settings.view_ttl_s, on_change=head_changed, clock=clock
+        )
+        cache = ModelCache(
+            ledger=Ledger(
+                settings.slots,
+                device_budget(
+                    device,
+                    settings.device_bytes,
+                    settings.device_headroom_bytes,
+                    settings.gpus_per_replica or 1.0,
+                ),
+            ),
+            loader=DeviceLoader(
+                TensorSource(store, host_tier, part_threads), device, load_threads, local_threads
+            ),
+            load_concurrency=settings.load_concurrency,
+            room_timeout_s=settings.request_timeout_s,
+            fetch_timeout_s=settings.fetch_timeout_s,
+            policy=POLICIES[settings.eviction](),
+            share_of=lambda tenant: quotas.share(view.last_head(TenantId(tenant))),
+            on_change=on_change,
+        )
+        promotions = Promotions(cache, view.record, timeout_s=settings.request_timeout_s, on_change=on_change)
+        inference = Inference(
+            device.torch_device,
+            settings.torch_threads,
+            settings.max_batch_rows,
+            pass_limit_s=settings.request_timeout_s,
+        )
+        service = InferenceService(
+            view=view,
+            cache=cache,
+            promotions=promotions,
+            inference=inference,
+            admission=Admission(settings.max_ongoing_requests, settings.max_queued_requests),
+            cold=cold_places(settings.max_queued_requests),
+            quotas=quotas,
+            timeout_s=settings.request_timeout_s,
+            clock=clock,
+        )
+        return cls(
+            place=place or Place(),
+            settings=settings,
+            device=device,
+            registry=registry,
+            host_tier=host_tier,
+            view=view,
+            cache=cache,
+            promotions=promotions,
+            inference=inference,
+            service=service,
+            key_use=KeyUse(store, key_threads),
+            _on_change=on_change,
+            _threads=threads,
+            _view_threads=view_threads,
+            _started_at=time.time(),
+        )
+
+    @property
+    def name(self) -> str:
+        """This replica's own name."""
+        return self.place.replica
+
+    # -- its life
+
+    def start(self) -> None:
+        """Begin what goes on beside requests: what the fleet has pinned is loaded and pinned here too."""
+        self._restoring = asyncio.get_running_loop().create_task(
+            restore_pins(
+                lambda: in_thread(self._view_threads, self.registry.pins.refs),
+                lambda ref: self.preload(ref, pin=True),
+                self.unpin,
+            ),
+            name="restore pins",
+        )
+
+    def check_health(self) -> None:
+        """Return if this replica can go on.
+
+        Raises
+        ------
+        Wedged
+            A pass never ends, and nothing can end its thread: the process must be replaced.
+        """
+        self.inference.check_alive()
+
+    async def close(self) -> None:
+        """End it: leases get a while, passes that run end, threads go. Nothing may be asked of it then."""
+        if self._restoring is not None:
+            self._restoring.cancel()
+        self.promotions.close()
+        await self.cache.close(DRAIN_S)
+        await asyncio.to_thread(self.inference.close)
+        self.service.deadlines.close()
+        for threads in self._threads:
+            threads.shutdown(wait=False, cancel_futures=True)
+
+    # -- what it holds
+
+    def held_ids(self) -> set[str]:
+        """Every ref that can be answered from a resident: versions by number, and aliases that mean them."""
+        held: set[str] = set()
+        for record in self.cache.resident_records():
+            tenant = TenantId(record.tenant)
+            held.add(record.name)
+            head = self.view.last_head(tenant)
+            if head is not None:
+                for alias, number in head.aliases.items():
+                    try:
+                        ref = ModelRef.parse(f"{tenant}:{alias}")
+                    except InvalidRef:  # one damaged head must not stop the others' ids
+                        continue
+                    serving = self.promotions.serving(ref)
+                    if (serving.version if serving is not None else number) == record.version:
+                        held.add(str(ref))
+        return held
+
+    async def snapshot(self, advertised: set[str]) -> ReplicaSnapshot:
+        """All that this replica holds and has counted.
+
+        Parameters
+        ----------
+        advertised
+            Ids that the shell has told others of.
+        """
+        return ReplicaSnapshot(
+            replica=self.name,
+            node=self.place.node,
+            node_id=self.place.node_id,
+            pid=os.getpid(),
+            device=str(self.inference.device),
+            slots=self.cache.slots,
+            slots_used=self.cache.occupied,
+            budget_bytes=self.cache.ledger.budget_bytes,
+            held_bytes=self.cache.ledger.held_bytes,
+            reserved_bytes=self.cache.ledger.reserved_bytes,
+            device_memory=self.device.memory(),
+            host=await asyncio.to_thread(self.host_tier.usage) if self.host_tier is not None else None,
+            loading=[str(key) for key in self.cache.loading],
+            swaps=self.promotions.snapshot(),
+            passes=self.inference.passes,
+            rows=self.inference.rows,
+            started_at=self._started_at,
+            ongoing=self.service.admission.ongoing,
+            queued=self.service.admission.queued,
+            refused=self.service.admission.refused,
+            advertised=sorted(advertised),
+            models=self.cache.snapshot(),
+            stats=dataclasses.replace(self.cache.stats),
+        )
+
+    # -- what the control plane may ask
+
+    async def refresh(self, tenant: str, told: str | None = None) -> str:
+        """Read a tenant anew and try its failed versions again; returns this replica's name.
+
+        Parameters
+        ----------
+        told
+            The tenant's head (JSON) as the control plane has just read it: a replica that can't reach the
+            store believes that, and refuses a key that was revoked.
+        """
+        parsed = TenantId(tenant)
+        self.cache.forget_failures(parsed)
+        given = decode_head(parsed, told.encode()) if told is not None else None
+        if given is not None:
+            self.view.learn(given)
+        try:
+            head = await self.view.refresh(parsed)
+        except Unavailable:
+            if given is None:
+                raise
+            head = given if given.state.exists else None
+        for record in self.cache.resident_records():
+            if record.tenant == parsed and (head is None or record.version not in head.versions):
+                self.cache.unload(ModelKey.of(record))
+        for key in self.cache.loading:
+            if key.tenant == parsed and (head is None or key.version not in head.versions):
+                self.cache.withdraw(key)
+        # A promotion is told as done when this replica has swapped, or can't.
+        await self.promotions.settled(tenant, SWAP_WAIT_S)
+        self._on_change()
+        return self.name
+
+    async def preload(self, model_ref: str, pin: bool = False) -> str:
+        """Make what a ref means resident here, and keep it if ``pin``; returns this replica's name."""
+        timeout_s = self.settings.request_timeout_s
+        ref = ModelRef.parse(model_ref)
+        record = await self.view.resolve(ref, timeout_s)
+        self.service.check_fence(ref)
+        await self.cache.preload(record, timeout_s, pin=pin)
+        return self.name
+
+    async def unpin(self, model_ref: str) -> bool:
+        """Let what a ref means here be evicted again; whether it was pinned."""
+        return sum(self.cache.unpin(key) for key in await self._meant(model_ref)) > 0
+
+    async def unload(self, model_ref: str) -> bool:
+        """Free what a ref means here, once its leases have ended; whether it was resident."""
+        return sum(self.cache.unload(key) for key in await self._meant(model_ref)) > 0
+
+    def fence(self, tenant: str) -> str:
+        """Answer nothing for a tenant that is being erased, for a while; returns this replica's name."""
+        self.service.fence(TenantId(tenant), FENCE_S)
+        return self.name
+
+    async def erase(self, tenant: str) -> EraseReceipt:
+        """End, free and overwrite all of a tenant, whose tombstone stands; asked again until it is clean."""
+        parsed = TenantId(tenant)
+        self.service.fence(parsed, FENCE_S)
+        self.view.forget(parsed)
+        told = self.cache.erase(parsed)
+        deadline = time.monotonic() + ERASE_WAIT_S
+        clean = await self.cache.erased(parsed, ERASE_WAIT_S)
+        clean = await self.key_use.stop(parsed, deadline - time.monotonic()) and clean
+        self._on_change()
+        return EraseReceipt(
+            self.name, self.place.node_id, told.models, told.overwritten_bytes, clean, time.time()
+        )
+
+    async def erase_host(self, digests: list[str]) -> HostReceipt:
+        """Overwrite and remove tensors of this node's files, but for what is mapped."""
+        found = Scrubbed()
+        if self.host_tier is not None:
+            found = await asyncio.to_thread(self.host_tier.scrub, digests)
+        return HostReceipt(
+            self.name, self.place.node_id, self.place.node,
+            found.removed, found.kept, found.overwritten_bytes, time.time(),
+        )  # fmt: skip
+
+    async def _meant(self, model_ref: str) -> list[ModelKey]:
+        ref = ModelRef.parse(model_ref)
+        return self.promotions.meant(ref, await self.view.resolve(ref, self.settings.request_timeout_s))
+
+
+def bytes_limit(settings: Settings) -> BytesLimit:
+    """What bodies may take in a replica; one largest body and its rows of every tenant always may."""
+    tenant = int(settings.body_memory_bytes * settings.tenant_share)
+    return BytesLimit(settings.body_memory_bytes, max(tenant, 2 * settings.max_body_bytes))
+
+
+def cold_places(max_queued_requests: int) -> Admission:
+    """Places for requests that wait for the registry or for a load: half at once, and half in turns of
+    tenants.
+    """
+    half = max_queued_requests // 2 + 1
+    return Admission(half, half)
