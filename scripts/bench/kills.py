@@ -2,7 +2,8 @@
 
 A platform of its own on loopback, and clients that send bodies of 3 kB, 40 kB and 500 kB without a pause. A replica
 is killed at random as soon as another one runs, again and again. What the edge may send again (bodies of up to 64 KiB)
-must be answered, all of it; a longer body may get a 502 in JSON. Ends with 1 when a request failed otherwise.
+must be answered, all of it. A longer one gets a 502 in JSON, or, on a connection that carried requests before, is
+closed without a word, which HAProxy does so that the client sends it again. Ends with 1 when a request failed otherwise.
 """
 
 from __future__ import annotations
@@ -74,8 +75,8 @@ def main() -> int:
         err.print(f"the kills ended early: {killer.error}")
     document = results(killer, outcomes)
     print_table(
-        "", ["body", "requests#", "ok#", "502 in JSON#", "failed#", "cut#", "wrong#"],
-        [(name, *(one[key] for key in ("requests", "ok", "bad_gateway", "failed", "cut", "wrong")))
+        "", ["body", "requests#", "ok#", "502 in JSON#", "closed#", "failed#", "cut#", "wrong#"],
+        [(name, *(one[key] for key in ("requests", "ok", "bad_gateway", "closed", "failed", "cut", "wrong")))
          for name, one in document["bodies"].items()],
     )  # fmt: skip
     out.print(f"{document['kills']} kills under {document['requests']} requests")
@@ -174,12 +175,12 @@ def results(killer: Killer, outcomes: list[Outcome]) -> dict[str, Any]:
             counts["wrong" if one.right is False else "ok"] += 1
         elif one.code == "cut_answer":
             counts["cut"] += 1
-        elif name not in RESENT and one.code == "bad_gateway":
-            counts["bad_gateway"] += 1
+        elif name not in RESENT and one.code in ("bad_gateway", "no_answer"):
+            counts["bad_gateway" if one.code == "bad_gateway" else "closed"] += 1
         else:
             counts["failed"] += 1
             other[f"{name}: {one.code}"] += 1
-    keys = ("requests", "ok", "bad_gateway", "failed", "cut", "wrong")
+    keys = ("requests", "ok", "bad_gateway", "closed", "failed", "cut", "wrong")
     by_body = {name: {key: counts[key] for key in keys} for name, counts in bodies.items()}
     return {
         "kills": killer.kills,
