@@ -13,6 +13,7 @@ from promise_plugin import Break
 
 CACHE = "tests/unit/flatshare/residency/test_model_cache.py"
 LOADING = "tests/unit/flatshare/weights/test_device_loader.py"
+SCRUBBER = "tests/unit/flatshare/weights/test_scrubber.py"
 INFERENCE = "tests/unit/flatshare/engine/test_inference.py"
 BODIES = "tests/unit/flatshare/api/test_bodies.py"
 IDENTITY = "tests/unit/flatshare/api/test_identity.py"
@@ -26,6 +27,10 @@ def nothing(original: Any, *arguments: Any, **named: Any) -> None:
 
 def intact(original: Any, self: Any, model_id: Any) -> bool:
     return True
+
+
+def undamaged(original: Any, self: Any, digest: str) -> bool:
+    return False
 
 
 def one_model(original: Any, self: Any, batch: Any) -> Any:
@@ -175,6 +180,8 @@ BREAKS = [
           "::test_promise_11_with_a_store_that_hangs_everybody_gets_503_and_nobody_a_hang"),
     Break("12", "bytes are not compared with their sha256", {"flatshare.weights.fetch:_Sink.finish": any_digest},
           f"{LOADING}::test_promise_12_every_flipped_bit_of_a_tensor_is_found"),
+    Break("12", "files that were damaged are not found", {"flatshare.weights.host_tier:HostTier.is_damaged": undamaged},
+          f"{SCRUBBER}::test_a_damaged_file_is_found_removed_and_told"),
     Break("keys", "a key opens every tenant", {"flatshare.api.identity:Caller.may": nothing},
           f"{IDENTITY}::test_another_tenant_and_an_unknown_one_look_the_same_and_neither_is_looked_up"),
     Break("floors", "a tenant is evicted below its floor", {"flatshare.residency.residency:spare_floors": all_of_them},

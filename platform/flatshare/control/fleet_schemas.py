@@ -40,6 +40,8 @@ class HostReply(BaseModel):
     budget_bytes: int
     used_bytes: int
     bypassed: int = Field(description="Tensors that this replica kept in its own memory for want of room.")
+    scrubbed: int = Field(description="Files that this replica hashed again since it started.")
+    damaged: int = Field(description="Those that were not what they had been; they are fetched anew.")
 
 
 class SwapReply(BaseModel):

@@ -28,7 +28,7 @@ logger = logging.getLogger("flatshare.pool")
 NEVER_EVICT: Final = -1
 """``max_num_models_per_replica`` that switches Ray's own eviction off."""
 
-PUBLISH_S: Final = 0.25
+PUBLISH_S: Final = 1.0
 """Shortest time between two updates while models come and go all the time."""
 
 _WRAPPER: Final = "__serve_multiplex_wrapper"

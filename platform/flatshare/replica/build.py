@@ -7,6 +7,7 @@ Ray Serve is one shell (``pool/deployment.py``), a test or a bench another. How 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import logging
@@ -38,6 +39,7 @@ from flatshare.weights.device_loader import DeviceLoader
 from flatshare.weights.fetch import TensorSource
 from flatshare.weights.host_place import open_host_tier
 from flatshare.weights.host_tier import HostTier, Scrubbed
+from flatshare.weights.scrubber import HostScrubber
 from flatshare.weights.threads import in_thread
 from flatshare.weights.tiers import ModelKey
 from flatshare_registry.catalog import Registry
@@ -114,6 +116,8 @@ class Replica:
     _view_threads: ThreadPoolExecutor
     _started_at: float
     _restoring: asyncio.Task[None] | None = None
+    _scrubber: HostScrubber | None = None
+    _reloads: set[asyncio.Task[str]] = field(default_factory=set)
 
     @classmethod
     def build(
@@ -236,8 +240,17 @@ class Replica:
     # -- its life
 
     def start(self) -> None:
-        """Begin what goes on beside requests: what the fleet has pinned is loaded and pinned here too."""
-        self._restoring = asyncio.get_running_loop().create_task(
+        """Begin what goes on beside requests: the fleet's pins are restored, the node's files are hashed."""
+        loop = asyncio.get_running_loop()
+        if self.host_tier is not None:
+
+            def damaged(digest: str) -> None:
+                with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile
+                    loop.call_soon_threadsafe(self.distrust, digest)
+
+            self._scrubber = HostScrubber(self.host_tier, damaged)
+            self._scrubber.start()
+        self._restoring = loop.create_task(
             restore_pins(
                 lambda: in_thread(self._view_threads, self.registry.pins.refs),
                 lambda ref: self.preload(ref, pin=True),
@@ -258,8 +271,11 @@ class Replica:
 
     async def close(self) -> None:
         """End it: leases get a while, passes that run end, threads go. Nothing may be asked of it then."""
-        if self._restoring is not None:
-            self._restoring.cancel()
+        if self._scrubber is not None:
+            self._scrubber.close()
+        for task in (self._restoring, *self._reloads):
+            if task is not None:
+                task.cancel()
         self.promotions.close()
         await self.cache.close(DRAIN_S)
         await asyncio.to_thread(self.inference.close)
@@ -268,6 +284,20 @@ class Replica:
             threads.shutdown(wait=False, cancel_futures=True)
 
     # -- what it holds
+
+    def distrust(self, digest: str) -> None:
+        """A tensor's file on this node was damaged: models that hold it go, and pinned ones come back."""
+        for record, pinned in self.cache.distrust(digest):
+            logger.error("%s holds a tensor whose file was damaged: it is loaded anew", record.name)
+            if pinned:
+                task = asyncio.get_running_loop().create_task(self.preload(record.name, pin=True))
+                self._reloads.add(task)
+                task.add_done_callback(self._reloaded)
+
+    def _reloaded(self, task: asyncio.Task[str]) -> None:
+        self._reloads.discard(task)
+        if not task.cancelled() and task.exception() is not None:
+            logger.error("a pinned model was not loaded anew: %s", task.exception())
 
     def held_ids(self) -> set[str]:
         """Every ref that can be answered from a resident: versions by number, and aliases that mean them."""

@@ -285,6 +285,24 @@ class ModelCache:
         self._loader.distrust(lease.record)
         self._failures.remember(key, error)
 
+    def distrust(self, digest: str) -> list[tuple[VersionRecord, bool]]:
+        """A tensor is not what it was: free every model that holds it, once its leases have ended.
+
+        Returns
+        -------
+        list
+            Versions that went, and whether they were pinned: a pin ends with its model.
+        """
+        residents = self._residency.residents.values()
+        gone = [one for one in residents if any(part.digest == digest for part in one.parts)]
+        for resident in gone:
+            self._residency.retire(resident, evicted=False)
+            self._loader.distrust(resident.record)
+        self._loader.let_go()
+        if gone:
+            self._on_change()
+        return [(one.record, one.pinned) for one in gone]
+
     def erase(self, tenant: str) -> Erased:
         """Free and overwrite all of a tenant's models, and let none of its loads under way become resident.
 

@@ -137,7 +137,8 @@ class DeviceLoader:
             self._warm.touch(map(part_of, record.tensors))
             warm = self._warm.get(part for part in map(part_of, record.tensors) if part not in held)
             if warm is not None:
-                return Prepared(warm, Tier.HOST, self._build(record, warm, held, prove=False), proven=False)
+                # Proven when they were mapped, and mapped since: the scrubber looks after the files.
+                return Prepared(warm, Tier.HOST, self._build(record, warm, held, prove=False))
         # Here and now too: a load from the store needs no thread to learn that it is one.
         if not self.source.is_local(record, {one.name for one in record.tensors if part_of(one) not in held}):
             return None

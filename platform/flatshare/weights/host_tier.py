@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import contextlib
 import fcntl
+import hashlib
 import logging
 import os
 import secrets
@@ -50,6 +51,9 @@ __all__ = ["HostTier", "HostUsage", "Scrubbed"]
 
 logger = logging.getLogger("flatshare.weights")
 
+MARK_S: Final = 3600.0
+"""Seconds that the mark of a damaged file stays: replicas look every second."""
+
 LOCK_RETRY_S: Final = 0.005
 """How often a lock that another process holds is tried again: flock has no deadline of its own."""
 
@@ -64,12 +68,16 @@ class HostUsage:
         Files and what is being written, in whole pages.
     bypassed
         Tensors that this process kept in its own memory, because the tier was full or the disk was.
+    scrubbed, damaged
+        Files that this process hashed again, and those of them that were not what they had been.
     """
 
     folder: str
     budget_bytes: int
     used_bytes: int
     bypassed: int
+    scrubbed: int = 0
+    damaged: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -100,11 +108,14 @@ class HostTier:
     def __init__(self, folder: Path, budget_bytes: int) -> None:
         self.budget_bytes = budget_bytes
         self.bypassed = 0
+        self.scrubbed = 0
+        self.damaged = 0
         self.on_pressure: Callable[[], None] = lambda: None
         self._root = folder / boot_id()
         self._tensors = self._root / "tensors"
         self._tmp = self._root / "tmp"
         self._locks = self._root / "locks"
+        self._damage = self._root / "damage"
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         status = folder.lstat()
         if status.st_uid != os.getuid() or status.st_mode & 0o022:
@@ -203,7 +214,7 @@ class HostTier:
         used = 0
         with contextlib.suppress(OSError), self._usage_locked() as handle:
             used = read_number(handle)
-        return HostUsage(str(self._root), self.budget_bytes, used, self.bypassed)
+        return HostUsage(str(self._root), self.budget_bytes, used, self.bypassed, self.scrubbed, self.damaged)
 
     def remove(self, digests: Iterable[str]) -> int:
         """Remove tensors whether mapped or not, for good (erasure); returns how many were here.
@@ -252,6 +263,62 @@ class HostTier:
             write_number(usage, self._count())
         return Scrubbed(tuple(removed), tuple(kept), size)
 
+    # -- looking whether files are what they were (``scrubber.py``)
+
+    def is_damaged(self, digest: str) -> bool:
+        """Hash a file again; whether it is here and not what its name says.
+
+        Raises
+        ------
+        OSError
+            It can't be read.
+        """
+        path = self.path(digest)
+        try:
+            handle = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NOFOLLOW)
+        except FileNotFoundError:
+            return False
+        with os.fdopen(handle, "rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+            self.scrubbed += 1
+            # An erasure takes a file's name before it overwrites it, so what has no name proves nothing.
+            return found != digest and is_still_named(file.fileno(), path)
+
+    def condemn(self, digest: str) -> None:
+        """Remove a damaged file, and leave a mark for the other replicas of this node."""
+        self.damaged += 1
+        self._discard(digest)
+        (self._damage / digest).write_bytes(b"")
+        now = time.time()
+        for entry in os.scandir(self._damage):
+            with contextlib.suppress(FileNotFoundError):
+                if now - entry.stat().st_mtime > MARK_S:
+                    os.unlink(entry.path)
+
+    def damage_marks(self) -> dict[str, int]:
+        """What was found damaged lately: digests, with the time of each mark in nanoseconds."""
+        found: dict[str, int] = {}
+        with contextlib.suppress(FileNotFoundError):
+            for entry in os.scandir(self._damage):
+                with contextlib.suppress(FileNotFoundError):
+                    found[entry.name] = entry.stat().st_mtime_ns
+        return found
+
+    def take_scrub_turn(self) -> int | None:
+        """The right to hash this node's files, as a lock that dies with its holder; None when it is taken."""
+        handle = os.open(self._root / "scrub", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            os.close(handle)
+            return None
+        return handle
+
+    def give_scrub_turn(self, turn: int | None) -> None:
+        """Let somebody else hash."""
+        if turn is not None:
+            os.close(turn)
+
     def digests(self) -> list[str]:
         """What is here."""
         return sorted(entry.name for entry in self._files())
@@ -269,7 +336,7 @@ class HostTier:
         return self._tmp / f"{taken}-{os.getpid()}-{secrets.token_hex(8)}"
 
     def _make_folders(self) -> None:
-        for part in (self._root, self._tensors, self._tmp, self._locks):
+        for part in (self._root, self._tensors, self._tmp, self._locks, self._damage):
             part.mkdir(mode=0o700, parents=True, exist_ok=True)
 
     def _lock_file(self, path: Path, deadline: float) -> int | None:
