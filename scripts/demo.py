@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from flatshare.bench.load import Load, Outcome, run_load
 from flatshare.bench.report import summarise
-from flatshare.bench.workload import Shot, encode_json, zipf_shares
+from flatshare.bench.workload import BenchRequest, encode_json, zipf_shares
 from flatshare.cli.context import credentials
 from flatshare.cli.fleet import print_fleet
 from flatshare.cli.output import out, print_table, progress_bar
@@ -261,12 +261,12 @@ def send_mix(url: str, customers: list[Customer], count: int) -> list[Outcome]:
     random = np.random.default_rng(0)
     chosen = random.choice(len(customers), size=count, p=zipf_shares(len(customers), 1.0))
 
-    def shots() -> Iterator[Shot]:
+    def shots() -> Iterator[BenchRequest]:
         for index in chosen.tolist():
             customer = customers[index]
             row = int(random.integers(0, len(customer.rows)))
             body = encode_json(customer.rows[row : row + 1])
-            yield Shot(customer.tenant, body, (int(customer.expected[row]),))
+            yield BenchRequest(customer.tenant, body, (int(customer.expected[row]),))
 
     with progress_bar("requests") as progress:
         return run_load(

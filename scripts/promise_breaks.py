@@ -169,7 +169,7 @@ BREAKS = [
           {"flatshare.residency.residency:Residency.check_ever_fits": nothing},
           f"{CACHE}::test_promise_9_what_can_never_fit_is_refused_by_name_and_size"),
     Break("10", "a promoted alias means the new version at once",
-          {"flatshare.resolution.swaps:Promotions.serving": at_once},
+          {"flatshare.resolution.swaps:Swaps.serving": at_once},
           "tests/unit/flatshare/resolution/test_swaps.py::test_promise_10_no_request_fails_or_waits_for_the_swap"),
     Break("11", "loads from the node's own files queue behind the store",
           {"flatshare.residency.model_cache:ModelCache.__init__": one_queue},

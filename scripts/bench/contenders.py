@@ -18,7 +18,7 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-from flatshare.bench.workload import Shot, encode_json
+from flatshare.bench.workload import BenchRequest, encode_json
 from flatshare.edge.process import find_haproxy
 from flatshare_registry.testing.ports import free_ports
 
@@ -38,26 +38,26 @@ class Contender:
     """How to start one, and the form in which it takes requests."""
 
     start: Callable[[Capacity], contextlib.AbstractContextManager[str]]
-    json_shot: Callable[[str, NDArray[np.float32], tuple[int, ...]], Shot]
-    binary_shot: Callable[[str, NDArray[np.uint8], tuple[int, ...]], Shot]
+    json_shot: Callable[[str, NDArray[np.float32], tuple[int, ...]], BenchRequest]
+    binary_shot: Callable[[str, NDArray[np.uint8], tuple[int, ...]], BenchRequest]
 
 
-def header_json(model: str, rows: NDArray[np.float32], expected: tuple[int, ...]) -> Shot:
-    return Shot(model, encode_json(rows), expected)
+def header_json(model: str, rows: NDArray[np.float32], expected: tuple[int, ...]) -> BenchRequest:
+    return BenchRequest(model, encode_json(rows), expected)
 
 
-def header_binary(model: str, pixels: NDArray[np.uint8], expected: tuple[int, ...]) -> Shot:
-    return Shot(model, pixels.tobytes(), expected, "application/octet-stream")
+def header_binary(model: str, pixels: NDArray[np.uint8], expected: tuple[int, ...]) -> BenchRequest:
+    return BenchRequest(model, pixels.tobytes(), expected, "application/octet-stream")
 
 
-def body_json(model: str, rows: NDArray[np.float32], expected: tuple[int, ...]) -> Shot:
+def body_json(model: str, rows: NDArray[np.float32], expected: tuple[int, ...]) -> BenchRequest:
     body = orjson.dumps({"model": model, "image": rows}, option=orjson.OPT_SERIALIZE_NUMPY)
-    return Shot(model, body, expected)
+    return BenchRequest(model, body, expected)
 
 
-def base64_binary(model: str, pixels: NDArray[np.uint8], expected: tuple[int, ...]) -> Shot:
+def base64_binary(model: str, pixels: NDArray[np.uint8], expected: tuple[int, ...]) -> BenchRequest:
     text = base64.b64encode(pixels.tobytes()).decode()
-    return Shot(model, orjson.dumps({"model": model, "pixels": text}), expected)
+    return BenchRequest(model, orjson.dumps({"model": model, "pixels": text}), expected)
 
 
 @contextlib.contextmanager

@@ -29,7 +29,7 @@ from contenders import CONTENDERS, Capacity
 from safetensors.torch import save
 
 from flatshare.bench.load import Load, Outcome, run_load
-from flatshare.bench.workload import Shot
+from flatshare.bench.workload import BenchRequest
 from flatshare.cli.context import credentials
 from flatshare.cli.output import err, out, print_table, progress_bar
 from flatshare.codecs.tensors import DTYPE_HEADER, SHAPE_HEADER
@@ -86,11 +86,11 @@ def main() -> int:
     return 0 if good else 1
 
 
-def requests(seed: int) -> Iterator[Shot]:
+def requests(seed: int) -> Iterator[BenchRequest]:
     """Endless: a random tenant's random body, with what it rightly answers."""
     registry = Registry(RegistrySettings().open_store(), actor="kills")
     dice = np.random.default_rng(seed)
-    pool: list[Shot] = []
+    pool: list[BenchRequest] = []
     for seed_of_model, (name, count) in enumerate(itertools.product(ROWS, range(TENANTS))):
         torch.manual_seed(seed_of_model)
         module = NETWORK.build()
@@ -104,11 +104,11 @@ def requests(seed: int) -> Iterator[Shot]:
         with torch.inference_mode():
             labels = tuple(module(torch.from_numpy(rows)).argmax(dim=1).tolist())
         headers = ((DTYPE_HEADER, "float32"), (SHAPE_HEADER, ",".join(map(str, rows.shape))))
-        pool.append(Shot(str(tenant), rows.tobytes(), labels, "application/octet-stream", headers))
+        pool.append(BenchRequest(str(tenant), rows.tobytes(), labels, "application/octet-stream", headers))
     # One body of 500 kB costs as much as a hundred of 3 kB: seldom enough that the others are many.
     weights = np.repeat([0.7, 0.25, 0.05], TENANTS) / TENANTS
 
-    def endless() -> Iterator[Shot]:
+    def endless() -> Iterator[BenchRequest]:
         while True:
             for index in dice.choice(len(pool), size=1024, p=weights).tolist():
                 yield pool[index]

@@ -28,7 +28,7 @@ from safetensors.torch import save
 from flatshare.api.http import PlainResponse
 from flatshare.api.identity import LOCAL_OPERATOR
 from flatshare.bench.load import Load, run_load
-from flatshare.bench.workload import Shot, encode_json
+from flatshare.bench.workload import BenchRequest, encode_json
 from flatshare.cli.context import credentials
 from flatshare.cli.output import out, print_table
 from flatshare.codecs.payload import decode_json
@@ -63,8 +63,8 @@ def main() -> int:
         rows = np.random.default_rng(0).random((1, 1, 28, 28), dtype=np.float32)
         alone = asyncio.run(parts_alone(registry, rows))
         with CONTENDERS["flatshare"].start(Capacity(2, 10)) as url:
-            known = under_load(url, Shot("acme", encode_json(rows)), arguments)
-            unknown = under_load(url, Shot("nobody", encode_json(rows)), arguments)
+            known = under_load(url, BenchRequest("acme", encode_json(rows)), arguments)
+            unknown = under_load(url, BenchRequest("nobody", encode_json(rows)), arguments)
     print_table(
         "", ["under load, ms of CPU a request", "one hot tenant#", "unknown tenant (404)#"],
         [(name, f"{known[name]:.3f}" if name != "requests_per_s" else f"{known[name]:.0f}",
@@ -85,7 +85,7 @@ def main() -> int:
     return 0
 
 
-def under_load(url: str, shot: Shot, arguments: argparse.Namespace) -> dict[str, float]:
+def under_load(url: str, shot: BenchRequest, arguments: argparse.Namespace) -> dict[str, float]:
     """CPU of each kind of process a request, in ms, and the requests per second."""
     load = {"concurrency": arguments.concurrency, "headers": credentials(url)}
     run_load(url, itertools.repeat(shot), Load(duration_s=2, **load))

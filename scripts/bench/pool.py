@@ -36,7 +36,7 @@ from safetensors.torch import save
 
 from flatshare.bench.load import Load, run_load
 from flatshare.bench.report import summarise
-from flatshare.bench.workload import Shot, zipf_shares
+from flatshare.bench.workload import BenchRequest, zipf_shares
 from flatshare.cli.context import credentials
 from flatshare.cli.output import err, out, print_table, progress_bar
 from flatshare.mnist.digits import load_digits
@@ -129,11 +129,11 @@ class Models:
                 progress(seed + 1, len(everybody))
         self.digest = registry.version(TenantId(self.cold[0]), 1).digest
 
-    def single(self, contender: Contender, tenant: str, index: int) -> Shot:
+    def single(self, contender: Contender, tenant: str, index: int) -> BenchRequest:
         expected = (self.expected[tenant][index],)
         return contender.json_shot(tenant, self.rows[index : index + 1], expected)
 
-    def batch(self, contender: Contender, tenant: str, start: int) -> Shot:
+    def batch(self, contender: Contender, tenant: str, start: int) -> BenchRequest:
         expected = tuple(self.expected[tenant][start : start + BATCH])
         return contender.binary_shot(tenant, self.pixels[start : start + BATCH], expected)
 
@@ -147,7 +147,7 @@ def one_turn(
     mix = zipf_shots(contender, models, turn)
     reports: list[dict[str, Any]] = []
 
-    def run(url: str, shots: Iterator[Shot], **load: Any) -> dict[str, Any]:
+    def run(url: str, shots: Iterator[BenchRequest], **load: Any) -> dict[str, Any]:
         report = summarise(run_load(url, shots, Load(**load, headers=shown(url))))
         reports.append(report)
         return report
@@ -194,11 +194,11 @@ def shown(url: str) -> dict[str, str]:
     return credentials(url)
 
 
-def zipf_shots(contender: Contender, models: Models, seed: int) -> Iterator[Shot]:
+def zipf_shots(contender: Contender, models: Models, seed: int) -> Iterator[BenchRequest]:
     """Endless: tenants by Zipf(1.0), each with a few images of its own that are encoded once."""
     random = np.random.default_rng(seed)
     shares = zipf_shares(len(models.tenants), 1.0)
-    kept: dict[tuple[int, int], Shot] = {}
+    kept: dict[tuple[int, int], BenchRequest] = {}
     while True:
         for tenant, index in zip(
             random.choice(len(shares), size=4096, p=shares).tolist(),

@@ -33,7 +33,7 @@ from flatshare.api.app import create_app
 from flatshare.api.identity import Identities, OperatorKeys, Role
 from flatshare.bench.load import Load, run_load
 from flatshare.bench.report import summarise
-from flatshare.bench.workload import Shot, encode_json
+from flatshare.bench.workload import BenchRequest, encode_json
 from flatshare.cli.context import credentials
 from flatshare.cli.output import err, out, print_table
 from flatshare.mnist.digits import load_digits
@@ -181,7 +181,7 @@ async def in_one_process(registry: Registry, key: str, body: bytes, turns: int =
     return statistics.median(spent["off"]), statistics.median(spent["on"])
 
 
-def requests_per_s(url: str, shots: list[Shot], load: dict[str, Any], seconds: float) -> float:
+def requests_per_s(url: str, shots: list[BenchRequest], load: dict[str, Any], seconds: float) -> float:
     """Of one burst; every answer must be there, and right."""
     report = summarise(run_load(url, itertools.cycle(shots), Load(duration_s=seconds, **load)))
     assert not report["errors"], report["errors_by_code"]
@@ -190,12 +190,13 @@ def requests_per_s(url: str, shots: list[Shot], load: dict[str, Any], seconds: f
     return found
 
 
-def digits(module: torch.nn.Module, tenant: str) -> list[Shot]:
+def digits(module: torch.nn.Module, tenant: str) -> list[BenchRequest]:
     rows = NETWORK.preprocess(load_digits().test_images[:64])
     with torch.inference_mode():
         labels = module(torch.from_numpy(rows)).argmax(dim=1).tolist()
     return [
-        Shot(tenant, encode_json(rows[index : index + 1]), (label,)) for index, label in enumerate(labels)
+        BenchRequest(tenant, encode_json(rows[index : index + 1]), (label,))
+        for index, label in enumerate(labels)
     ]
 
 

@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import save
 
 from flatshare.bench.load import Load, send_all
-from flatshare.bench.workload import Shot, encode_json
+from flatshare.bench.workload import BenchRequest, encode_json
 
 from .conftest import MODEL, NETWORK, Platform, processes_of, random_rows
 
@@ -84,7 +84,7 @@ def test_more_tenants_than_slots_and_every_answer_right(platform: Platform) -> N
     def shots() -> object:
         for _ in range(400):
             tenant, row = int(random.integers(9)), int(random.integers(40))
-            yield Shot(f"many-{tenant}", encode_json(rows[row : row + 1]), (expected[tenant][row],))
+            yield BenchRequest(f"many-{tenant}", encode_json(rows[row : row + 1]), (expected[tenant][row],))
 
     outcomes = asyncio.run(
         send_all(
@@ -208,7 +208,7 @@ def test_a_replica_killed_under_load_costs_no_request(platform: Platform) -> Non
                 psutil.Process(victim).kill()
                 killed.set()
             tenant, row = int(random.integers(4)), int(random.integers(16))
-            yield Shot(f"steady-{tenant}", encode_json(rows[row : row + 1]), (expected[tenant][row],))
+            yield BenchRequest(f"steady-{tenant}", encode_json(rows[row : row + 1]), (expected[tenant][row],))
 
     outcomes = asyncio.run(
         send_all(

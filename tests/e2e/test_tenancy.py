@@ -21,7 +21,7 @@ import psutil
 import pytest
 
 from flatshare.bench.load import Load, Outcome, send_all
-from flatshare.bench.workload import Shot, encode_json
+from flatshare.bench.workload import BenchRequest, encode_json
 from flatshare_registry import Quotas, Scope, TenantId, layout
 from flatshare_registry.records import TenantHead, TenantState
 
@@ -140,11 +140,11 @@ def victims_load(platform: Platform, keys: dict[str, str], seed: int) -> list[Ou
     bodies = {name: encode_json(one) for name, one in rows.items()}
     expected = {name: platform.right(f"{name}@1", one)[0] for name, one in rows.items()}
 
-    def shots() -> Iterator[Shot]:
+    def shots() -> Iterator[BenchRequest]:
         names = sorted(keys)
         while True:
             name = names[int(random.integers(len(names)))]
-            yield Shot(name, bodies[name], (expected[name],), headers=(("x-api-key", keys[name]),))
+            yield BenchRequest(name, bodies[name], (expected[name],), headers=(("x-api-key", keys[name]),))
 
     load = Load(duration_s=SECONDS, rate=VICTIM_RATE)
     return asyncio.run(send_all(f"{platform.url}/predict", shots(), load))

@@ -23,7 +23,7 @@ from flatshare.residency.lease import Lease
 from flatshare.residency.ledger import Ledger
 from flatshare.residency.model_cache import ModelCache
 from flatshare.residency.policy import POLICIES
-from flatshare.resolution.swaps import Promotions
+from flatshare.resolution.swaps import Swaps
 from flatshare.weights.loader import Held, Placed, Prepared
 from flatshare.weights.tiers import ModelKey, Part, State, Tier
 from flatshare_registry.errors import Corrupt, NotFound, Unavailable
@@ -147,7 +147,7 @@ class CacheMachine(RuleBasedStateMachine):
         async def record_of(tenant: TenantId, number: int) -> VersionRecord:
             return version(str(tenant), number)
 
-        self.promotions = Promotions(self.cache, record_of, timeout_s=1000)
+        self.promotions = Swaps(self.cache, record_of, timeout_s=1000)
 
     def changed(self) -> None:
         self.told = {record.name for record in self.cache.resident_records()}

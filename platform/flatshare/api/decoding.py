@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Final, TypeVar
 
-from flatshare.engine.admission import Admission
+from flatshare.residency.fair_semaphore import FairSemaphore
 
 __all__ = ["INLINE_BYTES", "DecodeRoom"]
 
@@ -43,7 +43,7 @@ class DecodeRoom:
 
     def __init__(self, threads: int = DECODE_THREADS) -> None:
         self._threads = ThreadPoolExecutor(threads, thread_name_prefix="decode")
-        self._places = Admission(threads, MAX_WAITING)
+        self._places = FairSemaphore(threads, MAX_WAITING)
 
     @property
     def busy(self) -> int:

@@ -16,8 +16,8 @@ from typing import Final, Protocol
 
 from flatshare.api.local_only import check_local
 from flatshare.api.tokens import TokenVerifier
-from flatshare.engine.admission import Admission
 from flatshare.errors import Forbidden, Unauthenticated
+from flatshare.residency.fair_semaphore import FairSemaphore
 from flatshare_registry.errors import InvalidInput, NotFound, Unavailable
 from flatshare_registry.ids import ModelRef, TenantId
 from flatshare_registry.keys import PresentedKey, is_valid, parse_key
@@ -173,7 +173,7 @@ class Identities:
         self._tokens = tokens
         self._used = used
         self._clock = clock
-        self._look_ups = Admission(LOOK_UPS, LOOK_UPS)
+        self._look_ups = FairSemaphore(LOOK_UPS, LOOK_UPS)
 
     @property
     def off(self) -> bool:

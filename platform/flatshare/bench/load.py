@@ -14,7 +14,7 @@ import uvloop
 
 from flatshare.api.schemas import MODEL_ID_HEADER
 from flatshare.bench.client import Connection, NoAnswer, Target
-from flatshare.bench.workload import Shot
+from flatshare.bench.workload import BenchRequest
 
 __all__ = ["Load", "Outcome", "run_load", "send_all"]
 
@@ -81,7 +81,7 @@ class Outcome:
 
 
 async def send_all(
-    url: str, shots: Iterator[Shot], load: Load, progress: Progress | None = None
+    url: str, shots: Iterator[BenchRequest], load: Load, progress: Progress | None = None
 ) -> list[Outcome]:
     """Send until the load is done; outcomes in the order in which they came in.
 
@@ -101,7 +101,7 @@ async def send_all(
     if load.requests is not None:
         shots = itertools.islice(shots, load.requests)
 
-    async def send(shot: Shot, due_s: float) -> None:
+    async def send(shot: BenchRequest, due_s: float) -> None:
         request = requests.get((shot.model, id(shot.body)))
         if request is None:
             headers = {
@@ -139,24 +139,26 @@ async def send_all(
     return outcomes
 
 
-def run_load(url: str, shots: Iterator[Shot], load: Load, progress: Progress | None = None) -> list[Outcome]:
+def run_load(
+    url: str, shots: Iterator[BenchRequest], load: Load, progress: Progress | None = None
+) -> list[Outcome]:
     """:func:`send_all` from code that is not async, on uvloop: less of the cores than asyncio's own loop."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(send_all(url, shots, load, progress))
 
 
 async def _open_loop(
-    shots: Iterator[Shot],
+    shots: Iterator[BenchRequest],
     rate: float,
     end_s: float,
     started: float,
-    send: Callable[[Shot, float], Awaitable[None]],
+    send: Callable[[BenchRequest, float], Awaitable[None]],
 ) -> None:
     """Start each request when it is due."""
     places = asyncio.Semaphore(MAX_OPEN)
     running: set[asyncio.Task[None]] = set()
 
-    async def send_one(shot: Shot, due_s: float) -> None:
+    async def send_one(shot: BenchRequest, due_s: float) -> None:
         try:
             await send(shot, due_s)
         finally:
@@ -176,7 +178,9 @@ async def _open_loop(
     await asyncio.gather(*running)
 
 
-async def _send(connection: Connection, request: bytes, shot: Shot, started: float, due_s: float) -> Outcome:
+async def _send(
+    connection: Connection, request: bytes, shot: BenchRequest, started: float, due_s: float
+) -> Outcome:
     try:
         reply = await connection.post(request, CLIENT_TIMEOUT_S)
     except NoAnswer as error:
@@ -195,7 +199,7 @@ async def _send(connection: Connection, request: bytes, shot: Shot, started: flo
     )
 
 
-def _right(body: bytes, shot: Shot) -> bool | None:
+def _right(body: bytes, shot: BenchRequest) -> bool | None:
     if shot.expected is None:
         return None
     try:

@@ -9,11 +9,11 @@ import numpy as np
 import orjson
 from numpy.typing import NDArray
 
-__all__ = ["Shot", "digit_shots", "encode_json", "zipf_shares"]
+__all__ = ["BenchRequest", "digit_shots", "encode_json", "zipf_shares"]
 
 
 @dataclass(frozen=True, slots=True)
-class Shot:
+class BenchRequest:
     """One request to send.
 
     Attributes
@@ -56,7 +56,7 @@ def digit_shots(
     seed: int,
     distinct: int = 64,
     headers: Mapping[str, tuple[tuple[str, str], ...]] | None = None,
-) -> Iterator[Shot]:
+) -> Iterator[BenchRequest]:
     """Endless shots: models by Zipf, bodies from a pool that is encoded once.
 
     Parameters
@@ -80,4 +80,4 @@ def digit_shots(
         bodies_chosen = random.integers(0, distinct, size=4096)
         for model, body in zip(chosen.tolist(), bodies_chosen.tolist(), strict=True):
             name = models[model]
-            yield Shot(name, bodies[body], headers=more.get(name, ()))
+            yield BenchRequest(name, bodies[body], headers=more.get(name, ()))

@@ -96,7 +96,7 @@ class TotalsReply(BaseModel):
     load_failures: int
     evictions: int
     quarantined: int = Field(description="Slots taken out of use by an isolation check.")
-    swaps: int = Field(description="Promotions that took over from a resident version.")
+    swaps: int = Field(description="Swaps that took over from a resident version.")
     load_ms_p50: float | None = Field(description="Fetch, check and place; null before the first load.")
     load_ms_p99: float | None
 

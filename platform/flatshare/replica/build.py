@@ -20,7 +20,6 @@ from typing import Final
 
 import torch
 
-from flatshare.engine.admission import Admission
 from flatshare.engine.inference import Inference
 from flatshare.engine.quotas import BytesLimit, QuotaKeeper
 from flatshare.replica.key_use import KeyUse
@@ -28,11 +27,12 @@ from flatshare.replica.pins import restore_pins
 from flatshare.replica.receipt import EraseReceipt, HostReceipt
 from flatshare.replica.request import InferenceService
 from flatshare.replica.snapshot import ReplicaSnapshot
+from flatshare.residency.fair_semaphore import FairSemaphore
 from flatshare.residency.ledger import Ledger
 from flatshare.residency.model_cache import LOCAL_CONCURRENCY, ModelCache
 from flatshare.residency.policy import POLICIES
-from flatshare.resolution.heads import RegistryView
-from flatshare.resolution.swaps import Promotions
+from flatshare.resolution.heads import TenantHeads
+from flatshare.resolution.swaps import Swaps
 from flatshare.settings import Settings
 from flatshare.weights.device import Device, device_budget, open_device
 from flatshare.weights.device_loader import DeviceLoader
@@ -105,9 +105,9 @@ class Replica:
     device: Device
     registry: Registry
     host_tier: HostTier | None
-    view: RegistryView
+    view: TenantHeads
     cache: ModelCache
-    promotions: Promotions
+    promotions: Swaps
     inference: Inference
     service: InferenceService
     key_use: KeyUse
@@ -173,7 +173,7 @@ class Replica:
             promotions.moved(old, new)
             on_change()
 
-        view = RegistryView(
+        view = TenantHeads(
             registry, view_threads, ttl_s=settings.view_ttl_s, on_change=head_changed, clock=clock
         )
         cache = ModelCache(
@@ -196,7 +196,7 @@ class Replica:
             share_of=lambda tenant: quotas.share(view.last_head(TenantId(tenant))),
             on_change=on_change,
         )
-        promotions = Promotions(cache, view.record, timeout_s=settings.request_timeout_s, on_change=on_change)
+        promotions = Swaps(cache, view.record, timeout_s=settings.request_timeout_s, on_change=on_change)
         inference = Inference(
             device.torch_device,
             settings.torch_threads,
@@ -208,7 +208,7 @@ class Replica:
             cache=cache,
             promotions=promotions,
             inference=inference,
-            admission=Admission(settings.max_ongoing_requests, settings.max_queued_requests),
+            admission=FairSemaphore(settings.max_ongoing_requests, settings.max_queued_requests),
             cold=cold_places(settings.max_queued_requests),
             quotas=quotas,
             timeout_s=settings.request_timeout_s,
@@ -441,9 +441,9 @@ def bytes_limit(settings: Settings) -> BytesLimit:
     return BytesLimit(settings.body_memory_bytes, max(tenant, 2 * settings.max_body_bytes))
 
 
-def cold_places(max_queued_requests: int) -> Admission:
+def cold_places(max_queued_requests: int) -> FairSemaphore:
     """Places for requests that wait for the registry or for a load: half at once, and half in turns of
     tenants.
     """
     half = max_queued_requests // 2 + 1
-    return Admission(half, half)
+    return FairSemaphore(half, half)

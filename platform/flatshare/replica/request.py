@@ -19,7 +19,6 @@ from typing import Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from flatshare.engine.admission import Admission
 from flatshare.engine.inference import Answer, Job
 from flatshare.engine.quotas import FREE_BYTES, QuotaKeeper, UnderWay
 from flatshare.errors import (
@@ -34,10 +33,11 @@ from flatshare.errors import (
 )
 from flatshare.models.architecture import Architecture, architecture
 from flatshare.replica.deadlines import Deadlines
+from flatshare.residency.fair_semaphore import FairSemaphore
 from flatshare.residency.lease import Lease
 from flatshare.residency.model_cache import ModelCache
-from flatshare.resolution.heads import RegistryView
-from flatshare.resolution.swaps import Promotions
+from flatshare.resolution.heads import TenantHeads
+from flatshare.resolution.swaps import Swaps
 from flatshare.weights.tiers import Tier
 from flatshare_registry.errors import InvalidInput, NotFound, Unavailable
 from flatshare_registry.ids import ModelRef, TenantId
@@ -261,12 +261,12 @@ class InferenceService:
     def __init__(
         self,
         *,
-        view: RegistryView,
+        view: TenantHeads,
         cache: ModelCache,
-        promotions: Promotions,
+        promotions: Swaps,
         inference: Runs,
-        admission: Admission,
-        cold: Admission,
+        admission: FairSemaphore,
+        cold: FairSemaphore,
         quotas: QuotaKeeper,
         timeout_s: float,
         clock: Callable[[], float] = time.monotonic,

@@ -1,56 +1,152 @@
-"""Places that go round the tenants that wait for them: one that floods waits behind itself."""
+"""A semaphore that is fair between tenants: so many at a time, so many more wait, others are refused."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 from collections import OrderedDict, deque
-from collections.abc import AsyncIterator
+from types import TracebackType
 
-__all__ = ["Turns"]
+from flatshare.errors import DeadlineExceeded, Overloaded
+
+__all__ = ["FairSemaphore"]
 
 
-class Turns:
-    """So many places at a time; must be used on one event loop.
+class FairSemaphore:
+    """Gives ``max_ongoing`` permits; ``max_queued`` more wait for one; others are refused at once.
 
-    A semaphore gives its places in order of coming: a tenant that asks for a thousand of its own versions
-    would have all others wait behind these.
+    Fair between tenants: permits that come free go round the tenants that wait, and when all waiting
+    places are taken, one of the tenant that has most of them is given to a tenant that has fewer
+    ("longest queue drop", Suter et al., INFOCOM 1998). One that floods fills what nobody else wants.
+
+    Must be used on one event loop. :meth:`enter` then :meth:`leave`, or ``async with semaphore.hold(s)``.
+
+    Parameters
+    ----------
+    max_queued
+        None: as many as come, for waits that are bounded by somebody else.
     """
 
-    def __init__(self, places: int) -> None:
-        self._free = places
+    def __init__(self, max_ongoing: int, max_queued: int | None = None) -> None:
+        self.max_ongoing = max_ongoing
+        self.max_queued = max_queued
+        self.ongoing = 0
+        self.refused = 0
         self._waiting: OrderedDict[str, deque[asyncio.Future[None]]] = OrderedDict()
+        self.queued = 0
 
-    @contextlib.asynccontextmanager
-    async def hold(self, tenant: str) -> AsyncIterator[None]:
-        """Inside while a place is held; waits for it as long as it takes."""
-        if self._free:
-            self._free -= 1
-        else:
-            await self._wait(tenant)
-        try:
-            yield
-        finally:
-            self._pass_on()
+    def hold(self, timeout_s: float | None, tenant: str = "") -> _Hold:
+        """An async context that is inside while the request is let in."""
+        return _Hold(self, timeout_s, tenant)
 
-    async def _wait(self, tenant: str) -> None:
+    @property
+    def has_room(self) -> bool:
+        """Whether a request would be let in without waiting."""
+        return self.ongoing < self.max_ongoing
+
+    def enter_now(self) -> bool:
+        """Go in if nobody has to wait for it; whether this request is in, and must :meth:`leave`."""
+        if self.ongoing >= self.max_ongoing:
+            return False
+        self.ongoing += 1
+        return True
+
+    async def enter(self, timeout_s: float | None, tenant: str = "") -> None:
+        """Wait to be let in.
+
+        Parameters
+        ----------
+        timeout_s
+            Seconds to wait at most; None: as long as it takes.
+
+        Raises
+        ------
+        Overloaded
+            ``max_queued`` requests already wait, and this tenant has its share of them. Raised at once,
+            or while it waits, when a tenant with fewer comes.
+        DeadlineExceeded
+            Not let in within ``timeout_s``.
+        """
+        if self.enter_now():
+            return
+        if (
+            self.max_queued is not None
+            and self.queued >= self.max_queued
+            and not self._give_up_one_for(tenant)
+        ):
+            self.refused += 1
+            raise self._refusal()
         waiter: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._waiting.setdefault(tenant, deque()).append(waiter)
+        self.queued += 1
         try:
-            await waiter
-        except asyncio.CancelledError:
+            async with asyncio.timeout(timeout_s):
+                await waiter
+        except BaseException as error:
             if waiter.done() and not waiter.cancelled():
-                self._pass_on()  # it was given the place in the moment of leaving
+                if waiter.exception() is None:
+                    self.leave()  # let in at the moment of leaving: pass the place on
+            else:
+                waiter.cancel()
+                self._forget(tenant, waiter)
+            if isinstance(error, TimeoutError):
+                raise DeadlineExceeded(f"waited {timeout_s:g} s for a free place") from None
             raise
 
-    def _pass_on(self) -> None:
-        """Give a place to the next tenant that waits; it is free when nobody does."""
+    def leave(self) -> None:
+        """Give the place to the next tenant's request that has waited longest."""
         while self._waiting:
-            tenant, waiters = self._waiting.popitem(last=False)
-            waiter = waiters.popleft()
-            if waiters:
-                self._waiting[tenant] = waiters  # at the end of the ring
+            tenant, waiters = next(iter(self._waiting.items()))
+            self._waiting.move_to_end(tenant)
+            waiter = waiters[0]
+            self._forget(tenant, waiter)
             if not waiter.done():
                 waiter.set_result(None)
                 return
-        self._free += 1
+        self.ongoing -= 1
+
+    def _give_up_one_for(self, tenant: str) -> bool:
+        """Refuse the newest request of the tenant that has most waiting, if this one has clearly fewer."""
+        if not self._waiting:
+            return False
+        most = max(self._waiting, key=lambda one: len(self._waiting[one]))
+        if len(self._waiting[most]) <= len(self._waiting.get(tenant, ())) + 1:
+            return False
+        waiter = self._waiting[most][-1]
+        self._forget(most, waiter)
+        if not waiter.done():
+            self.refused += 1
+            waiter.set_exception(self._refusal())
+        return True
+
+    def _forget(self, tenant: str, waiter: asyncio.Future[None]) -> None:
+        waiters = self._waiting.get(tenant)
+        if waiters is None or waiter not in waiters:
+            return
+        waiters.remove(waiter)
+        self.queued -= 1
+        if not waiters:
+            del self._waiting[tenant]
+
+    def _refusal(self) -> Overloaded:
+        return Overloaded(
+            f"this replica works on {self.max_ongoing} requests and {self.max_queued} more wait; retry"
+        )
+
+
+class _Hold:
+    """``async with``: enter and leave."""
+
+    __slots__ = ("_semaphore", "_tenant", "_timeout_s")
+
+    def __init__(self, semaphore: FairSemaphore, timeout_s: float | None, tenant: str) -> None:
+        self._semaphore = semaphore
+        self._timeout_s = timeout_s
+        self._tenant = tenant
+
+    async def __aenter__(self) -> None:
+        await self._semaphore.enter(self._timeout_s, self._tenant)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self._semaphore.leave()

@@ -31,7 +31,7 @@ from typing import Final
 
 from flatshare.errors import DeadlineExceeded, IsolationBroken, NoRoom
 from flatshare.residency.failures import FailureMemory
-from flatshare.residency.fair_semaphore import Turns
+from flatshare.residency.fair_semaphore import FairSemaphore
 from flatshare.residency.lease import Erased, Lease, Resident
 from flatshare.residency.ledger import Ledger
 from flatshare.residency.policy import EvictionPolicy, LeastRecentlyUsed
@@ -137,8 +137,8 @@ class ModelCache:
         self._on_change = on_change
         self._clock = clock
         self._failures = FailureMemory(clock)
-        self._loading = Turns(load_concurrency)
-        self._loading_local = Turns(LOCAL_CONCURRENCY)
+        self._loading = FairSemaphore(load_concurrency)
+        self._loading_local = FairSemaphore(LOCAL_CONCURRENCY)
         self._loads: dict[ModelKey, _Load] = {}
         self._erasures: dict[str, Erased] = {}
         self._residency = Residency(
@@ -517,7 +517,7 @@ class ModelCache:
         record: VersionRecord,
         claimed: Mapping[Part, int],
         load: _Load,
-        places: Turns,
+        places: FairSemaphore,
         prepare: Callable[[VersionRecord, Held], Awaitable[Prepared | None]],
     ) -> Resident | None:
         """One way to load; None when it can't give the bytes.
@@ -527,7 +527,7 @@ class ModelCache:
         NoRoomNow
             It is ready, but what is leased or pinned leaves no room.
         """
-        async with places.hold(record.tenant):
+        async with places.hold(None, record.tenant):
             # Callers may have gone while this waited for its turn: a flood of requests that hang up
             # must not fetch, or evict, for nobody. One that has begun is finished (promise 6).
             if load.abandoned:

@@ -57,7 +57,7 @@ class CacheStats:
     quarantined
         Slots taken out of use because an isolation check failed.
     swaps
-        Promotions whose new version took over from a resident old one.
+        Swaps whose new version took over from a resident old one.
     """
 
     hits: dict[Tier, int] = field(default_factory=lambda: dict.fromkeys(Tier, 0))

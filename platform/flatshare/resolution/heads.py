@@ -27,7 +27,7 @@ from flatshare_registry.heads import select
 from flatshare_registry.ids import PRODUCTION, ModelRef, TenantId
 from flatshare_registry.records import TenantHead, VersionRecord
 
-__all__ = ["RegistryView"]
+__all__ = ["TenantHeads"]
 
 MAX_HEADS: Final = 20_000
 """Most tenants that one replica remembers; about 2 kB each."""
@@ -70,7 +70,7 @@ class _Known:
     confirmed_at: float
 
 
-class RegistryView:
+class TenantHeads:
     """Resolves refs for one replica.
 
     Parameters

@@ -24,7 +24,7 @@ from flatshare.weights.tiers import ModelKey, SwapInfo
 from flatshare_registry.ids import ModelRef, TenantId
 from flatshare_registry.records import TenantHead, VersionRecord
 
-__all__ = ["Promotions"]
+__all__ = ["Swaps"]
 
 logger = logging.getLogger("flatshare.resolution")
 
@@ -42,7 +42,7 @@ class _Swap:
     meant: frozenset[int] = frozenset()
 
 
-class Promotions:
+class Swaps:
     """The swaps of one replica; must be used on one event loop.
 
     Parameters

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from flatshare.resolution.heads import RegistryView
+from flatshare.resolution.heads import TenantHeads
 from flatshare_registry.errors import Unavailable
 from flatshare_registry.ids import TenantId
 from flatshare_registry.records import TenantHead
@@ -22,7 +22,7 @@ class TrustedHeads:
         Seconds for which a head is believed after the store last confirmed it.
     """
 
-    def __init__(self, view: RegistryView, trust_s: float) -> None:
+    def __init__(self, view: TenantHeads, trust_s: float) -> None:
         self._view = view
         self._trust_s = trust_s
 

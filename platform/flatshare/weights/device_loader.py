@@ -23,7 +23,7 @@ from flatshare.models.probe import check_probe
 from flatshare.models.stages import Model, device_tensor, plan_of, tensor_view
 from flatshare.weights.device import Device
 from flatshare.weights.fetch import Fetched, TensorSource
-from flatshare.weights.host_cache import WarmTensors
+from flatshare.weights.host_cache import HostTensorCache
 from flatshare.weights.loader import Held, Placed, Prepared
 from flatshare.weights.tiers import Part, Tier
 from flatshare_registry.errors import InvalidInput
@@ -78,7 +78,7 @@ class DeviceLoader:
         self._users: WeakValueDictionary[int, _Tensors] = WeakValueDictionary()
         self._sharing = threading.Lock()
         tier = source.tier
-        self._warm = WarmTensors(tier.budget_bytes // WARM_SHARE if tier is not None else 0)
+        self._warm = HostTensorCache(tier.budget_bytes // WARM_SHARE if tier is not None else 0)
         if tier is not None:
             tier.on_pressure = self._warm.clear
         self._proven = _Known[bool](MAX_PROVEN)

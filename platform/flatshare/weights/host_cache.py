@@ -14,10 +14,10 @@ import torch
 
 from flatshare.weights.tiers import Part
 
-__all__ = ["WarmTensors"]
+__all__ = ["HostTensorCache"]
 
 
-class WarmTensors:
+class HostTensorCache:
     """The most recently used host tensors, up to a number of bytes; safe for several threads."""
 
     def __init__(self, budget_bytes: int) -> None:

@@ -16,15 +16,15 @@ from torch import nn
 from flatshare.api.app import create_app
 from flatshare.api.hot import HotRoutes
 from flatshare.api.identity import Identities, OperatorKeys, Role
-from flatshare.engine.admission import Admission
 from flatshare.engine.inference import Inference
 from flatshare.engine.quotas import QuotaKeeper
 from flatshare.models.architecture import architecture
 from flatshare.replica.request import InferenceService
+from flatshare.residency.fair_semaphore import FairSemaphore
 from flatshare.residency.ledger import Ledger
 from flatshare.residency.model_cache import ModelCache
-from flatshare.resolution.heads import RegistryView
-from flatshare.resolution.swaps import Promotions
+from flatshare.resolution.heads import TenantHeads
+from flatshare.resolution.swaps import Swaps
 from flatshare.weights.device import CpuDevice
 from flatshare.weights.device_loader import DeviceLoader
 from flatshare.weights.fetch import TensorSource
@@ -47,18 +47,18 @@ class World:
         self.registry = Registry(store, clock=self.wall_clock)
         self.modules: dict[str, nn.Module] = {}
         faulty = self.faulty = FaultyStore(store, before=self._before)
-        view = RegistryView(Registry(faulty), threads, ttl_s=2)
+        view = TenantHeads(Registry(faulty), threads, ttl_s=2)
         self.cache = ModelCache(
             ledger=Ledger(2, None),
             loader=DeviceLoader(TensorSource(faulty), CpuDevice(), threads, threads),
         )
         self.inference = Inference(torch.device("cpu"))
-        self.admission = Admission(8, 8)
-        self.cold = Admission(16, 0)
+        self.admission = FairSemaphore(8, 8)
+        self.cold = FairSemaphore(16, 0)
         self.service = InferenceService(
             view=view,
             cache=self.cache,
-            promotions=Promotions(self.cache, view.record, timeout_s=5),
+            promotions=Swaps(self.cache, view.record, timeout_s=5),
             inference=self.inference,
             admission=self.admission,
             cold=self.cold,

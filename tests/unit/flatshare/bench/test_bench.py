@@ -17,7 +17,7 @@ from aiohttp import web
 from flatshare.bench.load import Load, Outcome, send_all
 from flatshare.bench.plot import plot_run
 from flatshare.bench.report import compare_hits, summarise
-from flatshare.bench.workload import Shot, digit_shots, encode_json, zipf_shares
+from flatshare.bench.workload import BenchRequest, digit_shots, encode_json, zipf_shares
 
 
 @pytest.fixture
@@ -46,7 +46,7 @@ async def server() -> AsyncIterator[str]:
 
 async def test_closed_loop_sends_exactly_so_many(server: str) -> None:
     done: list[int] = []
-    shots = itertools.repeat(Shot("acme", b"{}", (7,)))
+    shots = itertools.repeat(BenchRequest("acme", b"{}", (7,)))
     outcomes = await send_all(server, shots, Load(requests=50, concurrency=4), done.append)
     assert len(outcomes) == 50
     assert done[-1] == 50
@@ -54,7 +54,12 @@ async def test_closed_loop_sends_exactly_so_many(server: str) -> None:
 
 
 async def test_errors_and_wrong_answers_are_told_apart(server: str) -> None:
-    shots = [Shot("busy", b""), Shot("broken", b""), Shot("acme", b"", (3,)), Shot("acme", b"")]
+    shots = [
+        BenchRequest("busy", b""),
+        BenchRequest("broken", b""),
+        BenchRequest("acme", b"", (3,)),
+        BenchRequest("acme", b""),
+    ]
     outcomes = await send_all(server, iter(shots), Load(requests=10, concurrency=1))
     report = summarise(outcomes)
     assert report["errors_by_code"] == {"overloaded": 1, "http_502": 1}
@@ -80,12 +85,12 @@ async def test_a_connection_that_ends_too_early(sent: bytes, code: str) -> None:
 
     async with await asyncio.start_server(answer, "127.0.0.1", 0) as cutting:
         url = f"http://127.0.0.1:{cutting.sockets[0].getsockname()[1]}/predict"
-        (one,) = await send_all(url, iter([Shot("acme", b"{}")]), Load(requests=1))
+        (one,) = await send_all(url, iter([BenchRequest("acme", b"{}")]), Load(requests=1))
     assert (one.status, one.code) == (0, code)
 
 
 async def test_open_loop_keeps_its_rate(server: str) -> None:
-    shots = itertools.repeat(Shot("acme", b"{}"))
+    shots = itertools.repeat(BenchRequest("acme", b"{}"))
     outcomes = await send_all(server, shots, Load(duration_s=1.0, rate=100))
     assert len(outcomes) == 100
     assert sorted(one.at_s for one in outcomes) == pytest.approx([n / 100 for n in range(100)])
@@ -101,7 +106,7 @@ def test_zipf_shares() -> None:
 def test_shots_are_the_same_for_the_same_seed_and_follow_the_shares() -> None:
     images = np.zeros((10, 1, 28, 28), dtype=np.float32)
 
-    def draw(seed: int) -> list[Shot]:
+    def draw(seed: int) -> list[BenchRequest]:
         shots = digit_shots(["a", "b", "c"], images, exponent=1.0, batch=2, seed=seed)
         return list(itertools.islice(shots, 3000))
 

@@ -12,15 +12,15 @@ from numpy.typing import NDArray
 from torch import nn
 
 from flatshare.api.identity import LOCAL_OPERATOR
-from flatshare.engine.admission import Admission
 from flatshare.engine.quotas import QuotaKeeper
 from flatshare.models.stages import Model
 from flatshare.replica.request import InferenceService, Prediction, Ticket
+from flatshare.residency.fair_semaphore import FairSemaphore
 from flatshare.residency.lease import Lease
 from flatshare.residency.ledger import Ledger
 from flatshare.residency.model_cache import ModelCache
-from flatshare.resolution.heads import RegistryView
-from flatshare.resolution.swaps import Promotions
+from flatshare.resolution.heads import TenantHeads
+from flatshare.resolution.swaps import Swaps
 from flatshare.weights.loader import Held, Placed, Prepared
 from flatshare.weights.tiers import Part, Tier
 from flatshare_registry.catalog import Registry
@@ -106,7 +106,7 @@ class Story:
 
     def __init__(
         self, *, slots: int = 4, timeout_s: float = 5.0, threads: Executor | None = None, store: Any = None,
-        cold: Admission | None = None,
+        cold: FairSemaphore | None = None,
     ) -> None:  # fmt: skip
         self.clock = ManualClock(1000.0)
         self.registry = Registry(store or MemoryStore())
@@ -114,13 +114,13 @@ class Story:
         for value, tenant in enumerate((ACME, GLOBEX)):
             self.registry.create_tenant(tenant)
             self.register(tenant, value + 1)
-        self.view = RegistryView(self.registry, threads or AtOnce(), ttl_s=60)
+        self.view = TenantHeads(self.registry, threads or AtOnce(), ttl_s=60)
         self.cache = ModelCache(ledger=Ledger(slots, None), loader=self.loader, room_timeout_s=60)
         self.quotas = QuotaKeeper(clock=self.clock)
-        self.cold = cold or Admission(8, 8)
+        self.cold = cold or FairSemaphore(8, 8)
         self.service = InferenceService(
-            view=self.view, cache=self.cache, promotions=Promotions(self.cache, self.view.record, timeout_s=5),
-            inference=self.runs, admission=Admission(8, 8), cold=self.cold, quotas=self.quotas,
+            view=self.view, cache=self.cache, promotions=Swaps(self.cache, self.view.record, timeout_s=5),
+            inference=self.runs, admission=FairSemaphore(8, 8), cold=self.cold, quotas=self.quotas,
             timeout_s=timeout_s, clock=self.clock,
         )  # fmt: skip
 

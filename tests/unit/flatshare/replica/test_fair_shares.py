@@ -7,8 +7,8 @@ from collections import Counter
 
 import pytest
 
-from flatshare.engine.admission import Admission
 from flatshare.errors import DeadlineExceeded, Overloaded
+from flatshare.residency.fair_semaphore import FairSemaphore
 
 from ....simulated_time import in_simulated_time
 
@@ -21,7 +21,7 @@ SECONDS = 5.0
 async def offer(offered: dict[str, float]) -> tuple[Counter[str], Counter[str], dict[str, float]]:
     """Offer so many requests a second of each tenant; what was answered, what was asked, the longest waits."""
     loop = asyncio.get_running_loop()
-    admission = Admission(PLACES, 64)
+    admission = FairSemaphore(PLACES, 64)
     answered: Counter[str] = Counter()
     asked: Counter[str] = Counter()
     waits: dict[str, float] = {}

@@ -13,17 +13,17 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 
 from flatshare.api.identity import LOCAL_OPERATOR
-from flatshare.engine.admission import Admission
 from flatshare.engine.inference import Inference
 from flatshare.engine.quotas import QuotaKeeper
 from flatshare.errors import IsolationBroken, ModelFailed
 from flatshare.models.architecture import architecture
 from flatshare.models.probe import probe_logits
 from flatshare.replica.request import InferenceService, Prediction
+from flatshare.residency.fair_semaphore import FairSemaphore
 from flatshare.residency.ledger import Ledger
 from flatshare.residency.model_cache import ModelCache
-from flatshare.resolution.heads import RegistryView
-from flatshare.resolution.swaps import Promotions
+from flatshare.resolution.heads import TenantHeads
+from flatshare.resolution.swaps import Swaps
 from flatshare.weights.device import CpuDevice
 from flatshare.weights.device_loader import DeviceLoader
 from flatshare.weights.fetch import TensorSource
@@ -49,14 +49,14 @@ class World:
             TenantId("acme"), save(dict(self.module.state_dict())), NETWORK.name, NETWORK.tensors,
             probe=lambda weights: probe_logits(NETWORK, weights),
         )  # fmt: skip
-        view = RegistryView(registry, threads, ttl_s=60)
+        view = TenantHeads(registry, threads, ttl_s=60)
         source = TensorSource(store, HostTier(folder, 10**9))
         self.loader = DeviceLoader(source, CpuDevice(), threads, threads)
         self.cache = ModelCache(ledger=Ledger(4, None), loader=self.loader)
         self.inference = Inference(torch.device("cpu"))
         self.service = InferenceService(
-            view=view, cache=self.cache, promotions=Promotions(self.cache, view.record, timeout_s=5),
-            inference=self.inference, admission=Admission(8, 8), cold=Admission(8, 0), quotas=QuotaKeeper(), timeout_s=10,
+            view=view, cache=self.cache, promotions=Swaps(self.cache, view.record, timeout_s=5),
+            inference=self.inference, admission=FairSemaphore(8, 8), cold=FairSemaphore(8, 0), quotas=QuotaKeeper(), timeout_s=10,
         )  # fmt: skip
 
     async def ask(self, rows: NDArray[np.float32] = ROWS) -> Prediction:

@@ -10,7 +10,6 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from flatshare.engine.admission import Admission
 from flatshare.errors import (
     DeadlineExceeded,
     IsolationBroken,
@@ -25,6 +24,7 @@ from flatshare.errors import (
     TooManyRequests,
 )
 from flatshare.replica.request import FEW_ROWS, Prediction
+from flatshare.residency.fair_semaphore import FairSemaphore
 from flatshare.weights.tiers import ModelKey, State, Tier
 from flatshare_registry.errors import NotFound, Unavailable
 from flatshare_registry.ids import PRODUCTION, ModelRef
@@ -275,7 +275,7 @@ async def test_who_may_not_is_not_let_in_before_anything_is_looked_up() -> None:
 
 
 async def test_promise_11_what_is_known_needs_none_of_the_places_of_those_who_wait_for_the_store() -> None:
-    story = Story(cold=Admission(1, 0))
+    story = Story(cold=FairSemaphore(1, 0))
     await story.ask()
     async with story.cold.hold(1):
         assert (await story.ask()).tier is Tier.DEVICE

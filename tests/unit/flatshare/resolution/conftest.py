@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from flatshare.resolution.heads import RegistryView
+from flatshare.resolution.heads import TenantHeads
 from flatshare_registry.catalog import Registry
 from flatshare_registry.errors import Unavailable
 from flatshare_registry.ids import PRODUCTION, ModelRef, TenantId
@@ -49,7 +49,7 @@ class World:
         self.registry.create_tenant(ACME)
         self.publish(1)
         self.told: list[tuple[TenantHead | None, TenantHead | None]] = []
-        self.view = RegistryView(
+        self.view = TenantHeads(
             Registry(FaultyStore(store, before=self._before)), threads, ttl_s=TTL_S, clock=self.clock,
             on_change=lambda old, new: self.told.append((old, new)),
         )  # fmt: skip

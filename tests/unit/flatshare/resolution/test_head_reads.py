@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 
 from flatshare.resolution import heads as view_module
-from flatshare.resolution.heads import FAILED_S, KEYS_AFTER_TTLS, RECHECK_S, STALE_AFTER_TTLS, RegistryView
+from flatshare.resolution.heads import FAILED_S, KEYS_AFTER_TTLS, RECHECK_S, STALE_AFTER_TTLS, TenantHeads
 from flatshare_registry.catalog import Registry
 from flatshare_registry.errors import NotFound, Unavailable
 from flatshare_registry.ids import PRODUCTION, ModelRef, TenantId
@@ -241,7 +241,7 @@ async def test_a_read_that_was_true_before_a_refresh_does_not_bring_a_deleted_te
             assert late.wait(10)
 
     with ThreadPoolExecutor(2) as threads:
-        view = RegistryView(Registry(FaultyStore(store, after=after)), threads, ttl_s=TTL_S)
+        view = TenantHeads(Registry(FaultyStore(store, after=after)), threads, ttl_s=TTL_S)
         early = asyncio.create_task(view.head(ACME))
         await asyncio.to_thread(answered.wait, 10)
         registry.delete_tenant(ACME)

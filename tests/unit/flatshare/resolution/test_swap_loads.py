@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator
 
 import pytest
 
-from flatshare.resolution.swaps import RETRY_S, Promotions
+from flatshare.resolution.swaps import RETRY_S, Swaps
 from flatshare.weights.tiers import ModelKey
 from flatshare_registry.catalog import Registry
 from flatshare_registry.errors import Unavailable
@@ -22,7 +22,7 @@ from ..residency.scripted import ScriptedLoader, make, resident, settle, use, ve
 ACME, GLOBEX, CANARY = TenantId("acme"), TenantId("globex"), AliasName("canary")
 
 
-class Swaps:
+class World:
     """Two tenants with three versions each, of which the first is resident; nothing is read behind."""
 
     def __init__(self, slots: int = 8) -> None:
@@ -38,7 +38,7 @@ class Swaps:
         self.clock = ManualClock()
         self.changes = 0
         self.reading: dict[int, asyncio.Event] = {}
-        self.promotions = Promotions(
+        self.promotions = Swaps(
             self.cache, self._record, timeout_s=5, on_change=self._changed, clock=self.clock
         )
 
@@ -75,15 +75,15 @@ class Swaps:
 
 
 @pytest.fixture
-async def swaps() -> AsyncIterator[Swaps]:
-    swaps = Swaps()
+async def swaps() -> AsyncIterator[World]:
+    swaps = World()
     await use(swaps.cache, version("acme"), version("globex"))
     yield swaps
     swaps.promotions.close()
 
 
 @pytest.mark.parametrize("change", ["a key", "quotas", "another alias", "a new version"])
-async def test_any_other_change_of_the_tenant_leaves_a_swap_alone(swaps: Swaps, change: str) -> None:
+async def test_any_other_change_of_the_tenant_leaves_a_swap_alone(swaps: World, change: str) -> None:
     gate = swaps.gate("acme@2")
     swaps.promote(2)
     await settle()
@@ -109,7 +109,7 @@ async def test_any_other_change_of_the_tenant_leaves_a_swap_alone(swaps: Swaps, 
     assert "acme@2" in resident(swaps.cache)
 
 
-async def test_another_tenants_change_leaves_a_swap_alone(swaps: Swaps) -> None:
+async def test_another_tenants_change_leaves_a_swap_alone(swaps: World) -> None:
     swaps.gate("acme@2")
     swaps.promote(2)
     swaps.registry.tenancy.create_key(GLOBEX)
@@ -117,7 +117,7 @@ async def test_another_tenants_change_leaves_a_swap_alone(swaps: Swaps) -> None:
     assert (swaps.serving(), swaps.serving("globex")) == (1, None)
 
 
-async def test_a_second_promotion_redirects_the_swap_and_what_it_gave_up_is_not_loaded(swaps: Swaps) -> None:
+async def test_a_second_promotion_redirects_the_swap_and_what_it_gave_up_is_not_loaded(swaps: World) -> None:
     swaps.reading[2] = asyncio.Event()  # the first swap has not got as far as its load
     swaps.promote(2)
     await settle()
@@ -135,7 +135,7 @@ async def test_a_second_promotion_redirects_the_swap_and_what_it_gave_up_is_not_
     assert resident(swaps.cache) == {"acme@1", "acme@3", "globex@1"}
 
 
-async def test_the_first_of_two_promotions_may_end_its_load_and_changes_nothing(swaps: Swaps) -> None:
+async def test_the_first_of_two_promotions_may_end_its_load_and_changes_nothing(swaps: World) -> None:
     first, second = swaps.gate("acme@2"), swaps.gate("acme@3")
     swaps.promote(2)
     await settle()
@@ -149,7 +149,7 @@ async def test_the_first_of_two_promotions_may_end_its_load_and_changes_nothing(
     assert (swaps.serving(), swaps.cache.stats.swaps) == (None, 1)
 
 
-async def test_rolled_back_before_it_was_done_the_swap_ends(swaps: Swaps) -> None:
+async def test_rolled_back_before_it_was_done_the_swap_ends(swaps: World) -> None:
     swaps.gate("acme@2")
     swaps.promote(2)
     await settle()
@@ -159,7 +159,7 @@ async def test_rolled_back_before_it_was_done_the_swap_ends(swaps: Swaps) -> Non
     assert swaps.changes == told + 1, "what the alias means here has changed"
 
 
-async def test_a_tenant_that_is_gone_has_no_swap_and_no_old_version_that_answers(swaps: Swaps) -> None:
+async def test_a_tenant_that_is_gone_has_no_swap_and_no_old_version_that_answers(swaps: World) -> None:
     for tenant in (ACME, GLOBEX):
         swaps.gate(f"{tenant}@2")
         swaps.promote(2, tenant)
@@ -169,7 +169,7 @@ async def test_a_tenant_that_is_gone_has_no_swap_and_no_old_version_that_answers
     assert (swaps.serving("acme"), swaps.serving("globex")) == (None, 1)
 
 
-async def test_a_tenant_that_was_never_seen_and_one_that_came_begin_nothing(swaps: Swaps) -> None:
+async def test_a_tenant_that_was_never_seen_and_one_that_came_begin_nothing(swaps: World) -> None:
     swaps.promotions.moved(None, None)
     swaps.registry.set_alias(ACME, PRODUCTION, 2)
     swaps.promotions.moved(None, swaps.registry.head(ACME))
@@ -177,7 +177,7 @@ async def test_a_tenant_that_was_never_seen_and_one_that_came_begin_nothing(swap
 
 
 async def test_an_alias_that_was_removed_or_an_old_version_that_was_deleted_ends_its_swap(
-    swaps: Swaps,
+    swaps: World,
 ) -> None:
     swaps.promote(1, alias=CANARY)
     for name in ("acme@2", "globex@2"):
@@ -192,7 +192,7 @@ async def test_an_alias_that_was_removed_or_an_old_version_that_was_deleted_ends
     assert (swaps.under_way, swaps.serving("acme:canary"), swaps.serving("globex")) == ([], None, None)
 
 
-async def test_only_what_is_here_and_whose_successor_is_not_is_swapped(swaps: Swaps) -> None:
+async def test_only_what_is_here_and_whose_successor_is_not_is_swapped(swaps: World) -> None:
     await use(swaps.cache, version("acme", 2))
     swaps.promote(2)
     assert (swaps.under_way, swaps.serving()) == ([], None), "it is here: nothing to wait for"
@@ -201,7 +201,7 @@ async def test_only_what_is_here_and_whose_successor_is_not_is_swapped(swaps: Sw
     assert (swaps.under_way, swaps.serving("globex")) == ([], None), "nothing here could answer"
 
 
-async def test_settled_waits_for_the_tenants_own_swaps_and_only_so_long(swaps: Swaps) -> None:
+async def test_settled_waits_for_the_tenants_own_swaps_and_only_so_long(swaps: World) -> None:
     gates = [swaps.gate(f"{tenant}@2") for tenant in (ACME, GLOBEX)]
     swaps.promote(2)
     swaps.promote(2, GLOBEX)
@@ -218,7 +218,7 @@ async def test_settled_waits_for_the_tenants_own_swaps_and_only_so_long(swaps: S
 
 
 async def test_a_version_that_failed_to_load_is_tried_again_after_its_time_and_not_before(
-    swaps: Swaps,
+    swaps: World,
 ) -> None:
     swaps.loader.prepare_errors["acme@2"] = Unavailable("down")
     swaps.promote(2)
@@ -238,7 +238,7 @@ async def test_a_version_that_failed_to_load_is_tried_again_after_its_time_and_n
     assert (swaps.serving(), swaps.under_way) == (None, [])
 
 
-async def test_an_old_version_that_was_deleted_with_the_promotion_answers_no_more(swaps: Swaps) -> None:
+async def test_an_old_version_that_was_deleted_with_the_promotion_answers_no_more(swaps: World) -> None:
     swaps.gate("acme@2")
     swaps.registry.set_alias(ACME, PRODUCTION, 2)
     swaps.registry.delete_version(ACME, 1)
@@ -246,7 +246,7 @@ async def test_an_old_version_that_was_deleted_with_the_promotion_answers_no_mor
     assert (swaps.under_way, swaps.serving()) == ([], None)
 
 
-async def test_redirected_the_old_version_still_is_the_one_that_answered_last(swaps: Swaps) -> None:
+async def test_redirected_the_old_version_still_is_the_one_that_answered_last(swaps: World) -> None:
     """Although the one in between is here too by now."""
     swaps.reading[2] = asyncio.Event()
     swaps.promote(2)
@@ -256,7 +256,7 @@ async def test_redirected_the_old_version_still_is_the_one_that_answered_last(sw
     assert (swaps.serving(), swaps.under_way) == (1, [("acme", "production", 1, 3)])
 
 
-async def test_an_old_version_that_was_evicted_answers_no_more(swaps: Swaps) -> None:
+async def test_an_old_version_that_was_evicted_answers_no_more(swaps: World) -> None:
     swaps.gate("acme@2")
     swaps.promote(2)
     await settle()
@@ -264,14 +264,14 @@ async def test_an_old_version_that_was_evicted_answers_no_more(swaps: Swaps) -> 
     assert (swaps.serving(), swaps.under_way) == (None, [])
 
 
-async def test_a_version_by_number_is_no_business_of_a_swap(swaps: Swaps) -> None:
+async def test_a_version_by_number_is_no_business_of_a_swap(swaps: World) -> None:
     swaps.gate("acme@2")
     swaps.promote(2)
     assert (swaps.serving("acme"), swaps.serving("acme@1"), swaps.serving("acme@2")) == (1, None, None)
 
 
 async def test_after_a_swap_the_old_version_is_evicted_like_any_other() -> None:
-    swaps = Swaps(slots=3)
+    swaps = World(slots=3)
     await use(swaps.cache, version("acme"))
     swaps.promote(2)
     await swaps.promotions.settled("acme", 5)
@@ -280,7 +280,7 @@ async def test_after_a_swap_the_old_version_is_evicted_like_any_other() -> None:
     swaps.promotions.close()
 
 
-async def test_a_swap_pins_nothing_that_was_not_pinned(swaps: Swaps) -> None:
+async def test_a_swap_pins_nothing_that_was_not_pinned(swaps: World) -> None:
     swaps.promote(2)
     await swaps.promotions.settled("acme", 5)
     await settle()
@@ -289,7 +289,7 @@ async def test_a_swap_pins_nothing_that_was_not_pinned(swaps: Swaps) -> None:
 
 
 async def test_two_aliases_that_move_off_one_version_protect_it_until_both_have() -> None:
-    swaps = Swaps(slots=3)
+    swaps = World(slots=3)
     cache, key = swaps.cache, ModelKey("acme", 1)
     await use(cache, version("acme"), version("b"), version("c"))
     with cache.protected(key):
@@ -301,7 +301,7 @@ async def test_two_aliases_that_move_off_one_version_protect_it_until_both_have(
     assert not cache.is_resident(key)
 
 
-async def test_closing_ends_all_swaps(swaps: Swaps) -> None:
+async def test_closing_ends_all_swaps(swaps: World) -> None:
     for tenant in (ACME, GLOBEX):
         swaps.gate(f"{tenant}@2")
         swaps.promote(2, tenant)

@@ -10,15 +10,15 @@ import torch
 from safetensors.torch import save
 
 from flatshare.api.identity import LOCAL_OPERATOR
-from flatshare.engine.admission import Admission
 from flatshare.engine.inference import Inference
 from flatshare.engine.quotas import QuotaKeeper
 from flatshare.models.architecture import architecture
 from flatshare.replica.request import InferenceService, Prediction
+from flatshare.residency.fair_semaphore import FairSemaphore
 from flatshare.residency.ledger import Ledger
 from flatshare.residency.model_cache import ModelCache
-from flatshare.resolution.heads import RegistryView
-from flatshare.resolution.swaps import RETRY_S, Promotions
+from flatshare.resolution.heads import TenantHeads
+from flatshare.resolution.swaps import RETRY_S, Swaps
 from flatshare.weights.device import CpuDevice
 from flatshare.weights.device_loader import DeviceLoader
 from flatshare.weights.fetch import TensorSource
@@ -46,18 +46,18 @@ class World:
         self.clock = ManualClock()
         self.down = False
         faulty = FaultyStore(self.store, before=self._before)
-        self.view = RegistryView(
+        self.view = TenantHeads(
             Registry(faulty), threads, ttl_s=2, on_change=lambda old, new: self.promotions.moved(old, new)
         )
         self.cache = ModelCache(
             ledger=Ledger(slots, None),
             loader=DeviceLoader(TensorSource(faulty), CpuDevice(), threads, threads),
         )
-        self.promotions = Promotions(self.cache, self.view.record, timeout_s=5, clock=self.clock)
+        self.promotions = Swaps(self.cache, self.view.record, timeout_s=5, clock=self.clock)
         self.inference = Inference(torch.device("cpu"))
         self.service = InferenceService(
             view=self.view, cache=self.cache, promotions=self.promotions, inference=self.inference,
-            admission=Admission(8, 8), cold=Admission(8, 0), quotas=QuotaKeeper(), timeout_s=5,
+            admission=FairSemaphore(8, 8), cold=FairSemaphore(8, 0), quotas=QuotaKeeper(), timeout_s=5,
         )  # fmt: skip
 
     def _before(self, operation: str, key: str) -> None:

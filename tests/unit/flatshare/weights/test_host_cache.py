@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from flatshare.weights.host_cache import WarmTensors
+from flatshare.weights.host_cache import HostTensorCache
 from flatshare.weights.tiers import Part
 
 
@@ -13,7 +13,7 @@ def part(name: str) -> Part:
 
 
 def test_what_is_used_outlives_what_is_not() -> None:
-    warm = WarmTensors(budget_bytes=120)
+    warm = HostTensorCache(budget_bytes=120)
     for name in "abc":
         warm.keep({part(name): torch.zeros(10)})
     warm.touch([part("a"), part("unknown")])
@@ -23,7 +23,7 @@ def test_what_is_used_outlives_what_is_not() -> None:
 
 
 def test_too_large_a_tensor_is_not_kept_and_clearing_lets_go_of_all() -> None:
-    warm = WarmTensors(budget_bytes=120)
+    warm = HostTensorCache(budget_bytes=120)
     warm.keep({part("a"): torch.zeros(10), part("huge"): torch.zeros(31)})
     assert warm.get([part("huge")]) is None
     assert warm.get([part("a")]) is not None
