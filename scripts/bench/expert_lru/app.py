@@ -7,6 +7,7 @@ LRU of modules. Weights are on the node's tmpfs as safetensors; one that is not 
 
 import asyncio
 import os
+import threading
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from pathlib import Path
@@ -40,7 +41,7 @@ app = FastAPI(lifespan=lifespan)
 def load(model_id: str) -> torch.nn.Module:
     path = FOLDER / f"{model_id}.safetensors"
     if not path.exists():
-        draft = FOLDER / f"{model_id}.{os.getpid()}"
+        draft = FOLDER / f"{model_id}.{os.getpid()}.{threading.get_ident()}"
         body = app.state.s3.get_object(Bucket="models", Key=f"safetensors/{model_id}.safetensors")["Body"]
         draft.write_bytes(body.read())
         draft.replace(path)
