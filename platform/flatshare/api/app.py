@@ -38,7 +38,8 @@ from flatshare.codecs.payload import READY, READY_HEADER, decode_json, decode_pi
 from flatshare.codecs.tensors import DTYPE_HEADER, SHAPE_HEADER, decode_npy, decode_octets, is_ready
 from flatshare.errors import BadInput
 from flatshare.models.architecture import Architecture
-from flatshare.replica.request import InferenceService, Prediction, Rows, Ticket
+from flatshare.replica.request import InferenceService
+from flatshare.replica.ticket import Prediction, Rows, Ticket
 from flatshare_registry.ids import ModelRef
 
 __all__ = ["create_app"]

@@ -15,7 +15,7 @@ from starlette.formparsers import MultiPartException, MultiPartParser
 from flatshare.api.decoding import INLINE_BYTES, DecodeRoom
 from flatshare.api.http import Incoming, encoding_of, read_body
 from flatshare.errors import BadInput, BodyOverQuota, TooLarge
-from flatshare.replica.request import Ticket
+from flatshare.replica.ticket import Ticket
 
 __all__ = ["BodyReader", "expand", "files_of", "media_type_of"]
 

@@ -33,7 +33,8 @@ from flatshare.api.http import (
 )
 from flatshare.api.identity import Identities
 from flatshare.models.architecture import Architecture
-from flatshare.replica.request import InferenceService, Prediction, Rows, Ticket
+from flatshare.replica.request import InferenceService
+from flatshare.replica.ticket import Prediction, Rows, Ticket
 from flatshare_registry.ids import ModelRef
 
 __all__ = ["Call", "HotAnswers", "HotRequest", "HotRoute", "HotRoutes", "RawHeaders"]

@@ -16,6 +16,7 @@ from starlette.types import Scope
 
 from flatshare.api.error_table import HttpError, describe_error
 from flatshare.api.schemas import ErrorReply
+from flatshare.codecs.numbers import whole_number
 from flatshare.errors import (
     BadInput,
     BodyOverQuota,
@@ -42,7 +43,6 @@ __all__ = [
     "read_body",
     "request_id_of",
     "route_path",
-    "whole_number",
 ]
 
 logger = logging.getLogger("flatshare.api")
@@ -123,21 +123,6 @@ def route_path(scope: Scope) -> str:
     """The path below where the application is mounted."""
     path: str = scope["path"]
     return path.removeprefix(scope.get("root_path", ""))
-
-
-def whole_number(text: str, most: int) -> int | None:
-    """The number that plain digits say, leading zeros or not; None for other text, and above ``most``.
-
-    For text from outside: ``int`` also takes signs, spaces, underscores and other scripts' digits, and fails
-    on more than 4,300 digits.
-    """
-    if not text.isascii() or not text.isdigit():
-        return None
-    digits = text.lstrip("0") or "0"
-    if len(digits) > len(str(most)):
-        return None
-    number = int(digits)
-    return number if number <= most else None
 
 
 def encoding_of(request: Incoming, known: Collection[str] = ()) -> str | None:

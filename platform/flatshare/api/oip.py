@@ -8,8 +8,7 @@ refused by name: an answer without it would be another tensor than was asked for
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from importlib.metadata import version
 from typing import Any, Final
 
@@ -20,10 +19,9 @@ from numpy.typing import NDArray
 
 from flatshare.api.error_table import HttpError
 from flatshare.api.hot import HotAnswers, HotRoute
-from flatshare.api.http import ErrorForm, error_reply, own_form, route_path, whole_number
+from flatshare.api.http import ErrorForm, error_reply, own_form, route_path
 from flatshare.api.identity import Identities
 from flatshare.api.oip_schemas import (
-    HEADER_LENGTH,
     HEADER_LENGTH_PARAMETER,
     INFER_BODY,
     INFER_REPLY,
@@ -38,11 +36,11 @@ from flatshare.api.oip_schemas import (
     ReadyReply,
     ServerReply,
 )
-from flatshare.codecs.payload import check_expansion, decode_array
-from flatshare.codecs.tensors import is_ready, rows_of, tensor_of
-from flatshare.errors import BadInput
+from flatshare.codecs.oip import HEADER_LENGTH, input_rows, split_body, wanted_outputs
+from flatshare.codecs.tensors import is_ready
 from flatshare.models.architecture import Architecture, architecture
-from flatshare.replica.request import InferenceService, Prediction, Rows, Ticket
+from flatshare.replica.request import InferenceService
+from flatshare.replica.ticket import Prediction, Rows, Ticket
 from flatshare_registry.ids import ModelRef, parse_version
 from flatshare_registry.records import VersionRecord
 
@@ -59,20 +57,6 @@ __all__ = [
 PREFIX: Final = "/v2"
 OPEN_PATHS: Final = frozenset({PREFIX, f"{PREFIX}/health/live", f"{PREFIX}/health/ready"})
 """Answered without a key."""
-
-_INPUT_TYPES: Final[Mapping[str, np.dtype[Any]]] = {"FP32": np.dtype("<f4"), "UINT8": np.dtype("u1")}
-_OUTPUTS: Final = ("logits", "predicted_label")
-
-_NOT_SERVED: Final = (
-    "classification",
-    "shared_memory_region",
-    "shared_memory_byte_size",
-    "shared_memory_offset",
-    "sequence_id",
-    "sequence_start",
-    "sequence_end",
-)
-"""Parameters of extensions that change what the answer is."""
 
 
 class InferCall:
@@ -100,8 +84,8 @@ class InferCall:
     def rows(self, network: Architecture, most: int) -> Rows:
         """Rows of the input. Raises ``BadInput`` and ``TooLarge``."""
         ready = is_ready(self._headers)
-        self._document, binary = _split(self._body, self._headers.get(HEADER_LENGTH), network, most)
-        return _input_rows(self._document, binary, network, most, ready=ready)
+        self._document, binary = split_body(self._body, self._headers.get(HEADER_LENGTH), network, most)
+        return input_rows(self._document, binary, network, most, ready=ready)
 
     def reply(self, prediction: Prediction) -> Response:
         """The outputs that were asked for. Raises ``BadInput`` when there is no such output."""
@@ -247,106 +231,6 @@ def _metadata(ref: ModelRef, version: VersionRecord) -> dict[str, Any]:
     }
 
 
-def _split(
-    body: bytes, header_length: str | None, network: Architecture, max_rows: int
-) -> tuple[dict[str, Any], memoryview]:
-    """The JSON part of a body, not to expand to more than rows can have, and the binary data after it."""
-    end = len(body)
-    if header_length is not None:
-        found = whole_number(header_length, len(body))
-        if found is None:
-            raise BadInput(f"{HEADER_LENGTH} is not a length within the body")
-        end = found
-    text = body[:end]
-    check_expansion(text, network.input, max_rows)
-    try:
-        document = orjson.loads(text)
-    except orjson.JSONDecodeError as error:
-        raise BadInput(f"the inference request is not JSON: {error}") from None
-    if not isinstance(document, dict):
-        raise BadInput("the inference request is not a JSON object")
-    _refuse_extensions(document)
-    return document, memoryview(body)[end:]
-
-
-def _refuse_extensions(document: dict[str, Any]) -> None:
-    """Return if a request asks for no extension that is not served here.
-
-    Raises
-    ------
-    BadInput
-        It does; names the parameter.
-    """
-    tensors = [
-        one
-        for field in ("inputs", "outputs")
-        if isinstance(document.get(field), list)
-        for one in document[field]
-    ]
-    for one in (document, *tensors):
-        parameters = one.get("parameters") if isinstance(one, dict) else None
-        if isinstance(parameters, dict):
-            for name in _NOT_SERVED:
-                if parameters.get(name):  # false, 0 and "" turn it off
-                    raise BadInput(f'the parameter "{name}" is of an extension that is not served here')
-
-
-def _input_rows(
-    document: dict[str, Any], binary: memoryview, network: Architecture, max_rows: int, *, ready: bool
-) -> NDArray[np.float32]:
-    inputs = document.get("inputs")
-    if not isinstance(inputs, list) or len(inputs) != 1 or not isinstance(inputs[0], dict):
-        raise BadInput(f'"inputs" must be a list of one tensor, "{network.input.name}"')
-    tensor = inputs[0]
-    if tensor.get("name") != network.input.name:
-        raise BadInput(f'the input must be named "{network.input.name}"')
-    dtype = _INPUT_TYPES.get(str(tensor.get("datatype")))
-    if dtype is None:
-        raise BadInput(f"the input's datatype must be {' or '.join(_INPUT_TYPES)}")
-    shape = tensor.get("shape")
-    if not isinstance(shape, list) or not all(type(size) is int and 0 <= size < 2**31 for size in shape):
-        raise BadInput("the input's shape must be a list of whole numbers")
-    parameters = tensor.get("parameters") or {}
-    size = parameters.get("binary_data_size") if isinstance(parameters, dict) else None
-    if size is not None:
-        if type(size) is not int or size != len(binary):
-            raise BadInput(f"binary_data_size is not the {len(binary)} bytes that follow the JSON")
-        array = tensor_of(binary, dtype, tuple(shape), network, max_rows)
-        return rows_of(array, network, max_rows, ready=ready)
-    return _json_rows(tensor.get("data"), dtype, shape, network, max_rows, ready=ready)
-
-
-def _json_rows(
-    data: Any,
-    dtype: np.dtype[Any],
-    shape: Sequence[int],
-    network: Architecture,
-    max_rows: int,
-    *,
-    ready: bool,
-) -> NDArray[np.float32]:
-    """Rows of JSON data, nested or flat (the protocol allows both)."""
-    if isinstance(data, list) and data and not isinstance(data[0], list):
-        if len(data) != math.prod(shape):
-            raise BadInput(f"the input has {len(data)} numbers; its shape takes {math.prod(shape)}")
-        rows = len(data) // network.input.row_values
-        if rows * network.input.row_values != len(data):
-            raise BadInput(f"the input has {len(data)} numbers: not a whole number of rows")
-        size = network.input.row_values
-        data = [data[start : start + size] for start in range(0, len(data), size)]
-        channels, height, width = network.input.shape
-        data = [
-            [[row[(c * height + h) * width :][:width] for h in range(height)] for c in range(channels)]
-            for row in data
-        ]
-    rows_found = decode_array(data, network.input, max_rows, ready=ready or dtype == np.uint8)
-    if dtype != np.uint8:
-        return rows_found
-    if ((rows_found < 0) | (rows_found > 255) | (rows_found != np.floor(rows_found))).any():
-        raise BadInput("a UINT8 input holds a number that is not a whole one of 0 to 255")
-    return rows_of(rows_found.astype(np.uint8), network, max_rows)
-
-
 def _reply(prediction: Prediction, document: dict[str, Any], name: str, headers: dict[str, str]) -> Response:
     values: dict[str, tuple[str, NDArray[Any]]] = {
         "logits": ("FP32", np.ascontiguousarray(prediction.logits, dtype="<f4")),
@@ -354,7 +238,7 @@ def _reply(prediction: Prediction, document: dict[str, Any], name: str, headers:
     }
     outputs: list[dict[str, Any]] = []
     blobs: list[bytes] = []
-    for output, binary in _wanted_outputs(document):
+    for output, binary in wanted_outputs(document):
         datatype, array = values[output]
         described: dict[str, Any] = {"name": output, "datatype": datatype, "shape": list(array.shape)}
         if binary:
@@ -375,25 +259,6 @@ def _reply(prediction: Prediction, document: dict[str, Any], name: str, headers:
         return Response(text, headers=headers, media_type="application/json")
     headers = {**headers, HEADER_LENGTH: str(len(text))}
     return Response(text + b"".join(blobs), headers=headers, media_type="application/octet-stream")
-
-
-def _wanted_outputs(document: dict[str, Any]) -> list[tuple[str, bool]]:
-    """Names of outputs, and whether each is wanted as binary data."""
-    parameters = document.get("parameters")
-    everything = isinstance(parameters, dict) and parameters.get("binary_data_output") is True
-    outputs = document.get("outputs")
-    if outputs is None:
-        return [(name, everything) for name in _OUTPUTS]
-    if not isinstance(outputs, list) or not all(isinstance(one, dict) for one in outputs):
-        raise BadInput('"outputs" must be a list of objects with a name')
-    found: list[tuple[str, bool]] = []
-    for one in outputs:
-        if one.get("name") not in _OUTPUTS:
-            raise BadInput(f"an output must be {' or '.join(_OUTPUTS)}")
-        own = one.get("parameters")
-        binary = own.get("binary_data") if isinstance(own, dict) else None
-        found.append((one["name"], everything if binary is None else binary is True))
-    return found
 
 
 def _error(request: Request, error: Exception) -> Response:

@@ -7,9 +7,9 @@ from typing import Any, Final
 from pydantic import BaseModel, Field
 
 from flatshare.api.http import ERROR_REPLIES
+from flatshare.codecs.oip import HEADER_LENGTH
 
 __all__ = [
-    "HEADER_LENGTH",
     "HEADER_LENGTH_PARAMETER",
     "INFER_BODY",
     "INFER_REPLY",
@@ -27,7 +27,6 @@ __all__ = [
 ]
 
 TAG: Final = "open inference protocol"
-HEADER_LENGTH: Final = "inference-header-content-length"
 
 _BINARY_ABOUT: Final = (
     f"The JSON document, then the binary tensors one after the other; the header {HEADER_LENGTH} says how "

@@ -19,7 +19,7 @@ from starlette.types import Receive, Scope, Send
 
 from flatshare.api.error_table import describe_error
 from flatshare.errors import BadInput, Forbidden, OverQuota, Suspended, TooLarge, TooSlow, Unauthenticated
-from flatshare.replica.request import Prediction
+from flatshare.replica.ticket import Prediction
 
 __all__ = ["IN_FLIGHT", "LinesResponse", "answers", "lines_of"]
 

@@ -25,7 +25,7 @@ from uvicorn.server import ServerState
 from flatshare.api.hot import HotRoute, HotRoutes
 from flatshare.api.http import BODY_TIMEOUT_S, REQUEST_ID_HEADER, error_reply, request_id_of
 from flatshare.errors import TooSlow
-from flatshare.replica.request import Ticket
+from flatshare.replica.ticket import Ticket
 
 __all__ = ["DoorProtocol"]
 

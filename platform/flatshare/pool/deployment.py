@@ -27,8 +27,8 @@ from flatshare.pool.multiplex import NEVER_EVICT, Advertiser
 from flatshare.pool.router import HomeReplicaRouter
 from flatshare.replica.build import Place, Replica
 from flatshare.replica.receipt import EraseReceipt, HostReceipt
-from flatshare.replica.request import Rows
 from flatshare.replica.snapshot import ReplicaSnapshot
+from flatshare.replica.ticket import Rows
 from flatshare.resolution.trust import TrustedHeads
 from flatshare.settings import Settings
 from flatshare_registry.ids import ModelRef

@@ -11,9 +11,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
-from types import TracebackType
+from collections.abc import Callable
 from typing import Final, Protocol
 
 import numpy as np
@@ -26,145 +24,27 @@ from flatshare.errors import (
     IsolationBroken,
     ModelFailed,
     ProbeFailed,
-    RowsOverQuota,
     Suspended,
-    TooLarge,
     Wedged,
 )
 from flatshare.models.architecture import Architecture, architecture
 from flatshare.replica.deadlines import Deadlines
+from flatshare.replica.ticket import Decode, MayPredict, Prediction, Rows, Ticket
 from flatshare.residency.fair_semaphore import FairSemaphore
 from flatshare.residency.lease import Lease
 from flatshare.residency.model_cache import ModelCache
 from flatshare.resolution.heads import TenantHeads
 from flatshare.resolution.swaps import Swaps
-from flatshare.weights.tiers import Tier
 from flatshare_registry.errors import InvalidInput, NotFound, Unavailable
 from flatshare_registry.ids import ModelRef, TenantId
-from flatshare_registry.records import Quotas, TenantHead, TenantState, VersionRecord
+from flatshare_registry.records import TenantHead, TenantState, VersionRecord
 
-__all__ = ["Decode", "InferenceService", "MayPredict", "Prediction", "Ticket"]
+__all__ = ["InferenceService"]
 
 logger = logging.getLogger("flatshare.replica")
 
-FEW_ROWS: Final = 16
-"""Rows up to which plain Python finds the labels as fast as numpy does."""
-
 LEASE_SHARE: Final = 0.98
 """Part of what is left of a request's time that it waits for a lease."""
-
-Rows = NDArray[np.float32]
-
-Decode = Callable[[Architecture], Rows | Awaitable[Rows]]
-"""Makes the rows ``(N, *input.shape)`` of a request for an architecture, at once or as something to await;
-raises ``BadInput``."""
-
-
-class MayPredict(Protocol):
-    """A caller who is known."""
-
-    def may_predict(self, ref: ModelRef) -> None:
-        """Return if the caller may use a model; raises ``NotFound`` or ``Forbidden``."""
-        ...
-
-
-@dataclass(frozen=True, slots=True)
-class Ticket:
-    """The right to one request for a model: its caller was allowed and its tenant's limits were checked.
-
-    Attributes
-    ----------
-    head
-        The tenant, as known when the request came.
-    limits
-        What holds for its size.
-    """
-
-    ref: ModelRef
-    head: TenantHead
-    limits: Quotas
-    under_way: UnderWay
-
-    def __enter__(self) -> Ticket:
-        """Begin."""
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        """The request is over: it counts no longer."""
-        self.under_way.__exit__(kind, error, trace)
-
-    def hold_bytes(self, size: int) -> None:
-        """Count what the request holds in memory. Raises as :meth:`UnderWay.hold_bytes`."""
-        self.under_way.hold_bytes(size)
-
-    def decode(self, most: int, decode: Callable[[int], NDArray[np.float32]]) -> NDArray[np.float32]:
-        """Decode rows within the tenant's limit, which is known before memory is spent on them.
-
-        Parameters
-        ----------
-        most
-            Rows that anybody may send.
-        decode
-            Called with the smaller of the two limits.
-
-        Raises
-        ------
-        RowsOverQuota
-            There are more than this tenant may send.
-        """
-        own = self.limits.rows_per_request
-        if own is None or own >= most:
-            return decode(most)
-        try:
-            return decode(own)
-        except TooLarge as error:
-            raise RowsOverQuota(f"tenant {self.ref.tenant}: {error.message}") from None
-
-    def check_rows(self, rows: int) -> None:
-        """Refuse a batch that is larger than the tenant may send.
-
-        Raises
-        ------
-        RowsOverQuota
-            It is.
-        """
-        limit = self.limits.rows_per_request
-        if limit is not None and rows > limit:
-            raise RowsOverQuota(f"there are {rows} rows; tenant {self.ref.tenant} may send {limit} at a time")
-
-
-@dataclass(frozen=True, slots=True)
-class Prediction:
-    """An answer and where it came from.
-
-    Attributes
-    ----------
-    logits
-        ``(N, classes)`` float32.
-    version
-        Exactly what ran.
-    tier
-        Where the request found it.
-    """
-
-    logits: NDArray[np.float32]
-    version: VersionRecord
-    tier: Tier
-
-    @property
-    def labels(self) -> NDArray[np.int64]:
-        """Most likely class of each row, ``(N,)``."""
-        labels: NDArray[np.int64] = self.logits.argmax(axis=1)
-        return labels
-
-    def label_list(self) -> list[int]:
-        """The same as plain numbers; for few rows without letting the GIL go (see ``codecs/payload.py``)."""
-        if len(self.logits) > FEW_ROWS:
-            numbers: list[int] = self.labels.tolist()
-            return numbers
-        return [row.index(max(row)) for row in self.logits.tolist()]
 
 
 class Runs(Protocol):

@@ -12,7 +12,7 @@ import pytest
 from flatshare.api import stream
 from flatshare.api.stream import lines_of
 from flatshare.errors import BadInput, TooLarge, TooSlow
-from flatshare.replica.request import Prediction
+from flatshare.replica.ticket import Prediction
 
 
 async def pieces(chunks: Iterable[bytes]) -> AsyncIterator[bytes]:

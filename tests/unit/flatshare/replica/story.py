@@ -14,7 +14,8 @@ from torch import nn
 from flatshare.api.identity import LOCAL_OPERATOR
 from flatshare.engine.quotas import QuotaKeeper
 from flatshare.models.stages import Model
-from flatshare.replica.request import InferenceService, Prediction, Ticket
+from flatshare.replica.request import InferenceService
+from flatshare.replica.ticket import Prediction, Ticket
 from flatshare.residency.fair_semaphore import FairSemaphore
 from flatshare.residency.lease import Lease
 from flatshare.residency.ledger import Ledger

@@ -18,7 +18,8 @@ from flatshare.engine.quotas import QuotaKeeper
 from flatshare.errors import IsolationBroken, ModelFailed
 from flatshare.models.architecture import architecture
 from flatshare.models.probe import probe_logits
-from flatshare.replica.request import InferenceService, Prediction
+from flatshare.replica.request import InferenceService
+from flatshare.replica.ticket import Prediction
 from flatshare.residency.fair_semaphore import FairSemaphore
 from flatshare.residency.ledger import Ledger
 from flatshare.residency.model_cache import ModelCache

@@ -23,7 +23,7 @@ from flatshare.errors import (
     TooManyColdLoads,
     TooManyRequests,
 )
-from flatshare.replica.request import FEW_ROWS, Prediction
+from flatshare.replica.ticket import FEW_ROWS, Prediction
 from flatshare.residency.fair_semaphore import FairSemaphore
 from flatshare.weights.tiers import ModelKey, State, Tier
 from flatshare_registry.errors import NotFound, Unavailable

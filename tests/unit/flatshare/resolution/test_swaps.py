@@ -13,7 +13,8 @@ from flatshare.api.identity import LOCAL_OPERATOR
 from flatshare.engine.inference import Inference
 from flatshare.engine.quotas import QuotaKeeper
 from flatshare.models.architecture import architecture
-from flatshare.replica.request import InferenceService, Prediction
+from flatshare.replica.request import InferenceService
+from flatshare.replica.ticket import Prediction
 from flatshare.residency.fair_semaphore import FairSemaphore
 from flatshare.residency.ledger import Ledger
 from flatshare.residency.model_cache import ModelCache
