@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -97,7 +98,9 @@ def data_plane(auth: bool = True) -> Iterator[Data]:
         replica=replica.name, max_body_bytes=10**6, max_rows=8,
     )  # fmt: skip
     yield Data(app, keys, replica.service)
-    asyncio.run(replica.close())
+    # In a loop of its own: who uses this may be within one that runs.
+    with ThreadPoolExecutor(1) as other:
+        other.submit(lambda: asyncio.run(replica.close())).result()
 
 
 class Replicas:
