@@ -9,27 +9,12 @@ from dataclasses import dataclass
 import orjson
 import pytest
 
-from flatshare.api.hot import HotRoute, HotRoutes
 from flatshare.door.listener import Door
 
 from ..api.conftest import World
 from ..api.conftest import world as make_world
 
-__all__ = ["Answer", "Client", "Plain", "World", "ask", "request"]
-
-
-class Plain(HotRoutes):
-    """The same data plane, of which no request takes the short way."""
-
-    @classmethod
-    def of(cls, app: HotRoutes) -> Plain:
-        return cls(app, app.answers, {}, lambda path: None)
-
-    def route(self, path: str) -> HotRoute | None:
-        return None
-
-    async def __call__(self, scope, receive, send) -> None:  # type: ignore[no-untyped-def]  # as the app's
-        await self._app(scope, receive, send)
+__all__ = ["Answer", "Client", "World", "ask", "request"]
 
 
 @dataclass(frozen=True)

@@ -213,12 +213,18 @@ class Held:
         return self.waiting
 
 
-async def test_who_goes_away_during_the_pass_keeps_its_lease_until_the_end(world: World, door: Door) -> None:
+async def begun(world: World, door: Door) -> tuple[Held, Client]:
+    """One request whose pass runs until the test ends it."""
     await ask(door, request(BODY))
     world.service.inference = held = Held()  # type: ignore[assignment]  # as much of it as is asked
     client = await Client.to(door)
     await client.send(request(BODY))
     await until(lambda: len(held.jobs) == 1)
+    return held, client
+
+
+async def test_who_goes_away_during_the_pass_keeps_its_lease_until_the_end(world: World, door: Door) -> None:
+    held, client = await begun(world, door)
     client.close()
     await until(lambda: door.connections == 0)
     assert leases(world) == 1
@@ -259,11 +265,7 @@ async def test_a_full_replica_makes_a_request_wait_for_its_place(world: World, d
 
 
 async def test_a_fence_that_comes_during_the_pass_stops_the_answer(world: World, door: Door) -> None:
-    await ask(door, request(BODY))
-    world.service.inference = held = Held()  # type: ignore[assignment]  # as much of it as is asked
-    client = await Client.to(door)
-    await client.send(request(BODY))
-    await until(lambda: len(held.jobs) == 1)
+    held, client = await begun(world, door)
     world.service.fence(TenantId("acme"), 60)
     held.jobs[0][1](np.zeros((1, 10), np.float32))
     assert (await client.answer()).status == 404
@@ -271,11 +273,7 @@ async def test_a_fence_that_comes_during_the_pass_stops_the_answer(world: World,
 
 
 async def test_a_pass_that_fails_fails_its_request_only(world: World, door: Door) -> None:
-    await ask(door, request(BODY))
-    world.service.inference = held = Held()  # type: ignore[assignment]  # as much of it as is asked
-    client = await Client.to(door)
-    await client.send(request(BODY))
-    await until(lambda: len(held.jobs) == 1)
+    held, client = await begun(world, door)
     held.jobs[0][1](RuntimeError("of the inside"))
     answer = await client.answer()
     assert (answer.status, b"of the inside" in answer.body) == (500, False)

@@ -132,6 +132,19 @@ def test_an_erased_file_is_no_damage(tier: HostTier, monkeypatch: pytest.MonkeyP
     assert tier.damage_marks() == {}
 
 
+@pytest.fixture
+def registry() -> Registry:
+    """One tenant, whose model has a probe."""
+    registry = Registry(MemoryStore())
+    registry.create_tenant(TenantId("acme"))
+    torch.manual_seed(1)
+    registry.register(
+        TenantId("acme"), save(dict(NETWORK.build().state_dict())), NETWORK.name, NETWORK.tensors,
+        probe=lambda weights: probe_logits(NETWORK, weights),
+    )  # fmt: skip
+    return registry
+
+
 async def labels(replica: Replica, rows: np.ndarray) -> list[float]:
     ref = ModelRef.parse("acme")
     with await replica.service.enter(LOCAL_OPERATOR, ref) as ticket:
@@ -140,15 +153,8 @@ async def labels(replica: Replica, rows: np.ndarray) -> list[float]:
     return found
 
 
-async def test_a_resident_model_of_a_damaged_file_is_loaded_anew(tmp_path: Path) -> None:
+async def test_a_resident_model_of_a_damaged_file_is_loaded_anew(tmp_path: Path, registry: Registry) -> None:
     """The model that runs maps the file: a bit that flips there is a wrong number in its passes."""
-    registry = Registry(MemoryStore())
-    registry.create_tenant(TenantId("acme"))
-    torch.manual_seed(1)
-    registry.register(
-        TenantId("acme"), save(dict(NETWORK.build().state_dict())), NETWORK.name, NETWORK.tensors,
-        probe=lambda weights: probe_logits(NETWORK, weights),
-    )  # fmt: skip
     settings = Settings(slots=2, host_dir=str(tmp_path / "host"), device="cpu")
     replica = Replica.build(settings, registry.store)
     tier = replica.host_tier
@@ -171,14 +177,9 @@ async def test_a_resident_model_of_a_damaged_file_is_loaded_anew(tmp_path: Path)
     await replica.close()
 
 
-async def test_a_model_that_comes_back_from_what_is_mapped_proves_nothing_again(tmp_path: Path) -> None:
-    registry = Registry(MemoryStore())
-    registry.create_tenant(TenantId("acme"))
-    torch.manual_seed(1)
-    registry.register(
-        TenantId("acme"), save(dict(NETWORK.build().state_dict())), NETWORK.name, NETWORK.tensors,
-        probe=lambda weights: probe_logits(NETWORK, weights),
-    )  # fmt: skip
+async def test_a_model_that_comes_back_from_what_is_mapped_proves_nothing_again(
+    tmp_path: Path, registry: Registry
+) -> None:
     # A tier of 160 MB: the process keeps an eighth of it mapped.
     settings = Settings(slots=2, host_dir=str(tmp_path / "host"), host_bytes=160 * 1024**2, device="cpu")
     replica = Replica.build(settings, registry.store)
