@@ -187,7 +187,7 @@ class Replica:
                 ),
             ),
             loader=DeviceLoader(
-                TensorSource(store, host_tier, part_threads), device, load_threads, local_threads
+                TensorSource(store, host_tier, part_threads), device, load_threads, local_threads, clock=clock
             ),
             load_concurrency=settings.load_concurrency,
             room_timeout_s=settings.request_timeout_s,

@@ -1,9 +1,9 @@
 """Hashes a node's files again, one after the other, for as long as a replica lives.
 
 A file is checked when it is published, and a model answers its probe when it is built of bytes that this
-process has mapped anew. A model that comes back from tensors that are still mapped proves nothing again: half
-of the requests of a Zipf mix load, and a probe is a second row in each of these passes. What may happen to
-bytes meanwhile (memory that flips a bit, a disk) is found here.
+process has mapped anew. One that comes back from tensors that are still mapped answers it once a minute at
+most: half of the requests of a Zipf mix load, and a probe is a second row in each of these passes. What may
+happen to a file's bytes meanwhile (memory that flips a bit, a disk) is found here.
 """
 
 from __future__ import annotations

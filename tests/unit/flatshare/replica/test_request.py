@@ -26,13 +26,14 @@ from flatshare.residency.model_cache import ModelCache
 from flatshare.resolution.heads import TenantHeads
 from flatshare.resolution.swaps import Swaps
 from flatshare.weights.device import CpuDevice
-from flatshare.weights.device_loader import DeviceLoader
+from flatshare.weights.device_loader import PROOF_S, DeviceLoader
 from flatshare.weights.fetch import TensorSource
 from flatshare.weights.host_tier import HostTier
 from flatshare.weights.tiers import ModelKey, Receipt, State, Tier
 from flatshare_registry.catalog import Registry
 from flatshare_registry.ids import ModelRef, TenantId
 from flatshare_registry.stores.memory import MemoryStore
+from flatshare_registry.testing.faults import ManualClock
 
 NETWORK = architecture("mnist-cnn")
 ROWS = NETWORK.preprocess(torch.randint(0, 256, (3, 28, 28), dtype=torch.uint8).numpy())
@@ -52,7 +53,8 @@ class World:
         )  # fmt: skip
         view = TenantHeads(registry, threads, ttl_s=60)
         source = TensorSource(store, HostTier(folder, 10**9))
-        self.loader = DeviceLoader(source, CpuDevice(), threads, threads)
+        self.clock = ManualClock(0.0)
+        self.loader = DeviceLoader(source, CpuDevice(), threads, threads, clock=self.clock)
         self.cache = ModelCache(ledger=Ledger(4, None), loader=self.loader)
         self.inference = Inference(torch.device("cpu"))
         self.service = InferenceService(
@@ -81,6 +83,7 @@ def world(tmp_path: Path) -> Iterator[World]:
 async def test_a_reload_answers_its_probe_with_its_first_rows_and_rightly(world: World) -> None:
     first = await world.ask()
     world.cache.unload(ACME)
+    world.clock.advance(PROOF_S + 1)
     again = await world.ask()
     assert (first.tier, again.tier) == (Tier.STORE, Tier.HOST)
     assert world.inference.rows == 6, "the probe's row is nobody's"
@@ -91,6 +94,7 @@ async def test_a_reload_answers_its_probe_with_its_first_rows_and_rightly(world:
 async def test_a_model_whose_memory_was_damaged_never_answers(world: World) -> None:
     await world.ask()
     world.cache.unload(ACME)
+    world.clock.advance(PROOF_S + 1)
     for part, tensor in world.loader._warm._tensors.items():
         if part.shape == (64, 32, 3, 3):
             tensor += 0.1  # this process's own copy, in channels-last order
@@ -109,6 +113,7 @@ async def test_a_model_whose_memory_was_damaged_never_answers(world: World) -> N
 async def test_a_bad_row_does_not_condemn_a_model_that_still_owes_its_probe(world: World) -> None:
     await world.ask()
     world.cache.unload(ACME)
+    world.clock.advance(PROOF_S + 1)
     small = ROWS[:, :, :5, :5].copy()  # no network of this shape takes it
     with pytest.raises(ModelFailed, match="failed in its forward pass"):
         await world.ask(small)

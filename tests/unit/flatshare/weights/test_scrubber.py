@@ -15,6 +15,7 @@ from flatshare.models.architecture import architecture
 from flatshare.models.probe import probe_logits
 from flatshare.replica.build import Replica
 from flatshare.settings import Settings
+from flatshare.weights.device_loader import PROOF_S
 from flatshare.weights.host_tier import HostTier
 from flatshare.weights.scrubber import ROUND_S, HostScrubber
 from flatshare_registry.catalog import Registry
@@ -177,15 +178,18 @@ async def test_a_resident_model_of_a_damaged_file_is_loaded_anew(tmp_path: Path,
     await replica.close()
 
 
-async def test_a_model_that_comes_back_from_what_is_mapped_proves_nothing_again(
+async def test_a_model_that_comes_back_from_what_is_mapped_is_proven_once_a_minute(
     tmp_path: Path, registry: Registry
 ) -> None:
     # A tier of 160 MB: the process keeps an eighth of it mapped.
     settings = Settings(slots=2, host_dir=str(tmp_path / "host"), host_bytes=160 * 1024**2, device="cpu")
-    replica = Replica.build(settings, registry.store)
+    clock = ManualClock(0.0)
+    replica = Replica.build(settings, registry.store, clock=clock)
     await replica.preload("acme")
-    assert await replica.unload("acme")
-    await replica.preload("acme")
-    (resident,) = replica.cache._residency.residents.values()
-    assert (resident.tier, resident.probe_due) == ("host", False)
+    for passed_s, due in ((PROOF_S, False), (1.0, True), (PROOF_S, False), (1.0, True)):
+        assert await replica.unload("acme")
+        clock.advance(passed_s)
+        await replica.preload("acme")
+        (resident,) = replica.cache._residency.residents.values()
+        assert (resident.tier, resident.probe_due) == ("host", due)
     await replica.close()
