@@ -152,7 +152,7 @@ class ClassifierPool:
 
     @serve.multiplexed(max_num_models_per_replica=NEVER_EVICT)  # type: ignore[untyped-decorator]  # Ray's
     async def load_model(self, model_id: str) -> str:
-        """Ray's door: called (by the advertiser) with each ref whose version became resident."""
+        """Ray's way in: called (by the advertiser) with each ref whose version became resident."""
         return model_id
 
     # -- control plane, by broadcast: ``Replica`` says what each promises
