@@ -88,8 +88,8 @@ def at_once(original: Any, self: Any, ref: Any) -> None:
     return None
 
 
-def one_queue(original: Any, self: Any, **options: Any) -> None:
-    original(self, **options)
+def one_queue(original: Any, self: Any, *arguments: Any, **options: Any) -> None:
+    original(self, *arguments, **options)
     self._loading_local = self._loading
 
 
@@ -143,7 +143,7 @@ BREAKS = [
           {"flatshare.engine.inference:Inference._pass": one_model, "flatshare.engine.inference:_check": nothing},
           f"{INFERENCE}::test_promise_1_models_that_share_layers_keep_their_own_heads"),
     Break("2", "room is made before it is known that the load succeeds",
-          {"flatshare.residency.model_cache:ModelCache._prepare": room_first},
+          {"flatshare.residency.loads:Loads._prepare": room_first},
           f"{CACHE}::test_promise_2_a_load_that_fails_evicts_nothing"),
     Break("2", "a model is tried out after room was made for it",
           {"flatshare.weights.device_loader:DeviceLoader._try_out": nothing},
@@ -152,7 +152,7 @@ BREAKS = [
           f"{CACHE}::test_promise_3_a_leased_model_is_not_freed"),
     Break("4", "draining bytes do not count", {"flatshare.residency.residency:Residency.retire": not_counted},
           f"{CACHE}::test_promise_4_bytes_hold_at_every_instant_also_while_draining"),
-    Break("5", "each caller loads for itself", {"flatshare.residency.model_cache:ModelCache._wait_for_load": load_of_its_own},
+    Break("5", "each caller loads for itself", {"flatshare.residency.loads:Loads.join": load_of_its_own},
           f"{CACHE}::test_promise_5_one_load_for_many_callers"),
     Break("5", "each replica fetches for itself", {"flatshare.weights.host_tier:HostTier.fetching": not_locked},
           "tests/unit/flatshare/weights/test_host_tier.py::test_one_fetch_at_a_time_and_the_lock_file_goes"),
@@ -172,10 +172,10 @@ BREAKS = [
           {"flatshare.resolution.swaps:Swaps.serving": at_once},
           "tests/unit/flatshare/resolution/test_swaps.py::test_promise_10_no_request_fails_or_waits_for_the_swap"),
     Break("11", "loads from the node's own files queue behind the store",
-          {"flatshare.residency.model_cache:ModelCache.__init__": one_queue},
+          {"flatshare.residency.loads:Loads.__init__": one_queue},
           f"{CACHE}::test_promise_11_a_store_that_hangs_does_not_hold_up_the_nodes_own_files"),
     Break("11", "a store that hangs is asked by one after the other",
-          {"flatshare.residency.model_cache:ModelCache._prepare": asked_again},
+          {"flatshare.residency.loads:Loads._prepare": asked_again},
           "tests/property/test_fault_simulation.py"
           "::test_promise_11_with_a_store_that_hangs_everybody_gets_503_and_nobody_a_hang"),
     Break("12", "bytes are not compared with their sha256", {"flatshare.weights.fetch:_Sink.finish": any_digest},
@@ -187,7 +187,7 @@ BREAKS = [
     Break("floors", "a tenant is evicted below its floor", {"flatshare.residency.residency:spare_floors": all_of_them},
           f"{CACHE}::test_nobody_is_evicted_below_its_floor"),
     Break("erasure", "a load under way becomes resident after the erasure",
-          {"flatshare.residency.model_cache:_Load.check_erased": nothing},
+          {"flatshare.residency.loads:_Load.check_erased": nothing},
           f"{CACHE}::test_an_erased_tenant_is_gone_and_its_load_under_way_never_arrives"),
     Break("erasure", "what is erased is not overwritten", {"flatshare.residency.residency:Residency.free_if_unleased": nothing},
           f"{CACHE}::test_what_is_erased_is_overwritten_when_its_last_lease_ends"),

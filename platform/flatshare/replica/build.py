@@ -29,7 +29,8 @@ from flatshare.replica.request import InferenceService
 from flatshare.replica.snapshot import ReplicaSnapshot
 from flatshare.residency.fair_semaphore import FairSemaphore
 from flatshare.residency.ledger import Ledger
-from flatshare.residency.model_cache import LOCAL_CONCURRENCY, ModelCache
+from flatshare.residency.loads import LOCAL_CONCURRENCY
+from flatshare.residency.model_cache import ModelCache
 from flatshare.residency.policy import POLICIES
 from flatshare.resolution.heads import TenantHeads
 from flatshare.resolution.swaps import Swaps

@@ -1,6 +1,6 @@
 """The model cache of one replica: loads what is asked for, and lends it out by lease.
 
-What is on the device, and who goes for whom, is ``residency.py``.
+What is on the device, and who goes for whom, is ``residency.py``; loads under way are ``loads.py``.
 
 Rules, each with a test:
 
@@ -14,7 +14,7 @@ Rules, each with a test:
 - What is taken, in slots and in bytes, never exceeds what there is (``ledger.py``).
 - Loads from the node's own files have places of their own: a store that hangs holds up none of them.
 - Places for loads go round the tenants that wait; a tenant that is over its share evicts its own models, and
-  nobody evicts another below its floor (``shares.py``).
+  nobody evicts another below its floor (``tenant_limits.py``).
 
 All methods must be called on one event loop; nothing in here blocks it.
 """
@@ -23,71 +23,23 @@ from __future__ import annotations
 
 import asyncio
 import time
-import traceback
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable
 from contextlib import AbstractContextManager
-from dataclasses import dataclass, field
-from typing import Final
 
-from flatshare.errors import DeadlineExceeded, IsolationBroken, NoRoom
+from flatshare.errors import DeadlineExceeded
 from flatshare.residency.failures import FailureMemory
-from flatshare.residency.fair_semaphore import FairSemaphore
-from flatshare.residency.lease import Erased, Lease, Resident
+from flatshare.residency.lease import Erased, Lease
 from flatshare.residency.ledger import Ledger
+from flatshare.residency.loads import Loads
 from flatshare.residency.policy import EvictionPolicy, LeastRecentlyUsed
-from flatshare.residency.residency import NoRoomNow, Residency
+from flatshare.residency.residency import Residency
 from flatshare.residency.stats import CacheStats
 from flatshare.residency.tenant_limits import NO_SHARE, ShareOf
-from flatshare.weights.loader import Held, Loader, Placed, Prepared
-from flatshare.weights.tiers import ModelKey, Part, ResidentInfo, State, Tier
-from flatshare_registry.errors import NotFound, Unavailable
+from flatshare.weights.loader import Loader
+from flatshare.weights.tiers import ModelKey, ResidentInfo, State, Tier
 from flatshare_registry.records import VersionRecord
 
-__all__ = ["LOCAL_CONCURRENCY", "ModelCache"]
-
-LOCAL_CONCURRENCY: Final = 2
-"""Loads from the node's own files at a time: they cost CPU, not waiting."""
-
-STORE_RESTS_S: Final = 2.0
-"""Seconds for which nobody asks a store that has just let a load time out."""
-
-
-@dataclass(slots=True, eq=False)
-class _Load:
-    """A load under way and who waits for it.
-
-    Attributes
-    ----------
-    wants_room
-        It is ready and waits for leases to end.
-    """
-
-    task: asyncio.Task[None] | None = None
-    waiters: list[asyncio.Future[Lease]] = field(default_factory=list)
-    erased: bool = False
-    wants_room: bool = False
-
-    @property
-    def abandoned(self) -> bool:
-        """Whether all who waited have gone."""
-        return all(waiter.done() for waiter in self.waiters)
-
-    def fail(self, error: Exception) -> None:
-        """Tell all who wait."""
-        for waiter in self.waiters:
-            if not waiter.done():
-                waiter.set_exception(_copy(error))
-
-    def check_erased(self, record: VersionRecord) -> None:
-        """Stop a load of something that is gone meanwhile.
-
-        Raises
-        ------
-        NotFound
-            It is.
-        """
-        if self.erased:
-            raise NotFound(f"{record.name} was erased")
+__all__ = ["ModelCache"]
 
 
 class ModelCache:
@@ -132,14 +84,9 @@ class ModelCache:
         self.ledger = ledger
         self.stats = CacheStats()
         self._loader = loader
-        self._room_timeout_s = room_timeout_s
-        self._fetch_timeout_s = fetch_timeout_s
         self._on_change = on_change
         self._clock = clock
         self._failures = FailureMemory(clock)
-        self._loading = FairSemaphore(load_concurrency)
-        self._loading_local = FairSemaphore(LOCAL_CONCURRENCY)
-        self._loads: dict[ModelKey, _Load] = {}
         self._erasures: dict[str, Erased] = {}
         self._residency = Residency(
             ledger,
@@ -150,8 +97,17 @@ class ModelCache:
             on_change=on_change,
             wall_clock=wall_clock,
         )
-        self._store_rests_until = float("-inf")
-        self._closed = False
+        self._loads = Loads(
+            self._residency,
+            loader,
+            self._failures,
+            self.stats,
+            load_concurrency=load_concurrency,
+            room_timeout_s=room_timeout_s,
+            fetch_timeout_s=fetch_timeout_s,
+            on_change=on_change,
+            clock=clock,
+        )
 
     # -- leasing
 
@@ -181,7 +137,7 @@ class ModelCache:
         lease = self.try_lease(record)
         if lease is not None:
             return lease
-        waiter = self._wait_for_load(record)
+        waiter = self._loads.join(record)
         try:
             async with asyncio.timeout(timeout_s):
                 return await waiter
@@ -192,8 +148,7 @@ class ModelCache:
             elif not waiter.cancelled() and waiter.exception() is None:
                 waiter.result().release()
             if isinstance(error, TimeoutError):
-                load = self._loads.get(ModelKey.of(record))
-                if load is not None and load.wants_room:
+                if self._loads.wants_room(ModelKey.of(record)):
                     raise self._residency.no_room(record, self._loader.check(record)) from None
                 raise DeadlineExceeded(f"{record.name} was not loaded within {timeout_s:g} s") from None
             raise
@@ -257,8 +212,7 @@ class ModelCache:
 
     def withdraw(self, key: ModelKey) -> None:
         """A version was deleted: free it, and let a load of it that is under way come to nothing."""
-        if key in self._loads:
-            self._loads[key].erased = True
+        self._loads.withdraw(key)
         self.unload(key)
 
     def quarantine(self, lease: Lease) -> None:
@@ -311,9 +265,7 @@ class ModelCache:
         Erased
             What went and what was overwritten; both grow while leases end (:meth:`erased`).
         """
-        for key, load in self._loads.items():
-            if key.tenant == tenant:
-                load.erased = True
+        self._loads.erase(tenant)
         told = self._erasures.setdefault(tenant, Erased())
         self._loader.stop(tenant)
         self._loader.let_go()
@@ -341,10 +293,8 @@ class ModelCache:
             held = [*self._residency.residents.values(), *self._residency.leaving.values()]
             return not any(one.record.tenant == tenant for one in held)
 
-        while loads := [load.task for key, load in self._loads.items() if key.tenant == tenant and load.task]:
-            done, _ = await asyncio.wait(loads, timeout=max(deadline - self._clock(), 0))
-            if not done:
-                return False
+        if not await self._loads.ended(tenant, deadline):
+            return False
         if not await self._loader.ended(tenant, deadline - self._clock()):
             return False
         self._loader.let_go()  # what these loads have prepared
@@ -356,15 +306,7 @@ class ModelCache:
 
     async def close(self, timeout_s: float) -> None:
         """Stop loads and begin no more, then free everything; waits up to ``timeout_s`` for leases to end."""
-        self._closed = True
-        loads = list(self._loads.values())
-        tasks = [load.task for load in loads if load.task is not None]
-        for task in tasks:
-            task.cancel()
-        await asyncio.gather(*tasks, return_exceptions=True)
-        for load in loads:
-            load.fail(NoRoom("the replica is stopping"))  # one that was cancelled before its first step
-        self._loads.clear()
+        await self._loads.close()
         for resident in list(self._residency.residents.values()):
             self._residency.retire(resident, evicted=False)
         deadline = self._clock() + timeout_s
@@ -388,7 +330,7 @@ class ModelCache:
     @property
     def loading(self) -> list[ModelKey]:
         """Versions that are being loaded, or wait for their turn."""
-        return list(self._loads)
+        return self._loads.keys
 
     def is_loading(self, record: VersionRecord) -> bool:
         """Whether a load of a version is under way that others can join."""
@@ -415,195 +357,3 @@ class ModelCache:
     def snapshot(self) -> list[ResidentInfo]:
         """All that is held and why, most recently used first."""
         return self._residency.snapshot()
-
-    # -- loading
-
-    def _wait_for_load(self, record: VersionRecord) -> asyncio.Future[Lease]:
-        """Join the load of a version, beginning it if there is none."""
-        key = ModelKey.of(record)
-        load = self._loads.get(key)
-        if load is not None:
-            load.check_erased(record)
-        else:
-            if self._closed:
-                raise NoRoom("the replica is stopping")
-            self._failures.check(key)
-            claimed = self._loader.check(record)
-            self._residency.check_ever_fits(record, claimed)
-            load = self._loads[key] = _Load()
-            # The cache holds the task: no caller's cancellation reaches it.
-            load.task = asyncio.create_task(self._run_load(key, record, claimed, load), name=f"load {key}")
-        waiter: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
-        load.waiters.append(waiter)
-        return waiter
-
-    async def _run_load(
-        self, key: ModelKey, record: VersionRecord, claimed: Mapping[Part, int], load: _Load
-    ) -> None:
-        try:
-            resident = await self._load(record, claimed, load)
-        except _Abandoned:
-            pass  # nobody waits any more; whoever asks next begins anew
-        except BaseException as error:
-            self.stats.load_failures += 1
-            _let_go(error)
-            failure = error if isinstance(error, Exception) else NoRoom(f"{key}: the replica is stopping")
-            self._failures.remember(key, failure)
-            load.fail(failure)
-            del failure
-            if not isinstance(error, Exception):
-                raise
-        else:
-            for waiter in load.waiters:
-                if not waiter.done():
-                    waiter.set_result(self._residency.grant(resident, resident.tier))
-            self._on_change()
-        finally:
-            if self._loads.get(key) is load:
-                del self._loads[key]
-            # What this load held, or its resident without a lease, may be room for another.
-            self._residency.room.wake()
-
-    async def _load(self, record: VersionRecord, claimed: Mapping[Part, int], load: _Load) -> Resident:
-        """Try until there is room, or the time for that is over.
-
-        A load that waits for room holds nothing: neither a place, nor parts that others could free,
-        nor the tensors that it prepared. It begins again when there is room for it, and then finds its
-        bytes on the node.
-        """
-        deadline: float | None = None
-        tenant = record.tenant
-        while True:
-            try:
-                resident = await self._attempt(
-                    record, claimed, load, self._loading_local, self._loader.prepare_local
-                )
-                if resident is None:
-                    resident = await self._attempt(record, claimed, load, self._loading, self._prepare)
-                assert resident is not None, "the store answers or raises"
-                return resident
-            except NoRoomNow:
-                pass
-            deadline = self._clock() + self._room_timeout_s if deadline is None else deadline
-            load.wants_room = True
-            if self._clock() >= deadline or not await self._residency.room.wait(
-                lambda: self._residency.could_fit(tenant, claimed), deadline - self._clock()
-            ):
-                raise self._residency.no_room(record, claimed)
-            load.wants_room = False
-
-    async def _prepare(self, record: VersionRecord, held: Held) -> Prepared:
-        if self._clock() < self._store_rests_until:
-            raise Unavailable(
-                f"the store did not answer others a moment ago; {record.name} was not asked for"
-            )
-        began = self._clock()
-        try:
-            async with asyncio.timeout(self._fetch_timeout_s):
-                return await self._loader.prepare(record, held, self._fetch_timeout_s)
-        except (TimeoutError, Unavailable) as error:
-            if self._clock() - began >= self._fetch_timeout_s / 2:
-                # It hangs rather than refuses: whoever waits for a place to ask it would wait as long, one
-                # after the other. They are told now; after a while somebody asks it again.
-                self._store_rests_until = self._clock() + STORE_RESTS_S
-            if isinstance(error, Unavailable):
-                raise
-            raise Unavailable(
-                f"the store did not deliver {record.name} within {self._fetch_timeout_s:g} s"
-            ) from None
-
-    async def _attempt(
-        self,
-        record: VersionRecord,
-        claimed: Mapping[Part, int],
-        load: _Load,
-        places: FairSemaphore,
-        prepare: Callable[[VersionRecord, Held], Awaitable[Prepared | None]],
-    ) -> Resident | None:
-        """One way to load; None when it can't give the bytes.
-
-        Raises
-        ------
-        NoRoomNow
-            It is ready, but what is leased or pinned leaves no room.
-        """
-        async with places.hold(None, record.tenant):
-            # Callers may have gone while this waited for its turn: a flood of requests that hang up
-            # must not fetch, or evict, for nobody. One that has begun is finished (promise 6).
-            if load.abandoned:
-                raise _Abandoned
-            # What the device has already is held from here on, so that nothing evicts it meanwhile.
-            held = self._loader.hold(record)
-            counted = self.ledger.hold_present(held)
-            try:
-                started = self._clock()
-                prepared = await prepare(record, held)
-                if prepared is None:
-                    return None
-                load.check_erased(record)
-                placed = await self._place(record, prepared, claimed, held, counted)
-                if load.erased:
-                    own = self.ledger.own_parts(placed.parts)
-                    self._loader.scrub(placed.model, own)
-                    self.ledger.drop(placed.parts)
-                    self.ledger.free_slot()
-                load.check_erased(record)
-                self.stats.loads += 1
-                self.stats.load_times.add(self._clock() - started)
-                return self._residency.admit(record, placed, prepared.tier)
-            finally:
-                self.ledger.drop(counted)
-
-    async def _place(
-        self,
-        record: VersionRecord,
-        prepared: Prepared,
-        claimed: Mapping[Part, int],
-        held: Held,
-        counted: Mapping[Part, int],
-    ) -> Placed:
-        """Make room, put the model there, and count what it really takes."""
-        # All that will be copied is set aside, also what another model has brought here meanwhile.
-        new_bytes = sum(size for part, size in claimed.items() if part not in counted)
-        self._residency.make_room(record.tenant, new_bytes, slots=1, whole_bytes=sum(claimed.values()))
-        reservation = self.ledger.reserve(new_bytes)
-        try:
-            placed = await self._loader.place(record, prepared, held)
-            if placed.model.digest != record.digest:
-                raise IsolationBroken(f"{record.name} was loaded with other weights")
-            self._residency.check_ever_fits(record, placed.parts)
-            more = self.ledger.missing_bytes(placed.parts) - reservation.bytes
-            if more > 0:
-                try:
-                    self._residency.make_room(record.tenant, more, slots=0, whole_bytes=more)
-                except NoRoomNow as error:
-                    raise NoRoom(f"{record.name} takes {more} bytes more than it claimed; retry") from error
-                self.ledger.grow(reservation, reservation.bytes + more)
-        except BaseException:
-            self.ledger.cancel(reservation)
-            raise
-        self.ledger.settle(reservation, placed.parts)
-        return placed
-
-
-class _Abandoned(Exception):
-    """A load that nobody waits for any more was dropped before it began."""
-
-
-def _let_go(error: BaseException) -> None:
-    """Clear the frames of a failure: their locals hold tensors, and the error is kept for callers."""
-    seen: BaseException | None = error
-    while seen is not None:
-        traceback.clear_frames(seen.__traceback__)
-        seen = seen.__cause__ or seen.__context__
-
-
-def _copy(error: Exception) -> Exception:
-    """A fresh instance for each waiter: a shared one would collect all their tracebacks."""
-    try:
-        copy = type(error)(*error.args)
-    except TypeError:
-        return error
-    copy.__dict__.update(error.__dict__)
-    copy.__cause__ = error.__cause__
-    return copy
