@@ -2,7 +2,8 @@
 
 The entry of a change travels inside the head that the change makes (``last_entry``), so change
 and entry are one step. Its log object is written right after, and once more by whoever changes
-the head next, in case the writer died in between.
+the head next, in case the writer died in between. Records of a head, its encoding and its swap stand together
+until the change feed comes: that is why this is long.
 """
 
 from __future__ import annotations

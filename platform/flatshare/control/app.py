@@ -1,4 +1,7 @@
-"""Routes of the control plane. Changes go to the registry first, then to every replica at once."""
+"""Routes of the control plane. Changes go to the registry first, then to every replica at once.
+
+Long, because it is a table: all routes with what the OpenAPI says of them, and little else.
+"""
 
 from __future__ import annotations
 

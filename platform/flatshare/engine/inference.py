@@ -12,10 +12,8 @@ import contextlib
 import logging
 import threading
 import time
-import traceback
 import warnings
 from collections.abc import Callable, Hashable, Sequence
-from dataclasses import dataclass
 from typing import Final, cast
 
 import numpy as np
@@ -23,14 +21,23 @@ import torch
 from numpy.typing import NDArray
 
 from flatshare.engine.fair_queue import FairQueue
+from flatshare.engine.jobs import (
+    Answer,
+    Job,
+    check_lease,
+    failure_of,
+    joined,
+    probe_answered,
+    probe_due,
+)
 from flatshare.engine.passes import forward
-from flatshare.errors import IsolationBroken, ModelFailed, NoRoom, ServeError, Wedged
+from flatshare.errors import ModelFailed, NoRoom, Wedged
 from flatshare.models.architecture import architecture
-from flatshare.models.probe import check_probe_logits, probe_rows
+from flatshare.models.probe import check_probe_logits
 from flatshare.models.stages import Model
 from flatshare.residency.lease import Lease
 
-__all__ = ["MAX_BATCH_ROWS", "Answer", "Inference", "Job"]
+__all__ = ["MAX_BATCH_ROWS", "Inference"]
 
 logger = logging.getLogger("flatshare.engine")
 
@@ -43,35 +50,6 @@ PASS_LIMIT_S: Final = 60.0
 MAX_BATCH_ROWS: Final = 64
 """Rows at which a pass is full. On one core ``mnist-cnn`` (channels-last) gives 4,300 images/s at 16 rows,
 4,700 at 64 and 3,200 at 256, where activations fall out of the cache. A single larger request runs alone."""
-
-
-Answer = NDArray[np.float32] | Exception
-"""Logits ``(N, classes)``, or why there are none."""
-
-
-@dataclass(slots=True, eq=False)
-class Job:
-    """One request's rows, and who gets its logits.
-
-    Attributes
-    ----------
-    done
-        Called once on the event loop with the answer, also when nobody waits for it any more.
-    over
-        What a caller that was cancelled waits for: the end of its pass.
-    ended
-        Its pass has ended, and the event loop knows.
-    """
-
-    lease: Lease
-    rows: NDArray[np.float32]
-    tenant: str
-    size: int
-    same: Hashable
-    kind: Hashable
-    done: Callable[[Answer], None]
-    over: asyncio.Future[None] | None = None
-    ended: bool = False
 
 
 class Inference:
@@ -290,29 +268,29 @@ class Inference:
             return list(self._pass(batch))
         except Exception as error:  # whatever a network raises is that model's failure
             if len(batch) == 1:
-                return [_failure(batch[0], error)]
+                return [failure_of(batch[0], error)]
         answers: list[Answer] = []
         for job in batch:
             try:
                 answers += self._pass([job])
             except Exception as error:
-                answers.append(_failure(job, error))
+                answers.append(failure_of(job, error))
         return answers
 
     def _pass(self, batch: Sequence[Job]) -> list[NDArray[np.float32]]:
         for job in batch:
-            _check(job, "before")
+            check_lease(job, "before")
         # Rows of one model are one block; equal models are one model.
         blocks: dict[Hashable, list[Job]] = {}
         for job in batch:
             blocks.setdefault(job.same, []).append(job)
         jobs = list(blocks.values())
-        probes = [_probe_due(block) for block in jobs]
+        probes = [probe_due(block) for block in jobs]
         models = [block[0].lease.model for block in jobs]
         self._set_threads(self._torch_threads or models[0].threads)
         with torch.inference_mode():
             inputs = [
-                self._on_device(_joined(block, probe), model)
+                self._on_device(joined(block, probe), model)
                 for block, probe, model in zip(jobs, probes, models, strict=True)
             ]
             outputs = forward(models, inputs)
@@ -325,10 +303,10 @@ class Inference:
             if probe is not None:
                 record = block[0].lease.record
                 check_probe_logits(architecture(record.architecture), record, found[-1], self.device)
-                _probe_answered(block)
+                probe_answered(block)
             start = 0
             for job in block:
-                _check(job, "after")
+                check_lease(job, "after")
                 answers[id(job)] = found[start : start + job.size]
                 start += job.size
         return [answers[id(job)] for job in batch]
@@ -364,48 +342,3 @@ def _deliver(batch: Sequence[Job], answers: Sequence[Answer] | None) -> None:
             job.done(answers[index] if answers is not None else NoRoom("the replica is stopping; retry"))
         except Exception:  # one job's caller must not keep the others' answers from them
             logger.exception("an answer of %s was not taken", job.lease.record.name)
-
-
-def _joined(block: Sequence[Job], probe: NDArray[np.float32] | None) -> torch.Tensor:
-    rows = [job.rows for job in block]
-    if probe is not None:
-        rows.append(probe)
-    return torch.from_numpy(rows[0] if len(rows) == 1 else np.concatenate(rows))
-
-
-def _probe_due(block: Sequence[Job]) -> NDArray[np.float32] | None:
-    """The probe's row, if the block's model has not answered it since it was loaded again."""
-    lease = block[0].lease
-    if lease.resident is None or not lease.resident.probe_due or lease.record.probe_logits is None:
-        return None
-    return probe_rows(architecture(lease.record.architecture))
-
-
-def _probe_answered(block: Sequence[Job]) -> None:
-    if block[0].lease.resident is not None:
-        block[0].lease.resident.probe_due = False
-
-
-def _failure(job: Job, error: Exception) -> Exception:
-    if isinstance(error, ServeError):
-        return error.with_traceback(None)
-    if isinstance(error, torch.OutOfMemoryError):  # of the device, not of the model; perhaps over in a moment
-        logger.warning("the device has no memory for a pass of %s: %s", job.lease.record.name, error)
-        return NoRoom(f"the device has no memory for {job.lease.record.name} now; retry")
-    failed = ModelFailed(f"{job.lease.record.name} failed in its forward pass")
-    # Told here, as text, and kept without its frames: they hold the batch, and with it the model.
-    logger.error("%s\n%s", failed.message, "".join(traceback.format_exception(error)))
-    failed.__cause__ = error.with_traceback(None)
-    return failed
-
-
-def _check(job: Job, when: str) -> None:
-    """The lease must still hold the slot and the model that it was granted on.
-
-    Raises
-    ------
-    IsolationBroken
-        It does not: the request fails rather than be answered with another's weights.
-    """
-    if not job.lease.is_intact(job.same):
-        raise IsolationBroken(f"the slot of {job.lease.record.name} held another model {when} the pass")

@@ -17,7 +17,7 @@ from typing import Final, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from flatshare.engine.inference import Answer, Job
+from flatshare.engine.jobs import Answer, Job
 from flatshare.engine.quotas import FREE_BYTES, QuotaKeeper, UnderWay
 from flatshare.errors import (
     DeadlineExceeded,

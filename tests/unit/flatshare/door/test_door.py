@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from flatshare.bench.workload import encode_json
 from flatshare.door.listener import Door
 from flatshare.door.protocol import DoorProtocol
-from flatshare.engine.inference import Answer as Logits
+from flatshare.engine.jobs import Answer as Logits
 from flatshare_registry.ids import ModelRef, TenantId
 from flatshare_registry.records import Quotas
 

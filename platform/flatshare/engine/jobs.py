@@ -1,0 +1,98 @@
+"""Jobs of passes: a request's rows under a lease, what is checked around a pass, what a failure becomes."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import traceback
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from flatshare.errors import IsolationBroken, ModelFailed, NoRoom, ServeError
+from flatshare.models.architecture import architecture
+from flatshare.models.probe import probe_rows
+from flatshare.residency.lease import Lease
+
+__all__ = ["Answer", "Job", "check_lease", "failure_of", "joined", "probe_answered", "probe_due"]
+
+logger = logging.getLogger("flatshare.engine")
+
+Answer = NDArray[np.float32] | Exception
+"""Logits ``(N, classes)``, or why there are none."""
+
+
+@dataclass(slots=True, eq=False)
+class Job:
+    """One request's rows, and who gets its logits.
+
+    Attributes
+    ----------
+    done
+        Called once on the event loop with the answer, also when nobody waits for it any more.
+    over
+        What a caller that was cancelled waits for: the end of its pass.
+    ended
+        Its pass has ended, and the event loop knows.
+    """
+
+    lease: Lease
+    rows: NDArray[np.float32]
+    tenant: str
+    size: int
+    same: Hashable
+    kind: Hashable
+    done: Callable[[Answer], None]
+    over: asyncio.Future[None] | None = None
+    ended: bool = False
+
+
+def joined(block: Sequence[Job], probe: NDArray[np.float32] | None) -> torch.Tensor:
+    """Rows of a block's jobs, one after the other, and the probe's last."""
+    rows = [job.rows for job in block]
+    if probe is not None:
+        rows.append(probe)
+    return torch.from_numpy(rows[0] if len(rows) == 1 else np.concatenate(rows))
+
+
+def probe_due(block: Sequence[Job]) -> NDArray[np.float32] | None:
+    """The probe's row, if the block's model has not answered it since it was loaded again."""
+    lease = block[0].lease
+    if lease.resident is None or not lease.resident.probe_due or lease.record.probe_logits is None:
+        return None
+    return probe_rows(architecture(lease.record.architecture))
+
+
+def probe_answered(block: Sequence[Job]) -> None:
+    """The block's model owes its probe no longer."""
+    if block[0].lease.resident is not None:
+        block[0].lease.resident.probe_due = False
+
+
+def failure_of(job: Job, error: Exception) -> Exception:
+    """What a job is told of an error in its pass; the log is told all of it."""
+    if isinstance(error, ServeError):
+        return error.with_traceback(None)
+    if isinstance(error, torch.OutOfMemoryError):  # of the device, not of the model; perhaps over in a moment
+        logger.warning("the device has no memory for a pass of %s: %s", job.lease.record.name, error)
+        return NoRoom(f"the device has no memory for {job.lease.record.name} now; retry")
+    failed = ModelFailed(f"{job.lease.record.name} failed in its forward pass")
+    # Told here, as text, and kept without its frames: they hold the batch, and with it the model.
+    logger.error("%s\n%s", failed.message, "".join(traceback.format_exception(error)))
+    failed.__cause__ = error.with_traceback(None)
+    return failed
+
+
+def check_lease(job: Job, when: str) -> None:
+    """The lease must still hold the slot and the model that it was granted on.
+
+    Raises
+    ------
+    IsolationBroken
+        It does not: the request fails rather than be answered with another's weights.
+    """
+    if not job.lease.is_intact(job.same):
+        raise IsolationBroken(f"the slot of {job.lease.record.name} held another model {when} the pass")
