@@ -2,8 +2,8 @@
 
 Every change of a tenant is one compare-and-swap of its head (``heads.py``; for registrations also
 ``registration.py``). Readers believe the head alone, so a crash between any two steps leaves them
-with the old state, and a retry finishes. What a crash left behind, :mod:`flatshare_registry.gc` collects. Long,
-because it is what callers see: one verb after the other, most of it what each promises and raises.
+with the old state, and a retry finishes. What a crash left behind, :mod:`flatshare_registry.gc` collects.
+Long, because it is what callers see: one verb after the other, most of it what each promises and raises.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """One replica without a serving framework: its parts, put together once, and what a shell may ask of it.
 
 Ray Serve is one shell (``pool/deployment.py``), a test or a bench another. How anything is wired stands in
-:meth:`Replica.build`; the way of a request is ``request.py``. Both halves, the parts and what the control plane
-may ask of them, are here to be read in one place, which makes this long.
+:meth:`Replica.build`; the way of a request is ``request.py``. The parts and what the control plane may ask of
+them are here to be read in one place, which makes this long.
 """
 
 from __future__ import annotations

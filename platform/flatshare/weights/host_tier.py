@@ -12,8 +12,8 @@
   opened longest ago and is not mapped anywhere: removing a mapped one would free nothing.
 - Bytes are set aside in ``usage`` before they are written, so the budget holds at every instant;
   after a crash the count is too high at worst, and the next eviction counts anew.
-- Whoever touches these files does so here: the order of lock, look and change is the whole of it, so this file
-  is long.
+- Whoever touches these files does so here: the order of lock, look and change is the whole of it, and makes
+  this long.
 - What a machine crash may leave half-written is under another boot id and is removed, not trusted:
   that is why nothing needs an fsync.
 

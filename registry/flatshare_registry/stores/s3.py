@@ -2,8 +2,8 @@
 
 Conditional puts are S3's own (``If-None-Match: *``, ``If-Match``), never check-then-set.
 Amazon S3 has them since 2024; MinIO, Ceph and moto too. What look-alikes do otherwise and can be made up for
-is made up for: whole objects in answer to a range, weak ETags, no listing of versions. All that knows S3 is in
-this file, which makes it long.
+is made up for: whole objects in answer to a range, weak ETags, no listing of versions. All that knows S3 is
+in this file, which makes it long.
 """
 
 from __future__ import annotations
