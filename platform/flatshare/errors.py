@@ -67,6 +67,7 @@ __all__ = [
     "Unauthenticated",
     "UnsupportedEncoding",
     "Wedged",
+    "copy_of",
 ]
 
 
@@ -205,3 +206,14 @@ class SettingsError(ServeError):
 
 class LocalError(ServeError):
     """Starting or stopping things on this machine failed."""
+
+
+def copy_of(error: Exception) -> Exception:
+    """The same failure for one more of many who wait: a shared one would collect all their tracebacks."""
+    try:
+        copy = type(error)(*error.args)
+    except TypeError:
+        return error
+    copy.__dict__.update(error.__dict__)
+    copy.__cause__ = error.__cause__
+    return copy

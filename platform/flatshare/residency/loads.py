@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final
 
-from flatshare.errors import IsolationBroken, NoRoom
+from flatshare.errors import IsolationBroken, NoRoom, copy_of
 from flatshare.residency.failures import FailureMemory
 from flatshare.residency.fair_semaphore import FairSemaphore
 from flatshare.residency.lease import Lease, Resident
@@ -58,7 +58,7 @@ class _Load:
         """Tell all who wait."""
         for waiter in self.waiters:
             if not waiter.done():
-                waiter.set_exception(_copy(error))
+                waiter.set_exception(copy_of(error))
 
     def check_erased(self, record: VersionRecord) -> None:
         """Stop a load of something that is gone meanwhile.
@@ -343,14 +343,3 @@ def _let_go(error: BaseException) -> None:
     while seen is not None:
         traceback.clear_frames(seen.__traceback__)
         seen = seen.__cause__ or seen.__context__
-
-
-def _copy(error: Exception) -> Exception:
-    """A fresh instance for each waiter: a shared one would collect all their tracebacks."""
-    try:
-        copy = type(error)(*error.args)
-    except TypeError:
-        return error
-    copy.__dict__.update(error.__dict__)
-    copy.__cause__ = error.__cause__
-    return copy

@@ -21,6 +21,7 @@ from typing import Final
 
 from cachetools import LRUCache, TTLCache
 
+from flatshare.errors import copy_of
 from flatshare_registry.catalog import Registry
 from flatshare_registry.errors import Corrupt, NotFound, Unavailable
 from flatshare_registry.heads import select
@@ -293,7 +294,7 @@ class TenantHeads:
         """
         error = self._failed.get(tenant)
         if error is not None:
-            raise type(error)(*error.args)
+            raise copy_of(error)
         if tenant not in self._reads and len(self._reads) >= MAX_READS:
             raise Unavailable("too many tenants wait for the registry's store")
         # Shielded: a caller that goes away must not cancel a read that others wait for.
@@ -361,7 +362,7 @@ class TenantHeads:
             return record
         error = self._failed.get(key)
         if error is not None:
-            raise type(error)(*error.args)
+            raise copy_of(error)
         task = self._record_reads.get(key)
         if task is None:
             epoch = self._epochs.get(tenant, 0)  # now: it may be forgotten before the task's first step
