@@ -197,6 +197,7 @@ class DoorProtocol(HttpToolsProtocol):
             return False
         headers[REQUEST_ID_HEADER] = request_id_of(headers)
         exchange = _Exchange(route, headers, self.parser.should_keep_alive())
+        refusal: Exception | None = None
         try:
             ticket = self._hot.answers.enter_now(route, headers, self.headers, self.url.decode())
             if ticket is None:
@@ -204,10 +205,10 @@ class DoorProtocol(HttpToolsProtocol):
             exchange.ticket = ticket
             exchange.missing = self._hot.answers.expected_length(ticket, claimed)
         except Exception as error:  # everything becomes an error reply; the parser would make a 400 of it
-            self._exchange = self.cycle = exchange  # type: ignore[assignment]  # a cycle, to uvicorn
-            self._fail(exchange, error)
-            return True
+            refusal = error
         self._exchange = self.cycle = exchange  # type: ignore[assignment]  # a cycle, to uvicorn
+        if refusal is not None:
+            self._fail(exchange, refusal)
         return True
 
     def _begin(self, exchange: _Exchange) -> None:

@@ -17,7 +17,7 @@ from flatshare.replica.build import Replica
 from flatshare.settings import Settings
 from flatshare.weights.device_loader import PROOF_S
 from flatshare.weights.host_tier import HostTier
-from flatshare.weights.scrubber import ROUND_S, HostScrubber
+from flatshare.weights.scrubber import LOOK_S, ROUND_S, HostScrubber
 from flatshare_registry.catalog import Registry
 from flatshare_registry.ids import ModelRef, TenantId
 from flatshare_registry.stores.memory import MemoryStore
@@ -83,6 +83,7 @@ def test_every_replica_of_the_node_is_told_and_one_hashes(tier: HostTier, tmp_pa
     first.step()
     second.step()
     assert (tier.scrubbed, other.scrubbed) == (1, 0)
+    assert second._due == LOOK_S, "whose turn it is not looks once a second, and not all the time"
     flip(tier.path(digest))
     for _ in range(2):
         clock.advance(ROUND_S)
