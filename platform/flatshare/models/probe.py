@@ -167,6 +167,8 @@ def _close(found: NDArray[np.float32], wanted: NDArray[np.float32], tolerance: f
 
 
 def _run(network: Architecture, model: Model, device: torch.device) -> NDArray[np.float32]:
+    # A copy: a network may write into its input, and these rows are every model's.
+    rows = torch.from_numpy(probe_rows(network)).to(device, copy=True)
     with torch.inference_mode():
-        logits: NDArray[np.float32] = model(torch.from_numpy(probe_rows(network)).to(device))[0].cpu().numpy()
+        logits: NDArray[np.float32] = model(rows)[0].cpu().numpy()
     return logits

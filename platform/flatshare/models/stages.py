@@ -2,28 +2,29 @@
 
 A stage is a run of layers that begins with one that has tensors. A model is a tuple of stages; two
 models whose tensors of a stage are equal hold the *same* stage object, so "same first layers" is a
-comparison of identities. The first module is built once on the meta device (no memory, no
-initialisation); each stage is a copy of its part with real tensors put in.
+comparison of identities. The network is built once on the meta device (no memory, no initialisation).
+A stage is its layers' functions beside real tensors (``models/layers.py``); a layer that is no function
+comes as a copy of its module with the tensors put in.
 """
 
 from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Final
 
 import torch
 from torch import nn
-from torch.nn.modules.dropout import _DropoutNd
 
 from flatshare.errors import ModelFailed
 from flatshare.models.architecture import Architecture
+from flatshare.models.layers import LayerFunction, does_nothing, function_of
 from flatshare_registry.records import TensorRecord
 
-__all__ = ["DTYPES", "Model", "Plan", "device_tensor", "plan_of", "tensor_view"]
+__all__ = ["DTYPES", "Model", "Plan", "Stage", "device_tensor", "plan_of", "tensor_view"]
 
 # The bytes are read-only and so are the parameters (inference only, requires_grad is off):
 # nothing can write through them, which is what torch warns about.
@@ -38,12 +39,33 @@ DTYPES: Final[dict[str, torch.dtype]] = {
 """safetensors' names of element types."""
 
 
+@dataclass(frozen=True, slots=True, eq=False, weakref_slot=True)
+class Stage:
+    """A run of layers with their tensors. Equal to itself alone.
+
+    Attributes
+    ----------
+    steps
+        Functions and what each takes besides the rows.
+    """
+
+    steps: tuple[tuple[LayerFunction, tuple[torch.Tensor, ...]], ...]
+
+    def __call__(self, rows: torch.Tensor) -> torch.Tensor:
+        """What the layers make of rows; these are not changed."""
+        for run, tensors in self.steps:
+            rows = run(rows, *tensors)
+        return rows
+
+
 @dataclass(frozen=True, slots=True)
 class Model:
     """Something that runs: stages, one after the other. Calling it is the plain path, the reference.
 
     Attributes
     ----------
+    stages
+        Each a :class:`Stage`, or anything else that makes rows of rows.
     tensors
         All that the stages hold, by part: what other models with the same tensors share.
     digest
@@ -52,7 +74,7 @@ class Model:
         As its architecture says.
     """
 
-    stages: tuple[nn.Module, ...]
+    stages: tuple[Callable[[torch.Tensor], torch.Tensor], ...]
     tensors: Mapping[Any, torch.Tensor] = field(default_factory=dict)
     digest: str = ""
     channels_last: bool = False
@@ -63,6 +85,15 @@ class Model:
         for stage in self.stages:
             rows = stage(rows)
         return rows
+
+
+@dataclass(frozen=True, slots=True)
+class _Layer:
+    """One layer of a plan: its tensors' blanks by their names in the network, and what it computes."""
+
+    module: nn.Module
+    blanks: Mapping[str, torch.Tensor]
+    run: LayerFunction | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,10 +108,9 @@ class Plan:
 
     architecture: str
     names: tuple[tuple[str, ...], ...]
-    _parts: tuple[nn.Module, ...]
-    _local: tuple[Mapping[str, torch.Tensor], ...]
+    _stages: tuple[tuple[_Layer, ...], ...]
 
-    def stage(self, index: int, tensors: Mapping[str, torch.Tensor]) -> nn.Module:
+    def stage(self, index: int, tensors: Mapping[str, torch.Tensor]) -> Stage:
         """A stage with these tensors (by name) put in; nothing is copied.
 
         Raises
@@ -88,15 +118,17 @@ class Plan:
         ModelFailed
             The network does not take them (it changed since the registration).
         """
-        memo: dict[int, torch.Tensor] = {}
-        for name, blank in self._local[index].items():
-            given = tensors[name]
-            if given.shape != blank.shape or given.dtype != blank.dtype:
-                raise ModelFailed(f"tensor {name} does not fit architecture {self.architecture} any more")
-            memo[id(blank)] = (
-                nn.Parameter(given, requires_grad=False) if isinstance(blank, nn.Parameter) else given
-            )
-        return _with_tensors(self._parts[index], memo)
+        steps: list[tuple[LayerFunction, tuple[torch.Tensor, ...]]] = []
+        for layer in self._stages[index]:
+            given = tuple(tensors[name] for name in layer.blanks)
+            for (name, blank), one in zip(layer.blanks.items(), given, strict=True):
+                if one.shape != blank.shape or one.dtype != blank.dtype:
+                    raise ModelFailed(f"tensor {name} does not fit architecture {self.architecture} any more")
+            if layer.run is not None:
+                steps.append((layer.run, given))
+            else:
+                steps.append((_with_tensors(layer.module, _memo(layer.blanks.values(), given)), ()))
+        return Stage(tuple(steps))
 
 
 def plan_of(network: Architecture) -> Plan:
@@ -119,28 +151,34 @@ def _plan(name: str, build: Callable[[], nn.Module]) -> Plan:
     if any(id(tensor) not in state for tensor in [*module.parameters(), *module.buffers()]):
         raise ModelFailed(f"architecture {name} has buffers that no weights file fills (persistent=False)")
     # Not named_children(): it leaves out a module that comes a second time, a shared ReLU say.
-    children = [*module._modules.items()] if type(module) is nn.Sequential else []
-    groups: list[list[tuple[str, nn.Module]]] = []
+    children: list[tuple[str, nn.Module | None]] = []
+    if type(module) is nn.Sequential:
+        children = list(module._modules.items())
+    stages: list[list[_Layer]] = []
     for child_name, child in children:
-        if child is None:
+        if child is None or (does_nothing(child) and len(children) > 1):
             continue
-        if not groups or (child.state_dict() and any(part.state_dict() for _, part in groups[-1])):
-            groups.append([])
-        groups[-1].append((child_name, child))
-    if not groups:
-        local = [dict(module.state_dict(keep_vars=True))]
-        parts = [module]
-    else:
-        parts = [_part([child for _, child in group]) for group in groups]
-        local = [
-            {
-                f"{child_name}.{tensor_name}": tensor
-                for child_name, child in group
-                for tensor_name, tensor in child.state_dict(keep_vars=True).items()
-            }
-            for group in groups
-        ]
-    return Plan(name, tuple(tuple(one) for one in local), tuple(parts), tuple(local))
+        own = bool(stages) and any(one.blanks for one in stages[0])  # the rows are the network's own by now
+        layer = _layer(child, f"{child_name}.", may_overwrite=own)
+        if not stages or (layer.blanks and any(one.blanks for one in stages[-1])):
+            stages.append([])
+        stages[-1].append(layer)
+    if not stages:
+        stages = [[_Layer(module, module.state_dict(keep_vars=True), None)]]
+    names = tuple(tuple(name for layer in stage for name in layer.blanks) for stage in stages)
+    return Plan(name, names, tuple(map(tuple, stages)))
+
+
+def _layer(module: nn.Module, prefix: str, *, may_overwrite: bool) -> _Layer:
+    blanks = {f"{prefix}{name}": blank for name, blank in module.state_dict(keep_vars=True).items()}
+    return _Layer(module, blanks, function_of(module, may_overwrite=may_overwrite))
+
+
+def _memo(blanks: Iterable[torch.Tensor], given: Iterable[torch.Tensor]) -> dict[int, torch.Tensor]:
+    return {
+        id(blank): nn.Parameter(one, requires_grad=False) if isinstance(blank, nn.Parameter) else one
+        for blank, one in zip(blanks, given, strict=True)
+    }
 
 
 def _with_tensors(module: nn.Module, tensors: Mapping[int, torch.Tensor]) -> nn.Module:
@@ -167,12 +205,6 @@ def _replaced(
     own: Mapping[str, torch.Tensor | None], tensors: Mapping[int, torch.Tensor]
 ) -> dict[str, torch.Tensor | None]:
     return {name: None if one is None else tensors[id(one)] for name, one in own.items()}
-
-
-def _part(children: Sequence[nn.Module]) -> nn.Module:
-    # Dropout does nothing when a model only answers, and a call of it costs 3 microseconds.
-    children = [child for child in children if not isinstance(child, _DropoutNd)] or children
-    return children[0] if len(children) == 1 else nn.Sequential(*children).eval()
 
 
 def tensor_view(data: memoryview, tensor: TensorRecord) -> torch.Tensor:

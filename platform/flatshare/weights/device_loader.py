@@ -16,12 +16,11 @@ from weakref import WeakValueDictionary
 
 import torch
 from cachetools import LRUCache
-from torch import nn
 
 from flatshare.errors import ModelFailed, NoRoom, ProbeFailed
 from flatshare.models.architecture import Architecture, architecture
 from flatshare.models.probe import check_probe
-from flatshare.models.stages import Model, device_tensor, plan_of, tensor_view
+from flatshare.models.stages import Model, Stage, device_tensor, plan_of, tensor_view
 from flatshare.weights.device import Device
 from flatshare.weights.fetch import Fetched, TensorSource
 from flatshare.weights.host_cache import HostTensorCache
@@ -83,9 +82,7 @@ class DeviceLoader:
         self._local_threads = local_threads
         # Weak: what keeps a tensor or a stage is a model that has it, so the last model's end frees it.
         self._tensors: WeakValueDictionary[Part, torch.Tensor] = WeakValueDictionary()
-        self._stages: WeakValueDictionary[tuple[str, int, tuple[Part, ...]], nn.Module] = (
-            WeakValueDictionary()
-        )
+        self._stages: WeakValueDictionary[tuple[str, int, tuple[Part, ...]], Stage] = WeakValueDictionary()
         # What each living model holds, placed or not: who wants to overwrite a tensor must know them all.
         self._users: WeakValueDictionary[int, _Tensors] = WeakValueDictionary()
         self._sharing = threading.Lock()
@@ -287,7 +284,7 @@ class DeviceLoader:
                 shared[part] = self._tensors.setdefault(part, new)
             self._users[id(shared)] = shared
         named = {name: shared[part] for name, part in parts.items()}
-        stages: list[nn.Module] = []
+        stages: list[Stage] = []
         for index, names in enumerate(plan.names):
             key = (network.name, index, tuple(parts[name] for name in names))
             with self._sharing:
