@@ -64,6 +64,8 @@ class Registry:
         Erasure, as far as the store goes.
     pins
         What every replica keeps resident.
+    feed
+        Which heads are about to change.
 
     Notes
     -----
@@ -87,6 +89,7 @@ class Registry:
         self.tenancy = Tenancy(self._heads)
         self.eraser = Eraser(store, self._heads)
         self.pins = Pins(store, self._heads)
+        self.feed = self._heads.feed
 
     def acting_as(self, actor: str, request_id: str | None = None) -> Registry:
         """The same registry, for changes that somebody else makes."""

@@ -1,6 +1,7 @@
 """Garbage collection: what a crash or a deletion left behind, after a grace period.
 
-Collected are blobs that no committed version names, and version records that no head names.
+Collected are blobs that no committed version names, version records that no head names, and announcements
+of changes that no reader looks for any more. No head is changed, so there is nothing to announce.
 Objects are listed *before* heads are read, and a registration that reuses an old blob writes it
 again first, so whatever a registration in progress needs is younger than the grace period. Age is
 read again just before each delete; a delete may still come late, or twice, so weights go in two steps
@@ -17,6 +18,7 @@ from typing import Final
 from flatshare_registry import layout
 from flatshare_registry.blobs import BLOB_REFRESH_S, BlobRemoval, NamedBlobs
 from flatshare_registry.errors import InvalidInput, NotFound
+from flatshare_registry.feed import ChangeFeed
 from flatshare_registry.records import TenantHead
 from flatshare_registry.store_clock import agreed_now
 from flatshare_registry.stores.base import BlobMeta, BlobStore
@@ -42,12 +44,15 @@ class GarbageReport:
         How many unreferenced objects were too young.
     live_blobs
         How many blobs are in use.
+    announcements
+        How many old announcements of changes went, or would go.
     """
 
     removed: bool
     garbage: tuple[BlobMeta, ...]
     spared: int
     live_blobs: int
+    announcements: int = 0
 
     @property
     def size_bytes(self) -> int:
@@ -107,7 +112,11 @@ def collect(
         back = removal.settle(digest for digest in digests if digest is not None)
         garbage = tuple(meta for meta in garbage if layout.digest_of(meta.key) not in back)
     live_blobs = sum(layout.digest_of(meta.key) in live_digests for meta in blobs)
-    return GarbageReport(remove, garbage, len(unnamed) - len(garbage), live_blobs)
+    announced = ChangeFeed(store, clock).old(now_s)
+    if remove:
+        for key in announced:
+            store.purge(key)
+    return GarbageReport(remove, garbage, len(unnamed) - len(garbage), live_blobs, len(announced))
 
 
 def _remove_unless_renewed(store: BlobStore, meta: BlobMeta, removal: BlobRemoval) -> bool:

@@ -2,8 +2,8 @@
 
 The entry of a change travels inside the head that the change makes (``last_entry``), so change
 and entry are one step. Its log object is written right after, and once more by whoever changes
-the head next, in case the writer died in between. Records of a head, its encoding and its swap stand together
-until the change feed comes: that is why this is long.
+the head next, in case the writer died in between. A change is announced before it is made (``feed.py``).
+Long, because a head's swap and its audit entry are one step: who reads the one must see the other.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from typing import Final
 
 from flatshare_registry import layout
 from flatshare_registry.errors import AlreadyExists, Conflict, Corrupt, NotFound, Unavailable
+from flatshare_registry.feed import LATE_S, ChangeFeed
 from flatshare_registry.ids import AliasName, ModelRef, TenantId
 from flatshare_registry.records import (
     ULID_TIME_CHARS,
@@ -27,7 +28,7 @@ from flatshare_registry.records import (
     next_ulid_time,
     utc,
 )
-from flatshare_registry.stores.base import BlobStore, Create, UpdateIf
+from flatshare_registry.stores.base import BlobStore, Create, PutMode, UpdateIf
 
 __all__ = ["MAX_SWAP_TRIES", "HeadStore", "chain_problems", "decode_head", "select"]
 
@@ -86,6 +87,7 @@ class HeadStore:
         self, store: BlobStore, actor: str, clock: Callable[[], float], request_id: str | None = None
     ) -> None:
         self.actor = actor
+        self.feed = ChangeFeed(store, clock)
         self._store = store
         self._clock = clock
         self._request_id = request_id
@@ -170,7 +172,7 @@ class HeadStore:
         entry = self._entry(tenant, 1, Action.TENANT_CREATED)
         head = TenantHead(tenant=tenant, created_at=entry.at, last_entry=entry)
         try:
-            self._store.put(layout.head_key(tenant), head.encode(), Create())
+            self.swap(head, Create())
         except AlreadyExists:
             found = self.read_any(tenant)
             if not self._landed(entry, found):
@@ -243,7 +245,7 @@ class HeadStore:
             changed = wanted.model_copy(update={"revision": entry.revision, "last_entry": entry})
             tried = entry
             try:
-                self._store.put(layout.head_key(tenant), changed.encode(), UpdateIf(etag))
+                self.swap(changed, UpdateIf(etag))
             except Conflict:
                 continue
             # The change has landed and must not be reported as failed: whoever changes the head next
@@ -252,6 +254,23 @@ class HeadStore:
                 self._write_log(entry)
             return changed
         raise Unavailable(f"tenant {tenant} could not be changed: {MAX_SWAP_TRIES} swaps in a row lost")
+
+    def swap(self, head: TenantHead, mode: PutMode) -> None:
+        """Announce a head, then put it: the only way in which one gets into the store.
+
+        Raises
+        ------
+        AlreadyExists, Conflict
+            As :meth:`BlobStore.put`.
+        Unavailable
+            The store does not answer.
+        """
+        tenant = TenantId(head.tenant)
+        announced_at = self.feed.announce(tenant, head.revision)
+        self._store.put(layout.head_key(tenant), head.encode(), mode)
+        if self._clock() - announced_at > LATE_S:  # readers may have stopped looking for it
+            with contextlib.suppress(Unavailable, Conflict):
+                self.feed.announce(tenant, head.revision)
 
     def entry_after(self, head: TenantHead, action: Action, detail: Mapping[str, str]) -> AuditEntry:
         """The entry that follows a head's last one."""

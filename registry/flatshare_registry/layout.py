@@ -9,6 +9,7 @@
     pins/<tenant>/<ref>.json                    empty: every replica keeps this ref resident
     erasures/<tenant>/<ulid>.json               what was erased of a tenant, signed
     erasures/<tenant>/plan.json                 what is to be erased, while that is under way
+    changes/<ulid>.<tenant>.<revision>          empty: this tenant's head is about to get this revision
     clock/<ulid>                                empty, for a moment: what time it is by the store's clock
     blobs/sha256/<ab>/<digest>.safetensors      weights, named by content, shared by equal versions
     held/<digest>.safetensors                   weights that are being removed, until nobody can have come to
@@ -28,10 +29,12 @@ TENANTS: Final = "tenants/"
 BLOBS: Final = "blobs/sha256/"
 PINS: Final = "pins/"
 HELD: Final = "held/"
+CHANGES: Final = "changes/"
 
 _HEAD: Final = re.compile(r"tenants/([^/]+)/head\.json")
 _VERSION: Final = re.compile(r"tenants/([^/]+)/versions/([0-9]{8})\.json")
 _BLOB: Final = re.compile(r"blobs/sha256/[0-9a-f]{2}/([0-9a-f]{64})\.safetensors")
+_CHANGE: Final = re.compile(r"changes/([0-9A-Z]{26})\.([^/.]+)\.([0-9]{1,15})", re.ASCII)
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 
 
@@ -110,6 +113,11 @@ def clock_key(ulid: str) -> str:
     return f"clock/{ulid}"
 
 
+def change_key(ulid: str, tenant: TenantId, revision: int) -> str:
+    """Key of the announcement that a tenant's head is about to get a revision."""
+    return f"{CHANGES}{ulid}.{tenant}.{revision}"
+
+
 def blob_key(digest: str) -> str:
     """Key of the weights with this sha256 (64 lower-case hex digits).
 
@@ -133,6 +141,12 @@ def version_of(key: str) -> tuple[str, int] | None:
     """Tenant text and number of a version record's key; None for any other key."""
     match = _VERSION.fullmatch(key)
     return (match[1], int(match[2])) if match else None
+
+
+def change_of(key: str) -> tuple[str, str, int] | None:
+    """Id, tenant text and revision of an announcement's key; None for any other key."""
+    match = _CHANGE.fullmatch(key)
+    return (match[1], match[2], int(match[3])) if match else None
 
 
 def digest_of(key: str) -> str | None:

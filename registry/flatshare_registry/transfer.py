@@ -131,7 +131,6 @@ def import_tenant(
     """
     export = _checked(folder)
     head = export.head
-    tenant = TenantId(head.tenant)
     _check_free(store, head)
     size = 0
     for index, (digest, path) in enumerate(export.blobs.items()):
@@ -155,7 +154,7 @@ def import_tenant(
     limits = {} if with_quotas else {"plan": DEFAULT_PLAN, "quotas": Quotas()}
     imported = head.model_copy(update={**limits, "revision": entry.revision, "last_entry": entry})
     try:
-        store.put(layout.head_key(tenant), imported.encode(), Create())
+        heads.swap(imported, Create())
         heads.write_log(entry)
     except AlreadyExists:
         _check_free(store, head)  # an import that was cut short, or whose answer was lost, is this one

@@ -236,7 +236,7 @@ def gc(
     store: StoreOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Remove weights that no version names (a dry run unless --delete)."""
+    """Remove weights that no version names, and old announcements (a dry run unless --delete)."""
     report = collect(open_registry(store).store, grace_s=grace_hours * 3600, remove=delete)
     if as_json:
         print_json(
@@ -246,6 +246,7 @@ def gc(
                 "size_bytes": report.size_bytes,
                 "spared": report.spared,
                 "live_blobs": report.live_blobs,
+                "announcements": report.announcements,
             }
         )
         return
@@ -254,7 +255,8 @@ def gc(
     verb = "deleted" if report.removed else "would delete (use --delete)"
     out.print(
         f"{verb}: {len(report.garbage)} objects, {size(report.size_bytes)}; "
-        f"too young: {report.spared}; in use: {report.live_blobs} blobs"
+        f"too young: {report.spared}; in use: {report.live_blobs} blobs; "
+        f"old announcements of changes: {report.announcements}"
     )
 
 

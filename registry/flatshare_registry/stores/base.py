@@ -157,10 +157,15 @@ class BlobStore(Protocol):
         """
         ...
 
-    def list(self, prefix: str) -> Iterator[BlobMeta]:
+    def list(self, prefix: str, *, after: str = "") -> Iterator[BlobMeta]:
         """All objects under a prefix (empty, or ending with ``/``), in any order.
 
         Most S3 stores list in key order, but not all do (Amazon's directory buckets): who needs one sorts.
+
+        Parameters
+        ----------
+        after
+            Only keys that sort after this text, in order of their characters.
         """
         ...
 

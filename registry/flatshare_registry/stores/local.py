@@ -110,7 +110,7 @@ class LocalStore:
                     os.unlink(temporary)
                 raise
 
-    def list(self, prefix: str) -> Iterator[BlobMeta]:
+    def list(self, prefix: str, *, after: str = "") -> Iterator[BlobMeta]:
         """See :class:`BlobStore`."""
         start = self._root / check_prefix(prefix)
         found: list[BlobMeta] = []
@@ -122,9 +122,12 @@ class LocalStore:
                         _sweep(path)
                     if name == _LOCK_NAME or name.startswith(_TEMP_PREFIX):
                         continue
+                    key = path.relative_to(self._root).as_posix()
+                    if key <= after:
+                        continue
                     # A file that goes while we walk was deleted: leave it out.
                     with contextlib.suppress(FileNotFoundError):
-                        found.append(_meta(path.relative_to(self._root).as_posix(), path.stat()))
+                        found.append(_meta(key, path.stat()))
         yield from sorted(found, key=lambda meta: meta.key)
 
     def delete(self, key: str) -> None:

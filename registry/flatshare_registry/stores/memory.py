@@ -79,11 +79,13 @@ class MemoryStore:
             self._objects[key] = StoredBlob(content, meta)
             return meta
 
-    def list(self, prefix: str) -> Iterator[BlobMeta]:
+    def list(self, prefix: str, *, after: str = "") -> Iterator[BlobMeta]:
         """See :class:`BlobStore`."""
         check_prefix(prefix)
         with self._lock:
-            found = [blob.meta for key, blob in self._objects.items() if key.startswith(prefix)]
+            found = [
+                blob.meta for key, blob in self._objects.items() if key.startswith(prefix) and key > after
+            ]
         yield from sorted(found, key=lambda meta: meta.key)
 
     def delete(self, key: str) -> None:

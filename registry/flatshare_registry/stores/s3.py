@@ -259,11 +259,13 @@ class S3Store:
             date = reply["ResponseMetadata"]["HTTPHeaders"].get("date", "")
             return BlobMeta(key, etag_of(reply), len(data), http_date_s(date))
 
-    def list(self, prefix: str) -> Iterator[BlobMeta]:
+    def list(self, prefix: str, *, after: str = "") -> Iterator[BlobMeta]:
         """See :class:`BlobStore`."""
         with self._translated(prefix or "the bucket"):
-            for item in self._objects(self._prefix + check_prefix(prefix)):
-                yield listed_meta(item, self._prefix)
+            for item in self._objects(self._prefix + check_prefix(prefix), after):
+                meta = listed_meta(item, self._prefix)
+                if meta.key > after:  # not every S3 knows StartAfter
+                    yield meta
 
     def delete(self, key: str) -> None:
         """See :class:`BlobStore`."""
@@ -352,9 +354,12 @@ class S3Store:
             removed += not one["IsMark"]
         return removed
 
-    def _objects(self, start: str) -> Iterator[Mapping[str, Any]]:
-        """What a plain listing has of objects whose names start so."""
-        pages = self._client.get_paginator("list_objects_v2").paginate(Bucket=self._bucket, Prefix=start)
+    def _objects(self, start: str, after: str = "") -> Iterator[Mapping[str, Any]]:
+        """What a plain listing has of objects whose names start so, and whose keys sort after a text."""
+        extra = {"StartAfter": self._prefix + after} if after else {}
+        pages = self._client.get_paginator("list_objects_v2").paginate(
+            Bucket=self._bucket, Prefix=start, **cast("Any", extra)
+        )
         for page in pages:
             yield from cast("Any", page.get("Contents", []))
 

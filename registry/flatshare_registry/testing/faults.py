@@ -78,9 +78,9 @@ class FaultyStore:
         self.after("put", key)
         return meta
 
-    def list(self, prefix: str) -> Iterator[BlobMeta]:
+    def list(self, prefix: str, *, after: str = "") -> Iterator[BlobMeta]:
         self.before("list", prefix)
-        return self.inner.list(prefix)
+        return self.inner.list(prefix, after=after)
 
     def delete(self, key: str) -> None:
         self.before("delete", key)
@@ -111,8 +111,8 @@ class FaultyStore:
 class DisorderedStore(FaultyStore):
     """Lists the last key first, as a store may that keeps no order (S3's directory buckets)."""
 
-    def list(self, prefix: str) -> Iterator[BlobMeta]:
-        return iter(sorted(super().list(prefix), key=lambda meta: meta.key, reverse=True))
+    def list(self, prefix: str, *, after: str = "") -> Iterator[BlobMeta]:
+        return iter(sorted(super().list(prefix, after=after), key=lambda meta: meta.key, reverse=True))
 
     def history(self, prefix: str) -> Iterator[str]:
         return iter(sorted(super().history(prefix), reverse=True))

@@ -294,10 +294,12 @@ def test_records_that_no_head_names_go_and_those_of_others_with_that_number_stay
     for strange in ("blobs/README", "tenants/acme/notes.txt"):
         store.put(strange, b"nobody's", Overwrite())
     clock.advance(DEFAULT_GRACE_S + 1)
-    before = {meta.key for meta in store.list("")}
+    announced = {meta.key for meta in store.list(layout.CHANGES)}
+    before = {meta.key for meta in store.list("")} - announced
     report = collect(store, remove=True, clock=clock)
     assert [meta.key for meta in report.garbage] == [stray]
     assert (report.removed, report.spared, report.live_blobs) == (True, 0, 3)
+    assert report.announcements == len(announced) > 0
     assert {meta.key for meta in store.list("")} == before - {stray}, "what it does not know it leaves alone"
 
 

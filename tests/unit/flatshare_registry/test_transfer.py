@@ -36,11 +36,12 @@ def registry() -> Registry:
 
 
 def everything(store: BlobStore) -> dict[str, bytes]:
-    """All of acme, but for its head and what an import adds to its log."""
+    """All of acme, but for its head, announcements, and what an import adds to its log."""
     return {
         meta.key: store.get(meta.key).data
         for meta in store.list("")
         if "globex" not in meta.key
+        and not meta.key.startswith(layout.CHANGES)
         and not meta.key.endswith("/head.json")
         and b"tenant.imported" not in store.get(meta.key).data
     }
