@@ -1,8 +1,11 @@
 """What a replica knows of the registry: heads with a short life, version records for ever.
 
 - Younger than the TTL: answered from memory, no await.
-- Older: answered from memory once more while one conditional GET a tenant runs behind
-  (stale-while-revalidate), unless it is so old that waiting is the honest thing.
+- Older: answered from memory once more while one look at the store's change feed runs behind, for all
+  tenants (``changes.py``); it renews all heads that were not announced to change. Announced ones are read,
+  and all of them where the feed can't be: one conditional GET a tenant, behind (stale-while-revalidate),
+  unless a head is so old that waiting is the honest thing.
+- Whatever the feed says, a head is read again after ``REREAD_TTLS``: a writer's clock may be far behind.
 - The store is down: the last answer stands, however old (promise 11); a tenant that was never
   seen is ``Unavailable``.
 - Unknown tenants are remembered for one TTL, unknown versions and aliases for ``RECHECK_S``, so junk
@@ -22,6 +25,7 @@ from typing import Final
 from cachetools import LRUCache, TTLCache
 
 from flatshare.errors import copy_of
+from flatshare.resolution.changes import Changes
 from flatshare_registry.catalog import Registry
 from flatshare_registry.errors import Corrupt, NotFound, Unavailable
 from flatshare_registry.heads import select
@@ -42,6 +46,9 @@ MAX_MISSING: Final = 10_000
 RECHECK_S: Final = 0.25
 """Seconds that "no such alias" or "no such version" of a known tenant is believed: a model that was
 registered a moment ago is found at its first request, and junk costs four requests a second."""
+
+REREAD_TTLS: Final = 24
+"""TTLs after which a head is read again although nothing announced a change: two minutes, normally."""
 
 STALE_AFTER_TTLS: Final = 15
 """A head older than this many TTLs is read before it is used: nobody asked for so long that a
@@ -67,8 +74,9 @@ RecordKey = tuple[TenantId, int, str]
 class _Known:
     head: TenantHead
     etag: str | None
-    checked_at: float
-    confirmed_at: float
+    checked_at: float  # believed as if it had been seen to be current then
+    confirmed_at: float  # seen to be current then, by a read or by the feed
+    read_at: float
 
 
 class TenantHeads:
@@ -84,6 +92,10 @@ class TenantHeads:
         Seconds that an answer is believed.
     on_change
         Called with a tenant's old and new head after it changed, came or went; must not raise.
+    clock
+        Seconds that only rise.
+    wall
+        POSIX seconds, to be compared with writers' clocks.
     """
 
     def __init__(
@@ -94,6 +106,7 @@ class TenantHeads:
         ttl_s: float,
         on_change: Callable[[TenantHead | None, TenantHead | None], None] = lambda old, new: None,
         clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
     ) -> None:
         self._registry = registry
         self._threads = threads
@@ -107,6 +120,9 @@ class TenantHeads:
         self._record_reads: dict[RecordKey, asyncio.Task[VersionRecord]] = {}
         self._failed: TTLCache[TenantId | RecordKey, Exception] = TTLCache(MAX_MISSING, FAILED_S, clock)
         self._epochs: LRUCache[TenantId, int] = LRUCache(MAX_HEADS)
+        self._changes = Changes(
+            registry.feed, threads, ttl_s=ttl_s, on_announced=self._announced, clock=clock, wall=wall
+        )
 
     def resolve_now(self, ref: ModelRef) -> VersionRecord | None:
         """The version that a ref means, if that is known well enough without waiting. The hot path.
@@ -135,12 +151,31 @@ class TenantHeads:
         known = self._heads.get(tenant)
         if known is None:
             return None
-        age_s = self._clock() - known.checked_at
-        if age_s > self._ttl_s:
+        if self._clock() - known.checked_at > self._ttl_s:
+            age_s = self._renewed_s(tenant, known)
             if age_s > self._ttl_s * oldest_ttls:
                 return None
-            self._read_behind(tenant)
         return known.head
+
+    def _renewed_s(self, tenant: TenantId, known: _Known) -> float:
+        """Seconds since a head was last seen to be current, by the feed too; looked for behind when due."""
+        changes, now = self._changes, self._clock()
+        known.confirmed_at = changes.current_at(tenant, known.head.revision, known.confirmed_at)
+        known.checked_at = max(known.checked_at, known.confirmed_at)
+        if now - known.read_at > self._ttl_s * REREAD_TTLS:
+            self._read_behind(tenant)
+        if now - known.checked_at > self._ttl_s:
+            changes.look()
+            if not changes.is_followed or changes.is_due(tenant, known.head.revision):
+                self._read_behind(tenant)
+        return now - known.checked_at
+
+    def _announced(self, tenant: TenantId, revision: int) -> None:
+        """A tenant is about to change, or has: read its head if it is one of ours."""
+        self._missing.pop(tenant, None)
+        known = self._heads.get(tenant)
+        if known is not None and known.head.revision < revision:
+            self._read_behind(tenant)
 
     async def resolve(self, ref: ModelRef, timeout_s: float) -> VersionRecord:
         """The version that a ref means.
@@ -237,9 +272,8 @@ class TenantHeads:
         now_s = self._clock()
         if head.state.exists:
             self._missing.pop(tenant, None)
-            self._heads[tenant] = _Known(
-                head, None, now_s, now_s
-            )  # its ETag is not known: it is read whole next
+            # Its ETag is not known: it is read whole next.
+            self._heads[tenant] = _Known(head, None, now_s, now_s, now_s)
             self._on_change(known.head if known is not None else None, head)
         elif known is not None:
             del self._heads[tenant]
@@ -248,7 +282,10 @@ class TenantHeads:
     def unconfirmed_s(self, tenant: TenantId) -> float:
         """Seconds since the store, or who had just read it, last said that a tenant's head is current."""
         known = self._heads.get(tenant)
-        return self._clock() - known.confirmed_at if known is not None else float("inf")
+        if known is None:
+            return float("inf")
+        at = self._changes.current_at(tenant, known.head.revision, known.confirmed_at)
+        return self._clock() - at
 
     def _age_s(self, tenant: TenantId) -> float:
         """Seconds since a tenant's head was last seen to be current."""
@@ -271,10 +308,10 @@ class TenantHeads:
         if tenant in self._missing:
             raise NotFound(f"there is no tenant {tenant}")
         known = self._heads.get(tenant)
-        if known is not None and self._clock() - known.checked_at <= self._ttl_s * oldest_ttls:
-            return known.head
         if known is None:
             return await self._read_shared(tenant)
+        if self._now(tenant, oldest_ttls) is not None:
+            return known.head
         try:
             # A store that hangs is as good as down: don't make a known tenant wait for it.
             async with asyncio.timeout(PATIENCE_S):
@@ -322,6 +359,8 @@ class TenantHeads:
     async def _read_head(self, tenant: TenantId) -> TenantHead:
         known = self._heads.get(tenant)
         epoch = self._epochs.get(tenant, 0)
+        self._changes.look()  # what is announced from here on counts for this head too
+        began = self._clock()
         try:
             answer = await asyncio.get_running_loop().run_in_executor(
                 self._threads, self._registry.head_unless, tenant, known.etag if known is not None else None
@@ -340,7 +379,7 @@ class TenantHeads:
             assert known is not None, "only a conditional read can find no change"
             if self._epochs.get(tenant, 0) != epoch and tenant not in self._heads:
                 raise NotFound(f"there is no tenant {tenant}")  # forgotten meanwhile: it is being erased
-            known.checked_at = known.confirmed_at = self._clock()
+            known.read_at = known.confirmed_at = known.checked_at = began
             return known.head
         head, etag = answer
         if self._epochs.get(tenant, 0) != epoch:
@@ -348,8 +387,7 @@ class TenantHeads:
         current = self._heads.get(tenant)
         if current is not None and current.head.revision > head.revision:
             return current.head  # a later read came home first
-        now_s = self._clock()
-        self._heads[tenant] = _Known(head, etag, now_s, now_s)
+        self._heads[tenant] = _Known(head, etag, began, began, began)
         if current is None or current.head.revision != head.revision:
             self._on_change(current.head if current is not None else None, head)
         return head

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from flatshare.resolution.heads import TenantHeads
+from flatshare_registry import layout
 from flatshare_registry.catalog import Registry
 from flatshare_registry.errors import Unavailable
 from flatshare_registry.ids import PRODUCTION, ModelRef, TenantId
@@ -31,6 +32,8 @@ class World:
         Reads and writes the store itself, whatever the view's reads do.
     reads
         Keys that the view has asked the store for.
+    looks
+        Its looks at the change feed.
     down
         Its reads fail.
     gate
@@ -41,6 +44,7 @@ class World:
 
     def __init__(self, threads: ThreadPoolExecutor) -> None:
         self.reads: list[str] = []
+        self.looks: list[str] = []
         self.down = False
         self.gate: threading.Event | None = None
         self.clock = ManualClock()
@@ -55,7 +59,7 @@ class World:
         )  # fmt: skip
 
     def _before(self, operation: str, key: str) -> None:
-        self.reads.append(key)
+        (self.looks if key == layout.CHANGES else self.reads).append(key)
         if self.gate is not None:
             assert self.gate.wait(10)
         if self.down:
@@ -78,8 +82,8 @@ class World:
 
     async def behind(self) -> None:
         """Wait for reads that nobody waits for."""
-        while self.view._reads:
-            await asyncio.gather(*self.view._reads.values(), return_exceptions=True)
+        while tasks := [*self.view._reads.values(), *filter(None, [self.view._changes._look])]:
+            await asyncio.gather(*tasks, return_exceptions=True)
 
 
 @pytest.fixture

@@ -1,0 +1,139 @@
+"""What the registry's change feed has told one replica: which heads are as they were, and which to read.
+
+Nothing runs while nobody asks. Who finds a head too old begins a look at the feed, one for all tenants; a
+head that was not announced to change is current as of the beginning of that look.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable
+from concurrent.futures import Executor
+from typing import Final
+
+from cachetools import TTLCache
+
+from flatshare_registry.errors import RegistryError
+from flatshare_registry.feed import ANNOUNCED_S, OVERLAP_S, Announcement, ChangeFeed
+from flatshare_registry.ids import TenantId
+
+__all__ = ["Changes"]
+
+logger = logging.getLogger("flatshare.resolution")
+
+GAP_S: Final = 60.0
+"""Seconds between two looks beyond which the feed says nothing about older heads: these are read."""
+
+FAILED_S: Final = 1.0
+"""Seconds after a look that failed until the next one."""
+
+MAX_ANNOUNCED: Final = 100_000
+"""Most tenants that are announced and not seen changed; beyond it all heads are read."""
+
+
+class Changes:
+    """Follows a change feed. All methods must be called on one event loop.
+
+    Parameters
+    ----------
+    feed
+        Asked in threads.
+    threads
+        Where the blocking calls run.
+    ttl_s
+        Seconds that a look is believed.
+    on_announced
+        Called with each tenant that is about to change, or has, and the revision that it gets.
+    clock
+        Seconds that only rise.
+    wall
+        POSIX seconds, to be compared with writers' clocks.
+    """
+
+    def __init__(
+        self,
+        feed: ChangeFeed,
+        threads: Executor,
+        *,
+        ttl_s: float,
+        on_announced: Callable[[TenantId, int], None],
+        clock: Callable[[], float] = time.monotonic,
+        wall: Callable[[], float] = time.time,
+    ) -> None:
+        self._feed = feed
+        self._threads = threads
+        self._ttl_s = ttl_s
+        self._on_announced = on_announced
+        self._clock = clock
+        self._wall = wall
+        self._since: float | None = None  # the feed was followed without a gap from here
+        self._looked_at = float("-inf")
+        self._looked_at_wall = 0.0
+        self._failed_at = float("-inf")
+        self._seen: frozenset[str] = frozenset()
+        self._announced: TTLCache[TenantId, int] = TTLCache(MAX_ANNOUNCED, ANNOUNCED_S, clock)
+        self._look: asyncio.Task[None] | None = None
+
+    @property
+    def is_followed(self) -> bool:
+        """Whether the last look succeeded, and not long ago: what it did not name needs no read."""
+        return self._failed_at < self._looked_at and self._clock() - self._looked_at <= 2 * self._ttl_s
+
+    def is_due(self, tenant: TenantId, revision: int) -> bool:
+        """Whether a later revision than this one was announced: who has it reads the head."""
+        return self._announced.get(tenant, 0) > revision
+
+    def current_at(self, tenant: TenantId, revision: int, confirmed_at: float) -> float:
+        """When a head was last known to be current.
+
+        Parameters
+        ----------
+        revision
+            The head's.
+        confirmed_at
+            When the read of it began; by the same clock as the result.
+        """
+        if self._since is None or confirmed_at < self._since or self.is_due(tenant, revision):
+            return confirmed_at
+        return max(confirmed_at, self._looked_at)
+
+    def look(self) -> None:
+        """Begin a look at what is new, unless one is under way, or a moment ago one succeeded or failed."""
+        now = self._clock()
+        if self._look is None and now - self._looked_at > self._ttl_s and now - self._failed_at > FAILED_S:
+            # Times of now, and not of the task's first step: a read that begins meanwhile is covered by it.
+            self._look = asyncio.create_task(self._look_once(now, self._wall()), name="change feed")
+            self._look.add_done_callback(self._look_ended)
+
+    def _look_ended(self, task: asyncio.Task[None]) -> None:
+        self._look = None
+        if not task.cancelled():
+            task.exception()  # looked at: there is none, but for a loop that ends
+
+    async def _look_once(self, began: float, wall: float) -> None:
+        goes_on = self._since is not None and began - self._looked_at <= GAP_S
+        # By the writers' clocks, which may be behind ours; and ours may have been set back.
+        start = min(self._looked_at_wall, wall) if goes_on else wall
+        try:
+            found = await asyncio.get_running_loop().run_in_executor(
+                self._threads, self._feed.since, start - OVERLAP_S
+            )
+        except (RegistryError, RuntimeError) as error:  # the latter: the threads are stopped
+            if self._failed_at < self._looked_at:
+                logger.warning("the change feed can't be read, heads are read one by one: %s", error)
+            self._failed_at = self._clock()
+            return
+        new = [one for one in found if one.id not in self._seen]
+        self._seen = frozenset(one.id for one in found)
+        if not goes_on or len(new) + len(self._announced) > MAX_ANNOUNCED:
+            self._since = began
+        self._looked_at, self._looked_at_wall = began, wall
+        self._take(new)
+
+    def _take(self, new: list[Announcement]) -> None:
+        for one in new:
+            self._announced[one.tenant] = max(one.revision, self._announced.get(one.tenant, 0))
+        for tenant in {one.tenant for one in new}:
+            self._on_announced(tenant, self._announced.get(tenant, 0))
