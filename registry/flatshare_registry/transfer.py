@@ -15,7 +15,7 @@ import hashlib
 import os
 import stat
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -200,6 +200,7 @@ def _checked(folder: Path) -> _Export:
         It is not that.
     """
     log: list[AuditEntry] = []
+    makers: dict[int, str] = {}
     try:
         head = TenantHead.decode(_read(folder / "head.json"), "head.json")
         tenant = TenantId(head.tenant)
@@ -219,6 +220,7 @@ def _checked(folder: Path) -> _Export:
             if (described.tensors, described.size_bytes) != (record.tensors, record.size_bytes):
                 raise InvalidInput(f"{folder}: versions/{name} does not say what its weights hold")
             export.records[key] = raw
+            makers[number] = record.created_by
             export.blobs[digest], export.sizes[digest] = blob, record.size_bytes
         for path in sorted((folder / "log").glob("*.json")):
             raw = _read(path)
@@ -230,10 +232,26 @@ def _checked(folder: Path) -> _Export:
         problems = chain_problems(head, log, head.revision)
         if problems:
             raise InvalidInput(f"{folder}: its audit log is not whole: {problems[0]}")
+        _check_makers(makers, log, folder)
     except (OSError, Corrupt, InvalidWeights) as error:
         why = f"{error.filename}: {error.strerror}" if isinstance(error, OSError) else error.message
         raise InvalidInput(f"{folder} is not a whole export: {why}") from error
     return export
+
+
+def _check_makers(makers: Mapping[int, str], log: Iterable[AuditEntry], folder: Path) -> None:
+    """Return if each version was made by who the log says, as far as the log says it.
+
+    Raises
+    ------
+    InvalidInput
+        A record names somebody else.
+    """
+    for entry in log:
+        if entry.action is not Action.VERSION_REGISTERED or entry.to_version is None:
+            continue
+        if makers.get(entry.to_version, entry.actor) != entry.actor:
+            raise InvalidInput(f"{folder}: the record of version {entry.to_version} names another maker")
 
 
 def _check_head(head: TenantHead, folder: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from pathlib import Path
 
@@ -61,3 +62,21 @@ def test_the_token_is_this_users_alone(platform: Platform) -> None:
     for process in processes_of(platform):
         assert token not in " ".join(process.cmdline())
         assert token not in process.environ().values()
+
+
+def test_sockets_that_are_files_lie_in_folders_of_this_user_alone(platform: Platform) -> None:
+    """Ray's own folder, /tmp/ray, can be written by everybody: who puts a socket there is a worker's raylet."""
+    paths = {
+        Path(connection.laddr)
+        for process in processes_of(platform)
+        for connection in process.net_connections("unix")
+        if isinstance(connection.laddr, str) and connection.laddr.startswith("/")
+    }
+    assert len(paths) > 3, "the raylet, the object store, HAProxy's two: this test would not see them go"
+    closed = [path for path in paths if any(is_closed(folder) for folder in path.parents)]
+    assert sorted(paths) == sorted(closed)
+
+
+def is_closed(folder: Path) -> bool:
+    status = folder.stat()
+    return status.st_uid == os.getuid() and not status.st_mode & 0o077

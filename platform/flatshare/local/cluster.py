@@ -12,13 +12,16 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any, Final
 
 import psutil
 import ray
 
 from flatshare.errors import LocalError
+from flatshare.local.private_file import private_folder
 
 __all__ = ["joined_cluster", "ray_cluster", "reachable_cluster"]
 
@@ -96,6 +99,7 @@ def own_cluster() -> Iterator[str]:
                 address="local",
                 # A count for scheduling: replicas ask for one each, whatever the machine has.
                 num_cpus=max(cores, 64),
+                _temp_dir=str(_ray_folder()),
                 include_dashboard=False,
                 object_store_memory=OBJECT_STORE_BYTES,
                 namespace="flatshare",
@@ -106,6 +110,23 @@ def own_cluster() -> Iterator[str]:
         children = psutil.Process().children(recursive=True)
         ray.shutdown()
         _end_leftovers(children, told=context is not None)
+
+
+def _ray_folder() -> Path:
+    """Where Ray keeps sockets, logs and code of a cluster of ours.
+
+    Ray's own choice, ``/tmp/ray``, and all that Ray makes in it can be written by everybody: another user of
+    the machine could put a socket of their own where the next worker looks for its raylet. Ray opens the
+    folder that it is given, so that one lies in another which it leaves alone. The path is short: a socket's
+    name has 107 characters.
+
+    Raises
+    ------
+    LocalError
+        The folder is somebody else's.
+    """
+    base = Path(os.environ.get("RAY_TMPDIR") or tempfile.gettempdir())
+    return private_folder(base / f"flatshare-ray-{os.getuid()}") / "ray"
 
 
 def reachable_cluster(wanted: str) -> str | None:

@@ -1,16 +1,17 @@
-"""Small secrets in files that only this user can read, made whole or not at all."""
+"""Small secrets in files that only this user can read, made whole or not at all; and folders like them."""
 
 from __future__ import annotations
 
 import contextlib
 import os
 import secrets
+import stat
 from collections.abc import Callable
 from pathlib import Path
 
 from flatshare.errors import LocalError
 
-__all__ = ["make_private", "read_private"]
+__all__ = ["make_private", "private_folder", "read_private"]
 
 
 def read_private(path: Path) -> str | None:
@@ -29,6 +30,21 @@ def read_private(path: Path) -> str | None:
     if status.st_uid != os.getuid() or status.st_mode & 0o077:
         raise LocalError(f"{path} can be read by others: chmod 600 it, or remove it to have a new one made")
     return text
+
+
+def private_folder(path: Path) -> Path:
+    """A folder that only this user can enter; made when it is missing.
+
+    Raises
+    ------
+    LocalError
+        It is not this user's, or others can enter it, or it is a link.
+    """
+    path.mkdir(mode=0o700, parents=True, exist_ok=True)
+    status = path.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.getuid() or status.st_mode & 0o077:
+        raise LocalError(f"{path} is not this user's alone: remove it, or chmod 700 it if it is yours")
+    return path
 
 
 def make_private(path: Path, make: Callable[[], str]) -> str:

@@ -202,6 +202,17 @@ def test_a_head_that_no_registry_would_write_is_refused(
     assert everything(store) == {}
 
 
+def test_a_version_was_made_by_whom_the_log_says(registry: Registry, tmp_path: Path) -> None:
+    folder = tmp_path / "acme"
+    export_tenant(registry.store, ACME, folder)
+    path = folder / "versions" / "00000001.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "created_by": "cli:boss"}))
+    store = MemoryStore()
+    with pytest.raises(InvalidInput, match="version 1 names another maker"):
+        import_tenant(store, folder)
+    assert everything(store) == {}
+
+
 def test_a_record_must_say_what_its_weights_hold(registry: Registry, tmp_path: Path) -> None:
     folder = tmp_path / "acme"
     export_tenant(registry.store, ACME, folder)
