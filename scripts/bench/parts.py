@@ -139,14 +139,14 @@ async def parts_alone(registry: Registry, rows: np.ndarray) -> dict[str, float]:
             await answered
 
     async def lease() -> None:
-        version = replica.view.resolve_now(ref)
+        version = replica.heads.resolve_now(ref)
         assert version is not None
         held = replica.cache.try_lease(version)
         assert held is not None
         held.release()
 
     await whole()
-    held = replica.cache.try_lease(await replica.view.resolve(ref, 5))
+    held = replica.cache.try_lease(await replica.heads.resolve(ref, 5))
     assert held is not None
     many = torch.from_numpy(np.repeat(rows, 4, axis=0))
     found = {

@@ -1,7 +1,7 @@
 """The comparison: same models, same S3, same client, same capacity; contenders take turns, alone on the machine.
 
 Each turn starts a contender and measures, one after the other: answers (checked), one hot tenant, 64
-images a request as raw bytes, Zipf(1.0) over 100 tenants, and the first request to models that nobody has
+images a request as raw bytes, one image a request beside clients that send 64, Zipf(1.0) over 100 tenants, and the first request to models that nobody has
 asked for. The figure of a contender is the median of its turns. The client shares the machine's cores
 with the contender, which costs the faster one more.
 """
@@ -9,6 +9,7 @@ with the contender, which costs the faster one more.
 from __future__ import annotations
 
 import argparse
+import asyncio
 import contextlib
 import io
 import itertools
@@ -31,10 +32,11 @@ import httpx
 import numpy as np
 import psutil
 import torch
+import uvloop
 from contenders import CONTENDERS, Capacity, Contender, litserve_python
 from safetensors.torch import save
 
-from flatshare.bench.load import Load, run_load
+from flatshare.bench.load import Load, run_load, send_all
 from flatshare.bench.report import summarise
 from flatshare.bench.workload import BenchRequest, zipf_shares
 from flatshare.cli.context import credentials
@@ -159,6 +161,9 @@ def one_turn(
         hot_report = run(url, itertools.cycle(singles), **timed)
         run(url, itertools.cycle(batches), duration_s=2, concurrency=arguments.concurrency)
         batch_report = run(url, itertools.cycle(batches), **timed)
+        with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+            beside = runner.run(beside_large_ones(url, contender, models, arguments.seconds))
+        reports += beside.values()
         run(url, mix, duration_s=arguments.warm_up, concurrency=arguments.concurrency)
         zipf_report = run(url, mix, **timed)
         touch_memory()
@@ -171,10 +176,29 @@ def one_turn(
         "zipf_ms_p99": zipf_report["latency_ms"]["p99"],
         "zipf_device_hits": zipf_report.get("hit_rate", {}).get("device", 0.0),
         "batch64_images_per_s": batch_report["requests_per_s"] * BATCH,
+        "beside64_rps": beside["ones"]["requests_per_s"],
+        "beside64_ms_p50": beside["ones"]["latency_ms"]["p50"],
+        "beside64_ms_p99": beside["ones"]["latency_ms"]["p99"],
+        "beside64_images_per_s": beside["large"]["requests_per_s"] * BATCH,
         **cold,
         "errors": sum(one["errors"] for one in reports),
         "wrong_answers": sum(one["wrong_answers"] for one in reports) + cold["cold_wrong"],
     }
+
+
+async def beside_large_ones(
+    url: str, contender: Contender, models: Models, seconds: float
+) -> dict[str, dict[str, Any]]:
+    """One image a request of eight tenants, one in flight each, beside two clients of another that send 64."""
+    small = [models.single(contender, tenant, index) for index in range(16) for tenant in models.tenants[1:9]]
+    large = [models.batch(contender, models.tenants[0], start) for start in range(0, 4 * BATCH, BATCH)]
+    headers = shown(url)
+    await send_all(url, iter(small), Load(requests=len(small), concurrency=8, headers=headers))  # loaded
+    ones, others = await asyncio.gather(
+        send_all(url, itertools.cycle(small), Load(duration_s=seconds, concurrency=8, headers=headers)),
+        send_all(url, itertools.cycle(large), Load(duration_s=seconds, concurrency=2, headers=headers)),
+    )
+    return {"ones": summarise(ones), "large": summarise(others)}
 
 
 def touch_memory() -> None:
@@ -370,6 +394,7 @@ def show(document: dict[str, Any]) -> None:
             "Zipf req/s#",
             "p99 ms#",
             "64 images: images/s#",
+            "ones beside 64s: p99 ms#",
             "cold ms p50#",
             "errors#",
             "wrong#",
@@ -382,6 +407,7 @@ def show(document: dict[str, Any]) -> None:
                 f"{one['zipf_rps']:.0f}",
                 f"{one['zipf_ms_p99']:.1f}",
                 f"{one['batch64_images_per_s']:.0f}",
+                f"{one['beside64_ms_p99']:.1f}",
                 f"{one['cold_ms_p50']:.1f}",
                 int(one["errors"]),
                 int(one["wrong_answers"]),

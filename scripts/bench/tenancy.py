@@ -135,7 +135,7 @@ async def in_one_process(registry: Registry, key: str, body: bytes, turns: int =
     def plane(operators: OperatorKeys | None) -> Callable[..., Awaitable[None]]:
         return create_app(
             replica.service,
-            Identities(replica.view, operators),
+            Identities(replica.heads, operators),
             replica="r",
             max_body_bytes=10**6,
             max_rows=64,

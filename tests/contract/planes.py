@@ -94,7 +94,7 @@ def data_plane(auth: bool = True) -> Iterator[Data]:
     settings = Settings(slots=4, view_ttl_s=60, host_dir="off", max_ongoing_requests=8, max_queued_requests=8)
     replica = Replica.build(settings, store, place=Place("r1"))
     app = create_app(
-        replica.service, Identities(replica.view, keys.operators if auth else None, clock=clock),
+        replica.service, Identities(replica.heads, keys.operators if auth else None, clock=clock),
         replica=replica.name, max_body_bytes=10**6, max_rows=8,
     )  # fmt: skip
     yield Data(app, keys, replica.service)

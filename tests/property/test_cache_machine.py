@@ -147,7 +147,7 @@ class CacheMachine(RuleBasedStateMachine):
         async def record_of(tenant: TenantId, number: int) -> VersionRecord:
             return version(str(tenant), number)
 
-        self.promotions = Swaps(self.cache, record_of, timeout_s=1000)
+        self.swaps = Swaps(self.cache, record_of, timeout_s=1000)
 
     def changed(self) -> None:
         self.told = {record.name for record in self.cache.resident_records()}
@@ -202,7 +202,7 @@ class CacheMachine(RuleBasedStateMachine):
     def ask_by_alias(self, tenant: str) -> None:
         """Promise 1 and 10: what serves is what the head says, or the version from before the promotion."""
         ref = ModelRef(TenantId(tenant), ModelRef.parse(tenant).selector)
-        serving = self.within(lambda: self.promotions.serving(ref))
+        serving = self.within(lambda: self.swaps.serving(ref))
         if serving is not None:
             lease = self.within(lambda: self.cache.try_lease(serving))
             assert lease is not None, "a swap must not make a request wait"
@@ -237,7 +237,7 @@ class CacheMachine(RuleBasedStateMachine):
     def promote(self, tenant: str, number: int) -> None:
         old = self.heads[tenant]
         new = self.heads[tenant] = head(tenant, number, old.revision + 1)
-        self.within(lambda: self.promotions.moved(old, new))
+        self.within(lambda: self.swaps.moved(old, new))
 
     @rule(tenant=TENANTS, number=VERSIONS)
     def pin(self, tenant: str, number: int) -> None:
@@ -333,7 +333,7 @@ class CacheMachine(RuleBasedStateMachine):
         assert len(self.loader.open) <= 2
 
     def teardown(self) -> None:
-        self.within(self.promotions.close)
+        self.within(self.swaps.close)
         for _, task in self.waiting:
             task.cancel()
         for future in list(self.loader.open.values()):

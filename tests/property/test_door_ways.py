@@ -185,7 +185,7 @@ async def test_both_ways_give_the_same_answer(monkeypatch: pytest.MonkeyPatch) -
         for door in doors:
             await door.start()
         for tenant in ("acme", "globex"):  # resident, so that both ways find them on the device
-            version = await data.service.view.resolve(ModelRef.parse(tenant), 5)
+            version = await data.service.resolver.said(ModelRef.parse(tenant), 5)
             await data.service.cache.preload(version, 5)
         # One after the other: a row's logits differ in their last digit with the rows that share its pass.
         await compare(data, doors, 20261126, seen)

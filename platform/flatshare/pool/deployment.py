@@ -66,7 +66,7 @@ class ClassifierPool:
         self._data_plane = create_app(
             self._replica.service,
             Identities(
-                TrustedHeads(self._replica.view, settings.key_trust_s),
+                TrustedHeads(self._replica.heads, settings.key_trust_s),
                 operators,
                 token_verifier(settings),
                 used=self._replica.key_use,

@@ -34,6 +34,7 @@ from flatshare.residency.loads import LOCAL_CONCURRENCY
 from flatshare.residency.model_cache import ModelCache
 from flatshare.residency.policy import POLICIES
 from flatshare.resolution.heads import TenantHeads
+from flatshare.resolution.resolver import Resolver
 from flatshare.resolution.swaps import Swaps
 from flatshare.settings import Settings
 from flatshare.weights.device import Device, device_budget, open_device
@@ -45,7 +46,7 @@ from flatshare.weights.scrubber import HostScrubber
 from flatshare.weights.threads import in_thread
 from flatshare.weights.tiers import ModelKey
 from flatshare_registry.catalog import Registry
-from flatshare_registry.errors import InvalidRef, Unavailable
+from flatshare_registry.errors import Unavailable
 from flatshare_registry.heads import decode_head
 from flatshare_registry.ids import ModelRef, TenantId
 from flatshare_registry.records import TenantHead
@@ -107,9 +108,10 @@ class Replica:
     device: Device
     registry: Registry
     host_tier: HostTier | None
-    view: TenantHeads
+    heads: TenantHeads
     cache: ModelCache
-    promotions: Swaps
+    swaps: Swaps
+    resolver: Resolver
     inference: Inference
     service: InferenceService
     key_use: KeyUse
@@ -172,10 +174,10 @@ class Replica:
         host_tier = open_host_tier(settings.host_dir, settings.host_bytes)
 
         def head_changed(old: TenantHead | None, new: TenantHead | None) -> None:
-            promotions.moved(old, new)
+            swaps.moved(old, new)
             on_change()
 
-        view = TenantHeads(
+        heads = TenantHeads(
             registry, view_threads, ttl_s=settings.view_ttl_s, on_change=head_changed, clock=clock
         )
         cache = ModelCache(
@@ -195,10 +197,11 @@ class Replica:
             room_timeout_s=settings.request_timeout_s,
             fetch_timeout_s=settings.fetch_timeout_s,
             policy=POLICIES[settings.eviction](),
-            share_of=lambda tenant: quotas.share(view.last_head(TenantId(tenant))),
+            share_of=lambda tenant: quotas.share(heads.last_head(TenantId(tenant))),
             on_change=on_change,
         )
-        promotions = Swaps(cache, view.record, timeout_s=settings.request_timeout_s, on_change=on_change)
+        swaps = Swaps(cache, heads.record, timeout_s=settings.request_timeout_s, on_change=on_change)
+        resolver = Resolver(heads, swaps)
         inference = Inference(
             device.torch_device,
             settings.torch_threads,
@@ -206,9 +209,8 @@ class Replica:
             pass_limit_s=settings.request_timeout_s,
         )
         service = InferenceService(
-            view=view,
+            resolver=resolver,
             cache=cache,
-            promotions=promotions,
             inference=inference,
             admission=FairSemaphore(settings.max_ongoing_requests, settings.max_queued_requests),
             cold=cold_places(settings.max_queued_requests),
@@ -222,9 +224,10 @@ class Replica:
             device=device,
             registry=registry,
             host_tier=host_tier,
-            view=view,
+            heads=heads,
             cache=cache,
-            promotions=promotions,
+            swaps=swaps,
+            resolver=resolver,
             inference=inference,
             service=service,
             key_use=KeyUse(store, key_threads),
@@ -278,7 +281,7 @@ class Replica:
         for task in (self._restoring, *self._reloads):
             if task is not None:
                 task.cancel()
-        self.promotions.close()
+        self.swaps.close()
         await self.cache.close(DRAIN_S)
         await asyncio.to_thread(self.inference.close)
         self.service.deadlines.close()
@@ -303,21 +306,7 @@ class Replica:
 
     def held_ids(self) -> set[str]:
         """Every ref that can be answered from a resident: versions by number, and aliases that mean them."""
-        held: set[str] = set()
-        for record in self.cache.resident_records():
-            tenant = TenantId(record.tenant)
-            held.add(record.name)
-            head = self.view.last_head(tenant)
-            if head is not None:
-                for alias, number in head.aliases.items():
-                    try:
-                        ref = ModelRef.parse(f"{tenant}:{alias}")
-                    except InvalidRef:  # one damaged head must not stop the others' ids
-                        continue
-                    serving = self.promotions.serving(ref)
-                    if (serving.version if serving is not None else number) == record.version:
-                        held.add(str(ref))
-        return held
+        return {ref for record in self.cache.resident_records() for ref in self.resolver.refs_of(record)}
 
     async def snapshot(self, advertised: set[str]) -> ReplicaSnapshot:
         """All that this replica holds and has counted.
@@ -341,7 +330,7 @@ class Replica:
             device_memory=self.device.memory(),
             host=await asyncio.to_thread(self.host_tier.usage) if self.host_tier is not None else None,
             loading=[str(key) for key in self.cache.loading],
-            swaps=self.promotions.snapshot(),
+            swaps=self.swaps.snapshot(),
             passes=self.inference.passes,
             rows=self.inference.rows,
             started_at=self._started_at,
@@ -368,9 +357,9 @@ class Replica:
         self.cache.forget_failures(parsed)
         given = decode_head(parsed, told.encode()) if told is not None else None
         if given is not None:
-            self.view.learn(given)
+            self.heads.learn(given)
         try:
-            head = await self.view.refresh(parsed)
+            head = await self.heads.refresh(parsed)
         except Unavailable:
             if given is None:
                 raise
@@ -382,7 +371,7 @@ class Replica:
             if key.tenant == parsed and (head is None or key.version not in head.versions):
                 self.cache.withdraw(key)
         # A promotion is told as done when this replica has swapped, or can't.
-        await self.promotions.settled(tenant, SWAP_WAIT_S)
+        await self.swaps.settled(tenant, SWAP_WAIT_S)
         self._on_change()
         return self.name
 
@@ -390,7 +379,7 @@ class Replica:
         """Make what a ref means resident here, and keep it if ``pin``; returns this replica's name."""
         timeout_s = self.settings.request_timeout_s
         ref = ModelRef.parse(model_ref)
-        record = await self.view.resolve(ref, timeout_s)
+        record = await self.resolver.said(ref, timeout_s)
         self.service.check_fence(ref)
         await self.cache.preload(record, timeout_s, pin=pin)
         return self.name
@@ -412,7 +401,7 @@ class Replica:
         """End, free and overwrite all of a tenant, whose tombstone stands; asked again until it is clean."""
         parsed = TenantId(tenant)
         self.service.fence(parsed, FENCE_S)
-        self.view.forget(parsed)
+        self.heads.forget(parsed)
         told = self.cache.erase(parsed)
         deadline = time.monotonic() + ERASE_WAIT_S
         clean = await self.cache.erased(parsed, ERASE_WAIT_S)
@@ -434,7 +423,7 @@ class Replica:
 
     async def _meant(self, model_ref: str) -> list[ModelKey]:
         ref = ModelRef.parse(model_ref)
-        return self.promotions.meant(ref, await self.view.resolve(ref, self.settings.request_timeout_s))
+        return await self.resolver.meant(ref, self.settings.request_timeout_s)
 
 
 def bytes_limit(settings: Settings) -> BytesLimit:

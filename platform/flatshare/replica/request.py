@@ -33,8 +33,7 @@ from flatshare.replica.ticket import Decode, MayPredict, Prediction, Rows, Ticke
 from flatshare.residency.fair_semaphore import FairSemaphore
 from flatshare.residency.lease import Lease
 from flatshare.residency.model_cache import ModelCache
-from flatshare.resolution.heads import TenantHeads
-from flatshare.resolution.swaps import Swaps
+from flatshare.resolution.resolver import Resolver
 from flatshare_registry.errors import InvalidInput, NotFound, Unavailable
 from flatshare_registry.ids import ModelRef, TenantId
 from flatshare_registry.records import TenantHead, TenantState, VersionRecord
@@ -130,8 +129,8 @@ class InferenceService:
     cold
         Places for requests that wait for the registry or for a load. They are apart, so that a
         store that is slow or down does not stop the models that are here (promise 11).
-    promotions
-        Which old version still answers for an alias that was moved.
+    resolver
+        What answers a ref here, and what a tenant is.
     quotas
         What each tenant may use.
     timeout_s
@@ -141,9 +140,8 @@ class InferenceService:
     def __init__(
         self,
         *,
-        view: TenantHeads,
+        resolver: Resolver,
         cache: ModelCache,
-        promotions: Swaps,
         inference: Runs,
         admission: FairSemaphore,
         cold: FairSemaphore,
@@ -153,9 +151,8 @@ class InferenceService:
     ) -> None:
         self._clock = clock
         self._fences: dict[TenantId, float] = {}
-        self.view = view
+        self.resolver = resolver
         self.cache = cache
-        self.promotions = promotions
         self.admission = admission
         self.cold = cold
         self.quotas = quotas
@@ -190,7 +187,7 @@ class InferenceService:
             return ticket
         try:
             async with asyncio.timeout(self._timeout_s), self.cold.hold(self._timeout_s, ref.tenant):
-                head = await self.view.head(ref.tenant)
+                head = await self.resolver.head(ref.tenant)
         except TimeoutError:
             raise Unavailable(f"the registry did not answer within {self._timeout_s:g} s") from None
         return self._ticket(ref, head, within)
@@ -199,7 +196,7 @@ class InferenceService:
         """As :meth:`enter` for a tenant that is known; None, and nothing counted, for one that is not."""
         caller.may_predict(ref)
         self.check_fence(ref)
-        head = self.view.head_now(ref.tenant)
+        head = self.resolver.head_now(ref.tenant)
         return None if head is None else self._ticket(ref, head, within)
 
     def _ticket(self, ref: ModelRef, head: TenantHead, within: Ticket | None) -> Ticket:
@@ -232,7 +229,7 @@ class InferenceService:
             What :meth:`predict` raises before a pass; ``done`` is not called.
         """
         ref = ticket.ref
-        version = self._resolve_now(ref)
+        version = self.resolver.serving_now(ref)
         if version is None or not self.admission.has_room:
             return False
         rows = decode(_installed(version))
@@ -349,18 +346,12 @@ class InferenceService:
         """The version that a ref means now; loads nothing. Raises as :meth:`predict` does."""
         return await self._resolve(ticket.ref)
 
-    def _resolve_now(self, ref: ModelRef) -> VersionRecord | None:
-        # The head moves the registry's view, which may begin a swap: look at it first.
-        version = self.view.resolve_now(ref)
-        return self.promotions.serving(ref) or version
-
     async def _resolve(self, ref: ModelRef) -> VersionRecord:
-        version = self._resolve_now(ref)
+        version = self.resolver.serving_now(ref)
         if version is not None:
             return version
         async with self.cold.hold(self._timeout_s, ref.tenant):
-            version = await self.view.resolve(ref, self._timeout_s)
-        return self.promotions.serving(ref) or version
+            return await self.resolver.serving(ref, self._timeout_s)
 
 
 def _installed(version: VersionRecord) -> Architecture:

@@ -112,17 +112,6 @@ class Swaps:
             swap.task = asyncio.create_task(self._run(key, swap), name=f"swap {key}")
         return swap.old
 
-    def meant(self, ref: ModelRef, record: VersionRecord) -> list[ModelKey]:
-        """All that a ref stands for here: the version that the head says, and the one that still answers.
-
-        Parameters
-        ----------
-        record
-            Of the version that the head says.
-        """
-        serving = self.serving(ref)
-        return [ModelKey.of(one) for one in (serving, record) if one is not None]
-
     async def settled(self, tenant: str, timeout_s: float) -> None:
         """Wait until a tenant's swaps that are under way have ended, well or badly, or the time is over."""
         tasks = [swap.task for key, swap in self._swaps.items() if key[0] == tenant and swap.task is not None]

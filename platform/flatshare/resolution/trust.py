@@ -11,7 +11,7 @@ __all__ = ["TrustedHeads"]
 
 
 class TrustedHeads:
-    """Tenants' heads for checking keys: as a replica's view has them, while they are fresh enough.
+    """Tenants' heads for checking keys: as a replica has them, while they are fresh enough.
 
     Models go on being served from older heads (promise 11): to operators, to tokens of an issuer, and to keys
     until this bound.
@@ -22,14 +22,14 @@ class TrustedHeads:
         Seconds for which a head is believed after the store last confirmed it.
     """
 
-    def __init__(self, view: TenantHeads, trust_s: float) -> None:
-        self._view = view
+    def __init__(self, heads: TenantHeads, trust_s: float) -> None:
+        self._heads = heads
         self._trust_s = trust_s
 
     def head_now(self, tenant: TenantId) -> TenantHead | None:
         """A tenant's head if it is known well enough without waiting."""
-        head = self._view.head_now(tenant)
-        return head if head is not None and self._view.unconfirmed_s(tenant) <= self._trust_s else None
+        head = self._heads.head_now(tenant)
+        return head if head is not None and self._heads.unconfirmed_s(tenant) <= self._trust_s else None
 
     async def head(self, tenant: TenantId) -> TenantHead:
         """A tenant's head.
@@ -41,7 +41,7 @@ class TrustedHeads:
         Unavailable
             It is not known, or was last confirmed too long ago, and the store does not answer.
         """
-        head = await self._view.head(tenant)
-        if self._view.unconfirmed_s(tenant) > self._trust_s:
+        head = await self._heads.head(tenant)
+        if self._heads.unconfirmed_s(tenant) > self._trust_s:
             raise Unavailable(f"the store has not confirmed the keys of {tenant} for {self._trust_s:g} s")
         return head

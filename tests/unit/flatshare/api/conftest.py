@@ -24,6 +24,7 @@ from flatshare.residency.fair_semaphore import FairSemaphore
 from flatshare.residency.ledger import Ledger
 from flatshare.residency.model_cache import ModelCache
 from flatshare.resolution.heads import TenantHeads
+from flatshare.resolution.resolver import Resolver
 from flatshare.resolution.swaps import Swaps
 from flatshare.weights.device import CpuDevice
 from flatshare.weights.device_loader import DeviceLoader
@@ -47,7 +48,7 @@ class World:
         self.registry = Registry(store, clock=self.wall_clock)
         self.modules: dict[str, nn.Module] = {}
         faulty = self.faulty = FaultyStore(store, before=self._before)
-        view = TenantHeads(Registry(faulty), threads, ttl_s=2)
+        self.heads = TenantHeads(Registry(faulty), threads, ttl_s=2)
         self.cache = ModelCache(
             ledger=Ledger(2, None),
             loader=DeviceLoader(TensorSource(faulty), CpuDevice(), threads, threads),
@@ -56,9 +57,8 @@ class World:
         self.admission = FairSemaphore(8, 8)
         self.cold = FairSemaphore(16, 0)
         self.service = InferenceService(
-            view=view,
+            resolver=Resolver(self.heads, Swaps(self.cache, self.heads.record, timeout_s=5)),
             cache=self.cache,
-            promotions=Swaps(self.cache, view.record, timeout_s=5),
             inference=self.inference,
             admission=self.admission,
             cold=self.cold,
@@ -72,7 +72,7 @@ class World:
         """The same data plane with authentication on, or off for None."""
         return create_app(
             self.service,
-            Identities(self.service.view, operators, clock=self.wall_clock),
+            Identities(self.heads, operators, clock=self.wall_clock),
             replica="r1",
             max_body_bytes=150_000,
             max_rows=8,

@@ -93,7 +93,7 @@ async def test_a_key_ends_when_it_expires_and_when_it_is_revoked(
     world.wall_clock.advance(60)
     assert (await ask(secured, short.text)).status_code == 401
     world.registry.tenancy.revoke_key(ACME, other.id)
-    await world.service.view.refresh(ACME)  # what the control plane's broadcast does
+    await world.heads.refresh(ACME)  # what the control plane's broadcast does
     assert (await ask(secured, other.text)).status_code == 401
 
 
@@ -103,7 +103,7 @@ async def test_a_stream_ends_with_its_key(world: World, secured: httpx.AsyncClie
     async def lines() -> AsyncIterator[bytes]:
         yield json.dumps(BODY).encode() + b"\n"
         world.registry.tenancy.revoke_key(ACME, made.id)
-        await world.service.view.refresh(ACME)
+        await world.heads.refresh(ACME)
         yield json.dumps(BODY).encode() + b"\n"
 
     headers = {MODEL: "acme", "authorization": f"Bearer {made.text}"}
@@ -120,7 +120,7 @@ async def test_a_suspended_tenant_is_told_so_and_served_again_after(
     reply = await ask(secured, key)
     assert (reply.status_code, reply.json()["error"]["code"]) == (403, "tenant_suspended")
     world.registry.tenancy.resume(ACME)
-    await world.service.view.refresh(ACME)
+    await world.heads.refresh(ACME)
     assert (await ask(secured, key)).status_code == 200
 
 
@@ -142,7 +142,7 @@ async def test_good_keys_are_noted_and_bad_ones_are_not(world: World) -> None:
     def used(tenant: TenantId, key: ApiKey) -> None:
         noted.append((tenant, key.id))
 
-    identities = Identities(world.service.view, OperatorKeys.of(world.operators), used=used)
+    identities = Identities(world.heads, OperatorKeys.of(world.operators), used=used)
     caller = await identities.identify({"authorization": f"bearer {made.text}"})
     assert (caller.name, caller.tenant, caller.scopes) == (
         f"key:{made.id}",
@@ -161,7 +161,7 @@ async def test_good_keys_are_noted_and_bad_ones_are_not(world: World) -> None:
 )  # fmt: skip
 async def test_who_shows_no_key_is_nobody(world: World, headers: dict[str, str]) -> None:
     with pytest.raises(Unauthenticated):
-        await Identities(world.service.view, OperatorKeys.of(world.operators)).identify(headers)
+        await Identities(world.heads, OperatorKeys.of(world.operators)).identify(headers)
 
 
 def test_a_key_of_another_role_is_refused_at_the_start() -> None:
@@ -207,7 +207,7 @@ def verifier(issuer: Issuer) -> TokenVerifier:
 async def test_a_token_of_the_issuer_is_a_key_of_its_tenant(
     world: World, issuer: Issuer, verifier: TokenVerifier
 ) -> None:
-    identities = Identities(world.service.view, OperatorKeys.of(world.operators), verifier)
+    identities = Identities(world.heads, OperatorKeys.of(world.operators), verifier)
     for token in (issuer.token(), issuer.token(issuer.ec, "ES256", "e", scope=["predict"])):
         caller = await identities.identify({"authorization": f"Bearer {token}"})
         assert (caller.tenant, caller.scopes, caller.name) == ("acme", {Scope.PREDICT}, "token:svc")

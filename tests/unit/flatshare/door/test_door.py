@@ -338,7 +338,7 @@ def encode(document: object) -> bytes:
 
 
 def under_way(world: World) -> int:
-    head = world.service.view.last_head(TenantId("acme"))
+    head = world.heads.last_head(TenantId("acme"))
     assert head is not None
     return world.service.quotas._account(head).under_way
 

@@ -21,6 +21,7 @@ from flatshare.residency.lease import Lease
 from flatshare.residency.ledger import Ledger
 from flatshare.residency.model_cache import ModelCache
 from flatshare.resolution.heads import TenantHeads
+from flatshare.resolution.resolver import Resolver
 from flatshare.resolution.swaps import Swaps
 from flatshare.weights.loader import Held, Placed, Prepared
 from flatshare.weights.tiers import Part, Tier
@@ -115,12 +116,13 @@ class Story:
         for value, tenant in enumerate((ACME, GLOBEX)):
             self.registry.create_tenant(tenant)
             self.register(tenant, value + 1)
-        self.view = TenantHeads(self.registry, threads or AtOnce(), ttl_s=60)
+        self.heads = TenantHeads(self.registry, threads or AtOnce(), ttl_s=60)
         self.cache = ModelCache(ledger=Ledger(slots, None), loader=self.loader, room_timeout_s=60)
         self.quotas = QuotaKeeper(clock=self.clock)
         self.cold = cold or FairSemaphore(8, 8)
+        self.swaps = Swaps(self.cache, self.heads.record, timeout_s=5)
         self.service = InferenceService(
-            view=self.view, cache=self.cache, promotions=Swaps(self.cache, self.view.record, timeout_s=5),
+            resolver=Resolver(self.heads, self.swaps), cache=self.cache,
             inference=self.runs, admission=FairSemaphore(8, 8), cold=self.cold, quotas=self.quotas,
             timeout_s=timeout_s, clock=self.clock,
         )  # fmt: skip
@@ -131,7 +133,7 @@ class Story:
 
     async def limit(self, tenant: TenantId = ACME, **quotas: float) -> None:
         self.registry.tenancy.set_quotas(tenant, Quotas.model_validate(quotas))
-        await self.view.refresh(tenant)
+        await self.heads.refresh(tenant)
 
     async def enter(self, ref: str = "acme", within: Ticket | None = None) -> Ticket:
         return await self.service.enter(LOCAL_OPERATOR, ModelRef.parse(ref), within=within)

@@ -24,6 +24,7 @@ from flatshare.residency.fair_semaphore import FairSemaphore
 from flatshare.residency.ledger import Ledger
 from flatshare.residency.model_cache import ModelCache
 from flatshare.resolution.heads import TenantHeads
+from flatshare.resolution.resolver import Resolver
 from flatshare.resolution.swaps import Swaps
 from flatshare.weights.device import CpuDevice
 from flatshare.weights.device_loader import PROOF_S, DeviceLoader
@@ -58,7 +59,7 @@ class World:
         self.cache = ModelCache(ledger=Ledger(4, None), loader=self.loader)
         self.inference = Inference(torch.device("cpu"))
         self.service = InferenceService(
-            view=view, cache=self.cache, promotions=Swaps(self.cache, view.record, timeout_s=5),
+            resolver=Resolver(view, Swaps(self.cache, view.record, timeout_s=5)), cache=self.cache,
             inference=self.inference, admission=FairSemaphore(8, 8), cold=FairSemaphore(8, 0), quotas=QuotaKeeper(), timeout_s=10,
         )  # fmt: skip
 

@@ -40,7 +40,7 @@ async def test_cold_loads_are_counted_and_their_rate_is_a_minutes() -> None:
     await story.limit(cold_loads_per_min=2)
     for value in (5, 6, 7):
         story.register(ACME, value)
-    await story.view.refresh(ACME)
+    await story.heads.refresh(ACME)
     for ref in ("acme@1", "acme@2"):
         await story.ask(ref)
     with pytest.raises(TooManyColdLoads, match="2 models a minute") as caught:
@@ -191,7 +191,7 @@ def test_a_load_that_takes_too_long_names_the_version() -> None:
 async def test_an_architecture_that_is_not_installed_is_the_models_failure_and_nothing_is_decoded() -> None:
     story = Story()
     story.register(ACME, 7, architecture="not-installed-here")
-    await story.view.refresh(ACME)
+    await story.heads.refresh(ACME)
     decoded: list[object] = []
 
     def decode(network: object) -> NDArray[np.float32]:
@@ -271,7 +271,7 @@ async def test_who_may_not_is_not_let_in_before_anything_is_looked_up() -> None:
     story = Story()
     with pytest.raises(NotFound, match="not yours"):
         await story.service.enter(Nobody(), ModelRef.parse("acme"))
-    assert story.view.last_head(ACME) is None
+    assert story.heads.last_head(ACME) is None
 
 
 async def test_promise_11_what_is_known_needs_none_of_the_places_of_those_who_wait_for_the_store() -> None:
@@ -290,13 +290,13 @@ async def test_promise_10_the_old_version_answers_while_the_promoted_one_loads()
     two = story.register(ACME, 22)
     story.registry.set_alias(ACME, PRODUCTION, two)
     gate = story.loader.gate(f"acme@{two}")
-    old, new = story.view.last_head(ACME), await story.view.refresh(ACME)
-    story.service.promotions.moved(old, new)
+    old, new = story.heads.last_head(ACME), await story.heads.refresh(ACME)
+    story.swaps.moved(old, new)
     await settle()
     for _ in range(3):
         answer = await story.ask()
         assert (answer.version.version, answer.tier) == (1, Tier.DEVICE)
     gate.set()
-    await story.service.promotions.settled("acme", 5)
+    await story.swaps.settled("acme", 5)
     answer = await story.ask()
     assert (answer.version.version, answer.tier) == (two, Tier.DEVICE)

@@ -53,7 +53,7 @@ class World:
         self.registry.create_tenant(ACME)
         self.publish(1)
         self.told: list[tuple[TenantHead | None, TenantHead | None]] = []
-        self.view = TenantHeads(
+        self.heads = TenantHeads(
             Registry(FaultyStore(store, before=self._before)), threads, ttl_s=TTL_S, clock=self.clock,
             on_change=lambda old, new: self.told.append((old, new)),
         )  # fmt: skip
@@ -72,7 +72,7 @@ class World:
         return done.version.version
 
     async def resolve(self, text: str = "acme") -> int:
-        return (await self.view.resolve(ModelRef.parse(text), 5)).version
+        return (await self.heads.resolve(ModelRef.parse(text), 5)).version
 
     async def reading(self) -> None:
         """Wait until a read is under way that was not before."""
@@ -82,7 +82,7 @@ class World:
 
     async def behind(self) -> None:
         """Wait for reads that nobody waits for."""
-        while tasks := [*self.view._reads.values(), *filter(None, [self.view._changes._look])]:
+        while tasks := [*self.heads._reads.values(), *filter(None, [self.heads._changes._look])]:
             await asyncio.gather(*tasks, return_exceptions=True)
 
 

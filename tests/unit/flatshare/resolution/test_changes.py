@@ -33,7 +33,7 @@ async def known(world: World) -> None:
     for tenant in OTHERS:
         world.registry.create_tenant(tenant)
     for tenant in [ACME, *OTHERS]:
-        await world.view.head(tenant)
+        await world.heads.head(tenant)
     await world.behind()
     world.reads.clear()
     world.looks.clear()
@@ -42,7 +42,7 @@ async def known(world: World) -> None:
 async def used(world: World) -> None:
     """All heads are asked for once, and what runs behind ends."""
     for tenant in [ACME, *OTHERS]:
-        world.view.head_now(tenant)
+        world.heads.head_now(tenant)
     await world.behind()
 
 
@@ -52,7 +52,7 @@ async def test_one_look_renews_all_heads(world: World) -> None:
         world.clock.advance(TTL_S * 1.1)
         await used(world)
     assert (len(world.looks), world.reads) == (8, [])
-    assert world.view.unconfirmed_s(ACME) < TTL_S
+    assert world.heads.unconfirmed_s(ACME) < TTL_S
 
 
 async def test_what_is_announced_is_read_and_nothing_else(world: World) -> None:
@@ -61,7 +61,7 @@ async def test_what_is_announced_is_read_and_nothing_else(world: World) -> None:
     world.clock.advance(TTL_S * 1.1)
     await used(world)
     assert world.reads == [layout.head_key(OTHERS[3])]
-    head = world.view.head_now(OTHERS[3])
+    head = world.heads.head_now(OTHERS[3])
     assert head is not None
     assert head.quotas.burst == 7
     world.clock.advance(TTL_S * 1.1)
@@ -86,7 +86,7 @@ async def test_a_swap_that_comes_after_its_announcement_was_seen_is_seen_too(wor
     store.put(layout.head_key(ACME), later.encode(), UpdateIf(old.meta.etag))
     world.clock.advance(TTL_S * 1.1)
     await used(world)
-    found = world.view.head_now(ACME)
+    found = world.heads.head_now(ACME)
     assert found is not None
     assert found.quotas.burst == 9
 
@@ -114,13 +114,13 @@ async def test_a_head_that_comes_between_announcement_and_swap_is_read_again(wor
     world.registry.feed.announce(late, 2)
     world.clock.advance(TTL_S * 1.1)
     await used(world)
-    assert (await world.view.head(late)).revision == 1
+    assert (await world.heads.head(late)).revision == 1
     world.registry.tenancy.set_quotas(late, Quotas(burst=3))
     for _ in range(2):
         world.clock.advance(TTL_S * 1.1)
-        world.view.head_now(late)
+        world.heads.head_now(late)
         await world.behind()
-    head = world.view.head_now(late)
+    head = world.heads.head_now(late)
     assert head is not None
     assert head.quotas.burst == 3
 
@@ -130,11 +130,11 @@ async def test_an_unknown_tenant_that_is_announced_is_asked_for_again(world: Wor
     new = TenantId("new")
     world.clock.advance(TTL_S * 0.9)
     with pytest.raises(NotFound):
-        await world.view.head(new)
+        await world.heads.head(new)
     world.registry.create_tenant(new)
     world.clock.advance(TTL_S * 0.2)  # the next look, and not the end of its own time
     await used(world)
-    assert (await world.view.head(new)).tenant == "new"
+    assert (await world.heads.head(new)).tenant == "new"
 
 
 async def test_a_feed_that_cannot_be_listed_costs_a_read_a_tenant(
@@ -142,20 +142,20 @@ async def test_a_feed_that_cannot_be_listed_costs_a_read_a_tenant(
 ) -> None:
     """A role without the right to list, say: as before there was a feed."""
     await known(world)
-    before = world.view._registry.feed._store
+    before = world.heads._registry.feed._store
 
     class Deaf(FaultyStore):
         def list(self, prefix: str, *, after: str = "") -> Iterator[object]:  # type: ignore[override]
             raise Unavailable("AccessDenied")
 
-    world.view._registry.feed._store = Deaf(before)
+    world.heads._registry.feed._store = Deaf(before)
     for _ in range(3):
         world.clock.advance(TTL_S * 2.2)
         await used(world)
         await used(world)
     assert len(world.reads) >= 3 * len(OTHERS)
     assert caplog.text.count("can't be read") == 1
-    world.view._registry.feed._store = before
+    world.heads._registry.feed._store = before
     world.clock.advance(TTL_S * 1.1)
     await used(world)
     await used(world)
@@ -173,7 +173,7 @@ async def test_after_a_gap_no_old_head_is_believed_for_the_feeds_sake(world: Wor
     world.publish(2)
     for meta in list(store.list(layout.CHANGES)):
         store.delete(meta.key)
-    world.view.head_now(OTHERS[0])  # somebody else's request follows the feed again
+    world.heads.head_now(OTHERS[0])  # somebody else's request follows the feed again
     await world.behind()
     assert key not in world.reads
     await used(world)
@@ -188,7 +188,7 @@ async def test_a_writer_whose_clock_is_far_behind_is_seen_after_a_while(world: W
     for _ in range(REREAD_TTLS + 1):
         world.clock.advance(TTL_S)
         await used(world)
-    head = world.view.head_now(ACME)
+    head = world.heads.head_now(ACME)
     assert head is not None
     assert head.quotas.burst == 5
 
@@ -196,12 +196,12 @@ async def test_a_writer_whose_clock_is_far_behind_is_seen_after_a_while(world: W
 async def test_a_look_that_is_cancelled_before_it_begins_is_made_again(world: World) -> None:
     await known(world)
     world.clock.advance(TTL_S * 1.1)
-    world.view.head_now(ACME)
-    look = world.view._changes._look
+    world.heads.head_now(ACME)
+    look = world.heads._changes._look
     assert look is not None
     look.cancel()
     await world.behind()
-    world.view.head_now(ACME)
+    world.heads.head_now(ACME)
     await world.behind()
     assert len(world.looks) == 1
 
@@ -311,7 +311,7 @@ async def test_one_look_is_under_way_at_a_time_and_nobody_waits_for_it(world: Wo
     world.gate = threading.Event()
     world.clock.advance(TTL_S * 1.1)
     for tenant in [ACME, *OTHERS] * 2:
-        assert world.view.head_now(tenant) is not None
+        assert world.heads.head_now(tenant) is not None
     world.gate.set()
     await world.behind()
     assert (len(world.looks), world.reads) == (1, [])

@@ -27,19 +27,19 @@ async def test_a_read_that_finds_no_change_after_the_tenant_was_forgotten_gives_
     world: World, ask: str
 ) -> None:
     """An erasure forgets first; a conditional read may have been on its way since before."""
-    await world.view.head(ACME)
+    await world.heads.head(ACME)
     world.clock.advance(TTL_S * STALE_AFTER_TTLS + 1)
     world.gate = threading.Event()
     calls: dict[str, Any] = {
-        "head": lambda: world.view.head(ACME), "resolve": lambda: world.view.resolve(ModelRef.parse("acme"), 5)
+        "head": lambda: world.heads.head(ACME), "resolve": lambda: world.heads.resolve(ModelRef.parse("acme"), 5)
     }  # fmt: skip
     waiting = [asyncio.create_task(calls[ask]()) for _ in range(2)]
     await world.reading()
-    world.view.forget(ACME)
+    world.heads.forget(ACME)
     world.gate.set()
     answers = await asyncio.gather(*waiting, return_exceptions=True)
     assert [type(one) for one in answers] == [NotFound, NotFound]
-    assert world.view.last_head(ACME) is None
+    assert world.heads.last_head(ACME) is None
 
 
 async def test_a_head_that_made_room_for_others_during_a_read_of_it_is_not_gone(
@@ -50,27 +50,27 @@ async def test_a_head_that_made_room_for_others_during_a_read_of_it_is_not_gone(
     with ThreadPoolExecutor(4) as threads:
         world = World(threads)
         world.registry.create_tenant(TenantId("globex"))
-        head = await world.view.head(ACME)
+        head = await world.heads.head(ACME)
         world.clock.advance(TTL_S * STALE_AFTER_TTLS + 1)
         held = world.gate = threading.Event()
-        waiting = asyncio.create_task(world.view.head(ACME))
+        waiting = asyncio.create_task(world.heads.head(ACME))
         await world.reading()
         world.gate = None
-        await world.view.head(TenantId("globex"))
-        assert world.view.last_head(ACME) is None
+        await world.heads.head(TenantId("globex"))
+        assert world.heads.last_head(ACME) is None
         held.set()
         assert await waiting == head
 
 
 async def test_forgetting_forgets_heads_and_records_and_tells_once(world: World) -> None:
-    await world.view.resolve(ModelRef.parse("acme"), 5)
+    await world.heads.resolve(ModelRef.parse("acme"), 5)
     world.told.clear()
-    world.view.forget(ACME)
-    world.view.forget(ACME)
+    world.heads.forget(ACME)
+    world.heads.forget(ACME)
     assert [(old is not None and old.tenant, new) for old, new in world.told] == [("acme", None)]
-    assert (world.view.last_head(ACME), world.view.resolve_now(ModelRef.parse("acme"))) == (None, None)
+    assert (world.heads.last_head(ACME), world.heads.resolve_now(ModelRef.parse("acme"))) == (None, None)
     before = len(world.reads)
-    await world.view.resolve(ModelRef.parse("acme"), 5)
+    await world.heads.resolve(ModelRef.parse("acme"), 5)
     assert len(world.reads) == before + 2, "neither its head nor its record was kept"
 
 
@@ -78,48 +78,48 @@ async def test_a_full_read_that_was_on_its_way_is_not_remembered_after_the_tenan
     world: World,
 ) -> None:
     world.gate = threading.Event()
-    waiting = asyncio.create_task(world.view.head(ACME))
+    waiting = asyncio.create_task(world.heads.head(ACME))
     await world.reading()
-    world.view.forget(ACME)
+    world.heads.forget(ACME)
     world.gate.set()
     await asyncio.gather(waiting, return_exceptions=True)
-    assert (world.view.last_head(ACME), world.told) == (None, [])
+    assert (world.heads.last_head(ACME), world.told) == (None, [])
 
 
 async def test_the_last_head_is_known_however_old_and_whether_the_store_is_there_or_not(world: World) -> None:
     """Caps and floors of the device hang on it."""
-    assert world.view.last_head(ACME) is None
-    head = await world.view.head(ACME)
+    assert world.heads.last_head(ACME) is None
+    head = await world.heads.head(ACME)
     world.down = True
     world.clock.advance(1e6)
-    assert world.view.last_head(ACME) is head
+    assert world.heads.last_head(ACME) is head
 
 
 async def test_junk_tenants_can_have_only_so_many_reads_under_way(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(view_module, "MAX_READS", 3)
-    await world.view.head(ACME)
+    await world.heads.head(ACME)
     world.gate = threading.Event()
-    junk = [asyncio.create_task(world.view.head(TenantId(f"junk-{number}"))) for number in range(3)]
+    junk = [asyncio.create_task(world.heads.head(TenantId(f"junk-{number}"))) for number in range(3)]
     for _ in range(5):
         await asyncio.sleep(0)
     for number in (3, 4):
         with pytest.raises(Unavailable, match="too many tenants wait"):
-            await world.view.head(TenantId(f"junk-{number}"))
-    again = asyncio.create_task(world.view.head(TenantId("junk-0")))  # to join a read is no new one
+            await world.heads.head(TenantId(f"junk-{number}"))
+    again = asyncio.create_task(world.heads.head(TenantId("junk-0")))  # to join a read is no new one
     await asyncio.sleep(0)
     assert not again.done()
     world.clock.advance(TTL_S + 0.1)
     before = len(world.reads)
-    assert world.view.head_now(ACME) is not None, "who is known goes on, and is not read behind now"
+    assert world.heads.head_now(ACME) is not None, "who is known goes on, and is not read behind now"
     await asyncio.sleep(0.02)
     assert len(world.reads) <= max(before, 1 + 3)
     world.gate.set()
     answers = await asyncio.gather(*junk, again, return_exceptions=True)
     assert [type(one) for one in answers] == [NotFound] * 4
     with pytest.raises(NotFound):
-        await world.view.head(TenantId("junk-5"))
+        await world.heads.head(TenantId("junk-5"))
 
 
 async def test_a_refresh_asks_again_what_failed_or_was_missing_a_moment_ago(world: World) -> None:
@@ -129,46 +129,46 @@ async def test_a_refresh_asks_again_what_failed_or_was_missing_a_moment_ago(worl
     world.down = True
     for tenant in (ACME, other):
         with pytest.raises(Unavailable):
-            await world.view.head(tenant)
+            await world.heads.head(tenant)
     world.down = False
     with pytest.raises(NotFound):
-        await world.view.head(new)
+        await world.heads.head(new)
     with pytest.raises(Unavailable):
-        await world.view.head(ACME)  # remembered
-    assert await world.view.refresh(ACME) is not None
-    world.view.forget(ACME)
-    await world.view.head(ACME)
+        await world.heads.head(ACME)  # remembered
+    assert await world.heads.refresh(ACME) is not None
+    world.heads.forget(ACME)
+    await world.heads.head(ACME)
     with pytest.raises(Unavailable):
-        await world.view.head(other)
+        await world.heads.head(other)
     world.registry.create_tenant(new)
-    assert await world.view.refresh(new) is not None
+    assert await world.heads.refresh(new) is not None
     world.clock.advance(FAILED_S + 0.01)
-    await world.view.head(other)
+    await world.heads.head(other)
 
 
 async def test_a_refresh_asks_again_for_a_record_that_failed(world: World) -> None:
-    await world.view.head(ACME)
+    await world.heads.head(ACME)
     world.down = True
     ref = ModelRef.parse("acme")
     with pytest.raises(Unavailable):
-        await world.view.resolve(ref, 5)
+        await world.heads.resolve(ref, 5)
     world.down = False
     with pytest.raises(Unavailable):
-        await world.view.resolve(ref, 5)  # remembered
-    await world.view.refresh(ACME)
-    assert (await world.view.resolve(ref, 5)).version == 1
+        await world.heads.resolve(ref, 5)  # remembered
+    await world.heads.refresh(ACME)
+    assert (await world.heads.resolve(ref, 5)).version == 1
 
 
 async def test_a_refresh_of_a_tenant_whose_record_can_not_be_read_still_tells_its_head(world: World) -> None:
-    before = world.view._registry.record
+    before = world.heads._registry.record
 
     def unreadable(head: TenantHead, number: int) -> Any:
         raise Unavailable("the record is elsewhere")
 
-    world.view._registry.record = unreadable  # type: ignore[method-assign]  # only heads are read
-    head = await world.view.refresh(ACME)
+    world.heads._registry.record = unreadable  # type: ignore[method-assign]  # only heads are read
+    head = await world.heads.refresh(ACME)
     assert head is not None and head.aliases == {str(PRODUCTION): 1}
-    world.view._registry.record = before  # type: ignore[method-assign]
+    world.heads._registry.record = before  # type: ignore[method-assign]
 
 
 async def test_reads_that_nobody_waits_for_and_that_fail_are_no_forgotten_errors(
@@ -179,16 +179,16 @@ async def test_reads_that_nobody_waits_for_and_that_fail_are_no_forgotten_errors
 
     reported: list[dict[str, Any]] = []
     asyncio.get_running_loop().set_exception_handler(lambda loop, context: reported.append(context))
-    await world.view.resolve(ModelRef.parse("acme"), 5)
+    await world.heads.resolve(ModelRef.parse("acme"), 5)
     world.clock.advance(TTL_S + 0.1)
     world.down = True
     before = len(world.reads)
     for _ in range(2):  # a look at the change feed, and where that fails a read of the head
-        assert world.view.head_now(ACME) is not None
+        assert world.heads.head_now(ACME) is not None
         await world.behind()
     assert (len(world.looks), len(world.reads)) == (2, before + 1)
     world.clock.advance(FAILED_S / 2)
-    assert world.view.head_now(ACME) is not None
+    assert world.heads.head_now(ACME) is not None
     await world.behind()
     assert (len(world.looks), len(world.reads)) == (2, before + 1), (
         "what failed a moment ago is not tried again"
@@ -199,35 +199,35 @@ async def test_reads_that_nobody_waits_for_and_that_fail_are_no_forgotten_errors
 
 
 async def test_whose_key_is_good_is_believed_for_a_shorter_time_than_what_a_ref_means(world: World) -> None:
-    await world.view.resolve(ModelRef.parse("acme"), 5)
+    await world.heads.resolve(ModelRef.parse("acme"), 5)
     world.down = True
     world.clock.advance(TTL_S * KEYS_AFTER_TTLS)
-    assert world.view.head_now(ACME) is not None
+    assert world.heads.head_now(ACME) is not None
     world.clock.advance(0.1)
-    assert world.view.head_now(ACME) is None
-    assert world.view.resolve_now(ModelRef.parse("acme")) is not None
+    assert world.heads.head_now(ACME) is None
+    assert world.heads.resolve_now(ModelRef.parse("acme")) is not None
     world.clock.advance(TTL_S * (STALE_AFTER_TTLS - KEYS_AFTER_TTLS))
-    assert world.view.resolve_now(ModelRef.parse("acme")) is None
+    assert world.heads.resolve_now(ModelRef.parse("acme")) is None
 
 
 async def test_a_record_by_number_is_read_once_and_an_unknown_number_is_not_found(world: World) -> None:
-    assert (await world.view.record(ACME, 1)).name == "acme@1"
+    assert (await world.heads.record(ACME, 1)).name == "acme@1"
     before = len(world.reads)
-    assert (await world.view.record(ACME, 1)).name == "acme@1"
+    assert (await world.heads.record(ACME, 1)).name == "acme@1"
     with pytest.raises(NotFound, match="acme has no version 2"):
-        await world.view.record(ACME, 2)
+        await world.heads.record(ACME, 2)
     assert len(world.reads) == before
 
 
 async def test_an_older_answer_that_comes_home_last_does_not_undo_a_newer_one(world: World) -> None:
-    head = await world.view.head(ACME)
+    head = await world.heads.head(ACME)
     world.registry.register(ACME, tiny_weights(2), "tiny", TINY_SPECS, alias=PRODUCTION)
-    newer = await world.view.refresh(ACME)
+    newer = await world.heads.refresh(ACME)
     assert newer is not None and newer.revision > head.revision
-    world.view._registry.head_unless = lambda tenant, etag: (head, "an older etag")  # type: ignore[method-assign]
+    world.heads._registry.head_unless = lambda tenant, etag: (head, "an older etag")  # type: ignore[method-assign]
     world.clock.advance(TTL_S * STALE_AFTER_TTLS + 1)
-    assert (await world.view.head(ACME)).revision == newer.revision
-    assert world.view.last_head(ACME) is newer
+    assert (await world.heads.head(ACME)).revision == newer.revision
+    assert world.heads.last_head(ACME) is newer
 
 
 async def test_a_read_that_was_true_before_a_refresh_does_not_bring_a_deleted_tenant_back() -> None:
@@ -256,31 +256,31 @@ async def test_a_read_that_was_true_before_a_refresh_does_not_bring_a_deleted_te
 
 
 async def test_that_there_is_no_such_alias_is_believed_for_its_time_and_then_looked_up(world: World) -> None:
-    await world.view.head(ACME)
+    await world.heads.head(ACME)
     canary = ModelRef.parse("acme:canary")
     before = len(world.reads)
     world.clock.advance(RECHECK_S)
     for _ in range(3):
         with pytest.raises(NotFound, match="no alias canary"):
-            world.view.resolve_now(canary)
+            world.heads.resolve_now(canary)
         with pytest.raises(NotFound, match="no alias canary"):
-            await world.view.resolve(canary, 5)
+            await world.heads.resolve(canary, 5)
     assert len(world.reads) == before
     world.clock.advance(0.001)
-    assert world.view.resolve_now(canary) is None
+    assert world.heads.resolve_now(canary) is None
     with pytest.raises(NotFound, match="no alias canary"):
-        await world.view.resolve(canary, 5)
+        await world.heads.resolve(canary, 5)
     assert len(world.reads) == before + 1
 
 
 async def test_a_head_whose_keys_can_still_be_believed_is_not_waited_for(world: World) -> None:
-    head = await world.view.head(ACME)
+    head = await world.heads.head(ACME)
     before = len(world.reads)
     world.clock.advance(TTL_S * KEYS_AFTER_TTLS)
-    assert await world.view.head(ACME) is head
+    assert await world.heads.head(ACME) is head
     assert len(world.reads) == before
     world.clock.advance(0.01)
-    await world.view.head(ACME)
+    await world.heads.head(ACME)
     assert len(world.reads) == before + 1
 
 
@@ -289,10 +289,10 @@ async def test_to_forget_one_tenant_forgets_nothing_of_another(world: World) -> 
     world.registry.create_tenant(other)
     world.registry.register(other, tiny_weights(1), "tiny", TINY_SPECS)
     for text in ("acme", "globex"):
-        await world.view.resolve(ModelRef.parse(text), 5)
-    world.view.forget(ACME)
-    assert world.view.resolve_now(ModelRef.parse("globex")) is not None
-    assert world.view.last_head(other) is not None
+        await world.heads.resolve(ModelRef.parse(text), 5)
+    world.heads.forget(ACME)
+    assert world.heads.resolve_now(ModelRef.parse("globex")) is not None
+    assert world.heads.last_head(other) is not None
 
 
 async def test_reads_that_their_callers_left_or_that_are_cancelled_are_no_forgotten_errors(
@@ -303,17 +303,17 @@ async def test_reads_that_their_callers_left_or_that_are_cancelled_are_no_forgot
     reported: list[dict[str, Any]] = []
     loop = asyncio.get_running_loop()
     loop.set_exception_handler(lambda loop, context: reported.append(context))
-    await world.view.head(ACME)
+    await world.heads.head(ACME)
     world.gate = threading.Event()
     with pytest.raises(Unavailable, match="did not answer within"):  # the record's read goes on
-        await world.view.resolve(ModelRef.parse("acme"), 0.02)
+        await world.heads.resolve(ModelRef.parse("acme"), 0.02)
     world.down = True
     world.gate.set()
     while len(asyncio.all_tasks()) > 1:
         await asyncio.sleep(0.001)
     world.down, world.gate = False, threading.Event()
     globex = TenantId("globex")
-    for asked in (world.view.head(globex), world.view.record(ACME, 1)):
+    for asked in (world.heads.head(globex), world.heads.record(ACME, 1)):
         world.clock.advance(FAILED_S + 0.01)
         caller = asyncio.create_task(asked)
         await world.reading()

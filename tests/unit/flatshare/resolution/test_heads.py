@@ -23,7 +23,7 @@ async def test_a_fresh_answer_costs_no_request(world: World) -> None:
     assert await world.resolve() == 1
     reads = len(world.reads)
     for _ in range(100):
-        record = world.view.resolve_now(REF)
+        record = world.heads.resolve_now(REF)
         assert record is not None
         assert record.version == 1
     assert len(world.reads) == reads == 2  # the head and the version record, once
@@ -58,18 +58,18 @@ async def test_an_unchanged_head_is_one_conditional_request(world: World) -> Non
 async def test_a_refresh_sees_a_promotion_at_once(world: World) -> None:
     await world.resolve()
     world.publish(2)
-    head = await world.view.refresh(ACME)
+    head = await world.heads.refresh(ACME)
     assert head is not None
     assert await world.resolve() == 2
 
 
 async def test_a_refresh_does_not_join_a_read_that_began_before_it(world: World) -> None:
     world.gate = threading.Event()
-    early = asyncio.create_task(world.view.resolve(REF, 5))
+    early = asyncio.create_task(world.heads.resolve(REF, 5))
     while not world.reads:
         await asyncio.sleep(0)
     world.publish(2)  # lands while the early read is under way
-    refreshing = asyncio.create_task(world.view.refresh(ACME))
+    refreshing = asyncio.create_task(world.heads.refresh(ACME))
     await asyncio.sleep(0)
     world.gate.set()
     head = await refreshing
@@ -91,7 +91,7 @@ async def test_unknown_tenants_are_remembered_for_one_ttl(world: World) -> None:
     with pytest.raises(NotFound):
         await world.resolve("acme:canary")
     world.registry.create_tenant(TenantId("nobody"))
-    await world.view.refresh(TenantId("nobody"))
+    await world.heads.refresh(TenantId("nobody"))
     with pytest.raises(NotFound, match="no alias"):
         await world.resolve("nobody")
 
@@ -135,7 +135,7 @@ async def test_promise_11_a_known_tenant_does_not_wait_for_a_store_that_hangs(
     world.gate = threading.Event()
     world.clock.advance(1000)
     assert await asyncio.wait_for(world.resolve(), 30) == 1
-    assert world.view.resolve_now(REF) is not None, "and the next request does not wait at all"
+    assert world.heads.resolve_now(REF) is not None, "and the next request does not wait at all"
     world.gate.set()
 
 
@@ -163,7 +163,7 @@ async def test_promise_7_a_store_that_is_down_is_not_asked_at_every_request(worl
 async def test_a_store_that_hangs_is_unavailable_in_time(world: World) -> None:
     world.gate = threading.Event()
     with pytest.raises(Unavailable, match=r"within 0\.05 s"):
-        await world.view.resolve(REF, 0.05)
+        await world.heads.resolve(REF, 0.05)
     world.gate.set()
 
 
@@ -175,7 +175,7 @@ async def test_a_deleted_tenant_is_gone_after_its_ttl(world: World) -> None:
     await world.behind()
     with pytest.raises(NotFound):
         await world.resolve()
-    assert world.view.head_now(ACME) is None
+    assert world.heads.head_now(ACME) is None
 
 
 async def test_many_callers_share_one_read(world: World) -> None:
@@ -198,42 +198,42 @@ async def test_a_told_revocation_counts_without_the_store(world: World) -> None:
     """Who can't read the store believes the control plane, and refuses a key that it has just taken away."""
     world.publish(1)
     key = world.registry.tenancy.create_key(ACME)
-    await world.view.resolve(REF, 5)
+    await world.heads.resolve(REF, 5)
     world.down = True
     world.registry.tenancy.revoke_key(ACME, key.id)
-    world.view.learn(world.registry.head(ACME))
-    known = world.view.head_now(ACME)
+    world.heads.learn(world.registry.head(ACME))
+    known = world.heads.head_now(ACME)
     assert known is not None
     assert key.id not in known.keys
     with pytest.raises(Unavailable):
-        await world.view.refresh(ACME)
-    assert world.view.head_now(ACME) == known, "a failed read does not bring the old one back"
+        await world.heads.refresh(ACME)
+    assert world.heads.head_now(ACME) == known, "a failed read does not bring the old one back"
 
 
 async def test_what_is_told_late_does_not_undo_what_is_known(world: World) -> None:
     world.publish(1)
     old = world.registry.head(ACME)
     two = world.publish(2)
-    await world.view.resolve(REF, 5)
-    world.view.learn(old)
-    assert (await world.view.resolve(REF, 5)).version == two
+    await world.heads.resolve(REF, 5)
+    world.heads.learn(old)
+    assert (await world.heads.resolve(REF, 5)).version == two
 
 
 async def test_a_told_end_is_the_end(world: World) -> None:
     world.publish(1)
-    await world.view.resolve(REF, 5)
+    await world.heads.resolve(REF, 5)
     world.down = True
     world.registry.delete_tenant(ACME)
     told = len(world.told)
-    world.view.learn(world.registry._heads.read_any(ACME))
-    assert world.view.head_now(ACME) is None
+    world.heads.learn(world.registry._heads.read_any(ACME))
+    assert world.heads.head_now(ACME) is None
     assert len(world.told) == told + 1
 
 
 async def test_keys_are_believed_for_a_bounded_time_models_are_served_without_one(world: World) -> None:
     world.publish(1)
-    trusted = TrustedHeads(world.view, trust_s=100)
-    await world.view.resolve(REF, 5)
+    trusted = TrustedHeads(world.heads, trust_s=100)
+    await world.heads.resolve(REF, 5)
     world.down = True
     world.clock.advance(99)
     assert (await trusted.head(ACME)).tenant == "acme"
@@ -241,7 +241,7 @@ async def test_keys_are_believed_for_a_bounded_time_models_are_served_without_on
     assert trusted.head_now(ACME) is None
     with pytest.raises(Unavailable, match="has not confirmed the keys of acme"):
         await trusted.head(ACME)
-    assert (await world.view.resolve(REF, 5)).version == 1
+    assert (await world.heads.resolve(REF, 5)).version == 1
     world.down = False
     world.clock.advance(20)  # the failure is forgotten
     assert (await trusted.head(ACME)).tenant == "acme"
@@ -250,11 +250,11 @@ async def test_keys_are_believed_for_a_bounded_time_models_are_served_without_on
 
 async def test_a_record_that_was_being_read_when_its_tenant_was_erased_is_not_kept(world: World) -> None:
     world.publish(1)
-    await world.view.head(ACME)
+    await world.heads.head(ACME)
     world.gate = threading.Event()
-    reading = asyncio.create_task(world.view.record(ACME, 1))
+    reading = asyncio.create_task(world.heads.record(ACME, 1))
     await asyncio.sleep(0)
-    world.view.forget(ACME)
+    world.heads.forget(ACME)
     world.gate.set()
     await reading
-    assert not world.view._records
+    assert not world.heads._records

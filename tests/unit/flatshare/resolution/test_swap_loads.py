@@ -38,9 +38,7 @@ class World:
         self.clock = ManualClock()
         self.changes = 0
         self.reading: dict[int, asyncio.Event] = {}
-        self.promotions = Swaps(
-            self.cache, self._record, timeout_s=5, on_change=self._changed, clock=self.clock
-        )
+        self.swaps = Swaps(self.cache, self._record, timeout_s=5, on_change=self._changed, clock=self.clock)
 
     async def _record(self, tenant: TenantId, number: int) -> VersionRecord:
         if number in self.reading:
@@ -53,7 +51,7 @@ class World:
     def see(self, tenant: TenantId = ACME) -> None:
         """The replica reads the tenant's head anew."""
         old, self.heads[tenant] = self.heads[tenant], self.registry.head(tenant)
-        self.promotions.moved(old, self.heads[tenant])
+        self.swaps.moved(old, self.heads[tenant])
 
     def promote(self, number: int, tenant: TenantId = ACME, alias: AliasName = PRODUCTION) -> None:
         self.registry.set_alias(tenant, alias, number)
@@ -64,14 +62,12 @@ class World:
 
     def serving(self, ref: str = "acme") -> int | None:
         """The old version that still answers for a ref; None where it is what the head says."""
-        record = self.promotions.serving(ModelRef.parse(ref))
+        record = self.swaps.serving(ModelRef.parse(ref))
         return record.version if record is not None else None
 
     @property
     def under_way(self) -> list[tuple[str, str, int, int]]:
-        return [
-            (one.tenant, one.alias, one.from_version, one.to_version) for one in self.promotions.snapshot()
-        ]
+        return [(one.tenant, one.alias, one.from_version, one.to_version) for one in self.swaps.snapshot()]
 
 
 @pytest.fixture
@@ -79,7 +75,7 @@ async def swaps() -> AsyncIterator[World]:
     swaps = World()
     await use(swaps.cache, version("acme"), version("globex"))
     yield swaps
-    swaps.promotions.close()
+    swaps.swaps.close()
 
 
 @pytest.mark.parametrize("change", ["a key", "quotas", "another alias", "a new version"])
@@ -103,7 +99,7 @@ async def test_any_other_change_of_the_tenant_leaves_a_swap_alone(swaps: World, 
     assert swaps.serving() == 1, "requests go on on the old one, rather than wait for a cold load"
     assert swaps.loader.prepared.count("acme@2") == 1, "its load was not begun anew"
     gate.set()
-    await swaps.promotions.settled("acme", 5)
+    await swaps.swaps.settled("acme", 5)
     assert (swaps.serving(), swaps.under_way, swaps.cache.stats.swaps) == (None, [], 1)
     assert swaps.changes == told + 1, "now it means the new one"
     assert "acme@2" in resident(swaps.cache)
@@ -130,7 +126,7 @@ async def test_a_second_promotion_redirects_the_swap_and_what_it_gave_up_is_not_
     await settle()
     assert "acme@2" not in swaps.loader.prepared
     gate.set()
-    await swaps.promotions.settled("acme", 5)
+    await swaps.swaps.settled("acme", 5)
     assert (swaps.serving(), swaps.under_way, swaps.cache.stats.swaps) == (None, [], 1)
     assert resident(swaps.cache) == {"acme@1", "acme@3", "globex@1"}
 
@@ -145,7 +141,7 @@ async def test_the_first_of_two_promotions_may_end_its_load_and_changes_nothing(
     await settle()
     assert (swaps.serving(), swaps.under_way) == (1, [("acme", "production", 1, 3)])
     second.set()
-    await swaps.promotions.settled("acme", 5)
+    await swaps.swaps.settled("acme", 5)
     assert (swaps.serving(), swaps.cache.stats.swaps) == (None, 1)
 
 
@@ -164,15 +160,15 @@ async def test_a_tenant_that_is_gone_has_no_swap_and_no_old_version_that_answers
         swaps.gate(f"{tenant}@2")
         swaps.promote(2, tenant)
     await settle()
-    swaps.promotions.moved(swaps.heads[ACME], None)
+    swaps.swaps.moved(swaps.heads[ACME], None)
     assert swaps.under_way == [("globex", "production", 1, 2)]
     assert (swaps.serving("acme"), swaps.serving("globex")) == (None, 1)
 
 
 async def test_a_tenant_that_was_never_seen_and_one_that_came_begin_nothing(swaps: World) -> None:
-    swaps.promotions.moved(None, None)
+    swaps.swaps.moved(None, None)
     swaps.registry.set_alias(ACME, PRODUCTION, 2)
-    swaps.promotions.moved(None, swaps.registry.head(ACME))
+    swaps.swaps.moved(None, swaps.registry.head(ACME))
     assert swaps.under_way == []
 
 
@@ -206,14 +202,14 @@ async def test_settled_waits_for_the_tenants_own_swaps_and_only_so_long(swaps: W
     swaps.promote(2)
     swaps.promote(2, GLOBEX)
     await settle()
-    await asyncio.wait_for(swaps.promotions.settled("initech", 60), 1)
-    waiting = asyncio.create_task(swaps.promotions.settled("acme", 60))
+    await asyncio.wait_for(swaps.swaps.settled("initech", 60), 1)
+    waiting = asyncio.create_task(swaps.swaps.settled("acme", 60))
     await settle()
     assert not waiting.done()
     gates[0].set()
     await asyncio.wait_for(waiting, 1)
     assert swaps.under_way == [("globex", "production", 1, 2)], "another tenant's was not waited for"
-    await asyncio.wait_for(swaps.promotions.settled("globex", 0.01), 1)
+    await asyncio.wait_for(swaps.swaps.settled("globex", 0.01), 1)
     assert swaps.serving("globex") == 1
 
 
@@ -222,10 +218,10 @@ async def test_a_version_that_failed_to_load_is_tried_again_after_its_time_and_n
 ) -> None:
     swaps.loader.prepare_errors["acme@2"] = Unavailable("down")
     swaps.promote(2)
-    await swaps.promotions.settled("acme", 5)
-    (info,) = swaps.promotions.snapshot()
+    await swaps.swaps.settled("acme", 5)
+    (info,) = swaps.swaps.snapshot()
     assert info.error == "Unavailable: down"
-    await asyncio.wait_for(swaps.promotions.settled("acme", 60), 1)
+    await asyncio.wait_for(swaps.swaps.settled("acme", 60), 1)
     swaps.cache.forget_failures("acme")
     for _ in range(3):
         assert swaps.serving() == 1
@@ -234,7 +230,7 @@ async def test_a_version_that_failed_to_load_is_tried_again_after_its_time_and_n
     del swaps.loader.prepare_errors["acme@2"]
     swaps.clock.advance(RETRY_S)
     assert swaps.serving() == 1
-    await swaps.promotions.settled("acme", 5)
+    await swaps.swaps.settled("acme", 5)
     assert (swaps.serving(), swaps.under_way) == (None, [])
 
 
@@ -274,15 +270,15 @@ async def test_after_a_swap_the_old_version_is_evicted_like_any_other() -> None:
     swaps = World(slots=3)
     await use(swaps.cache, version("acme"))
     swaps.promote(2)
-    await swaps.promotions.settled("acme", 5)
+    await swaps.swaps.settled("acme", 5)
     await use(swaps.cache, version("b"), version("c"))
     assert resident(swaps.cache) == {"acme@2", "b@1", "c@1"}, "the old one was the longest unused"
-    swaps.promotions.close()
+    swaps.swaps.close()
 
 
 async def test_a_swap_pins_nothing_that_was_not_pinned(swaps: World) -> None:
     swaps.promote(2)
-    await swaps.promotions.settled("acme", 5)
+    await swaps.swaps.settled("acme", 5)
     await settle()
     assert swaps.cache.is_resident(ModelKey("acme", 2))
     assert not [info for info in swaps.cache.snapshot() if info.pinned]
@@ -305,6 +301,6 @@ async def test_closing_ends_all_swaps(swaps: World) -> None:
     for tenant in (ACME, GLOBEX):
         swaps.gate(f"{tenant}@2")
         swaps.promote(2, tenant)
-    swaps.promotions.close()
+    swaps.swaps.close()
     await settle()
     assert (swaps.under_way, swaps.serving(), swaps.serving("globex")) == ([], None, None)

@@ -19,6 +19,7 @@ from flatshare.residency.fair_semaphore import FairSemaphore
 from flatshare.residency.ledger import Ledger
 from flatshare.residency.model_cache import ModelCache
 from flatshare.resolution.heads import TenantHeads
+from flatshare.resolution.resolver import Resolver
 from flatshare.resolution.swaps import RETRY_S, Swaps
 from flatshare.weights.device import CpuDevice
 from flatshare.weights.device_loader import DeviceLoader
@@ -47,17 +48,18 @@ class World:
         self.clock = ManualClock()
         self.down = False
         faulty = FaultyStore(self.store, before=self._before)
-        self.view = TenantHeads(
-            Registry(faulty), threads, ttl_s=2, on_change=lambda old, new: self.promotions.moved(old, new)
+        self.heads = TenantHeads(
+            Registry(faulty), threads, ttl_s=2, on_change=lambda old, new: self.swaps.moved(old, new)
         )
         self.cache = ModelCache(
             ledger=Ledger(slots, None),
             loader=DeviceLoader(TensorSource(faulty), CpuDevice(), threads, threads),
         )
-        self.promotions = Swaps(self.cache, self.view.record, timeout_s=5, clock=self.clock)
+        self.swaps = Swaps(self.cache, self.heads.record, timeout_s=5, clock=self.clock)
         self.inference = Inference(torch.device("cpu"))
+        self.resolver = Resolver(self.heads, self.swaps)
         self.service = InferenceService(
-            view=self.view, cache=self.cache, promotions=self.promotions, inference=self.inference,
+            resolver=self.resolver, cache=self.cache, inference=self.inference,
             admission=FairSemaphore(8, 8), cold=FairSemaphore(8, 0), quotas=QuotaKeeper(), timeout_s=5,
         )  # fmt: skip
 
@@ -72,7 +74,7 @@ class World:
 
     async def promote(self, number: int, alias: AliasName = PRODUCTION) -> None:
         await asyncio.to_thread(self.registry.set_alias, ACME, alias, number)
-        await self.view.refresh(ACME)
+        await self.heads.refresh(ACME)
 
     async def ask(self, ref: str = "acme") -> Prediction:
         with await self.service.enter(LOCAL_OPERATOR, ModelRef.parse(ref)) as ticket:
@@ -87,7 +89,7 @@ async def world(request: pytest.FixtureRequest):  # type: ignore[no-untyped-def]
     with ThreadPoolExecutor(4) as threads:
         world = World(threads, getattr(request, "param", 4))
         yield world
-        world.promotions.close()
+        world.swaps.close()
         world.inference.close()
 
 
@@ -110,22 +112,22 @@ async def test_promise_10_no_request_fails_or_waits_for_the_swap(world: World) -
     for _ in range(20):
         prediction = await asyncio.wait_for(world.ask(), 30)
         assert (prediction.version.version, prediction.tier.value) == (1, "device")
-    assert [(swap.from_version, swap.to_version, swap.error) for swap in world.promotions.snapshot()] == [
+    assert [(swap.from_version, swap.to_version, swap.error) for swap in world.swaps.snapshot()] == [
         (1, 2, "")
     ]
     go_on.set()
-    await world.promotions.settled("acme", 5)
+    await world.swaps.settled("acme", 5)
     prediction = await world.ask()
     assert (prediction.version.version, prediction.tier.value) == (2, "device")
     assert world.cache.stats.swaps == 1
-    assert world.promotions.snapshot() == []
+    assert world.swaps.snapshot() == []
 
 
 async def test_promise_10_rollback_is_instant_while_the_old_one_is_here(world: World) -> None:
     world.register(1)
     await world.serves()
     await world.promote(world.register(2))
-    await world.promotions.settled("acme", 5)
+    await world.swaps.settled("acme", 5)
     assert await world.serves() == 2
     loads = world.cache.stats.loads
     await world.promote(1)
@@ -142,16 +144,16 @@ async def test_a_version_that_can_not_be_loaded_does_not_take_the_old_one_down(w
     good = world.store.get(layout.blob_key(record.digest)).data
     world.store.put(layout.blob_key(record.digest), bytes(len(good)), Overwrite())
     await world.promote(two)
-    await world.promotions.settled("acme", 5)
+    await world.swaps.settled("acme", 5)
     assert await world.serves() == 1
-    (swap,) = world.promotions.snapshot()
+    (swap,) = world.swaps.snapshot()
     assert "Corrupt" in swap.error
     # Mended, it is tried again when requests come.
     world.store.put(layout.blob_key(record.digest), good, Overwrite())
     world.cache.forget_failures("acme")
     world.clock.advance(RETRY_S + 1)
     assert await world.serves() == 1
-    await world.promotions.settled("acme", 5)
+    await world.swaps.settled("acme", 5)
     assert await world.serves() == 2
 
 
@@ -162,12 +164,12 @@ async def test_a_second_promotion_while_the_first_is_under_way_wins(world: World
     world.down = True
     await world.promote(two)
     assert await world.serves() == 1
-    assert [(swap.from_version, swap.to_version) for swap in world.promotions.snapshot()] == [(1, two)]
+    assert [(swap.from_version, swap.to_version) for swap in world.swaps.snapshot()] == [(1, two)]
     world.down = False
     await world.promote(three)
-    assert [swap.to_version for swap in world.promotions.snapshot()] in ([three], []), "redirected, or done"
+    assert [swap.to_version for swap in world.swaps.snapshot()] in ([three], []), "redirected, or done"
     assert await world.serves() in (1, three), "never the one that was given up"
-    await world.promotions.settled("acme", 5)
+    await world.swaps.settled("acme", 5)
     assert await world.serves() == 3
     await world.promote(two)
     await world.promote(three)  # back before it was done: nothing to swap
@@ -191,10 +193,10 @@ async def test_a_deleted_old_version_is_not_served_on(world: World) -> None:
     two = world.register(2)
     world.down = True
     await world.promote(two)
-    await world.promotions.settled("acme", 5)
+    await world.swaps.settled("acme", 5)
     assert await world.serves() == 1
     world.registry.delete_version(ACME, 1)
-    await world.view.refresh(ACME)
+    await world.heads.refresh(ACME)
     with pytest.raises(Unavailable):
         await world.ask()
 
@@ -204,7 +206,7 @@ async def test_with_a_single_slot_the_old_one_goes_at_the_last_moment(world: Wor
     world.register(1)
     await world.serves()
     await world.promote(world.register(2))
-    await world.promotions.settled("acme", 5)
+    await world.swaps.settled("acme", 5)
     assert await world.serves() == 2
     assert [info.version for info in world.cache.snapshot()] == [2]
 
@@ -221,7 +223,7 @@ async def test_the_old_one_is_evicted_after_all_others_while_its_successor_loads
             world.registry.register(TenantId(tenant), weights, NETWORK.name, NETWORK.tensors)
             await world.serves(tenant)
         two = world.register(2)
-        await world.view.refresh(ACME)
+        await world.heads.refresh(ACME)
         assert await world.serves(f"acme@{two}") == two
         assert world.cache.is_resident(ModelKey("acme", 1))
     assert not world.cache.is_resident(ModelKey("b", 1))
@@ -229,10 +231,10 @@ async def test_the_old_one_is_evicted_after_all_others_while_its_successor_loads
 
 async def test_a_pin_moves_to_the_promoted_version(world: World) -> None:
     world.register(1)
-    await world.cache.preload(await world.view.resolve(ModelRef.parse("acme"), 5), 5, pin=True)
+    await world.cache.preload(await world.heads.resolve(ModelRef.parse("acme"), 5), 5, pin=True)
     two = world.register(2)
     await world.promote(two)
-    await world.promotions.settled("acme", 5)
+    await world.swaps.settled("acme", 5)
     assert not world.cache.is_pinned(ModelKey("acme", 1))
     assert world.cache.is_pinned(ModelKey("acme", two))
 
@@ -241,9 +243,9 @@ async def test_a_pin_stays_where_another_alias_still_needs_it(world: World) -> N
     world.register(1)
     canary = AliasName("canary")
     await world.promote(1, canary)
-    await world.cache.preload(await world.view.resolve(ModelRef.parse("acme"), 5), 5, pin=True)
+    await world.cache.preload(await world.heads.resolve(ModelRef.parse("acme"), 5), 5, pin=True)
     await world.promote(world.register(2), canary)
-    await world.promotions.settled("acme", 5)
+    await world.swaps.settled("acme", 5)
     assert world.cache.is_pinned(ModelKey("acme", 1)), "production still means it"
     assert world.cache.is_pinned(ModelKey("acme", 2))
 
@@ -251,9 +253,9 @@ async def test_a_pin_stays_where_another_alias_still_needs_it(world: World) -> N
 @pytest.mark.parametrize("world", [2], indirect=True)
 async def test_a_pin_that_can_not_move_stays(world: World) -> None:
     world.register(1)
-    await world.cache.preload(await world.view.resolve(ModelRef.parse("acme"), 5), 5, pin=True)
+    await world.cache.preload(await world.heads.resolve(ModelRef.parse("acme"), 5), 5, pin=True)
     await world.promote(world.register(2))
-    await world.promotions.settled("acme", 5)
+    await world.swaps.settled("acme", 5)
     assert await world.serves() == 2
     assert world.cache.is_pinned(ModelKey("acme", 1))
 
@@ -266,9 +268,9 @@ async def test_aliases_swap_apart_from_each_other(world: World) -> None:
     await world.serves("acme:canary")
     world.down = True
     await world.promote(world.register(2), canary)
-    await world.promotions.settled("acme", 5)
+    await world.swaps.settled("acme", 5)
     assert [await world.serves(), await world.serves("acme:canary")] == [1, 1]
-    assert [swap.alias for swap in world.promotions.snapshot()] == ["canary"]
+    assert [swap.alias for swap in world.swaps.snapshot()] == ["canary"]
 
 
 async def test_a_ref_means_both_versions_while_its_swap_fails(world: World) -> None:
@@ -283,10 +285,11 @@ async def test_a_ref_means_both_versions_while_its_swap_fails(world: World) -> N
 
     world.cache._loader.prepare = fails  # type: ignore[method-assign]  # the new version can't be loaded
     await world.promote(two)
-    await world.promotions.settled("acme", 5)
+    await world.swaps.settled("acme", 5)
     ref = ModelRef.parse("acme")
-    record = await world.view.resolve(ref, 5)
     assert await world.serves() == 1
-    assert world.promotions.meant(ref, record) == [ModelKey("acme", 1), ModelKey("acme", 2)]
-    assert world.promotions.meant(ModelRef.parse("acme@2"), record) == [ModelKey("acme", 2)]
+    assert await world.resolver.meant(ref, 5) == [ModelKey("acme", 1), ModelKey("acme", 2)]
+    assert await world.resolver.meant(ModelRef.parse("acme@2"), 5) == [ModelKey("acme", 2)]
+    assert (await world.resolver.said(ref, 5)).version == 2
+    assert (await world.resolver.serving(ref, 5)).version == 1
     world.cache._loader.prepare = prepare  # type: ignore[method-assign]
