@@ -30,6 +30,7 @@ from flatshare.api.local_only import check_local
 from flatshare.api.openapi import DOCS_PATHS
 from flatshare.engine.quotas import Bucket
 from flatshare.errors import Forbidden, OtherStore, ServeError, TooManyAtOnce, TooManyRequests
+from flatshare.single_flight import SingleFlight
 from flatshare_registry.errors import RegistryError
 from flatshare_registry.identity import STORE_HEADER
 from flatshare_registry.ids import TenantId
@@ -116,7 +117,8 @@ class Gate:
         self._app = app
         self._identities = identities
         self._store_id = store_id
-        self._looking: asyncio.Future[str] | None = None
+        self._own: str | None = None
+        self._looks: SingleFlight[str, str] = SingleFlight("look at")
         self._tenants: LRUCache[str, _Account] = LRUCache(10_000)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -160,10 +162,10 @@ class Gate:
             raise OtherStore("this platform serves another store than the one that the change is in")
 
     async def _own_store(self) -> str:
-        """The id of this platform's store; one look at a time, which goes on when a caller leaves."""
-        if self._looking is None or (self._looking.done() and self._looking.exception() is not None):
-            self._looking = asyncio.ensure_future(asyncio.to_thread(self._store_id))
-        return await asyncio.shield(self._looking)
+        """The id of this platform's store; one look at a time, and none after one that succeeded."""
+        if self._own is None:
+            self._own = await self._looks.join("the store's id", lambda: asyncio.to_thread(self._store_id))
+        return self._own
 
     async def _naming_the_store(self, scope: Scope, send: Send) -> Send:
         """``send`` for the document that clients look at first: its headers name the store."""

@@ -15,6 +15,7 @@ from typing import Final
 
 from cachetools import TTLCache
 
+from flatshare.single_flight import SingleFlight
 from flatshare_registry.errors import RegistryError
 from flatshare_registry.feed import ANNOUNCED_S, OVERLAP_S, Announcement, ChangeFeed
 from flatshare_registry.ids import TenantId
@@ -74,7 +75,7 @@ class Changes:
         self._failed_at = float("-inf")
         self._seen: frozenset[str] = frozenset()
         self._announced: TTLCache[TenantId, int] = TTLCache(MAX_ANNOUNCED, ANNOUNCED_S, clock)
-        self._look: asyncio.Task[None] | None = None
+        self._looks: SingleFlight[str, None] = SingleFlight("look at")
 
     @property
     def is_followed(self) -> bool:
@@ -102,15 +103,10 @@ class Changes:
     def look(self) -> None:
         """Begin a look at what is new, unless one is under way, or a moment ago one succeeded or failed."""
         now = self._clock()
-        if self._look is None and now - self._looked_at > self._ttl_s and now - self._failed_at > FAILED_S:
+        if now - self._looked_at > self._ttl_s and now - self._failed_at > FAILED_S:
             # Times of now, and not of the task's first step: a read that begins meanwhile is covered by it.
-            self._look = asyncio.create_task(self._look_once(now, self._wall()), name="change feed")
-            self._look.add_done_callback(self._look_ended)
-
-    def _look_ended(self, task: asyncio.Task[None]) -> None:
-        self._look = None
-        if not task.cancelled():
-            task.exception()  # looked at: there is none, but for a loop that ends
+            wall = self._wall()
+            self._looks.begin("changes", lambda: self._look_once(now, wall))
 
     async def _look_once(self, began: float, wall: float) -> None:
         goes_on = self._since is not None and began - self._looked_at <= GAP_S

@@ -26,6 +26,7 @@ from cachetools import LRUCache, TTLCache
 
 from flatshare.errors import copy_of
 from flatshare.resolution.changes import Changes
+from flatshare.single_flight import SingleFlight
 from flatshare_registry.catalog import Registry
 from flatshare_registry.errors import Corrupt, NotFound, Unavailable
 from flatshare_registry.heads import select
@@ -116,8 +117,8 @@ class TenantHeads:
         self._heads: LRUCache[TenantId, _Known] = LRUCache(MAX_HEADS)
         self._records: LRUCache[RecordKey, VersionRecord] = LRUCache(MAX_RECORDS)
         self._missing: TTLCache[TenantId, None] = TTLCache(MAX_MISSING, ttl_s, clock)
-        self._reads: dict[TenantId, asyncio.Task[TenantHead]] = {}
-        self._record_reads: dict[RecordKey, asyncio.Task[VersionRecord]] = {}
+        self._reads: SingleFlight[TenantId, TenantHead] = SingleFlight("head")
+        self._record_reads: SingleFlight[RecordKey, VersionRecord] = SingleFlight("record")
         self._failed: TTLCache[TenantId | RecordKey, Exception] = TTLCache(MAX_MISSING, FAILED_S, clock)
         self._epochs: LRUCache[TenantId, int] = LRUCache(MAX_HEADS)
         self._changes = Changes(
@@ -240,9 +241,9 @@ class TenantHeads:
                 self._failed.pop(key, None)
         # A read that began before this call may return what was true before it: don't join that one.
         self._epochs[tenant] = self._epochs.get(tenant, 0) + 1
-        self._reads.pop(tenant, None)
+        self._reads.forget(tenant)
         try:
-            head = await asyncio.shield(self._read(tenant))
+            head = await self._read(tenant)
         except NotFound:
             return None
         production = head.aliases.get(str(PRODUCTION))
@@ -257,7 +258,7 @@ class TenantHeads:
         """Remember nothing of a tenant that is erased: whoever asks next is told by the store."""
         gone = self._heads.pop(tenant, None)
         self._epochs[tenant] = self._epochs.get(tenant, 0) + 1
-        self._reads.pop(tenant, None)
+        self._reads.forget(tenant)
         for key in [key for key in self._records if key[0] == tenant]:
             self._records.pop(key, None)
         if gone is not None:
@@ -334,27 +335,15 @@ class TenantHeads:
             raise copy_of(error)
         if tenant not in self._reads and len(self._reads) >= MAX_READS:
             raise Unavailable("too many tenants wait for the registry's store")
-        # Shielded: a caller that goes away must not cancel a read that others wait for.
-        return await asyncio.shield(self._read(tenant))
+        return await self._read(tenant)
 
-    def _read(self, tenant: TenantId) -> asyncio.Task[TenantHead]:
-        """The one read of a tenant's head that is under way."""
-        task = self._reads.get(tenant)
-        if task is None:
-            task = self._reads[tenant] = asyncio.create_task(self._read_head(tenant), name=f"head {tenant}")
-            task.add_done_callback(lambda done: self._read_ended(tenant, done))
-        return task
+    async def _read(self, tenant: TenantId) -> TenantHead:
+        return await self._reads.join(tenant, lambda: self._read_head(tenant))
 
     def _read_behind(self, tenant: TenantId) -> None:
         """Begin a read that nobody waits for; on failure the old answer stands."""
         if len(self._reads) < MAX_READS and tenant not in self._failed:
-            self._read(tenant)
-
-    def _read_ended(self, tenant: TenantId, task: asyncio.Task[TenantHead]) -> None:
-        if self._reads.get(tenant) is task:
-            del self._reads[tenant]
-        if not task.cancelled():
-            task.exception()  # looked at, so that a failed read behind is not reported as forgotten
+            self._reads.begin(tenant, lambda: self._read_head(tenant))
 
     async def _read_head(self, tenant: TenantId) -> TenantHead:
         known = self._heads.get(tenant)
@@ -401,12 +390,8 @@ class TenantHeads:
         error = self._failed.get(key)
         if error is not None:
             raise copy_of(error)
-        task = self._record_reads.get(key)
-        if task is None:
-            epoch = self._epochs.get(tenant, 0)  # now: it may be forgotten before the task's first step
-            task = self._record_reads[key] = asyncio.create_task(self._read_record(key, head, number, epoch))
-            task.add_done_callback(lambda done: self._record_read_ended(key, done))
-        return await asyncio.shield(task)
+        epoch = self._epochs.get(tenant, 0)  # now: it may be forgotten before the read's first step
+        return await self._record_reads.join(key, lambda: self._read_record(key, head, number, epoch))
 
     async def _read_record(self, key: RecordKey, head: TenantHead, number: int, epoch: int) -> VersionRecord:
         try:
@@ -419,8 +404,3 @@ class TenantHeads:
         if self._epochs.get(key[0], 0) == epoch or key[0] in self._heads:  # else it was erased meanwhile
             self._records[key] = record
         return record
-
-    def _record_read_ended(self, key: RecordKey, task: asyncio.Task[VersionRecord]) -> None:
-        del self._record_reads[key]
-        if not task.cancelled():
-            task.exception()

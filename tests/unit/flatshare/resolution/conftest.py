@@ -82,7 +82,7 @@ class World:
 
     async def behind(self) -> None:
         """Wait for reads that nobody waits for."""
-        while tasks := [*self.heads._reads.values(), *filter(None, [self.heads._changes._look])]:
+        while tasks := [*self.heads._reads.tasks, *self.heads._changes._looks.tasks]:
             await asyncio.gather(*tasks, return_exceptions=True)
 
 

@@ -197,8 +197,7 @@ async def test_a_look_that_is_cancelled_before_it_begins_is_made_again(world: Wo
     await known(world)
     world.clock.advance(TTL_S * 1.1)
     world.heads.head_now(ACME)
-    look = world.heads._changes._look
-    assert look is not None
+    (look,) = world.heads._changes._looks.tasks
     look.cancel()
     await world.behind()
     world.heads.head_now(ACME)
@@ -296,7 +295,7 @@ async def test_every_change_is_seen_within_the_ttl_whatever_happens(seed: int) -
                 head = view.head_now(tenant)
                 if head is None:
                     head = await view.head(tenant)
-            while tasks := [*view._reads.values(), *filter(None, [view._changes._look])]:
+            while tasks := [*view._reads.tasks, *view._changes._looks.tasks]:
                 await asyncio.gather(*tasks, return_exceptions=True)
             for tenant in tenants:
                 seen = view.last_head(tenant)
