@@ -8,7 +8,7 @@ from typing import Annotated, Any, Final
 import typer
 
 from flatshare.cli.answers import Fleet, Tenant, parsed
-from flatshare.cli.context import UrlOption, call, credentials, need_serve_extra, platform_url
+from flatshare.cli.context import UrlOption, call, credentials, need_mnist, platform_url
 from flatshare.cli.output import AsJson, err, out, print_json, print_table, progress_bar
 from flatshare.errors import Forbidden, ServeError, Unauthenticated
 from flatshare_registry.errors import InvalidInput, NotFound, RegistryError
@@ -58,7 +58,7 @@ def bench(
     Hit rates are shown as the client saw them (reply headers) and as the servers counted them, where the
     key may ask. Exit code 1 when more than --max-errors failed, or not one request was answered.
     """
-    need_serve_extra()
+    need_mnist()
     from flatshare.bench.load import Load, Outcome, run_load
     from flatshare.bench.report import summarise
     from flatshare.bench.workload import digit_shots

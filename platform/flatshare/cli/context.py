@@ -39,6 +39,7 @@ __all__ = [
     "call",
     "credentials",
     "find_platform",
+    "need_mnist",
     "need_serve_extra",
     "open_registry",
     "platform_url",
@@ -99,6 +100,21 @@ def need_serve_extra() -> None:
         raise SettingsError(
             f"this command needs {', '.join(missing)}: install the serving extra, "
             "pip install 'flatshare[serve]'"
+        )
+
+
+def need_mnist() -> None:
+    """Say what is missing, if this install serves but has no MNIST.
+
+    Raises
+    ------
+    SettingsError
+        The room is not there, or serving is not installed.
+    """
+    need_serve_extra()
+    if importlib.util.find_spec("flatshare.mnist") is None:
+        raise SettingsError(
+            "this command trains and sends MNIST digits: flatshare.mnist is not installed here"
         )
 
 

@@ -11,6 +11,7 @@ from flatshare.cli.context import (
     StoreOption,
     Told,
     UrlOption,
+    need_mnist,
     need_serve_extra,
     probe_of,
     registry_for_change,
@@ -69,7 +70,7 @@ def train_base(
     as_json: AsJson = False,
 ) -> None:
     """Train the base model that tenants are fine-tuned from."""
-    need_serve_extra()
+    need_mnist()
     from flatshare.mnist import train
     from flatshare.models.architecture import architecture
 
@@ -109,7 +110,7 @@ def train_tenant(
     as_json: AsJson = False,
 ) -> None:
     """Fine-tune the base model on one customer's handwriting; prints base and own accuracy."""
-    need_serve_extra()
+    need_mnist()
     from flatshare.mnist import train
     from flatshare.mnist.handwriting import handwriting
     from flatshare.models.architecture import architecture
@@ -167,7 +168,7 @@ def train_tenant(
 @train_app.command("handwritings")
 def handwritings(as_json: AsJson = False) -> None:
     """List the handwritings that tenants can have."""
-    need_serve_extra()
+    need_mnist()
     from flatshare.mnist.handwriting import HANDWRITINGS
 
     if as_json:

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import TYPE_CHECKING, Final
 
 import numpy as np
@@ -89,34 +89,39 @@ class Architecture:
 
 
 @cache
-def _found() -> dict[str, Architecture]:
-    found: dict[str, Architecture] = {}
+def _points() -> dict[str, EntryPoint]:
+    """Where each architecture is, by name. None is loaded: a broken one must not take the others along."""
+    found: dict[str, EntryPoint] = {}
     for point in entry_points(group=GROUP):
-        loaded = point.load()
-        if not isinstance(loaded, Architecture):
-            raise InvalidInput(f"entry point {point.name} of {GROUP} is not an Architecture")
-        if loaded.name != point.name or loaded.name in found:
-            raise InvalidInput(f"entry point {point.name} of {GROUP} clashes with architecture {loaded.name}")
-        found[loaded.name] = loaded
+        if point.name in found and found[point.name].value != point.value:
+            raise InvalidInput(f"two entry points of {GROUP} are called {point.name}")
+        found[point.name] = point
     return found
 
 
 def architecture_names() -> list[str]:
     """Names of all installed architectures, sorted."""
-    return sorted(_found())
+    return sorted(_points())
 
 
+@cache
 def architecture(name: str) -> Architecture:
-    """The architecture of this name.
+    """The architecture of this name; loaded once a process.
 
     Raises
     ------
     InvalidInput
-        None of this name is installed; the message lists those that are.
+        None of this name is installed (the message lists those that are), or it can't be loaded.
     """
-    try:
-        return _found()[name]
-    except KeyError:
+    point = _points().get(name)
+    if point is None:
         raise InvalidInput(
             f"there is no architecture {name[:80]!a}; installed are {', '.join(architecture_names())}"
-        ) from None
+        )
+    try:
+        loaded = point.load()
+    except Exception as error:  # whatever an operator's own package raises
+        raise InvalidInput(f"architecture {name} can't be loaded: {type(error).__name__}: {error}") from error
+    if not isinstance(loaded, Architecture) or loaded.name != name:
+        raise InvalidInput(f"entry point {name} of {GROUP} is not an Architecture of this name")
+    return loaded
