@@ -113,9 +113,7 @@ def need_mnist() -> None:
     """
     need_serve_extra()
     if importlib.util.find_spec("flatshare.mnist") is None:
-        raise SettingsError(
-            "this command trains and sends MNIST digits: flatshare.mnist is not installed here"
-        )
+        raise SettingsError("this command needs MNIST's digits: flatshare.mnist is not installed here")
 
 
 @dataclass(frozen=True, slots=True)

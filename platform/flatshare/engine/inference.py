@@ -65,6 +65,9 @@ class Inference:
         Threads of one forward pass; 0 for what each architecture says.
     max_batch_rows
         Rows of one pass; ``max_rows`` afterwards.
+    meet
+        Whether models of one architecture that share no layer fill each other's passes too. Off: on CPU it gives
+        nothing (20 models by Zipf, 16 rows in flight: 1,434 rows/s, and 1,464 apart; medians of 7 turns).
     pass_limit_s
         Seconds after which a pass counts as one that never ends.
     """
@@ -75,9 +78,11 @@ class Inference:
         torch_threads: int = 0,
         max_batch_rows: int = MAX_BATCH_ROWS,
         *,
+        meet: bool = False,
         pass_limit_s: float = PASS_LIMIT_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
+        self._meet = meet
         self._pass_limit_s = pass_limit_s
         self._clock = clock
         self._pass_began: float | None = None  # written by the thread alone
@@ -182,7 +187,8 @@ class Inference:
         self.check_alive()
         model = lease.model
         loop = asyncio.get_running_loop()
-        job = Job(lease, rows, lease.record.tenant, len(rows), id(model), id(model.stages[0]), done)
+        kind = model.architecture if self._meet else id(model.stages[0])
+        job = Job(lease, rows, lease.record.tenant, len(rows), id(model), kind, done)
         with self._lock:
             if self._closing:
                 raise NoRoom("the replica is stopping; retry")

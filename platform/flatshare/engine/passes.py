@@ -5,8 +5,9 @@ models begin with the same stages go through these together and part where their
 plain path, each model alone, is :class:`~flatshare.models.stages.Model` itself; both give the same
 logits to 1e-5 (``tests/unit/flatshare/engine/test_passes.py``).
 
-On CUDA, models that share nothing could still run together with stacked weights (``torch.func`` or
-``bmm``), which may win for small networks. That wants a GPU to measure; its place is :func:`forward`.
+Models of one architecture that share nothing can come in one pass too (``Inference(meet=True)``), and run one
+after the other. On CUDA they could run together with stacked weights (``torch.func`` or ``bmm``), which may
+win for small networks. That wants a GPU to measure; its place is where :func:`forward` parts groups.
 """
 
 from __future__ import annotations
@@ -39,8 +40,11 @@ def forward(models: Sequence[Model], rows: Sequence[torch.Tensor]) -> list[torch
     logits: list[torch.Tensor] = [torch.empty(0)] * len(models)
     # Neighbours share the longest prefix; the sort is stable, so equal models keep their order.
     order = sorted(range(len(models)), key=lambda index: tuple(map(id, models[index].stages)))
-    inputs = rows[order[0]] if len(order) == 1 else torch.cat([rows[index] for index in order])
-    todo = [(order, inputs, 0)]
+    todo: list[tuple[list[int], torch.Tensor, int]] = []
+    for _, group in groupby(order, key=lambda index: id(models[index].stages[0])):
+        indices = list(group)  # who shares nothing with others has nothing to put together, and to part
+        parts = [rows[index] for index in indices]
+        todo.append((indices, parts[0] if len(parts) == 1 else torch.cat(parts), 0))
     # A loop, not a nested function that calls itself: that would be a cycle, and keep every model that
     # ever ran alive until the cycle collector comes by.
     while todo:

@@ -70,6 +70,8 @@ class Model:
         All that the stages hold, by part: what other models with the same tensors share.
     digest
         sha256 of the weights that it was built of: who runs it compares.
+    architecture
+        Its name: models of one have the same layers, and differ in their tensors alone.
     channels_last, threads
         As its architecture says.
     """
@@ -77,6 +79,7 @@ class Model:
     stages: tuple[Callable[[torch.Tensor], torch.Tensor], ...]
     tensors: Mapping[Any, torch.Tensor] = field(default_factory=dict)
     digest: str = ""
+    architecture: str = ""
     channels_last: bool = False
     threads: int = 1
 

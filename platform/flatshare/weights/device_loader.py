@@ -295,7 +295,9 @@ class DeviceLoader:
                 with self._sharing:
                     stage = self._stages.setdefault(key, made)
             stages.append(stage)
-        return Model(tuple(stages), shared, record.digest, network.channels_last, network.threads)
+        return Model(
+            tuple(stages), shared, record.digest, network.name, network.channels_last, network.threads
+        )
 
 
 class _Tensors(dict[Part, torch.Tensor]):

@@ -164,6 +164,29 @@ async def test_promise_1_models_are_never_mixed_in_a_pass(inference: Inference) 
         np.testing.assert_array_equal(logits, ROWS[:1].reshape(1, 4) + (100, 200)[number % 2])
 
 
+@pytest.mark.parametrize(("meet", "passes"), [(False, 3), (True, 2)])
+async def test_models_that_share_nothing_meet_in_a_pass_where_that_is_asked_for(
+    meet: bool, passes: int
+) -> None:
+    inference = Inference(torch.device("cpu"), meet=meet)
+    one, two = Counting(100), Counting(200)
+    with await leased(one, "acme") as a, await leased(two, "globex") as b:
+        first = asyncio.create_task(inference.run(a, ROWS))
+        await asyncio.to_thread(one.entered.wait, 5)
+        later = [asyncio.create_task(inference.run((a, b)[n % 2], ROWS[:1] + n)) for n in range(6)]
+        await asyncio.sleep(0)
+        one.go.set()
+        two.go.set()
+        await first
+        answers = await asyncio.gather(*later)
+    assert inference.passes == passes
+    assert (one.sizes, two.sizes) == ([2, 3], [3]), "each runs its own rows"
+    for number, logits in enumerate(answers):
+        wanted = (ROWS[:1] + number).reshape(1, 4) + (100, 200)[number % 2]
+        np.testing.assert_array_equal(logits, wanted)
+    inference.close()
+
+
 class Head(nn.Module):
     def __init__(self, mark: float) -> None:
         super().__init__()
