@@ -105,7 +105,13 @@ def any_digest(original: Any, self: Any) -> Any:
 
 
 def all_of_them(
-    original: Any, keys: Any, residents: Any, share_of: Any, tenant: Any, slots: Any, budget_bytes: Any = None
+    original: Any,
+    keys: Any,
+    residents: Any,
+    bounds_of: Any,
+    tenant: Any,
+    slots: Any,
+    budget_bytes: Any = None,
 ) -> Any:
     return list(keys)
 

@@ -66,8 +66,8 @@ class Inference:
     max_batch_rows
         Rows of one pass; ``max_rows`` afterwards.
     meet
-        Whether models of one architecture that share no layer fill each other's passes too. Off: on CPU it gives
-        nothing (20 models by Zipf, 16 rows in flight: 1,434 rows/s, and 1,464 apart; medians of 7 turns).
+        Whether models of one architecture that share no layer fill each other's passes too. Off: on CPU it
+        gives nothing (20 models by Zipf, 16 rows in flight: 1,434 rows/s, and 1,464 apart; medians of 7).
     pass_limit_s
         Seconds after which a pass counts as one that never ends.
     """

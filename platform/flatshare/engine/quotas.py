@@ -21,7 +21,7 @@ from flatshare.errors import (
     TooManyColdLoads,
     TooManyRequests,
 )
-from flatshare.residency.tenant_limits import NO_SHARE, Share
+from flatshare.residency.tenant_limits import NO_BOUNDS, TenantBounds
 from flatshare_registry.records import DEFAULT_PLAN, Quotas, TenantHead
 
 __all__ = ["Bucket", "BytesLimit", "QuotaKeeper", "UnderWay", "effective_quotas"]
@@ -89,7 +89,7 @@ class Bucket:
 class _Account:
     """What one tenant has used."""
 
-    __slots__ = ("cold", "held_bytes", "limits", "requests", "revision", "share", "under_way")
+    __slots__ = ("bounds", "cold", "held_bytes", "limits", "requests", "revision", "under_way")
 
     def __init__(self, limits: Quotas, revision: int, now: float) -> None:
         self.revision = revision
@@ -103,7 +103,7 @@ class _Account:
         rate, cold = limits.requests_per_s, limits.cold_loads_per_min
         self.requests = None if rate is None else Bucket(rate, max(limits.burst or rate, 1.0), now)
         self.cold = None if cold is None else Bucket(cold / 60, min(max(cold, 1.0), COLD_BURST), now)
-        self.share = Share(limits.resident_bytes, limits.resident_floor_bytes or 0)
+        self.bounds = TenantBounds(limits.resident_bytes, limits.resident_floor_bytes or 0)
 
 
 class QuotaKeeper:
@@ -146,9 +146,9 @@ class QuotaKeeper:
         """What holds for a tenant now: its own limits over its plan's."""
         return self._account(head).limits
 
-    def share(self, head: TenantHead | None) -> Share:
-        """A tenant's share of the device."""
-        return NO_SHARE if head is None else self._account(head).share
+    def bounds(self, head: TenantHead | None) -> TenantBounds:
+        """A tenant's cap and floor on the device."""
+        return NO_BOUNDS if head is None else self._account(head).bounds
 
     def request(self, head: TenantHead, *, counted: bool = True) -> UnderWay:
         """Begin a request; a context that ends it.

@@ -158,12 +158,12 @@ class Replica:
             for name, count in (
                 ("load", settings.load_concurrency),
                 ("load-local", LOCAL_CONCURRENCY),
-                ("load-part", settings.fetch_concurrency),
+                ("load-range", settings.fetch_concurrency),
                 ("registry", VIEW_THREADS),
                 ("key-use", 1),
             )
         ]
-        load_threads, local_threads, part_threads, view_threads, key_threads = threads
+        load_threads, local_threads, range_threads, view_threads, key_threads = threads
         quotas = QuotaKeeper(
             settings.plans,
             clock,
@@ -191,13 +191,17 @@ class Replica:
                 ),
             ),
             loader=DeviceLoader(
-                TensorSource(store, host_tier, part_threads), device, load_threads, local_threads, clock=clock
+                TensorSource(store, host_tier, range_threads),
+                device,
+                load_threads,
+                local_threads,
+                clock=clock,
             ),
             load_concurrency=settings.load_concurrency,
             room_timeout_s=settings.request_timeout_s,
             fetch_timeout_s=settings.fetch_timeout_s,
             policy=POLICIES[settings.eviction](),
-            share_of=lambda tenant: quotas.share(heads.last_head(TenantId(tenant))),
+            bounds_of=lambda tenant: quotas.bounds(heads.last_head(TenantId(tenant))),
             on_change=on_change,
         )
         swaps = Swaps(cache, heads.record, timeout_s=settings.request_timeout_s, on_change=on_change)

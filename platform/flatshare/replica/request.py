@@ -316,7 +316,7 @@ class InferenceService:
             # The thread still uses its memory: nobody may have the slot, and its bytes count.
             self.cache.quarantine(lease)
         elif isinstance(error, IsolationBroken):
-            logger.error("isolation: %s", lease.receipt, exc_info=error)
+            logger.error("isolation: %s", lease.tag, exc_info=error)
             self.cache.quarantine(lease)
 
     def _check_weights(self, lease: Lease, version: VersionRecord) -> None:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from flatshare.errors import ServeError
-from flatshare.weights.tiers import Part, Receipt, State, Tier
+from flatshare.weights.tiers import LeaseTag, Part, State, Tier
 from flatshare_registry.records import VersionRecord
 
 if TYPE_CHECKING:  # torch: the control plane counts quotas with these types, and has none
@@ -52,7 +52,7 @@ class Resident:
     model: Model | None
     parts: Mapping[Part, int]
     tier: Tier
-    receipt: Receipt
+    tag: LeaseTag
     loaded_at: float
     last_used_at: float
     hits: int = 0
@@ -81,13 +81,13 @@ class Lease:
         Where this request found it.
     """
 
-    __slots__ = ("_model_id", "_released", "_resident", "receipt", "record", "tier")
+    __slots__ = ("_model_id", "_released", "_resident", "record", "tag", "tier")
 
     def __init__(self, resident: Resident, tier: Tier, released: Callable[[Resident], None]) -> None:
         self._released = released
         self._resident: Resident | None = resident
         self.record = resident.record
-        self.receipt = resident.receipt
+        self.tag = resident.tag
         self.tier = tier
         self._model_id = id(resident.model)
 
@@ -101,7 +101,7 @@ class Lease:
     def is_intact(self, model_id: Hashable) -> bool:
         """Whether the slot holds what it held when this was granted, and what the version's record says.
 
-        The slot, its receipt, the model in it and the digest of the weights that the model was built of are
+        The slot, its tag, the model in it and the digest of the weights that the model was built of are
         four statements made in different places; here they must agree.
 
         Parameters
@@ -113,9 +113,9 @@ class Lease:
         return (
             resident is not None
             and resident.model is not None
-            and resident.receipt == self.receipt
+            and resident.tag == self.tag
             and id(resident.model) == self._model_id == model_id
-            and resident.model.digest == self.record.digest == self.receipt.digest
+            and resident.model.digest == self.record.digest == self.tag.digest
         )
 
     @property

@@ -13,7 +13,7 @@ Rules, each with a test:
   nothing can evict it in between.
 - What is taken, in slots and in bytes, never exceeds what there is (``ledger.py``).
 - Loads from the node's own files have places of their own: a store that hangs holds up none of them.
-- Places for loads go round the tenants that wait; a tenant that is over its share evicts its own models, and
+- Places for loads go round the tenants that wait; a tenant that is over its cap evicts its own models, and
   nobody evicts another below its floor (``tenant_limits.py``).
 
 All methods must be called on one event loop; nothing in here blocks it.
@@ -34,7 +34,7 @@ from flatshare.residency.loads import Loads
 from flatshare.residency.policy import EvictionPolicy, LeastRecentlyUsed
 from flatshare.residency.residency import Residency
 from flatshare.residency.stats import CacheStats
-from flatshare.residency.tenant_limits import NO_SHARE, ShareOf
+from flatshare.residency.tenant_limits import NO_BOUNDS, BoundsOf
 from flatshare.weights.loader import Loader
 from flatshare.weights.tiers import ModelKey, ResidentInfo, State, Tier
 from flatshare_registry.records import VersionRecord
@@ -59,8 +59,8 @@ class ModelCache:
         Seconds that the store may take for one version; then it counts as unavailable.
     policy
         Who is evicted first.
-    share_of
-        A tenant's share of the device.
+    bounds_of
+        A tenant's cap and floor on the device.
     on_change
         Called after the set of residents changed; must not raise.
     clock, wall_clock
@@ -76,7 +76,7 @@ class ModelCache:
         room_timeout_s: float = 30.0,
         fetch_timeout_s: float = 10.0,
         policy: EvictionPolicy | None = None,
-        share_of: ShareOf = lambda tenant: NO_SHARE,
+        bounds_of: BoundsOf = lambda tenant: NO_BOUNDS,
         on_change: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
         wall_clock: Callable[[], float] = time.time,
@@ -91,7 +91,7 @@ class ModelCache:
         self._residency = Residency(
             ledger,
             policy or LeastRecentlyUsed(),
-            share_of,
+            bounds_of,
             stats=self.stats,
             scrub=loader.scrub,
             on_change=on_change,

@@ -17,9 +17,9 @@ from flatshare.residency.ledger import Ledger
 from flatshare.residency.policy import EvictionPolicy
 from flatshare.residency.room import RoomQueue
 from flatshare.residency.stats import CacheStats
-from flatshare.residency.tenant_limits import ShareOf, own_victims, spare_floors
+from flatshare.residency.tenant_limits import BoundsOf, own_victims, spare_floors
 from flatshare.weights.loader import Placed
-from flatshare.weights.tiers import ModelKey, Part, Receipt, ResidentInfo, State, Tier
+from flatshare.weights.tiers import LeaseTag, ModelKey, Part, ResidentInfo, State, Tier
 from flatshare_registry.records import VersionRecord
 
 __all__ = ["NoRoomNow", "Residency"]
@@ -43,8 +43,8 @@ class Residency:
         Slots and bytes.
     policy
         Who goes first.
-    share_of
-        A tenant's share of the device.
+    bounds_of
+        A tenant's cap and floor on the device.
     stats
         Counted in: hits and evictions.
     scrub
@@ -68,7 +68,7 @@ class Residency:
         self,
         ledger: Ledger,
         policy: EvictionPolicy,
-        share_of: ShareOf,
+        bounds_of: BoundsOf,
         *,
         stats: CacheStats,
         scrub: Callable[[Model, Collection[Part]], int],
@@ -81,7 +81,7 @@ class Residency:
         self.residents: dict[ModelKey, Resident] = {}
         self.leaving: dict[int, Resident] = {}
         self.room = RoomQueue()
-        self._share_of = share_of
+        self._share_of = bounds_of
         self._scrub = scrub
         self._on_change = on_change
         self._wall_clock = wall_clock
@@ -119,7 +119,7 @@ class Residency:
             model=placed.model,
             parts=placed.parts,
             tier=tier,
-            receipt=Receipt(record.tenant, record.version, record.digest, self._generation),
+            tag=LeaseTag(record.tenant, record.version, record.digest, self._generation),
             probe_due=not placed.proven,
             loaded_at=now,
             last_used_at=now,
@@ -176,14 +176,14 @@ class Residency:
         Parameters
         ----------
         whole_bytes
-            What counts for the tenant's share.
+            What counts for the tenant's cap.
 
         Raises
         ------
         NoRoomNow
             What may be evicted would not do.
         ResidentOverQuota
-            The model is more than the tenant's whole share.
+            The model is more than the tenant's whole cap.
         """
         if self._share_of(tenant).cap_bytes is None and self.ledger.fits(slots, new_bytes):
             return
@@ -203,7 +203,13 @@ class Residency:
         self._on_change()
 
     def own_victims(self, tenant: str, size_bytes: int, keys: list[ModelKey]) -> list[ModelKey] | None:
-        """A tenant's own models that must go for its cap; None when these are in use. Raises as shares.py."""
+        """A tenant's own models that must go for its cap; None when these are in use.
+
+        Raises
+        ------
+        ResidentOverQuota
+            The model is more than the whole cap.
+        """
         cap = self._share_of(tenant).cap_bytes
         return own_victims(tenant, size_bytes, cap, keys, self.residents, self.leaving.values())
 
@@ -289,7 +295,7 @@ class Residency:
                 tier=one.tier,
                 state=one.state,
                 pinned=one.pinned,
-                generation=one.receipt.generation,
+                generation=one.tag.generation,
                 hits=one.hits,
                 leases=one.leases,
                 last_used_at=one.last_used_at,

@@ -10,12 +10,12 @@ from flatshare.errors import ResidentOverQuota
 from flatshare.residency.lease import Resident
 from flatshare.weights.tiers import ModelKey
 
-__all__ = ["NO_SHARE", "Share", "ShareOf", "own_victims", "spare_floors"]
+__all__ = ["NO_BOUNDS", "BoundsOf", "TenantBounds", "own_victims", "spare_floors"]
 
 
 @dataclass(frozen=True, slots=True)
-class Share:
-    """A tenant's share of a device, in bytes of its models, each counted whole.
+class TenantBounds:
+    """A tenant's cap and floor on a device, in bytes of its models, each counted whole.
 
     Attributes
     ----------
@@ -29,10 +29,10 @@ class Share:
     floor_bytes: int = 0
 
 
-NO_SHARE: Final = Share()
+NO_BOUNDS: Final = TenantBounds()
 
-ShareOf = Callable[[str], Share]
-"""A tenant's share now."""
+BoundsOf = Callable[[str], TenantBounds]
+"""A tenant's cap and floor now."""
 
 
 FLOOR_SLOTS_SHARE: Final = 4
@@ -47,7 +47,7 @@ OTHERS_SHARE: Final = 8
 def spare_floors(
     keys: Iterable[ModelKey],
     residents: Mapping[ModelKey, Resident],
-    share_of: ShareOf,
+    bounds_of: BoundsOf,
     tenant: str,
     slots: int,
     budget_bytes: int | None = None,
@@ -61,12 +61,12 @@ def spare_floors(
     slots_left = slots - max(slots // OTHERS_SHARE, 1) if slots > 1 else 1
     bytes_left = (budget_bytes or 0) - (budget_bytes or 0) // OTHERS_SHARE
     models: dict[str, int] = {}
-    shares: dict[str, Share] = {}
+    shares: dict[str, TenantBounds] = {}
     left: dict[str, int] = {}
     allowed: list[ModelKey] = []
     for key in keys:
         if key.tenant not in shares:
-            shares[key.tenant] = share_of(key.tenant)
+            shares[key.tenant] = bounds_of(key.tenant)
         floor = 0 if key.tenant == tenant else shares[key.tenant].floor_bytes
         if floor:
             if key.tenant not in left:

@@ -35,11 +35,11 @@ __all__ = ["Fetched", "TensorSource"]
 
 logger = logging.getLogger("flatshare.weights")
 
-PART_BYTES: Final = 8 * 1024**2
+RANGE_BYTES: Final = 8 * 1024**2
 """Longest ranged GET, in bytes."""
 
-PARTS_AHEAD: Final = 4
-"""Parts of one load that are under way or wait to be hashed: what it holds in memory is this many."""
+RANGES_AHEAD: Final = 4
+"""Ranges of one load that are under way or wait to be hashed: what it holds in memory is this many."""
 
 GAP_BYTES: Final = 64 * 1024
 """Missing tensors with at most this much between them share a GET: a request costs more than the gap."""
@@ -50,8 +50,8 @@ LOCK_FROM_BYTES: Final = 64 * 1024
 MAX_LOCKS: Final = 64
 """Most locks that one load holds; each is an open file."""
 
-PART_TRIES: Final = 2
-"""GETs of a part whose answers were cut short; refused requests are tried again by boto3 itself."""
+RANGE_TRIES: Final = 2
+"""GETs of a range whose answers were cut short; refused requests are tried again by boto3 itself."""
 
 RETRY_S: Final = 0.2
 """Longest wait before such a try; the wait is drawn evenly from 0 to this, so that replicas spread."""
@@ -74,7 +74,7 @@ class TensorSource:
         Any blob store; its own time-outs and retries hold.
     tier
         The node's host tier, or None to do without.
-    parts
+    range_threads
         Where ranged GETs of one load run side by side; its size bounds them over all loads. None:
         one after the other.
 
@@ -88,7 +88,7 @@ class TensorSource:
         self,
         store: BlobStore,
         tier: HostTier | None = None,
-        parts: Executor | None = None,
+        range_threads: Executor | None = None,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -96,7 +96,7 @@ class TensorSource:
         self.fetched_bytes = 0
         self.work = ThreadWork()
         self._store = store
-        self._parts = parts
+        self._range_threads = range_threads
         self._clock = clock
         self._counting = threading.Lock()
 
@@ -187,7 +187,7 @@ class TensorSource:
         sink: _Sink | None = None
         with Hasher() as hasher:
             try:
-                for start, data in self._read_parts(record, _ranges(by_start), deadline):
+                for start, data in self._read_ranges(record, _ranges(by_start), deadline):
                     view = memoryview(data)
                     while pending and pending[-1].start < start + len(view):
                         tensor = pending[-1]
@@ -198,7 +198,7 @@ class TensorSource:
                             sink = None
                             pending.pop()
                         else:
-                            break  # the rest of it is in the next part
+                            break  # the rest of it is in the next range
             except BaseException:
                 if sink is not None:
                     sink.abort()
@@ -206,21 +206,21 @@ class TensorSource:
         assert not pending, "the ranges cover every tensor that was asked for"
         return done
 
-    def _read_parts(
+    def _read_ranges(
         self, record: VersionRecord, ranges: Sequence[ByteRange], deadline: float
     ) -> Iterator[tuple[int, bytes]]:
         """The bytes in order. What comes next is on its way while one piece is being hashed and written."""
-        if self._parts is None or len(ranges) == 1:
-            for part in ranges:
-                yield from self._stream_part(record, part, deadline)
+        if self._range_threads is None or len(ranges) == 1:
+            for wanted in ranges:
+                yield from self._stream_range(record, wanted, deadline)
             return
         ahead: deque[tuple[int, Future[bytes]]] = deque()
         todo = iter(ranges)
         try:
             while True:
-                for part in islice(todo, PARTS_AHEAD - len(ahead)):
-                    read = partial(self._read_part, record, part, deadline)
-                    ahead.append((part.start, self.work.submit(self._parts, record.tenant, read)))
+                for wanted in islice(todo, RANGES_AHEAD - len(ahead)):
+                    read = partial(self._read_range, record, wanted, deadline)
+                    ahead.append((wanted.start, self.work.submit(self._range_threads, record.tenant, read)))
                 if not ahead:
                     return
                 start, future = ahead.popleft()
@@ -234,16 +234,16 @@ class TensorSource:
             for _, future in ahead:
                 future.cancel()
 
-    def _read_part(self, record: VersionRecord, part: ByteRange, deadline: float) -> bytes:
-        return b"".join(piece for _, piece in self._stream_part(record, part, deadline))
+    def _read_range(self, record: VersionRecord, wanted: ByteRange, deadline: float) -> bytes:
+        return b"".join(piece for _, piece in self._stream_range(record, wanted, deadline))
 
-    def _stream_part(
-        self, record: VersionRecord, part: ByteRange, deadline: float
+    def _stream_range(
+        self, record: VersionRecord, wanted: ByteRange, deadline: float
     ) -> Iterator[tuple[int, bytes]]:
         """One GET's bytes as they arrive. An answer that is cut short goes on where it stopped."""
-        key, at, tries = layout.blob_key(record.digest), part.start, PART_TRIES
-        while at < part.end:
-            rest = ByteRange(at, part.end)
+        key, at, tries = layout.blob_key(record.digest), wanted.start, RANGE_TRIES
+        while at < wanted.end:
+            rest = ByteRange(at, wanted.end)
             whole = rest.end - rest.start == record.size_bytes
             try:
                 for piece in self._store.chunks(key, None if whole else rest):
@@ -251,11 +251,11 @@ class TensorSource:
                         raise _late(record)
                     with self._counting:
                         self.fetched_bytes += len(piece)
-                    if at + len(piece) > part.end:
+                    if at + len(piece) > wanted.end:
                         break
                     yield at, piece
                     at += len(piece)
-                if at != part.end:
+                if at != wanted.end:
                     raise Corrupt(f"the stored weights of {record.name} do not have the registered length")
             except NotFound as error:
                 raise Corrupt(f"the weights of {record.name} are gone from the store") from error
@@ -287,8 +287,8 @@ class _Sink:
         if self.tier is not None:
             self.writer = self.tier.writer(self.tensor.sha256, self.tensor.size_bytes)
 
-    def write(self, data: memoryview, part_bytes: int) -> bool:
-        """Take the next bytes, of a part of so many; whether the tensor is complete."""
+    def write(self, data: memoryview, range_bytes: int) -> bool:
+        """Take the next bytes, of a range of so many; whether the tensor is complete."""
         self.hasher.update(data)
         whole = not self.written and len(data) == self.tensor.size_bytes
         self.written += len(data)
@@ -298,8 +298,8 @@ class _Sink:
             self.memory = bytearray(partial.read_back()[:before])
             partial.abort()
         if self.writer is None:
-            if whole and 2 * len(data) > part_bytes:
-                self.only = data  # no copy: most of the part is this tensor, and may live as long as it
+            if whole and 2 * len(data) > range_bytes:
+                self.only = data  # no copy: most of the range is this tensor, and may live as long as it
             else:
                 self.memory = self.memory if self.memory is not None else bytearray()
                 self.memory += data
@@ -356,9 +356,9 @@ def _ranges(tensors: Sequence[TensorRecord]) -> list[ByteRange]:
         else:
             runs.append((tensor.start, tensor.end))
     return [
-        ByteRange(start, min(start + PART_BYTES, end))
+        ByteRange(start, min(start + RANGE_BYTES, end))
         for first, end in runs
-        for start in range(first, end, PART_BYTES)
+        for start in range(first, end, RANGE_BYTES)
     ]
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from flatshare_registry.records import VersionRecord
 
-__all__ = ["DeviceMemory", "ModelKey", "Part", "Receipt", "ResidentInfo", "State", "SwapInfo", "Tier"]
+__all__ = ["DeviceMemory", "LeaseTag", "ModelKey", "Part", "ResidentInfo", "State", "SwapInfo", "Tier"]
 
 
 class Tier(StrEnum):
@@ -63,7 +63,7 @@ class ModelKey(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
-class Receipt:
+class LeaseTag:
     """What a slot held at one moment; equal before and after a forward pass, or the request fails.
 
     Attributes

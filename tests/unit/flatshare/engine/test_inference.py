@@ -15,7 +15,7 @@ from flatshare.engine.inference import MAX_BATCH_ROWS, Inference
 from flatshare.errors import IsolationBroken, ModelFailed, NoRoom
 from flatshare.models.stages import Model
 from flatshare.residency.lease import Lease
-from flatshare.weights.tiers import Receipt
+from flatshare.weights.tiers import LeaseTag
 
 from .one_model import Gate, cache_of, record_of
 
@@ -42,7 +42,7 @@ async def test_a_pass_that_raises_is_a_failed_model(inference: Inference) -> Non
 
 def another_receipt(lease: Lease) -> None:
     assert lease._resident is not None
-    lease._resident.receipt = Receipt("globex", 1, "1" * 64, 99)
+    lease._resident.tag = LeaseTag("globex", 1, "1" * 64, 99)
 
 
 def another_model(lease: Lease) -> None:

@@ -134,9 +134,9 @@ def test_what_a_plan_says_holds_where_the_tenant_has_nothing_of_its_own(registry
     assert keeper.limits(head(registry)).rows_per_request == 8
     gold = head(registry, plan="gold", resident_floor_bytes=10)
     assert keeper.limits(gold).rows_per_request == 64
-    assert (keeper.share(gold).cap_bytes, keeper.share(gold).floor_bytes) == (100, 10)
+    assert (keeper.bounds(gold).cap_bytes, keeper.bounds(gold).floor_bytes) == (100, 10)
     assert keeper.limits(head(registry, plan="unknown here")).rows_per_request == 8
-    assert keeper.share(None).cap_bytes is None
+    assert keeper.bounds(None).cap_bytes is None
 
 
 def test_other_changes_of_the_head_do_not_fill_the_bucket(registry: Registry, clock: ManualClock) -> None:

@@ -30,7 +30,7 @@ from flatshare.weights.device import CpuDevice
 from flatshare.weights.device_loader import PROOF_S, DeviceLoader
 from flatshare.weights.fetch import TensorSource
 from flatshare.weights.host_tier import HostTier
-from flatshare.weights.tiers import ModelKey, Receipt, State, Tier
+from flatshare.weights.tiers import LeaseTag, ModelKey, State, Tier
 from flatshare_registry.catalog import Registry
 from flatshare_registry.ids import ModelRef, TenantId
 from flatshare_registry.stores.memory import MemoryStore
@@ -132,7 +132,7 @@ async def test_a_slot_that_fails_an_isolation_check_is_quarantined_and_the_next_
 
     def swapped(one, tier):  # type: ignore[no-untyped-def]  # as _grant
         held = original(one, tier)
-        one.receipt = Receipt("initech", 1, "1" * 64, 100)
+        one.tag = LeaseTag("initech", 1, "1" * 64, 100)
         return held
 
     world.cache._residency.grant = swapped  # type: ignore[method-assign]  # a slot changes hands under a lease

@@ -15,7 +15,7 @@ from flatshare.residency.lease import Lease
 from flatshare.residency.ledger import Ledger
 from flatshare.residency.model_cache import ModelCache
 from flatshare.residency.policy import Sieve
-from flatshare.residency.tenant_limits import NO_SHARE, Share, ShareOf
+from flatshare.residency.tenant_limits import NO_BOUNDS, BoundsOf, TenantBounds
 from flatshare.weights.loader import Held, Placed, Prepared
 from flatshare.weights.tiers import ModelKey, Part, State, Tier
 from flatshare_registry.errors import Corrupt, NotFound, Unavailable
@@ -158,7 +158,7 @@ async def test_a_version_is_a_model_of_its_own(loader: FakeLoader) -> None:
     one = await cache.lease(version("a", 1), 5)
     two = await cache.lease(version("a", 2), 5)
     assert one.model is not two.model
-    assert (one.receipt.version, two.receipt.version) == (1, 2)
+    assert (one.tag.version, two.tag.version) == (1, 2)
 
 
 @pytest.mark.parametrize("error", [Corrupt("bad"), Unavailable("down"), ModelFailed("no")])
@@ -471,7 +471,7 @@ async def test_a_generation_is_never_used_twice(loader: FakeLoader) -> None:
     for _ in range(3):
         for tenant in ("a", "b"):
             with await cache.lease(version(tenant), 5) as lease:
-                seen.add(lease.receipt.generation)
+                seen.add(lease.tag.generation)
     assert len(seen) == 6
 
 
@@ -751,13 +751,13 @@ async def test_an_erased_tenant_is_gone_and_its_load_under_way_never_arrives(loa
     assert cache.occupied == 0
 
 
-def shares(**given: Share) -> ShareOf:
-    return lambda tenant: given.get(tenant.partition("-")[0], NO_SHARE)
+def shares(**given: TenantBounds) -> BoundsOf:
+    return lambda tenant: given.get(tenant.partition("-")[0], NO_BOUNDS)
 
 
 async def test_nobody_is_evicted_below_its_floor(loader: FakeLoader) -> None:
     size = sum(loader.check(version("kept")).values())
-    cache = make(loader, slots=8, share_of=shares(kept=Share(floor_bytes=2 * size)))
+    cache = make(loader, slots=8, bounds_of=shares(kept=TenantBounds(floor_bytes=2 * size)))
     for number in (1, 2, 3):
         (await cache.lease(version("kept", number), 5)).release()
     for number in range(24):
@@ -768,7 +768,7 @@ async def test_nobody_is_evicted_below_its_floor(loader: FakeLoader) -> None:
 
 
 async def test_a_floor_of_many_bytes_keeps_a_part_of_the_slots_only(loader: FakeLoader) -> None:
-    cache = make(loader, slots=8, share_of=shares(kept=Share(floor_bytes=10**9)))
+    cache = make(loader, slots=8, bounds_of=shares(kept=TenantBounds(floor_bytes=10**9)))
     for number in range(1, 9):
         (await cache.lease(version("kept", number), 5)).release()
     assert cache.occupied == 8
@@ -786,7 +786,11 @@ async def test_floors_of_all_together_leave_room_for_others(
     """A floor in a plan is every tenant's: they can't all be kept, and nobody else could ever load."""
     size = sum(loader.check(version("t-0")).values())
     cache = make(
-        loader, slots=slots, budget=budget, share_of=lambda tenant: Share(floor_bytes=size), room_timeout_s=1
+        loader,
+        slots=slots,
+        budget=budget,
+        bounds_of=lambda tenant: TenantBounds(floor_bytes=size),
+        room_timeout_s=1,
     )
     for number in range(20):
         await use(cache, f"t-{number}")
@@ -797,7 +801,7 @@ async def test_floors_of_all_together_leave_room_for_others(
 
 async def test_a_tenant_may_evict_below_its_own_floor(loader: FakeLoader) -> None:
     size = sum(loader.check(version("kept")).values())
-    cache = make(loader, slots=1, share_of=shares(kept=Share(floor_bytes=size)), room_timeout_s=0.05)
+    cache = make(loader, slots=1, bounds_of=shares(kept=TenantBounds(floor_bytes=size)), room_timeout_s=0.05)
     for number in (1, 2):
         (await cache.lease(version("kept", number), 5)).release()
     assert sorted(one.version for one in cache.resident_records()) == [2]
@@ -807,7 +811,9 @@ async def test_a_tenant_may_evict_below_its_own_floor(loader: FakeLoader) -> Non
 
 async def test_a_tenant_at_its_cap_evicts_its_own_models_only(loader: FakeLoader) -> None:
     size = sum(loader.check(version("many")).values())
-    cache = make(loader, slots=6, share_of=shares(many=Share(cap_bytes=2 * size)), room_timeout_s=0.05)
+    cache = make(
+        loader, slots=6, bounds_of=shares(many=TenantBounds(cap_bytes=2 * size)), room_timeout_s=0.05
+    )
     await use(cache, "other-1", "other-2")
     for number in range(1, 8):
         (await cache.lease(version("many", number), 5)).release()
@@ -818,7 +824,7 @@ async def test_a_tenant_at_its_cap_evicts_its_own_models_only(loader: FakeLoader
             await cache.lease(version("many", 8), 5)
     (await cache.lease(version("many", 8), 5)).release()  # it was not remembered
     # While a model is in use its successor waits for it, rather than fail: a promotion at the cap ends well.
-    patient = make(loader, slots=6, share_of=shares(many=Share(cap_bytes=size)), room_timeout_s=5)
+    patient = make(loader, slots=6, bounds_of=shares(many=TenantBounds(cap_bytes=size)), room_timeout_s=5)
     old = await patient.lease(version("many", 1), 5)
     new = asyncio.create_task(patient.lease(version("many", 2), 5))
     await settle()
@@ -826,7 +832,7 @@ async def test_a_tenant_at_its_cap_evicts_its_own_models_only(loader: FakeLoader
     old.release()
     (await new).release()
     assert [one.version for one in patient.resident_records()] == [2]
-    tiny = make(loader, slots=6, share_of=shares(many=Share(cap_bytes=size - 1)))
+    tiny = make(loader, slots=6, bounds_of=shares(many=TenantBounds(cap_bytes=size - 1)))
     with pytest.raises(ResidentOverQuota, match="may keep"):
         await tiny.lease(version("many", 1), 5)
     assert tiny.occupied == 0

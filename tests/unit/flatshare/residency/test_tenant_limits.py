@@ -6,8 +6,8 @@ import pytest
 
 from flatshare.errors import NoRoom, ResidentOverQuota
 from flatshare.residency.lease import Resident
-from flatshare.residency.tenant_limits import NO_SHARE, Share, own_victims, spare_floors
-from flatshare.weights.tiers import ModelKey, Receipt, State, Tier
+from flatshare.residency.tenant_limits import NO_BOUNDS, TenantBounds, own_victims, spare_floors
+from flatshare.weights.tiers import LeaseTag, ModelKey, State, Tier
 
 from .scripted import SIZE, ScriptedLoader, make, part, resident, use, version
 
@@ -21,7 +21,7 @@ def holding(*models: tuple[str, int, int]) -> dict[ModelKey, Resident]:
         record = version(tenant, number)
         found[ModelKey(tenant, number)] = Resident(
             record=record, model=None, parts={part(record.name): size}, tier=Tier.STORE,
-            receipt=Receipt(tenant, number, record.digest, number), loaded_at=0, last_used_at=0,
+            tag=LeaseTag(tenant, number, record.digest, number), loaded_at=0, last_used_at=0,
         )  # fmt: skip
     return found
 
@@ -32,14 +32,14 @@ def spared(
 ) -> list[str]:  # fmt: skip
     """What may not go."""
     allowed = spare_floors(
-        residents, residents, lambda one: Share(None, floors.get(one, 0)), tenant, slots, budget
+        residents, residents, lambda one: TenantBounds(None, floors.get(one, 0)), tenant, slots, budget
     )
     return [str(key) for key in residents if key not in allowed]
 
 
 def test_without_a_floor_all_may_go_in_their_order() -> None:
     residents = holding(("a", 1, 10), ("b", 1, 10), ("a", 2, 10))
-    assert spare_floors(residents, residents, lambda one: NO_SHARE, "new", 10, 100) == list(residents)
+    assert spare_floors(residents, residents, lambda one: NO_BOUNDS, "new", 10, 100) == list(residents)
 
 
 def test_a_tenant_keeps_its_floor_and_no_more_however_many_of_its_models_go_for_one_load() -> None:
@@ -61,7 +61,7 @@ async def test_one_large_load_that_takes_several_models_leaves_each_its_floor() 
     loader = ScriptedLoader()
     cache = make(
         loader, slots=40, budget=100, room_timeout_s=0.01,
-        share_of=lambda tenant: Share(None, 30 if tenant == "a" else 0),
+        bounds_of=lambda tenant: TenantBounds(None, 30 if tenant == "a" else 0),
     )  # fmt: skip
     for number in range(1, 7):
         loader.parts[f"a@{number}"] = {part(f"a{number}"): 10}
@@ -104,7 +104,7 @@ async def test_floors_that_promise_all_the_bytes_still_let_somebody_new_in() -> 
     loader = ScriptedLoader()
     cache = make(
         loader, slots=64, budget=80, room_timeout_s=0.01,
-        share_of=lambda tenant: Share(None, 0 if tenant == "new" else 10),
+        bounds_of=lambda tenant: TenantBounds(None, 0 if tenant == "new" else 10),
     )  # fmt: skip
     for tenant in "abcdefgh":
         loader.parts[f"{tenant}@1"] = {part(tenant): 10}
@@ -151,14 +151,14 @@ def test_a_model_larger_than_its_tenants_cap_is_named_so(size: int) -> None:
 
 async def test_a_model_larger_than_its_cap_is_refused_for_good_not_for_now() -> None:
     loader = ScriptedLoader()
-    cache = make(loader, share_of=lambda tenant: Share(SIZE - 1, 0), room_timeout_s=60)
+    cache = make(loader, bounds_of=lambda tenant: TenantBounds(SIZE - 1, 0), room_timeout_s=60)
     with pytest.raises(ResidentOverQuota, match="takes 8 bytes; tenant acme may keep 7"):
         await cache.lease(version("acme"), 2)
     assert cache.snapshot() == []
 
 
 async def test_at_its_cap_a_tenant_whose_models_are_in_use_is_told_that() -> None:
-    cache = make(ScriptedLoader(), share_of=lambda tenant: Share(SIZE, 0), room_timeout_s=0.01)
+    cache = make(ScriptedLoader(), bounds_of=lambda tenant: TenantBounds(SIZE, 0), room_timeout_s=0.01)
     with await cache.lease(version("acme"), 1):
         with pytest.raises(ResidentOverQuota, match="all that tenant acme may keep on a device is in use"):
             await cache.lease(version("acme", 2), 5)

@@ -311,26 +311,26 @@ async def test_a_small_tensor_does_not_keep_the_part_it_came_in(
 def test_a_large_download_holds_a_few_parts_at_a_time(
     store: CountingStore, record: VersionRecord, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fetch_module, "PART_BYTES", 100_000)
+    monkeypatch.setattr(fetch_module, "RANGE_BYTES", 100_000)
     ahead = []
     with ThreadPoolExecutor(2) as parts:
         source = TensorSource(store, None, parts)
         ranges = fetch_module._ranges(sorted(record.tensors, key=lambda one: one.start))
-        for number, _ in enumerate(source._read_parts(record, ranges, time.monotonic() + 60)):
+        for number, _ in enumerate(source._read_ranges(record, ranges, time.monotonic() + 60)):
             while not number and len(store.gets) < 2:
                 time.sleep(
                     0.001
                 )  # what comes next is on its way: the test's own time-out says where it is not
             ahead.append(len(store.gets) - number - 1)
     assert len(ranges) == 48
-    assert 1 <= max(ahead) <= fetch_module.PARTS_AHEAD
+    assert 1 <= max(ahead) <= fetch_module.RANGES_AHEAD
 
 
 async def test_large_weights_come_in_parts_and_tensors_span_them(
     store: CountingStore, record: VersionRecord, threads: ThreadPoolExecutor, monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(fetch_module, "PART_BYTES", 1_000_003)
+    monkeypatch.setattr(fetch_module, "RANGE_BYTES", 1_000_003)
     for tier in (None, HostTier(tmp_path / "tier", 10**9)):
         store.gets.clear()
         with ThreadPoolExecutor(3) as parts:

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from flatshare.weights import fetch
-from flatshare.weights.fetch import PARTS_AHEAD, Fetched, TensorSource
+from flatshare.weights.fetch import RANGES_AHEAD, Fetched, TensorSource
 from flatshare.weights.host_tier import HostTier
 from flatshare.weights.tiers import Tier
 from flatshare_registry import Registry, TenantId, layout
@@ -168,13 +168,13 @@ def test_a_load_holds_few_parts_in_memory_however_many_it_has(
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record, tensors = registered(store, {"large": LARGE})
-    monkeypatch.setattr(fetch, "PART_BYTES", 10_000)
+    monkeypatch.setattr(fetch, "RANGE_BYTES", 10_000)
     ranges = fetch._ranges([tensors["large"]])
     assert len(ranges) == 30
     threads = AtOnce()
     source = TensorSource(store, None, threads)
-    for taken, _ in enumerate(source._read_parts(record, ranges, time.monotonic() + 10), start=1):
-        assert threads.submitted - taken < PARTS_AHEAD
+    for taken, _ in enumerate(source._read_ranges(record, ranges, time.monotonic() + 10), start=1):
+        assert threads.submitted - taken < RANGES_AHEAD
     assert taken == threads.submitted == 30
 
 
@@ -201,12 +201,12 @@ def test_parts_that_come_too_late_are_waited_for_in_time_and_those_behind_them_n
     store: Store, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     record, _ = registered(store, {"large": LARGE})
-    monkeypatch.setattr(fetch, "PART_BYTES", 10_000)
+    monkeypatch.setattr(fetch, "RANGE_BYTES", 10_000)
     threads = Never()
     with pytest.raises(Unavailable, match="in time"):
         TensorSource(store, None, threads, clock=lambda: 1000.0).read(record, ["large"], 0.25)
     assert threads.waits == [0.25]
-    assert len(threads.futures) == PARTS_AHEAD
+    assert len(threads.futures) == RANGES_AHEAD
     assert all(one.cancelled() for one in threads.futures[1:])
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from flatshare.weights import fetch
-from flatshare.weights.fetch import PARTS_AHEAD, TensorSource
+from flatshare.weights.fetch import RANGES_AHEAD, TensorSource
 from flatshare.weights.host_tier import HostTier
 from flatshare.weights.tiers import Tier
 from flatshare_registry import Registry, TenantId, layout
@@ -77,8 +77,8 @@ def test_parts_are_read_side_by_side(
     store: PieceStore, record: VersionRecord, monkeypatch: pytest.MonkeyPatch, part: int, ranges: int
 ) -> None:
     """Each read waits until as many are under way as there are threads: one after the other would never end."""
-    monkeypatch.setattr(fetch, "PART_BYTES", part)
-    together = min(PARTS_AHEAD, 2)
+    monkeypatch.setattr(fetch, "RANGE_BYTES", part)
+    together = min(RANGES_AHEAD, 2)
     assert together > 1
     store.together = threading.Barrier(together)
     with ThreadPoolExecutor(together) as parts:
@@ -107,7 +107,7 @@ def test_tensors_are_whole_wherever_pieces_and_parts_end(
     store: PieceStore, record: VersionRecord, monkeypatch: pytest.MonkeyPatch, tmp_path: Path,
     with_parts: bool, with_tier: bool, piece: int, part: int,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(fetch, "PART_BYTES", part)
+    monkeypatch.setattr(fetch, "RANGE_BYTES", part)
     store.piece = piece
     tier = HostTier(tmp_path / "tier", 10**7) if with_tier else None
     with ThreadPoolExecutor(2) as threads:
@@ -120,7 +120,7 @@ def test_tensors_are_whole_wherever_pieces_and_parts_end(
 def test_parts_that_come_too_late_are_unavailable_in_time(
     store: PieceStore, record: VersionRecord, monkeypatch: pytest.MonkeyPatch, with_parts: bool
 ) -> None:
-    monkeypatch.setattr(fetch, "PART_BYTES", 80_000)
+    monkeypatch.setattr(fetch, "RANGE_BYTES", 80_000)
     store.hang = threading.Event()
     with ThreadPoolExecutor(2) as threads:
         if not with_parts:
@@ -129,7 +129,7 @@ def test_parts_that_come_too_late_are_unavailable_in_time(
         with pytest.raises(Unavailable, match="acme@1 in time"):
             source.read(record, list(ARRAYS), 0.1)
         store.hang.set()
-    assert len(store.asked) <= PARTS_AHEAD, "what was not begun is not read any more"
+    assert len(store.asked) <= RANGES_AHEAD, "what was not begun is not read any more"
 
 
 def test_a_new_head_fetches_its_own_bytes_and_not_the_base(
@@ -184,7 +184,7 @@ def test_a_tensor_for_which_the_tier_loses_its_room_comes_whole_and_leaves_no_fi
 def test_weights_that_are_gone_from_the_store_are_corrupt(
     store: PieceStore, record: VersionRecord, with_parts: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(fetch, "PART_BYTES", 80_000)
+    monkeypatch.setattr(fetch, "RANGE_BYTES", 80_000)
     store.delete(layout.blob_key(record.digest))
     with ThreadPoolExecutor(2) as threads:
         with pytest.raises(Corrupt, match="acme@1 are gone"):
