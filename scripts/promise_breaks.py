@@ -46,7 +46,7 @@ async def room_first(original: Any, self: Any, record: Any, held: Any) -> Any:
 
 
 def evictable(original: Any, self: Any, key: Any) -> bool:
-    return not self.residents[key].pinned
+    return not self._residents[key].pinned
 
 
 def not_counted(original: Any, self: Any, resident: Any, *, evicted: bool) -> None:

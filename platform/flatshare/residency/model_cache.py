@@ -36,7 +36,7 @@ from flatshare.residency.residency import Residency
 from flatshare.residency.stats import CacheStats
 from flatshare.residency.tenant_limits import NO_BOUNDS, BoundsOf
 from flatshare.weights.loader import Loader
-from flatshare.weights.tiers import ModelKey, ResidentInfo, State, Tier
+from flatshare.weights.tiers import ModelKey, ResidentInfo, State
 from flatshare_registry.records import VersionRecord
 
 __all__ = ["ModelCache"]
@@ -113,12 +113,7 @@ class ModelCache:
 
     def try_lease(self, record: VersionRecord) -> Lease | None:
         """A lease if the version is resident; no waiting, no load. The hot path."""
-        key = ModelKey.of(record)
-        resident = self._residency.residents.get(key)
-        if resident is None:
-            return None
-        self._residency.policy.used(key)
-        return self._residency.grant(resident, Tier.DEVICE)
+        return self._residency.lend(ModelKey.of(record))
 
     async def lease(self, record: VersionRecord, timeout_s: float) -> Lease:
         """A lease on a version, loaded first if need be.
@@ -180,7 +175,7 @@ class ModelCache:
 
     def unpin(self, key: ModelKey) -> bool:
         """Let a version be evicted again; whether it was pinned."""
-        resident = self._residency.residents.get(key)
+        resident = self._residency.find(key)
         if resident is None or not resident.pinned:
             return False
         resident.pinned = False
@@ -198,17 +193,15 @@ class ModelCache:
 
         Also ends a pin or a quarantine.
         """
-        for resident in self._residency.leaving.values():
-            if resident.state is State.QUARANTINED and ModelKey.of(resident.record) == key:
-                resident.state = State.DRAINING
-                self._residency.free_if_unleased(resident)
-                return True
-        resident_now = self._residency.residents.get(key)
-        if resident_now is None:
-            return False
-        self._residency.retire(resident_now, evicted=False)
-        self._on_change()
-        return True
+        here = [one for one in self._residency.held() if ModelKey.of(one.record) == key]
+        # A slot in quarantine first: the version may have been loaded anew beside it.
+        for state in (State.QUARANTINED, State.RESIDENT):
+            for resident in here:
+                if resident.state is state:
+                    self._residency.leave(resident)
+                    self._on_change()
+                    return True
+        return False
 
     def withdraw(self, key: ModelKey) -> None:
         """A version was deleted: free it, and let a load of it that is under way come to nothing."""
@@ -224,17 +217,15 @@ class ModelCache:
         resident = lease.resident
         if resident is None or resident.state is State.QUARANTINED:
             return
-        if resident.state is State.RESIDENT:
-            self._residency.retire(resident, evicted=False)
-        resident.state = State.QUARANTINED
+        self._residency.quarantine(resident)
         self.stats.quarantined += 1
         self._on_change()
 
     def condemn(self, lease: Lease, error: Exception) -> None:
         """A model failed its probe with its first rows: free it, and remember why it can't be served."""
         key = ModelKey.of(lease.record)
-        if lease.resident is not None and self._residency.residents.get(key) is lease.resident:
-            self._residency.retire(lease.resident, evicted=False)
+        if lease.resident is not None and self._residency.find(key) is lease.resident:
+            self._residency.leave(lease.resident)
             self._on_change()
         self._loader.distrust(lease.record)
         self._failures.remember(key, error)
@@ -247,10 +238,10 @@ class ModelCache:
         list
             Versions that went, and whether they were pinned: a pin ends with its model.
         """
-        residents = self._residency.residents.values()
+        residents = self._residency.lendable()
         gone = [one for one in residents if any(part.digest == digest for part in one.parts)]
         for resident in gone:
-            self._residency.retire(resident, evicted=False)
+            self._residency.leave(resident)
             self._loader.distrust(resident.record)
         self._loader.let_go()
         if gone:
@@ -269,15 +260,11 @@ class ModelCache:
         told = self._erasures.setdefault(tenant, Erased())
         self._loader.stop(tenant)
         self._loader.let_go()
-        for resident in [*self._residency.residents.values(), *self._residency.leaving.values()]:
+        for resident in self._residency.held():
             if resident.record.tenant == tenant and resident.erased is None:
                 resident.erased = told
                 told.models += 1
-                if resident.state is State.RESIDENT:
-                    self._residency.retire(resident, evicted=False)
-                elif resident.state is State.QUARANTINED:
-                    resident.state = State.DRAINING
-                    self._residency.free_if_unleased(resident)
+                self._residency.leave(resident)
         self._failures.forget(tenant)
         self._on_change()
         return told
@@ -290,8 +277,7 @@ class ModelCache:
         deadline = self._clock() + timeout_s
 
         def gone() -> bool:
-            held = [*self._residency.residents.values(), *self._residency.leaving.values()]
-            return not any(one.record.tenant == tenant for one in held)
+            return not any(one.record.tenant == tenant for one in self._residency.held())
 
         if not await self._loads.ended(tenant, deadline):
             return False
@@ -307,11 +293,11 @@ class ModelCache:
     async def close(self, timeout_s: float) -> None:
         """Stop loads and begin no more, then free everything; waits up to ``timeout_s`` for leases to end."""
         await self._loads.close()
-        for resident in list(self._residency.residents.values()):
-            self._residency.retire(resident, evicted=False)
+        for resident in self._residency.lendable():
+            self._residency.leave(resident)
         deadline = self._clock() + timeout_s
         await self._residency.room.wait(
-            lambda: not any(one.leases for one in self._residency.leaving.values()), deadline - self._clock()
+            lambda: not any(one.leases for one in self._residency.held()), deadline - self._clock()
         )
         self._on_change()
 
@@ -338,21 +324,21 @@ class ModelCache:
 
     def is_resident(self, key: ModelKey) -> bool:
         """Whether a version can be leased at once."""
-        return key in self._residency.residents
+        return self._residency.find(key) is not None
 
     def record_of(self, key: ModelKey) -> VersionRecord | None:
         """The record of a version that can be leased at once."""
-        resident = self._residency.residents.get(key)
+        resident = self._residency.find(key)
         return resident.record if resident is not None else None
 
     def is_pinned(self, key: ModelKey) -> bool:
         """Whether a version is here and never evicted."""
-        resident = self._residency.residents.get(key)
+        resident = self._residency.find(key)
         return resident is not None and resident.pinned
 
     def resident_records(self) -> list[VersionRecord]:
         """Versions that can be leased at once."""
-        return [resident.record for resident in self._residency.residents.values()]
+        return [resident.record for resident in self._residency.lendable()]
 
     def snapshot(self) -> list[ResidentInfo]:
         """All that is held and why, most recently used first."""

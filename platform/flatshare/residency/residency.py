@@ -56,10 +56,6 @@ class Residency:
 
     Attributes
     ----------
-    residents
-        What can be leased.
-    leaving
-        What can't any more and still takes its slot: draining, or in quarantine.
     room
         Where loads wait for a lease to end.
     """
@@ -78,8 +74,8 @@ class Residency:
         self.ledger = ledger
         self.policy = policy
         self.stats = stats
-        self.residents: dict[ModelKey, Resident] = {}
-        self.leaving: dict[int, Resident] = {}
+        self._residents: dict[ModelKey, Resident] = {}  # what can be leased
+        self._leaving: dict[int, Resident] = {}  # what can't any more and still takes its slot
         self.room = RoomQueue()
         self._share_of = bounds_of
         self._scrub = scrub
@@ -88,7 +84,29 @@ class Residency:
         self._protected: dict[ModelKey, int] = {}
         self._generation = 0
 
+    # -- who is here
+
+    def find(self, key: ModelKey) -> Resident | None:
+        """A version that can be leased at once."""
+        return self._residents.get(key)
+
+    def lendable(self) -> list[Resident]:
+        """All that can be leased at once."""
+        return list(self._residents.values())
+
+    def held(self) -> list[Resident]:
+        """All that takes a slot: what can be leased, what is draining, what is in quarantine."""
+        return [*self._residents.values(), *self._leaving.values()]
+
     # -- lending
+
+    def lend(self, key: ModelKey) -> Lease | None:
+        """A lease on a version, if it can be leased at once. The hot path."""
+        resident = self._residents.get(key)
+        if resident is None:
+            return None
+        self.policy.used(key)
+        return self.grant(resident, Tier.DEVICE)
 
     def grant(self, resident: Resident, tier: Tier) -> Lease:
         """A lease on a resident, for a request that found it in this tier."""
@@ -124,7 +142,7 @@ class Residency:
             loaded_at=now,
             last_used_at=now,
         )
-        self.residents[key] = resident
+        self._residents[key] = resident
         self.policy.admitted(key)
         return resident
 
@@ -142,11 +160,25 @@ class Residency:
     def retire(self, resident: Resident, *, evicted: bool) -> None:
         """No new leases; freed now, or when the last one ends. Counts until it is freed."""
         key = ModelKey.of(resident.record)
-        del self.residents[key]
+        del self._residents[key]
         self.policy.removed(key, evicted=evicted)
         resident.state = State.DRAINING
-        self.leaving[id(resident)] = resident
+        self._leaving[id(resident)] = resident
         self.free_if_unleased(resident)
+
+    def quarantine(self, resident: Resident) -> None:
+        """Take a slot out of use until an operator unloads its version: it may not be what it says."""
+        if resident.state is State.RESIDENT:
+            self.retire(resident, evicted=False)
+        resident.state = State.QUARANTINED
+
+    def leave(self, resident: Resident) -> None:
+        """Have a model go, whatever it is held for: freed now, or when its last lease ends."""
+        if resident.state is State.RESIDENT:
+            self.retire(resident, evicted=False)
+        elif resident.state is State.QUARANTINED:
+            resident.state = State.DRAINING
+            self.free_if_unleased(resident)
 
     def free_if_unleased(self, resident: Resident) -> None:
         """Let go of a draining model whose last lease has ended."""
@@ -163,7 +195,7 @@ class Residency:
                 logger.exception("%s could not be overwritten", resident.record.name)
         # Dropping the last reference frees the tensors; nobody else holds the model.
         resident.model = None
-        del self.leaving[id(resident)]
+        del self._leaving[id(resident)]
         self.ledger.drop(resident.parts)
         self.ledger.free_slot()
         self.room.wake()
@@ -193,12 +225,12 @@ class Residency:
             raise NoRoomNow
         keys = [*own, *(key for key in keys if key not in own)]
         chosen = self.ledger.choose_victims(
-            [self.residents[key].parts for key in keys], new_bytes, slots=slots
+            [self._residents[key].parts for key in keys], new_bytes, slots=slots
         )
         if chosen is None:
             raise NoRoomNow
         for key in dict.fromkeys([*own, *(keys[index] for index in chosen)]):
-            self.retire(self.residents[key], evicted=True)
+            self.retire(self._residents[key], evicted=True)
             self.stats.evictions += 1
         self._on_change()
 
@@ -211,7 +243,7 @@ class Residency:
             The model is more than the whole cap.
         """
         cap = self._share_of(tenant).cap_bytes
-        return own_victims(tenant, size_bytes, cap, keys, self.residents, self.leaving.values())
+        return own_victims(tenant, size_bytes, cap, keys, self._residents, self._leaving.values())
 
     def could_fit(self, tenant: str, claimed: Mapping[Part, int]) -> bool:
         """Whether a new try of a load that waits for room would find it."""
@@ -220,7 +252,7 @@ class Residency:
         new_bytes = self.ledger.missing_bytes(claimed)
         if self.ledger.fits(1, new_bytes):
             return True
-        parts = [self.residents[key].parts for key in self.candidates(tenant)]
+        parts = [self._residents[key].parts for key in self.candidates(tenant)]
         return self.ledger.choose_victims(parts, new_bytes, slots=1, keep=claimed) is not None
 
     def candidates(self, tenant: str) -> list[ModelKey]:
@@ -228,7 +260,7 @@ class Residency:
         keys = [key for key in self.policy.victims() if self._evictable(key)]
         keys.sort(key=lambda key: key in self._protected)
         return spare_floors(
-            keys, self.residents, self._share_of, tenant, self.ledger.slots, self.ledger.budget_bytes
+            keys, self._residents, self._share_of, tenant, self.ledger.slots, self.ledger.budget_bytes
         )
 
     def no_room(self, record: VersionRecord, claimed: Mapping[Part, int]) -> Exception:
@@ -265,7 +297,7 @@ class Residency:
         NoRoom
             It would leave no slot, or less than half the bytes, for everybody else.
         """
-        pinned = [one for other, one in self.residents.items() if one.pinned and other != key]
+        pinned = [one for other, one in self._residents.items() if one.pinned and other != key]
         if len(pinned) + 1 >= self.ledger.slots:
             raise NoRoom(
                 f"pinning {key} would leave none of {self.ledger.slots} slots for other models; unpin some"
@@ -276,14 +308,13 @@ class Residency:
             raise NoRoom(f"pinning {key} would take more than half of the {budget} bytes; unpin some")
 
     def _evictable(self, key: ModelKey) -> bool:
-        resident = self.residents[key]
+        resident = self._residents[key]
         return not resident.leases and not resident.pinned
 
     # -- looking
 
     def snapshot(self) -> list[ResidentInfo]:
         """All that is held and why, most recently used first."""
-        held = [*self.residents.values(), *self.leaving.values()]
         return [
             ResidentInfo(
                 tenant=one.record.tenant,
@@ -301,5 +332,5 @@ class Residency:
                 last_used_at=one.last_used_at,
                 loaded_at=one.loaded_at,
             )
-            for one in sorted(held, key=lambda one: -one.last_used_at)
+            for one in sorted(self.held(), key=lambda one: -one.last_used_at)
         ]

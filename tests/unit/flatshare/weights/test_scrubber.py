@@ -191,6 +191,6 @@ async def test_a_model_that_comes_back_from_what_is_mapped_is_proven_once_a_minu
         assert await replica.unload("acme")
         clock.advance(passed_s)
         await replica.preload("acme")
-        (resident,) = replica.cache._residency.residents.values()
+        (resident,) = replica.cache._residency.lendable()
         assert (resident.tier, resident.probe_due) == ("host", due)
     await replica.close()
