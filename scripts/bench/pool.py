@@ -1,9 +1,10 @@
 """The comparison: same models, same S3, same client, same capacity; contenders take turns, alone on the machine.
 
 Each turn starts a contender and measures, one after the other: answers (checked), one hot tenant, 64
-images a request as raw bytes, one image a request beside clients that send 64, Zipf(1.0) over 100 tenants, and the first request to models that nobody has
-asked for. The figure of a contender is the median of its turns. The client shares the machine's cores
-with the contender, which costs the faster one more.
+images a request as raw bytes, one image a request beside clients that send 64, Zipf(1.0) over 100 tenants,
+and the first request to models that nobody has asked for. The figure of a contender is the median of its
+turns. The client shares the machine's cores with the contender, which costs the faster one more. Long,
+because one turn's measurements are read together.
 """
 
 from __future__ import annotations

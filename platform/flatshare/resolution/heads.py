@@ -6,6 +6,8 @@
   and all of them where the feed can't be: one conditional GET a tenant, behind (stale-while-revalidate),
   unless a head is so old that waiting is the honest thing.
 - Whatever the feed says, a head is read again after ``REREAD_TTLS``: a writer's clock may be far behind.
+
+Long, because each of these times is stated with its reason, and what is read when must be seen in one place.
 - The store is down: the last answer stands, however old (promise 11); a tenant that was never
   seen is ``Unavailable``.
 - Unknown tenants are remembered for one TTL, unknown versions and aliases for ``RECHECK_S``, so junk
