@@ -16,7 +16,6 @@ from typing import Final
 from cachetools import TTLCache
 
 from flatshare.single_flight import SingleFlight
-from flatshare_registry.errors import RegistryError
 from flatshare_registry.feed import ANNOUNCED_S, OVERLAP_S, Announcement, ChangeFeed
 from flatshare_registry.ids import TenantId
 
@@ -116,8 +115,8 @@ class Changes:
             found = await asyncio.get_running_loop().run_in_executor(
                 self._threads, self._feed.since, start - OVERLAP_S
             )
-        except (RegistryError, RuntimeError) as error:  # the latter: the threads are stopped
-            if self._failed_at < self._looked_at:
+        except Exception as error:  # whatever a store raises: one that knows no ``after``, say
+            if self._failed_at <= self._looked_at:  # told once until it works again
                 logger.warning("the change feed can't be read, heads are read one by one: %s", error)
             self._failed_at = self._clock()
             return

@@ -8,6 +8,7 @@ from flatshare_registry import layout
 from flatshare_registry.blobs import BLOB_REFRESH_S
 from flatshare_registry.catalog import Registry
 from flatshare_registry.errors import Corrupt, InvalidInput, Unavailable
+from flatshare_registry.feed import KEPT_S
 from flatshare_registry.gc import DEFAULT_GRACE_S, MIN_GRACE_S, collect
 from flatshare_registry.ids import PRODUCTION, TenantId
 from flatshare_registry.store_clock import MAX_SKEW_S, store_now
@@ -301,6 +302,22 @@ def test_records_that_no_head_names_go_and_those_of_others_with_that_number_stay
     assert (report.removed, report.spared, report.live_blobs) == (True, 0, 3)
     assert report.announcements == len(announced) > 0
     assert {meta.key for meta in store.list("")} == before - {stray}, "what it does not know it leaves alone"
+
+
+def test_announcements_go_when_nobody_can_look_for_them_any_more(
+    registry: Registry, store: MemoryStore, clock: ManualClock
+) -> None:
+    old = {meta.key for meta in store.list(layout.CHANGES)}
+    clock.advance(KEPT_S + 1)
+    registry.create_tenant(TenantId("young"))
+    before = {meta.key for meta in store.list("")}
+    assert collect(store, clock=clock).announcements == len(old) > 0
+    assert {meta.key for meta in store.list("")} == before, "a dry run"
+    assert collect(store, remove=True, clock=clock).announcements == len(old)
+    (young,) = store.list(layout.CHANGES)
+    clock.advance(KEPT_S)
+    assert collect(store, remove=True, clock=clock).announcements == 0
+    assert list(store.list(layout.CHANGES)) == [young], "an hour is kept whole"
 
 
 def test_what_is_spared_is_counted_beside_what_goes(

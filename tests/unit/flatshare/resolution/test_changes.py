@@ -10,7 +10,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from flatshare.resolution.changes import GAP_S
+from flatshare.resolution import changes
+from flatshare.resolution.changes import FAILED_S, GAP_S
 from flatshare.resolution.heads import REREAD_TTLS, TenantHeads
 from flatshare_registry import layout
 from flatshare_registry.catalog import Registry
@@ -135,6 +136,29 @@ async def test_an_unknown_tenant_that_is_announced_is_asked_for_again(world: Wor
     world.clock.advance(TTL_S * 0.2)  # the next look, and not the end of its own time
     await used(world)
     assert (await world.heads.head(new)).tenant == "new"
+
+
+async def test_a_store_without_after_costs_a_read_a_tenant_and_is_told_once(
+    world: World, caplog: pytest.LogCaptureFixture
+) -> None:
+    """A store of an operator's own, written before there was a feed."""
+    store = world.heads._registry.feed._store
+
+    class Old(FaultyStore):
+        def list(self, prefix: str) -> Iterator[object]:  # type: ignore[override]
+            return iter(())
+
+    world.heads._registry.feed._store = Old(store)
+    for _ in range(4):
+        await world.resolve()
+        await world.behind()
+        world.clock.advance(TTL_S * 1.5)
+    world.publish(2)
+    for _ in range(2):
+        await world.resolve()
+        await world.behind()
+    assert await world.resolve() == 2
+    assert caplog.text.count("can't be read") == 1
 
 
 async def test_a_feed_that_cannot_be_listed_costs_a_read_a_tenant(
@@ -303,6 +327,54 @@ async def test_every_change_is_seen_within_the_ttl_whatever_happens(seed: int) -
                 checked = view._heads[tenant].checked_at
                 due = max((revision for at, revision in history[tenant] if at < checked), default=0)
                 assert seen.revision >= due, f"{tenant} at {asked_at}: believed as of {checked}"
+
+
+async def test_more_announcements_than_are_remembered_cost_a_read_of_each_head(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(changes, "MAX_ANNOUNCED", 5)
+    await known(world)
+    for tenant in OTHERS[:3]:
+        world.registry.tenancy.set_quotas(tenant, Quotas(burst=2))
+    world.clock.advance(TTL_S * 1.1)
+    await used(world)
+    world.reads.clear()
+    for tenant in OTHERS[3:6]:  # beside the three that are remembered
+        world.registry.tenancy.set_quotas(tenant, Quotas(burst=2))
+    world.clock.advance(TTL_S * 1.1)
+    await used(world)
+    await used(world)
+    world.clock.advance(TTL_S * 2.2)
+    await used(world)
+    assert {layout.head_key(tenant) for tenant in OTHERS} <= set(world.reads)
+
+
+async def test_a_look_is_not_believed_beyond_twice_the_ttl_nor_after_a_failure(world: World) -> None:
+    await known(world)
+    feed = world.heads._changes
+    assert feed.is_followed
+    world.clock.advance(TTL_S * 2)
+    assert feed.is_followed
+    world.clock.advance(0.01)
+    assert not feed.is_followed
+    await used(world)
+    assert feed.is_followed
+    world.clock.advance(TTL_S * 1.1)
+    world.down = True
+    feed.look()
+    await world.behind()
+    assert not feed.is_followed
+    looks = len(world.looks)
+    world.clock.advance(FAILED_S)
+    feed.look()
+    await world.behind()
+    assert len(world.looks) == looks, "not at once again"
+    world.clock.advance(0.01)
+    world.down = False
+    feed.look()
+    await world.behind()
+    assert len(world.looks) == looks + 1
+    assert feed.is_followed
 
 
 async def test_one_look_is_under_way_at_a_time_and_nobody_waits_for_it(world: World) -> None:

@@ -293,3 +293,61 @@ async def test_a_ref_means_both_versions_while_its_swap_fails(world: World) -> N
     assert (await world.resolver.said(ref, 5)).version == 2
     assert (await world.resolver.serving(ref, 5)).version == 1
     world.cache._loader.prepare = prepare  # type: ignore[method-assign]
+
+
+# -- the resolver, which knows heads and swaps
+
+
+async def swapping(world: World) -> int:
+    """acme's production was moved from version 1, which is here, to one that can't be loaded; its number."""
+    world.register(1)
+    assert await world.serves() == 1
+    two = world.register(2)
+    world.down = True
+    await world.promote(two)
+    await world.swaps.settled("acme", 5)
+    return two
+
+
+async def test_during_a_swap_the_old_version_answers_the_alias_and_its_own_number(world: World) -> None:
+    await swapping(world)
+    one, two = world.registry.version(ACME, 1), world.registry.version(ACME, 2)
+    assert world.resolver.refs_of(one) == {"acme@1", "acme"}
+    assert world.resolver.refs_of(two) == {"acme@2"}
+    serving = world.resolver.serving_now(ModelRef.parse("acme"))
+    assert serving is not None
+    assert serving.version == 1
+    assert (await world.resolver.serving(ModelRef.parse("acme@2"), 5)).version == 2
+
+
+async def test_after_a_swap_the_alias_is_the_new_versions(world: World) -> None:
+    await swapping(world)
+    await asyncio.to_thread(world.registry.set_alias, ACME, AliasName("canary"), 1)
+    await world.heads.refresh(ACME)
+    world.down = False
+    world.clock.advance(RETRY_S + 0.1)
+    world.cache.forget_failures(ACME)
+    assert await world.serves() == 1, "and its request begins the next try"
+    await world.swaps.settled("acme", 5)
+    one, two = world.registry.version(ACME, 1), world.registry.version(ACME, 2)
+    assert world.resolver.refs_of(one) == {"acme@1", "acme:canary"}
+    assert world.resolver.refs_of(two) == {"acme@2", "acme"}
+    assert await world.resolver.meant(ModelRef.parse("acme"), 5) == [ModelKey("acme", 2)]
+
+
+async def test_an_alias_that_is_no_ref_takes_no_others_along(world: World) -> None:
+    world.register(1)
+    await world.heads.head(ACME)
+    head = world.heads.last_head(ACME)
+    assert head is not None
+    world.heads._heads[ACME].head = head.model_copy(update={"aliases": {"Not A Label": 1, **head.aliases}})
+    assert world.resolver.refs_of(world.registry.version(ACME, 1)) == {"acme@1", "acme"}
+
+
+async def test_of_a_tenant_that_is_not_known_a_version_answers_its_number_alone(world: World) -> None:
+    world.register(1)
+    assert world.resolver.refs_of(world.registry.version(ACME, 1)) == {"acme@1"}
+    assert world.resolver.head_now(ACME) is None
+    assert world.resolver.serving_now(ModelRef.parse("acme")) is None
+    assert (await world.resolver.head(ACME)).tenant == "acme"
+    assert world.resolver.head_now(ACME) is not None
