@@ -81,6 +81,10 @@ class Changes:
         """Whether the last look succeeded, and not long ago: what it did not name needs no read."""
         return self._failed_at < self._looked_at and self._clock() - self._looked_at <= 2 * self._ttl_s
 
+    def follows(self, confirmed_at: float) -> bool:
+        """Whether a head that was current then needs no read until a change of it is announced."""
+        return self.is_followed and self._since is not None and confirmed_at >= self._since
+
     def is_due(self, tenant: TenantId, revision: int) -> bool:
         """Whether a later revision than this one was announced: who has it reads the head."""
         return self._announced.get(tenant, 0) > revision

@@ -169,7 +169,7 @@ class TenantHeads:
             self._read_behind(tenant)
         if now - known.checked_at > self._ttl_s:
             changes.look()
-            if not changes.is_followed or changes.is_due(tenant, known.head.revision):
+            if not changes.follows(known.confirmed_at) or changes.is_due(tenant, known.head.revision):
                 self._read_behind(tenant)
         return now - known.checked_at
 
