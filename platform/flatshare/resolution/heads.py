@@ -70,6 +70,10 @@ FAILED_S: Final = 1.0
 MAX_READS: Final = 1_000
 """Most reads under way or waiting for a thread; beyond it unknown tenants are unavailable."""
 
+ANNOUNCED_READS: Final = 32
+"""Reads under way up to which an announcement begins another. Beyond it whoever asks for the tenant reads it:
+a change of thousands must not take the reads from tenants that are asked for now."""
+
 RecordKey = tuple[TenantId, int, str]
 
 
@@ -174,10 +178,10 @@ class TenantHeads:
         return now - known.checked_at
 
     def _announced(self, tenant: TenantId, revision: int) -> None:
-        """A tenant is about to change, or has: read its head if it is one of ours."""
+        """A tenant is about to change, or has: read its head if it is one of ours, and not too many are."""
         self._missing.pop(tenant, None)
         known = self._heads.get(tenant)
-        if known is not None and known.head.revision < revision:
+        if known is not None and known.head.revision < revision and len(self._reads) < ANNOUNCED_READS:
             self._read_behind(tenant)
 
     async def resolve(self, ref: ModelRef, timeout_s: float) -> VersionRecord:

@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from flatshare.resolution import changes
+from flatshare.resolution import changes, heads
 from flatshare.resolution.changes import FAILED_S, GAP_S
 from flatshare.resolution.heads import KEYS_AFTER_TTLS, REREAD_TTLS, STALE_AFTER_TTLS, TenantHeads
 from flatshare_registry import layout
@@ -391,6 +391,30 @@ async def test_a_look_is_not_believed_beyond_twice_the_ttl_nor_after_a_failure(w
     await world.behind()
     assert len(world.looks) == looks + 1
     assert feed.is_followed
+
+
+async def test_a_change_of_many_tenants_leaves_reads_for_those_that_are_asked_for(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """An operator's script promotes all of them: unknown tenants were refused until the last head was read."""
+    monkeypatch.setattr(heads, "ANNOUNCED_READS", 3)
+    monkeypatch.setattr(heads, "MAX_READS", 8)
+    await known(world)
+    for tenant in OTHERS:
+        world.registry.tenancy.set_quotas(tenant, Quotas(burst=2))
+    world.registry.create_tenant(TenantId("new"))
+    world.clock.advance(TTL_S * 1.1)
+    world.heads._changes.look()
+    (look,) = world.heads._changes._looks.tasks
+    await look
+    assert len(world.heads._reads) <= 3
+    assert (await world.heads.head(TenantId("new"))).tenant == "new"
+    for tenant in OTHERS:  # the rest is read by who asks
+        world.heads.head_now(tenant)
+        await world.behind()
+        head = world.heads.head_now(tenant)
+        assert head is not None
+        assert head.quotas.burst == 2
 
 
 async def test_one_look_is_under_way_at_a_time_and_nobody_waits_for_it(world: World) -> None:
