@@ -60,7 +60,7 @@ class DecodeRoom:
         """
         await self._places.enter(WAIT_S, tenant)
         loop = asyncio.get_running_loop()
-        box: list[T] = []  # a future would keep the result in a cycle (weights/threads.py)
+        box: list[T] = []  # a future would keep the result in a cycle (threads.py)
         try:
             running = self._threads.submit(lambda: box.append(work()))
         except BaseException:

@@ -21,6 +21,8 @@ from typing import Final
 
 import torch
 
+from flatshare.device.opening import device_budget, open_device
+from flatshare.device.protocol import Device
 from flatshare.engine.inference import Inference
 from flatshare.engine.quotas import BytesLimit, QuotaKeeper
 from flatshare.replica.key_use import KeyUse
@@ -37,13 +39,12 @@ from flatshare.resolution.heads import TenantHeads
 from flatshare.resolution.resolver import Resolver
 from flatshare.resolution.swaps import Swaps
 from flatshare.settings import Settings
-from flatshare.weights.device import Device, device_budget, open_device
+from flatshare.threads import in_thread
 from flatshare.weights.device_loader import DeviceLoader
 from flatshare.weights.fetch import TensorSource
 from flatshare.weights.host_place import open_host_tier
 from flatshare.weights.host_tier import HostTier, Scrubbed
 from flatshare.weights.scrubber import HostScrubber
-from flatshare.weights.threads import in_thread
 from flatshare.weights.tiers import ModelKey
 from flatshare_registry.catalog import Registry
 from flatshare_registry.errors import Unavailable

@@ -14,7 +14,7 @@ from typing import Final
 
 from cachetools import LRUCache
 
-from flatshare.weights.threads import ThreadWork
+from flatshare.threads import ThreadWork
 from flatshare_registry import layout
 from flatshare_registry.errors import RegistryError
 from flatshare_registry.ids import TenantId

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from flatshare.device.memory import DeviceMemory
 from flatshare.residency.stats import CacheStats
 from flatshare.weights.host_tier import HostUsage
-from flatshare.weights.tiers import DeviceMemory, ResidentInfo, SwapInfo
+from flatshare.weights.tiers import ResidentInfo, SwapInfo
 
 __all__ = ["ReplicaSnapshot"]
 

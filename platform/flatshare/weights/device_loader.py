@@ -17,11 +17,11 @@ from weakref import WeakValueDictionary
 import torch
 from cachetools import LRUCache
 
+from flatshare.device.protocol import Device
 from flatshare.errors import ModelFailed, NoRoom, ProbeFailed
 from flatshare.models.architecture import Architecture, architecture
 from flatshare.models.probe import check_probe
 from flatshare.models.stages import Model, Stage, device_tensor, plan_of, tensor_view
-from flatshare.weights.device import Device
 from flatshare.weights.fetch import Fetched, TensorSource
 from flatshare.weights.host_cache import HostTensorCache
 from flatshare.weights.loader import Held, Placed, Prepared

@@ -21,9 +21,9 @@ from functools import partial
 from itertools import islice
 from typing import Final
 
+from flatshare.threads import ThreadWork
 from flatshare.weights.hasher import Hasher
 from flatshare.weights.host_tier import HostTier
-from flatshare.weights.threads import ThreadWork
 from flatshare.weights.tier_writer import TensorWriter
 from flatshare.weights.tiers import Tier
 from flatshare_registry import layout

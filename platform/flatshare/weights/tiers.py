@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from flatshare_registry.records import VersionRecord
 
-__all__ = ["DeviceMemory", "LeaseTag", "ModelKey", "Part", "ResidentInfo", "State", "SwapInfo", "Tier"]
+__all__ = ["LeaseTag", "ModelKey", "Part", "ResidentInfo", "State", "SwapInfo", "Tier"]
 
 
 class Tier(StrEnum):
@@ -127,12 +127,3 @@ class SwapInfo:
     from_version: int
     to_version: int
     error: str
-
-
-@dataclass(frozen=True, slots=True)
-class DeviceMemory:
-    """What the device itself says, in bytes; zeros where it has nothing to say."""
-
-    allocated: int = 0
-    free: int = 0
-    total: int = 0

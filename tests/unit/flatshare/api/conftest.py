@@ -16,6 +16,7 @@ from torch import nn
 from flatshare.api.app import create_app
 from flatshare.api.hot import HotRoutes
 from flatshare.api.identity import Identities, OperatorKeys, Role
+from flatshare.device.cpu import CpuDevice
 from flatshare.engine.inference import Inference
 from flatshare.engine.quotas import QuotaKeeper
 from flatshare.models.architecture import architecture
@@ -26,7 +27,6 @@ from flatshare.residency.model_cache import ModelCache
 from flatshare.resolution.heads import TenantHeads
 from flatshare.resolution.resolver import Resolver
 from flatshare.resolution.swaps import Swaps
-from flatshare.weights.device import CpuDevice
 from flatshare.weights.device_loader import DeviceLoader
 from flatshare.weights.fetch import TensorSource
 from flatshare.weights.tiers import ModelKey

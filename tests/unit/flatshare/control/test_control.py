@@ -13,13 +13,14 @@ import pytest
 from flatshare.api.identity import Identities
 from flatshare.control import fleet as fleet_module
 from flatshare.control.app import RegistryHeads, create_control_app
+from flatshare.device.memory import DeviceMemory
 from flatshare.engine.quotas import QuotaKeeper
 from flatshare.pool.details import ReplicaState
 from flatshare.replica.snapshot import ReplicaSnapshot
 from flatshare.residency.stats import CacheStats
 from flatshare.settings import Settings
 from flatshare.weights.host_tier import HostUsage
-from flatshare.weights.tiers import DeviceMemory, ResidentInfo, State, SwapInfo, Tier
+from flatshare.weights.tiers import ResidentInfo, State, SwapInfo, Tier
 from flatshare_registry.catalog import Registry
 from flatshare_registry.ids import TenantId
 from flatshare_registry.records import Action, Quotas

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from safetensors.torch import save
 
 from flatshare.api.identity import LOCAL_OPERATOR
+from flatshare.device.cpu import CpuDevice
 from flatshare.engine.inference import Inference
 from flatshare.engine.quotas import QuotaKeeper
 from flatshare.errors import IsolationBroken, ModelFailed
@@ -26,7 +27,6 @@ from flatshare.residency.model_cache import ModelCache
 from flatshare.resolution.heads import TenantHeads
 from flatshare.resolution.resolver import Resolver
 from flatshare.resolution.swaps import Swaps
-from flatshare.weights.device import CpuDevice
 from flatshare.weights.device_loader import PROOF_S, DeviceLoader
 from flatshare.weights.fetch import TensorSource
 from flatshare.weights.host_tier import HostTier

@@ -13,11 +13,11 @@ import psutil
 import torch
 from safetensors.torch import save
 
+from flatshare.device.cpu import CpuDevice
 from flatshare.engine.passes import forward
 from flatshare.models.architecture import architecture
 from flatshare.residency.ledger import Ledger
 from flatshare.residency.model_cache import ModelCache
-from flatshare.weights.device import CpuDevice
 from flatshare.weights.device_loader import DeviceLoader
 from flatshare.weights.fetch import TensorSource
 from flatshare.weights.host_tier import HostTier

@@ -10,6 +10,7 @@ import torch
 from safetensors.torch import save
 
 from flatshare.api.identity import LOCAL_OPERATOR
+from flatshare.device.cpu import CpuDevice
 from flatshare.engine.inference import Inference
 from flatshare.engine.quotas import QuotaKeeper
 from flatshare.models.architecture import architecture
@@ -21,7 +22,6 @@ from flatshare.residency.model_cache import ModelCache
 from flatshare.resolution.heads import TenantHeads
 from flatshare.resolution.resolver import Resolver
 from flatshare.resolution.swaps import RETRY_S, Swaps
-from flatshare.weights.device import CpuDevice
 from flatshare.weights.device_loader import DeviceLoader
 from flatshare.weights.fetch import TensorSource
 from flatshare.weights.tiers import ModelKey

@@ -17,6 +17,9 @@ import pytest
 import torch
 from safetensors.torch import save
 
+from flatshare.device.cpu import CpuDevice
+from flatshare.device.cuda import CudaDevice
+from flatshare.device.opening import device_budget
 from flatshare.engine.inference import Inference
 from flatshare.errors import ModelFailed, NoRoom, ProbeFailed
 from flatshare.models.architecture import architecture
@@ -25,7 +28,6 @@ from flatshare.models.stages import Model
 from flatshare.residency.ledger import Ledger
 from flatshare.residency.model_cache import ModelCache
 from flatshare.weights import fetch as fetch_module
-from flatshare.weights.device import CpuDevice, CudaDevice, device_budget
 from flatshare.weights.device_loader import DeviceLoader
 from flatshare.weights.fetch import TensorSource
 from flatshare.weights.host_tier import HostTier
@@ -519,8 +521,8 @@ async def test_an_architecture_that_is_not_installed_or_changed_is_refused(
 
 
 def test_the_budget_of_a_device() -> None:
+    from flatshare.device.memory import DeviceMemory
     from flatshare.errors import SettingsError
-    from flatshare.weights.tiers import DeviceMemory
 
     class Gpu(CpuDevice):
         def memory(self) -> DeviceMemory:

@@ -11,14 +11,14 @@ from pathlib import Path
 import pytest
 from safetensors.torch import save
 
+from flatshare.device.cpu import CpuDevice
 from flatshare.models.architecture import architecture
 from flatshare.residency.ledger import Ledger
 from flatshare.residency.model_cache import ModelCache
-from flatshare.weights.device import CpuDevice
+from flatshare.threads import ThreadWork
 from flatshare.weights.device_loader import DeviceLoader
 from flatshare.weights.fetch import TensorSource
 from flatshare.weights.host_tier import HostTier
-from flatshare.weights.threads import ThreadWork
 from flatshare_registry.catalog import Registry
 from flatshare_registry.errors import Unavailable
 from flatshare_registry.ids import TenantId
