@@ -19,7 +19,9 @@
     │   └── ResidentOverQuota   resident_bytes: all that the tenant may keep on a device is in use
     ├── Overloaded              no room now; retry after ``retry_after_s``
     │   ├── Wedged              a pass never ends: the replica is being replaced
+    │   ├── DeviceBroken        the device is lost to this process: likewise
     │   └── NoRoom              every slot is leased and none came free before the deadline
+    │       └── DeviceFull      the device has no memory, whatever the ledger says
     ├── DeadlineExceeded        it was accepted but not answered in time; retry
     ├── OtherStore              the call is about another store than this platform's
     ├── FleetUnavailable        not all replicas answered in time; retry
@@ -41,6 +43,8 @@ __all__ = [
     "BadInput",
     "BodyOverQuota",
     "DeadlineExceeded",
+    "DeviceBroken",
+    "DeviceFull",
     "FleetUnavailable",
     "Forbidden",
     "IsolationBroken",
@@ -164,8 +168,18 @@ class Wedged(Overloaded):
     """A pass on the device does not end; the replica is unhealthy, and will be replaced."""
 
 
+class DeviceBroken(Overloaded):
+    """The device failed in a way that only a new process mends; the replica is unhealthy, and will be
+    replaced.
+    """
+
+
 class NoRoom(Overloaded):
     """Every slot was leased until the deadline."""
+
+
+class DeviceFull(NoRoom):
+    """The device has no memory for it now, although the ledger has: the allocator cuts it otherwise."""
 
 
 class DeadlineExceeded(ServeError):

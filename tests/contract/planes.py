@@ -108,7 +108,7 @@ class Replicas:
 
     def broadcast(self, method: str, *arguments: object) -> Any:
         replies: dict[str, list[Any]] = {
-            "erase": [EraseReceipt("r1", "n1", 1, 10, clean=True, at=1.0)],
+            "erase": [EraseReceipt("r1", "n1", "cpu", 1, 10, clean=True, at=1.0)],
             "erase_host": [HostReceipt("r1", "n1", "n", ("a",), (), 10, 1.0)],
             "snapshot": [],
             "unload": [True],

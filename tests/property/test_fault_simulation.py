@@ -66,6 +66,11 @@ class HostileLoader:
     async def ended(self, tenant: str, timeout_s: float) -> bool:
         return True
 
+    overwrites_what_leaves = False
+
+    async def settle(self) -> None:
+        pass  # overwrites at once
+
     def scrub(self, model: Model, parts: Collection[Part]) -> int:
         return 0
 

@@ -124,6 +124,7 @@ class Erasure:
                 {
                     "replica": one.replica,
                     "node_id": one.node_id,
+                    "device": one.device,
                     "models": one.models,
                     "overwritten_bytes": one.overwritten_bytes,
                     "at": one.at,

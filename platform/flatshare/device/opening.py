@@ -2,28 +2,56 @@
 
 from __future__ import annotations
 
+import logging
+from typing import Final
+
 import torch
 
 from flatshare.device.cpu import CpuDevice
 from flatshare.device.cuda import CudaDevice
 from flatshare.device.protocol import Device
+from flatshare.device.torch_cuda import TorchCuda
 from flatshare.errors import SettingsError
 
-__all__ = ["device_budget", "open_device"]
+__all__ = ["CONTEXT_BYTES", "device_budget", "most_bytes", "open_device"]
+
+logger = logging.getLogger("flatshare.device")
+
+CONTEXT_BYTES: Final = 600 * 1024**2
+"""What a process takes of a device beside torch's allocator: context, kernels, libraries' handles. pytorch
+issues 20532 and 58466 tell of 0.3 to 0.6 GB; ``scripts/gpu-checks`` measures it."""
 
 
-def open_device(wanted: str) -> Device:
+def open_device(wanted: str, share: float = 0.0) -> Device:
     """The device that a setting means on this machine.
+
+    Parameters
+    ----------
+    share
+        Part of a GPU that is reserved for this process; 0 if none is.
 
     Raises
     ------
     SettingsError
-        ``cuda`` was asked for and there is none.
+        ``cuda`` was asked for, or a GPU was reserved, and there is none; or it does not compute.
     """
     available = torch.cuda.is_available()
-    if wanted == "cuda" and not available:
-        raise SettingsError("device=cuda, but this replica sees no CUDA device; set gpus_per_replica above 0")
-    return CudaDevice() if wanted != "cpu" and available else CpuDevice()
+    if not available and wanted != "cpu" and (share or wanted == "cuda"):
+        asked = "device=cuda" if wanted == "cuda" else f"gpus_per_replica={share:g}"
+        raise SettingsError(
+            f"{asked}, but torch {torch.__version__} finds no CUDA device here. It is built for CUDA "
+            f"{torch.version.cuda or '-'}: an older driver (see nvidia-smi) looks like none. Mend that, or "
+            "set device=cpu and gpus_per_replica=0"
+        )
+    if wanted == "cpu" or not available:
+        return CpuDevice()
+    total = torch.cuda.mem_get_info()[1]
+    return CudaDevice(TorchCuda(most_bytes(total, share) if share < 1 else 0))
+
+
+def most_bytes(total: int, share: float) -> int:
+    """Bytes that the allocator of a process with a share of a device may take; 0 for no bound."""
+    return max(int(total * share) - CONTEXT_BYTES, 1) if 0 < share < 1 else 0
 
 
 def device_budget(device: Device, setting: int, headroom: int, share: float) -> int | None:
@@ -43,9 +71,15 @@ def device_budget(device: Device, setting: int, headroom: int, share: float) -> 
     SettingsError
         Nothing is left.
     """
-    if setting:
-        return setting
     memory = device.memory()
+    if setting:
+        if memory.total and setting > memory.free:
+            logger.warning(
+                "device_bytes=%d, and the device has %d bytes free: loads will find no memory, and evict",
+                setting,
+                memory.free,
+            )
+        return setting
     if not memory.total:
         return None
     budget = min(memory.free, int(memory.total * min(share, 1.0))) - headroom

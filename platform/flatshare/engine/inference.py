@@ -2,7 +2,8 @@
 
 No timer: a lone request runs at once, and those that arrive while a pass runs form the next ones. The
 thread takes its next pass from the queue itself, so it is never idle while somebody waits, and the
-event loop goes on accepting. Who runs next is ``fair_queue.py``, what shares a pass ``passes.py``.
+event loop goes on accepting. Who runs next is ``fair_queue.py``, what shares a pass ``passes.py``. Where the
+device computes beside the thread, the next pass is launched before the answers of the last are waited for.
 """
 
 from __future__ import annotations
@@ -14,12 +15,14 @@ import threading
 import time
 import warnings
 from collections.abc import Callable, Hashable, Sequence
+from concurrent.futures import Future
 from typing import Final, cast
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from flatshare.device.protocol import Device, Fault, Launched
 from flatshare.engine.fair_queue import FairQueue
 from flatshare.engine.jobs import (
     Answer,
@@ -31,10 +34,9 @@ from flatshare.engine.jobs import (
     probe_due,
 )
 from flatshare.engine.passes import forward
-from flatshare.errors import ModelFailed, NoRoom, Wedged
+from flatshare.errors import ModelFailed, NoRoom, ProbeFailed, ServeError, Wedged
 from flatshare.models.architecture import architecture
 from flatshare.models.probe import check_probe_logits
-from flatshare.models.stages import Model
 from flatshare.residency.lease import Lease
 
 __all__ = ["MAX_BATCH_ROWS", "Inference"]
@@ -61,6 +63,8 @@ class Inference:
     ----------
     device
         Where the leased models are.
+    warm_up
+        Called in the thread before its first pass; :meth:`ready` waits for it.
     torch_threads
         Threads of one forward pass; 0 for what each architecture says.
     max_batch_rows
@@ -74,18 +78,22 @@ class Inference:
 
     def __init__(
         self,
-        device: torch.device,
+        device: Device,
         torch_threads: int = 0,
         max_batch_rows: int = MAX_BATCH_ROWS,
         *,
         meet: bool = False,
+        warm_up: Callable[[], None] = lambda: None,
         pass_limit_s: float = PASS_LIMIT_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._meet = meet
         self._pass_limit_s = pass_limit_s
         self._clock = clock
-        self._pass_began: float | None = None  # written by the thread alone
+        self._pass_began: float | None = None  # written by the thread alone, as the next two
+        self.memory_failures = 0
+        self._ready: Future[None] = Future()
+        self._warm_up = warm_up
         self.device = device
         self.passes = 0
         self.rows = 0
@@ -119,12 +127,25 @@ class Inference:
         ------
         Wedged
             One has: the thread can't be ended, so the process must be.
+        DeviceBroken
+            Its device can't be used any more.
         """
         began = self._pass_began
         if began is not None and self._clock() - began > self._pass_limit_s:
             raise Wedged(
                 f"a pass of this replica has not ended within {self._pass_limit_s:g} s: it is replaced, retry"
             )
+        self.device.check(self._pass_limit_s)
+
+    def ready(self) -> None:
+        """Wait until the thread can take passes.
+
+        Raises
+        ------
+        Exception
+            What the warm-up raised; the thread has ended then.
+        """
+        self._ready.result()
 
     async def run(self, lease: Lease, rows: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits of some rows.
@@ -181,8 +202,8 @@ class Inference:
         ------
         NoRoom
             The replica is stopping; ``done`` is not called.
-        Wedged
-            A pass has not ended for longer than any may; likewise.
+        Wedged, DeviceBroken
+            The replica is being replaced; likewise.
         """
         self.check_alive()
         model = lease.model
@@ -245,45 +266,103 @@ class Inference:
     # -- in the thread
 
     def _work(self) -> None:
+        try:
+            self._warm_up()
+        except Exception as error:
+            self._ready.set_exception(error)
+            return
+        self._ready.set_result(None)
+        under_way: _Pass | None = None
         while True:
             with self._lock:
                 batch = self._queue.take()
                 loop, closing = self._loop, self._closing
-                self._idle = not batch and not closing
+                self._idle = not batch and not closing and under_way is None
             if closing:
+                if under_way is not None:
+                    self._end(under_way)
                 while batch:
                     self._deliver_soon(loop, batch, None)
                     with self._lock:
                         batch = self._queue.take()
                 return
             if not batch:
-                self._wakeup.acquire()
+                if under_way is None:
+                    self._wakeup.acquire()
+                else:
+                    self._end(under_way)
+                    under_way = self._pass_began = None
                 continue
             self.passes += 1
             self.rows += sum(job.size for job in batch)
-            self._pass_began = self._clock()
-            answers = self._answers(batch)
-            self._pass_began = None
-            self._deliver_soon(loop, batch, answers)
-            del answers
+            if under_way is None:
+                self._pass_began = self._clock()
+            begun = self._begin(batch)
             del batch  # a job in here would keep its model alive while the thread waits
+            if under_way is not None:
+                self._end(under_way)
+                self._pass_began = self._clock()  # the one that was launched meanwhile
+            if self.device.overlaps:
+                under_way = begun
+            else:
+                self._end(begun)
+                self._pass_began = None
+            del begun
 
-    def _answers(self, batch: Sequence[Job]) -> list[Answer]:
-        """One answer a job: all in one pass, and if that fails each alone, so that a bad one fails alone."""
+    def _begin(self, batch: Sequence[Job]) -> _Pass:
+        """Launch a pass; one that fails at once is a pass all the same."""
         try:
-            return list(self._pass(batch))
+            return self._launch(batch)
         except Exception as error:  # whatever a network raises is that model's failure
-            if len(batch) == 1:
-                return [failure_of(batch[0], error)]
-        answers: list[Answer] = []
-        for job in batch:
-            try:
-                answers += self._pass([job])
-            except Exception as error:
-                answers.append(failure_of(job, error))
-        return answers
+            return _Pass(batch, [], [], None, error)
 
-    def _pass(self, batch: Sequence[Job]) -> list[NDArray[np.float32]]:
+    def _end(self, one: _Pass) -> None:
+        """Wait for a pass and have its answers delivered."""
+        self._deliver_soon(self._loop, one.batch, self._answers(one))
+
+    def _answers(self, one: _Pass) -> list[Answer]:
+        """One answer a job: all of one pass, and if that fails of smaller ones, so that a bad job fails
+        alone.
+        """
+        batch = one.batch
+        try:
+            return list(self._logits(one))
+        except Exception as error:
+            fault = self.device.judge(error)
+            if fault == "memory":
+                self.memory_failures += 1
+            if len(batch) == 1:
+                return [self._failure(batch[0], error, fault)]
+            if fault == "broken":  # each of them would only hear the same
+                return [failure_of(job, error, fault) for job in batch]
+            if fault == "memory":
+                logger.warning("the device has no memory for a pass of %d jobs: %s", len(batch), error)
+                half = len(batch) // 2
+                return [
+                    *self._answers(self._begin(batch[:half])), *self._answers(self._begin(batch[half:]))
+                ]  # fmt: skip
+            logger.info("a pass of %d jobs failed; each runs alone: %s", len(batch), error)
+        return [answer for job in batch for answer in self._answers(self._begin([job]))]
+
+    def _failure(self, job: Job, error: Exception, fault: Fault) -> Exception:
+        """Why a job that ran alone has no logits.
+
+        A model that owes its probe, and can't answer that alone either, does not run on this device: that
+        is told as a failed probe, so that the model goes. A bad row takes nobody's model away.
+        """
+        if fault == "other" and not isinstance(error, ServeError):
+            try:
+                probe = probe_due([job])
+                if probe is not None:
+                    self.device.launch([probe], lambda rows: forward([job.lease.model], rows)).wait()
+            except Exception as again:
+                if self.device.judge(again) == "other":
+                    failed = ProbeFailed(f"{job.lease.record.name} does not run on {self.device.name}")
+                    logger.error("%s: %s", failed.message, again)
+                    return failed
+        return failure_of(job, error, fault)
+
+    def _launch(self, batch: Sequence[Job]) -> _Pass:
         for job in batch:
             check_lease(job, "before")
         # Rows of one model are one block; equal models are one model.
@@ -294,32 +373,29 @@ class Inference:
         probes = [probe_due(block) for block in jobs]
         models = [block[0].lease.model for block in jobs]
         self._set_threads(self._torch_threads or models[0].threads)
-        with torch.inference_mode():
-            inputs = [
-                self._on_device(joined(block, probe), model)
-                for block, probe, model in zip(jobs, probes, models, strict=True)
-            ]
-            outputs = forward(models, inputs)
-            logits = [one.cpu().numpy() for one in outputs]
-        del models  # nothing here may outlive the leases
+        rows = [joined(block, probe) for block, probe in zip(jobs, probes, strict=True)]
+        launched = self.device.launch(rows, lambda given: forward(models, given, self.device.padded))
+        return _Pass(batch, jobs, probes, launched)
+
+    def _logits(self, one: _Pass) -> list[NDArray[np.float32]]:
+        if one.launched is None:
+            assert one.error is not None, "one or the other"
+            raise one.error
         answers: dict[int, NDArray[np.float32]] = {}
-        for block, probe, found in zip(jobs, probes, logits, strict=True):
+        for block, probe, found in zip(one.blocks, one.probes, one.launched.wait(), strict=True):
             if len(found) != sum(job.size for job in block) + (probe is not None):
                 raise ModelFailed(f"{block[0].lease.record.name} gave {len(found)} rows for other inputs")
             if probe is not None:
                 record = block[0].lease.record
-                check_probe_logits(architecture(record.architecture), record, found[-1], self.device)
+                network = architecture(record.architecture)
+                check_probe_logits(network, record, found[-1], self.device.torch_device)
                 probe_answered(block)
             start = 0
             for job in block:
                 check_lease(job, "after")
                 answers[id(job)] = found[start : start + job.size]
                 start += job.size
-        return [answers[id(job)] for job in batch]
-
-    def _on_device(self, rows: torch.Tensor, model: Model) -> torch.Tensor:
-        order = torch.channels_last if model.channels_last and rows.dim() == 4 else torch.preserve_format
-        return rows.to(self.device, memory_format=order)
+        return [answers[id(job)] for job in one.batch]
 
     def _set_threads(self, threads: int) -> None:
         """A setting of the calling thread, under OpenMP; models of one pass are of one architecture."""
@@ -336,6 +412,26 @@ class Inference:
         assert loop is not None, "a job came from a loop"
         with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits
             loop.call_soon_threadsafe(_deliver, batch, answers)
+
+
+class _Pass:
+    """A pass under way: its jobs, those of each model together, and the probe that a model owes."""
+
+    __slots__ = ("batch", "blocks", "error", "launched", "probes")
+
+    def __init__(
+        self,
+        batch: Sequence[Job],
+        blocks: Sequence[Sequence[Job]],
+        probes: Sequence[NDArray[np.float32] | None],
+        launched: Launched | None,
+        error: Exception | None = None,
+    ) -> None:
+        self.batch = batch
+        self.blocks = blocks
+        self.probes = probes
+        self.launched = launched
+        self.error = error
 
 
 def _deliver(batch: Sequence[Job], answers: Sequence[Answer] | None) -> None:

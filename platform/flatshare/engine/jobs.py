@@ -9,10 +9,10 @@ from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from flatshare.errors import IsolationBroken, ModelFailed, NoRoom, ServeError
+from flatshare.device.protocol import Fault
+from flatshare.errors import DeviceBroken, IsolationBroken, ModelFailed, NoRoom, ServeError
 from flatshare.models.architecture import architecture
 from flatshare.models.probe import probe_rows
 from flatshare.residency.lease import Lease
@@ -50,12 +50,12 @@ class Job:
     ended: bool = False
 
 
-def joined(block: Sequence[Job], probe: NDArray[np.float32] | None) -> torch.Tensor:
+def joined(block: Sequence[Job], probe: NDArray[np.float32] | None) -> NDArray[np.float32]:
     """Rows of a block's jobs, one after the other, and the probe's last."""
     rows = [job.rows for job in block]
     if probe is not None:
         rows.append(probe)
-    return torch.from_numpy(rows[0] if len(rows) == 1 else np.concatenate(rows))
+    return rows[0] if len(rows) == 1 else np.concatenate(rows)
 
 
 def probe_due(block: Sequence[Job]) -> NDArray[np.float32] | None:
@@ -72,14 +72,24 @@ def probe_answered(block: Sequence[Job]) -> None:
         block[0].lease.resident.probe_due = False
 
 
-def failure_of(job: Job, error: Exception) -> Exception:
-    """What a job is told of an error in its pass; the log is told all of it."""
+def failure_of(job: Job, error: Exception, fault: Fault) -> Exception:
+    """What a job is told of an error in its pass; the log is told all of it.
+
+    Parameters
+    ----------
+    fault
+        What the error says of the device.
+    """
     if isinstance(error, ServeError):
         return error.with_traceback(None)
-    if isinstance(error, torch.OutOfMemoryError):  # of the device, not of the model; perhaps over in a moment
-        logger.warning("the device has no memory for a pass of %s: %s", job.lease.record.name, error)
-        return NoRoom(f"the device has no memory for {job.lease.record.name} now; retry")
-    failed = ModelFailed(f"{job.lease.record.name} failed in its forward pass")
+    name = job.lease.record.name
+    if fault == "memory":  # of the device, not of the model; perhaps over in a moment
+        logger.warning("the device has no memory for a pass of %s: %s", name, error)
+        return NoRoom(f"the device has no memory for {name} now; retry")
+    if fault == "broken":  # perhaps by another tenant's pass, or a load
+        logger.error("the device failed in a pass of %s: %s", name, error)
+        return DeviceBroken(f"the device failed in a pass of {name}; this replica is replaced, retry")
+    failed = ModelFailed(f"{name} failed in its forward pass")
     # Told here, as text, and kept without its frames: they hold the batch, and with it the model.
     logger.error("%s\n%s", failed.message, "".join(traceback.format_exception(error)))
     failed.__cause__ = error.with_traceback(None)

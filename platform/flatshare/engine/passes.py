@@ -12,31 +12,40 @@ win for small networks. That wants a GPU to measure; its place is where :func:`f
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from itertools import groupby
 
 import torch
 
+from flatshare.errors import ModelFailed
 from flatshare.models.stages import Model
 
 __all__ = ["forward"]
 
 
-def forward(models: Sequence[Model], rows: Sequence[torch.Tensor]) -> list[torch.Tensor]:
+def forward(
+    models: Sequence[Model],
+    rows: Sequence[torch.Tensor],
+    padded: Callable[[int], int] = lambda count: count,
+) -> list[torch.Tensor]:
     """Logits of each model for its rows.
 
     Parameters
     ----------
     models, rows
         As long as each other; rows ``(N_i, *input.shape)`` on the models' device.
+    padded
+        How many rows so many are computed as: zeros are added, and what becomes of them is left out again.
 
     Returns
     -------
     list of Tensor
         ``(N_i, classes)``, in the order of the models.
     """
+    rows = [_ordered(one, model) for one, model in zip(rows, models, strict=True)]
     if len(models) == 1:
-        return [models[0](rows[0])]
+        count = len(rows[0])
+        return [_cut(models[0](_filled(rows[0], padded(count))), count, padded(count))]
     logits: list[torch.Tensor] = [torch.empty(0)] * len(models)
     # Neighbours share the longest prefix; the sort is stable, so equal models keep their order.
     order = sorted(range(len(models)), key=lambda index: tuple(map(id, models[index].stages)))
@@ -50,9 +59,12 @@ def forward(models: Sequence[Model], rows: Sequence[torch.Tensor]) -> list[torch
     while todo:
         indices, inputs, depth = todo.pop()
         first, last = models[indices[0]].stages, models[indices[-1]].stages
+        count = len(inputs)
+        inputs = _filled(inputs, padded(count))
         while depth < len(first) and first[depth] is last[depth]:  # sorted: if the ends agree, so do all
             inputs = first[depth](inputs)
             depth += 1
+        inputs = _cut(inputs, count, padded(count))
         if depth == len(first):
             sizes = [len(rows[index]) for index in indices]
             for index, part in zip(indices, torch.split(inputs, sizes), strict=True):
@@ -65,3 +77,25 @@ def forward(models: Sequence[Model], rows: Sequence[torch.Tensor]) -> list[torch
             todo.append((together, inputs[start : start + size], depth))
             start += size
     return logits
+
+
+def _ordered(rows: torch.Tensor, model: Model) -> torch.Tensor:
+    """Rows in the memory order in which a model computes."""
+    if model.channels_last and rows.dim() == 4:
+        return rows.contiguous(memory_format=torch.channels_last)
+    return rows
+
+
+def _filled(rows: torch.Tensor, count: int) -> torch.Tensor:
+    """Rows, and as many zeros as are missing; nothing of anybody's."""
+    missing = count - len(rows)
+    return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing > 0 else rows
+
+
+def _cut(found: torch.Tensor, count: int, computed: int) -> torch.Tensor:
+    """What became of the rows, without what became of the zeros."""
+    if computed == count:
+        return found
+    if len(found) != computed:
+        raise ModelFailed(f"a network gave {len(found)} rows for {computed}")
+    return found[:count]

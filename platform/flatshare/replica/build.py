@@ -21,6 +21,7 @@ from typing import Final
 
 import torch
 
+from flatshare.device.memory import DeviceMemory
 from flatshare.device.opening import device_budget, open_device
 from flatshare.device.protocol import Device
 from flatshare.engine.inference import Inference
@@ -30,6 +31,7 @@ from flatshare.replica.pins import restore_pins
 from flatshare.replica.receipt import EraseReceipt, HostReceipt
 from flatshare.replica.request import InferenceService
 from flatshare.replica.snapshot import ReplicaSnapshot
+from flatshare.replica.warm_up import installed, warm_up
 from flatshare.residency.fair_semaphore import FairSemaphore
 from flatshare.residency.ledger import Ledger
 from flatshare.residency.loads import LOCAL_CONCURRENCY
@@ -131,6 +133,7 @@ class Replica:
         store: BlobStore,
         *,
         place: Place | None = None,
+        device: Device | None = None,
         on_change: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
     ) -> Replica:
@@ -142,6 +145,8 @@ class Replica:
             All settings, already validated.
         store
             Where the registry is.
+        device
+            Where models run; None for what the settings mean.
         on_change
             Called when :meth:`held_ids` may have changed; must be quick.
         clock
@@ -152,7 +157,7 @@ class Replica:
         SettingsError
             The device that the settings name is not there.
         """
-        device = open_device(settings.device)
+        device = device or open_device(settings.device, settings.gpus_per_replica)
         set_threads = functools.partial(torch.set_num_threads, settings.torch_threads or 1)
         threads = [
             ThreadPoolExecutor(count, thread_name_prefix=name, initializer=set_threads)
@@ -208,9 +213,10 @@ class Replica:
         swaps = Swaps(cache, heads.record, timeout_s=settings.request_timeout_s, on_change=on_change)
         resolver = Resolver(heads, swaps)
         inference = Inference(
-            device.torch_device,
+            device,
             settings.torch_threads,
             settings.max_batch_rows,
+            warm_up=lambda: warm_up(device, installed(), settings.max_batch_rows),
             pass_limit_s=settings.request_timeout_s,
         )
         service = InferenceService(
@@ -250,7 +256,16 @@ class Replica:
     # -- its life
 
     def start(self) -> None:
-        """Begin what goes on beside requests: the fleet's pins are restored, the node's files are hashed."""
+        """Begin what goes on beside requests: the fleet's pins are restored, the node's files are hashed.
+
+        Blocks until the device is warm: nobody is served before.
+
+        Raises
+        ------
+        DeviceBroken
+            It does not run anything.
+        """
+        self.inference.ready()
         loop = asyncio.get_running_loop()
         if self.host_tier is not None:
 
@@ -275,7 +290,9 @@ class Replica:
         Raises
         ------
         Wedged
-            A pass never ends, and nothing can end its thread: the process must be replaced.
+            A pass, or a copy, never ends, and nothing can end its thread: the process must be replaced.
+        DeviceBroken
+            The device can't be used by this process any more: likewise.
         """
         self.inference.check_alive()
 
@@ -289,6 +306,7 @@ class Replica:
         self.swaps.close()
         await self.cache.close(DRAIN_S)
         await asyncio.to_thread(self.inference.close)
+        self.device.close()
         self.service.deadlines.close()
         for threads in self._threads:
             threads.shutdown(wait=False, cancel_futures=True)
@@ -313,6 +331,13 @@ class Replica:
         """Every ref that can be answered from a resident: versions by number, and aliases that mean them."""
         return {ref for record in self.cache.resident_records() for ref in self.resolver.refs_of(record)}
 
+    async def _device_memory(self) -> DeviceMemory:
+        """In a thread: it may wait for a lock of the driver. A broken device says nothing."""
+        try:
+            return await asyncio.to_thread(self.device.memory)
+        except RuntimeError:
+            return DeviceMemory()
+
     async def snapshot(self, advertised: set[str]) -> ReplicaSnapshot:
         """All that this replica holds and has counted.
 
@@ -326,13 +351,13 @@ class Replica:
             node=self.place.node,
             node_id=self.place.node_id,
             pid=os.getpid(),
-            device=str(self.inference.device),
+            device=str(self.device.torch_device),
             slots=self.cache.slots,
             slots_used=self.cache.occupied,
             budget_bytes=self.cache.ledger.budget_bytes,
             held_bytes=self.cache.ledger.held_bytes,
             reserved_bytes=self.cache.ledger.reserved_bytes,
-            device_memory=self.device.memory(),
+            device_memory=await self._device_memory(),
             host=await asyncio.to_thread(self.host_tier.usage) if self.host_tier is not None else None,
             loading=[str(key) for key in self.cache.loading],
             swaps=self.swaps.snapshot(),
@@ -413,8 +438,9 @@ class Replica:
         clean = await self.key_use.stop(parsed, deadline - time.monotonic()) and clean
         self._on_change()
         return EraseReceipt(
-            self.name, self.place.node_id, told.models, told.overwritten_bytes, clean, time.time()
-        )
+            self.name, self.place.node_id, self.device.name, told.models, told.overwritten_bytes,
+            clean, time.time(),
+        )  # fmt: skip
 
     async def erase_host(self, digests: list[str]) -> HostReceipt:
         """Overwrite and remove tensors of this node's files, but for what is mapped."""

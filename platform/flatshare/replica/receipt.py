@@ -13,18 +13,23 @@ class EraseReceipt:
 
     Attributes
     ----------
+    device
+        ``cpu`` or ``cuda``. On CUDA the memory of models that were evicted before was overwritten as they
+        went, and so were the pinned buffers that they came through.
     models
         Residents that went since the erasure began here.
     overwritten_bytes
         Of the device's memory; the rest were files of the host tier, or other tenants' too.
     clean
-        Whether nothing of the tenant is left: no resident, no load under way.
+        Whether nothing of the tenant is left: no resident, no load under way, nothing that is yet to be, or
+        could not be, overwritten.
     at
         POSIX seconds.
     """
 
     replica: str
     node_id: str
+    device: str
     models: int
     overwritten_bytes: int
     clean: bool

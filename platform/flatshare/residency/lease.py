@@ -26,10 +26,13 @@ class Erased:
         Residents that went.
     overwritten_bytes
         Of their memory; the rest were files of the host tier, or other tenants' too.
+    failed
+        Something could not be overwritten: only the end of the process frees it for sure.
     """
 
     models: int = 0
     overwritten_bytes: int = 0
+    failed: bool = False
 
 
 @dataclass(slots=True, eq=False)

@@ -20,6 +20,9 @@ from flatshare.weights.tiers import Part
 
 __all__ = ["Ledger", "Reservation"]
 
+RAISING_STEPS: Final = 16
+"""Loads that are placed until the whole budget is tried again, after the device had less."""
+
 MAX_SPARING: Final = 32
 """Most victims that are looked at again, to spare those that did not help: it is done on the event loop."""
 
@@ -41,11 +44,19 @@ class Ledger:
         Most models at a time.
     budget_bytes
         Most bytes of all parts; None for no bound.
+
+    Attributes
+    ----------
+    limit_bytes
+        The budget, or less for a while: a device has refused what the ledger had room for. Its allocator cuts
+        memory into segments, and others may have some of it.
     """
 
     def __init__(self, slots: int, budget_bytes: int | None) -> None:
         self.slots = slots
         self.budget_bytes = budget_bytes
+        self.limit_bytes = budget_bytes
+        self._steps_left = 0
         self.slots_taken = 0
         self.held_bytes = 0
         self.reserved_bytes = 0
@@ -113,6 +124,25 @@ class Ledger:
                 trial.without(candidates[index])
         return chosen
 
+    # -- what the device really takes
+
+    def lower(self) -> None:
+        """The device had refused a load until somebody went: no more than what is there now fits, as it
+        seems.
+        """
+        self.limit_bytes = self.held_bytes + self.reserved_bytes
+        self._steps_left = RAISING_STEPS
+
+    def raise_again(self) -> None:
+        """A load was placed: a step back to the budget."""
+        if not self._steps_left:
+            return
+        self._steps_left -= 1
+        if not self._steps_left or self.limit_bytes is None or self.budget_bytes is None:
+            self._steps_left, self.limit_bytes = 0, self.budget_bytes
+        else:
+            self.limit_bytes += (self.budget_bytes - self.limit_bytes) // (self._steps_left + 1)
+
     # -- changing
 
     def reserve(self, new_bytes: int) -> Reservation:
@@ -174,9 +204,9 @@ class Ledger:
         self.slots_taken -= 1
 
     def _bytes_fit(self, new_bytes: int) -> bool:
-        if self.budget_bytes is None:
+        if self.limit_bytes is None:
             return True
-        return self.held_bytes + self.reserved_bytes + new_bytes <= self.budget_bytes
+        return self.held_bytes + self.reserved_bytes + new_bytes <= self.limit_bytes
 
 
 class _Trial:
@@ -190,8 +220,8 @@ class _Trial:
         self._drops: Counter[Part] = Counter()
 
     def fits(self) -> bool:
-        budget = self._ledger.budget_bytes
-        return self._slots_short <= 0 and (budget is None or self._wanted <= budget)
+        limit = self._ledger.limit_bytes
+        return self._slots_short <= 0 and (limit is None or self._wanted <= limit)
 
     def without(self, parts: Collection[Part]) -> None:
         self._slots_short -= 1

@@ -12,13 +12,14 @@ import time
 import traceback
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Final
 
-from flatshare.errors import IsolationBroken, NoRoom, copy_of
+from flatshare.errors import DeviceFull, IsolationBroken, NoRoom, copy_of
 from flatshare.residency.failures import FailureMemory
 from flatshare.residency.fair_semaphore import FairSemaphore
 from flatshare.residency.lease import Lease, Resident
-from flatshare.residency.residency import NoRoomNow, Residency
+from flatshare.residency.residency import NoMemoryNow, NoRoomNow, Residency
 from flatshare.residency.stats import CacheStats
 from flatshare.weights.loader import Held, Loader, Placed, Prepared
 from flatshare.weights.tiers import ModelKey, Part
@@ -229,12 +230,14 @@ class Loads:
                     resident = await self._attempt(record, claimed, load, self._loading, self._prepare)
                 assert resident is not None, "the store answers or raises"
                 return resident
-            except NoRoomNow:
-                pass
+            except NoRoomNow as error:
+                could_fit = partial(
+                    self._residency.could_fit, tenant, claimed, refused=isinstance(error, NoMemoryNow)
+                )
             deadline = self._clock() + self._room_timeout_s if deadline is None else deadline
             load.wants_room = True
             if self._clock() >= deadline or not await self._residency.room.wait(
-                lambda: self._residency.could_fit(tenant, claimed), deadline - self._clock()
+                could_fit, deadline - self._clock()
             ):
                 raise self._residency.no_room(record, claimed)
             load.wants_room = False
@@ -312,7 +315,27 @@ class Loads:
         """Make room, put the model there, and count what it really takes."""
         # All that will be copied is set aside, also what another model has brought here meanwhile.
         new_bytes = sum(size for part, size in claimed.items() if part not in counted)
-        self._residency.make_room(record.tenant, new_bytes, slots=1, whole_bytes=sum(claimed.values()))
+        whole_bytes = sum(claimed.values())
+        refusals = 0
+        while True:
+            self._residency.make_room(record.tenant, new_bytes, slots=1, whole_bytes=whole_bytes)
+            try:
+                placed = await self._place_in_room(record, prepared, held, new_bytes)
+            except DeviceFull:
+                # The ledger has room and the device has not: its allocator has cut it, or others have it. One
+                # after the other goes until it fits, so that nobody is refused for ever who could be served.
+                refusals += 1
+                self._residency.evict_next(record.tenant)
+                continue
+            if refusals:
+                self.ledger.lower()
+            else:
+                self.ledger.raise_again()
+            return placed
+
+    async def _place_in_room(
+        self, record: VersionRecord, prepared: Prepared, held: Held, new_bytes: int
+    ) -> Placed:
         reservation = self.ledger.reserve(new_bytes)
         try:
             placed = await self._loader.place(record, prepared, held)

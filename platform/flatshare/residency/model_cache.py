@@ -26,7 +26,7 @@ import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager
 
-from flatshare.errors import DeadlineExceeded
+from flatshare.errors import DeadlineExceeded, DeviceBroken
 from flatshare.residency.failures import FailureMemory
 from flatshare.residency.lease import Erased, Lease
 from flatshare.residency.ledger import Ledger
@@ -94,6 +94,7 @@ class ModelCache:
             bounds_of,
             stats=self.stats,
             scrub=loader.scrub,
+            overwrites=loader.overwrites_what_leaves,
             on_change=on_change,
             wall_clock=wall_clock,
         )
@@ -272,7 +273,8 @@ class ModelCache:
     async def erased(self, tenant: str, timeout_s: float) -> bool:
         """Wait until nothing of an erased tenant is left; whether that is so.
 
-        Loads under way count, and so do threads of loads that were given up: they go on.
+        Loads under way count, and so do threads of loads that were given up: they go on. What could not be
+        overwritten counts until the process ends.
         """
         deadline = self._clock() + timeout_s
 
@@ -284,7 +286,17 @@ class ModelCache:
         if not await self._loader.ended(tenant, deadline - self._clock()):
             return False
         self._loader.let_go()  # what these loads have prepared
-        return gone() or await self._residency.room.wait(gone, deadline - self._clock())
+        if not gone() and not await self._residency.room.wait(gone, deadline - self._clock()):
+            return False
+        told = self._erasures.get(tenant)
+        if told is not None and told.failed:
+            return False
+        try:
+            async with asyncio.timeout(max(deadline - self._clock(), 0)):
+                await self._loader.settle()
+        except (TimeoutError, DeviceBroken):
+            return False
+        return True
 
     def forget_failures(self, tenant: str) -> None:
         """Try a tenant's failed versions again at the next request."""

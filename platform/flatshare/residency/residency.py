@@ -10,7 +10,7 @@ import logging
 import time
 from collections.abc import Callable, Collection, Iterator, Mapping
 
-from flatshare.errors import NeverFits, NoRoom, ResidentOverQuota
+from flatshare.errors import DeviceFull, NeverFits, NoRoom, ResidentOverQuota
 from flatshare.models.stages import Model
 from flatshare.residency.lease import Lease, Resident
 from flatshare.residency.ledger import Ledger
@@ -22,7 +22,7 @@ from flatshare.weights.loader import Placed
 from flatshare.weights.tiers import LeaseTag, ModelKey, Part, ResidentInfo, State, Tier
 from flatshare_registry.records import VersionRecord
 
-__all__ = ["NoRoomNow", "Residency"]
+__all__ = ["NoMemoryNow", "NoRoomNow", "Residency"]
 
 logger = logging.getLogger("flatshare.residency")
 
@@ -32,6 +32,10 @@ class NoRoomNow(NoRoom):
 
     def __init__(self) -> None:
         super().__init__("no room now; retry")
+
+
+class NoMemoryNow(NoRoomNow):
+    """The same, and the ledger would have had room: the device has not."""
 
 
 class Residency:
@@ -48,7 +52,9 @@ class Residency:
     stats
         Counted in: hits and evictions.
     scrub
-        Overwrites those parts of a model that nobody else has (erasure); returns how many bytes.
+        Overwrites those parts of a model that nobody else has; returns how many bytes.
+    overwrites
+        Whether that is done at each eviction, not only at an erasure.
     on_change
         Called after models were evicted; must not raise.
     wall_clock
@@ -68,6 +74,7 @@ class Residency:
         *,
         stats: CacheStats,
         scrub: Callable[[Model, Collection[Part]], int],
+        overwrites: bool = False,
         on_change: Callable[[], None],
         wall_clock: Callable[[], float] = time.time,
     ) -> None:
@@ -79,6 +86,7 @@ class Residency:
         self.room = RoomQueue()
         self._share_of = bounds_of
         self._scrub = scrub
+        self._overwrites = overwrites
         self._on_change = on_change
         self._wall_clock = wall_clock
         self._protected: dict[ModelKey, int] = {}
@@ -184,15 +192,16 @@ class Residency:
         """Let go of a draining model whose last lease has ended."""
         if resident.leases or resident.state is not State.DRAINING:
             return
-        if resident.erased is not None and resident.model is not None:
+        erased = resident.erased
+        if resident.model is not None and (erased is not None or self._overwrites):
             try:
-                resident.erased.overwritten_bytes += self._scrub(
-                    resident.model, self.ledger.own_parts(resident.parts)
-                )
-            except (
-                Exception
-            ):  # a device that fails: the memory goes all the same, and is not told as overwritten
+                size = self._scrub(resident.model, self.ledger.own_parts(resident.parts))
+                if erased is not None:
+                    erased.overwritten_bytes += size
+            except Exception:  # a device that fails: slot and bytes are free all the same, and it is told
                 logger.exception("%s could not be overwritten", resident.record.name)
+                if erased is not None:
+                    erased.failed = True
         # Dropping the last reference frees the tensors; nobody else holds the model.
         resident.model = None
         del self._leaving[id(resident)]
@@ -234,6 +243,25 @@ class Residency:
             self.stats.evictions += 1
         self._on_change()
 
+    def evict_next(self, tenant: str) -> None:
+        """Evict the one whose turn it is, since the device has no memory for a model of a tenant.
+
+        Raises
+        ------
+        NoMemoryNow
+            All that is here is in use.
+        DeviceFull
+            Nothing is here: the memory is not ours to free.
+        """
+        keys = self.candidates(tenant)
+        if not keys:
+            if any(one.leases for one in self.held()):
+                raise NoMemoryNow
+            raise DeviceFull("the device has no memory for a model, and holds none that could go; retry")
+        self.retire(self._residents[keys[0]], evicted=True)
+        self.stats.evictions += 1
+        self._on_change()
+
     def own_victims(self, tenant: str, size_bytes: int, keys: list[ModelKey]) -> list[ModelKey] | None:
         """A tenant's own models that must go for its cap; None when these are in use.
 
@@ -245,8 +273,16 @@ class Residency:
         cap = self._share_of(tenant).cap_bytes
         return own_victims(tenant, size_bytes, cap, keys, self._residents, self._leaving.values())
 
-    def could_fit(self, tenant: str, claimed: Mapping[Part, int]) -> bool:
-        """Whether a new try of a load that waits for room would find it."""
+    def could_fit(self, tenant: str, claimed: Mapping[Part, int], *, refused: bool = False) -> bool:
+        """Whether a new try of a load that waits for room would find it.
+
+        Parameters
+        ----------
+        refused
+            The device had no memory for it: somebody must be there to go, whatever the ledger says.
+        """
+        if refused and not self.candidates(tenant):
+            return False
         if self.own_victims(tenant, sum(claimed.values()), self.candidates(tenant)) is None:
             return False
         new_bytes = self.ledger.missing_bytes(claimed)

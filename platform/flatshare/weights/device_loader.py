@@ -9,6 +9,8 @@ from __future__ import annotations
 import contextlib
 import threading
 import time
+import weakref
+from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Executor
 from typing import Final, Generic, TypeVar
@@ -18,10 +20,11 @@ import torch
 from cachetools import LRUCache
 
 from flatshare.device.protocol import Device
-from flatshare.errors import ModelFailed, NoRoom, ProbeFailed
+from flatshare.errors import DeviceBroken, DeviceFull, ModelFailed, ProbeFailed
 from flatshare.models.architecture import Architecture, architecture
 from flatshare.models.probe import check_probe
 from flatshare.models.stages import Model, Stage, device_tensor, plan_of, tensor_view
+from flatshare.threads import in_thread
 from flatshare.weights.fetch import Fetched, TensorSource
 from flatshare.weights.host_cache import HostTensorCache
 from flatshare.weights.loader import Held, Placed, Prepared
@@ -83,9 +86,9 @@ class DeviceLoader:
         # Weak: what keeps a tensor or a stage is a model that has it, so the last model's end frees it.
         self._tensors: WeakValueDictionary[Part, torch.Tensor] = WeakValueDictionary()
         self._stages: WeakValueDictionary[tuple[str, int, tuple[Part, ...]], Stage] = WeakValueDictionary()
-        # What each living model holds, placed or not: who wants to overwrite a tensor must know them all.
-        self._users: WeakValueDictionary[int, _Tensors] = WeakValueDictionary()
-        self._sharing = threading.Lock()
+        # How many living models hold a part, placed or not: who wants to overwrite it must know them all.
+        self._users: Counter[Part] = Counter()
+        self._sharing = threading.RLock()  # a model may end, by the collector, within it
         tier = source.tier
         self._warm = HostTensorCache(tier.budget_bytes // WARM_SHARE if tier is not None else 0)
         if tier is not None:
@@ -124,16 +127,28 @@ class DeviceLoader:
 
     def scrub(self, model: Model, parts: Collection[Part]) -> int:
         """See :class:`Loader`. No load under way can have these tensors, or come by them later."""
-        self._warm.clear()
+        if self.device.computes_in_host_memory:
+            self._warm.clear()
+        tensors = model.tensors
+        assert isinstance(tensors, _Tensors), "this loader's"
         with self._sharing:
-            others = {part for user in self._users.values() if user is not model.tensors for part in user}
-            going = {part: model.tensors[part] for part in parts if part not in others}
+            going = {part: tensors[part] for part in parts if self._users[part] == 1}
             for part in going:
                 self._tensors.pop(part, None)
-            for key in list(self._stages):
+            for key in tensors.stages:
                 if not going.keys().isdisjoint(key[2]):
                     self._stages.pop(key, None)
-        return self.device.scrub(going.values())
+        with self._judged(f"what {model.digest[:8]} held could not be overwritten"):
+            return self.device.scrub(going.values())
+
+    @property
+    def overwrites_what_leaves(self) -> bool:
+        """See :class:`Loader`."""
+        return self.device.overwrites_what_leaves
+
+    async def settle(self) -> None:
+        """See :class:`Loader`."""
+        await self.device.settle()
 
     async def prepare_local(self, record: VersionRecord, held: Held) -> Prepared | None:
         """See :class:`Loader`."""
@@ -179,15 +194,19 @@ class DeviceLoader:
         """See :class:`Loader`."""
         model = prepared.model
         if model is None:
+            with self._judged(f"{record.name} could not be placed on {self.device.name}"):
+                tensors = await in_thread(None, lambda: self.device.place(prepared.tensors))
+            left_over = tensors
             try:
-                tensors = await self.device.place(prepared.tensors)
-            except torch.OutOfMemoryError as error:  # not the model's fault, and perhaps over in a moment
-                raise NoRoom(f"the device has no memory for {record.name} now; retry") from error
-            except Exception as error:  # CUDA raises RuntimeErrors of several kinds
-                raise ModelFailed(f"{record.name} could not be placed on {self.device.name}") from error
-            # Here and now: to put tensors into layers takes less than handing it to a thread, and a store
-            # that hangs has all of the other threads.
-            model = self._build(record, tensors, held, prove=False)
+                # Here and now: to put tensors into layers takes less than handing it to a thread, and a store
+                # that hangs has all of the other threads.
+                model = self._build(record, tensors, held, prove=False)
+                used = model.tensors
+                left_over = {part: one for part, one in tensors.items() if used[part] is not one}
+            finally:  # what another load has brought meanwhile, or all of it
+                if left_over and self.overwrites_what_leaves:
+                    with self._judged(f"what {record.name} had twice could not be overwritten"):
+                        self.device.scrub(left_over.values())
         sizes = {
             part: self.device.footprint(tensor.untyped_storage().nbytes())
             for part, tensor in model.tensors.items()
@@ -212,7 +231,7 @@ class DeviceLoader:
         if not self.device.computes_in_host_memory:
             # Tried out here, before room is made; on the device it answers its probe with its first rows.
             self._try_out(network, record, tensors, held)
-            return Prepared(self._staged(record, tensors), fetched.tier, proven=False)
+            return Prepared(tensors, fetched.tier, proven=False)
         prepared = Prepared(tensors, fetched.tier, self._build(record, tensors, held))
         if self.source.tier is not None:
             self._warm.keep(tensors)
@@ -254,13 +273,18 @@ class DeviceLoader:
             raise
         self._proven.put((record.digest, record.architecture), self._clock())
 
-    def _staged(
-        self, record: VersionRecord, tensors: Mapping[Part, torch.Tensor]
-    ) -> Mapping[Part, torch.Tensor]:
+    @contextlib.contextmanager
+    def _judged(self, what: str) -> Iterator[None]:
+        """What the device raises, as what it says of the device; only "other" is the model's own failure."""
         try:
-            return self.device.stage(tensors)
-        except RuntimeError as error:  # page-locked memory is scarce, and torch says so in several ways
-            raise NoRoom(f"there is no page-locked memory for {record.name} now; retry") from error
+            yield
+        except Exception as error:
+            fault = self.device.judge(error)
+            if fault == "memory":
+                raise DeviceFull(f"{what}: the device has no memory now; retry") from error
+            if fault == "broken":
+                raise DeviceBroken(f"{what}: the device failed; this replica is replaced, retry") from error
+            raise ModelFailed(what) from error
 
     def _build(
         self, record: VersionRecord, tensors: Mapping[Part, torch.Tensor], held: Held, *, prove: bool = True
@@ -282,7 +306,8 @@ class DeviceLoader:
                 new = given[part]
                 assert isinstance(new, torch.Tensor), "hold() gave tensors"
                 shared[part] = self._tensors.setdefault(part, new)
-            self._users[id(shared)] = shared
+            self._users.update(tuple(shared))
+            weakref.finalize(shared, self._let_go_of, tuple(shared)).atexit = False
         named = {name: shared[part] for name, part in parts.items()}
         stages: list[Stage] = []
         for index, names in enumerate(plan.names):
@@ -295,13 +320,32 @@ class DeviceLoader:
                 with self._sharing:
                     stage = self._stages.setdefault(key, made)
             stages.append(stage)
+            shared.stages.append(key)
         return Model(
             tuple(stages), shared, record.digest, network.name, network.channels_last, network.threads
         )
 
+    def _let_go_of(self, parts: tuple[Part, ...]) -> None:
+        """A model's end; in whatever thread lets go of it last."""
+        with self._sharing:
+            for part in parts:
+                self._users[part] -= 1
+                if not self._users[part]:
+                    del self._users[part]
+
 
 class _Tensors(dict[Part, torch.Tensor]):
-    """A dict that can be referred to weakly."""
+    """What a model holds; can be referred to weakly.
+
+    Attributes
+    ----------
+    stages
+        By which names the loader knows the model's stages.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stages: list[tuple[str, int, tuple[Part, ...]]] = []
 
 
 @contextlib.contextmanager

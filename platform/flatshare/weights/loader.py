@@ -85,13 +85,34 @@ class Loader(Protocol):
         """
         ...
 
+    @property
+    def overwrites_what_leaves(self) -> bool:
+        """Whether a model's memory is to be overwritten when it is evicted too."""
+        ...
+
     def scrub(self, model: Model, parts: Collection[Part]) -> int:
-        """Overwrite a model's parts that no other model has, just before it is let go of (erasure).
+        """Overwrite a model's parts that no other model has, just before it is let go of.
 
         Returns
         -------
         int
-            Bytes overwritten; what is a mapped file is not (the host tier sees to these).
+            Bytes overwritten, or that will be (:meth:`settle`); what is a mapped file is not (the host tier
+            sees to these).
+
+        Raises
+        ------
+        DeviceBroken
+            The device does nothing any more.
+        """
+        ...
+
+    async def settle(self) -> None:
+        """Wait until all that was to be overwritten so far is.
+
+        Raises
+        ------
+        DeviceBroken
+            The device can't tell.
         """
         ...
 
@@ -118,8 +139,10 @@ class Loader(Protocol):
 
         Raises
         ------
-        NoRoom
+        DeviceFull
             The device is out of memory now.
+        DeviceBroken
+            The device failed, and with it this process.
         ModelFailed
             The device refused it otherwise.
         """

@@ -53,7 +53,7 @@ class World:
             ledger=Ledger(2, None),
             loader=DeviceLoader(TensorSource(faulty), CpuDevice(), threads, threads),
         )
-        self.inference = Inference(torch.device("cpu"))
+        self.inference = Inference(CpuDevice())
         self.admission = FairSemaphore(8, 8)
         self.cold = FairSemaphore(16, 0)
         self.service = InferenceService(

@@ -55,7 +55,9 @@ class Replicas:
             with pytest.raises(NotFound):
                 self.registry.head(ACME)
             results = [
-                EraseReceipt(name, "n1", 1, 100, name == "r1" or asked > self.clean_after, float(asked))
+                EraseReceipt(
+                    name, "n1", "cuda", 1, 100, name == "r1" or asked > self.clean_after, float(asked)
+                )
                 for name in self.running
             ]
         if method == "erase_host":

@@ -56,7 +56,7 @@ class Pool:
             if name in self.broken:
                 return RuntimeError("actor died")
             return {
-                "erase": EraseReceipt(name, f"node-{name}", 1, 10, clean=True, at=1.0),
+                "erase": EraseReceipt(name, f"node-{name}", "cpu", 1, 10, clean=True, at=1.0),
                 "erase_host": HostReceipt(name, f"node-{name}", "n", (), (), 0, 1.0),
                 "unpin": True, "unload": True,
             }.get(method, name)  # fmt: skip

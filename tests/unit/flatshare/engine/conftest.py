@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import pytest
-import torch
 
+from flatshare.device.cpu import CpuDevice
 from flatshare.engine.inference import Inference
 
 
 @pytest.fixture
 def inference() -> Iterator[Inference]:
-    inference = Inference(torch.device("cpu"))
+    inference = Inference(CpuDevice())
     yield inference
     inference.close()

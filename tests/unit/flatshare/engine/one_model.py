@@ -43,8 +43,13 @@ class OneModel:
     def let_go(self) -> None:
         pass  # keeps nothing between loads
 
+    overwrites_what_leaves = False
+
     def scrub(self, model: Model, parts: Collection[Part]) -> int:
         return 0
+
+    async def settle(self) -> None:
+        pass  # overwrites nothing
 
     async def prepare_local(self, record: VersionRecord, held: Held) -> Prepared | None:
         return Prepared({}, Tier.HOST, self.model)

@@ -11,6 +11,7 @@ import pytest
 import torch
 from torch import nn
 
+from flatshare.device.cpu import CpuDevice
 from flatshare.engine.inference import MAX_BATCH_ROWS, Inference
 from flatshare.errors import IsolationBroken, ModelFailed, NoRoom
 from flatshare.models.stages import Model
@@ -168,7 +169,7 @@ async def test_promise_1_models_are_never_mixed_in_a_pass(inference: Inference) 
 async def test_models_that_share_nothing_meet_in_a_pass_where_that_is_asked_for(
     meet: bool, passes: int
 ) -> None:
-    inference = Inference(torch.device("cpu"), meet=meet)
+    inference = Inference(CpuDevice(), meet=meet)
     one, two = Counting(100), Counting(200)
     with await leased(one, "acme") as a, await leased(two, "globex") as b:
         first = asyncio.create_task(inference.run(a, ROWS))
@@ -258,7 +259,7 @@ async def test_one_bad_row_fails_only_itself(inference: Inference) -> None:
 
 
 async def test_closing_refuses_who_still_waits() -> None:
-    inference = Inference(torch.device("cpu"))
+    inference = Inference(CpuDevice())
     module = Counting(0)
     with await leased(module, "acme") as lease:
         first = asyncio.create_task(inference.run(lease, ROWS))

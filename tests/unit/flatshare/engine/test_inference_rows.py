@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import nn
 
+from flatshare.device.cpu import CpuDevice
 from flatshare.engine.inference import Inference
 from flatshare.errors import ModelFailed, ProbeFailed
 from flatshare.models.architecture import architecture
@@ -114,7 +115,7 @@ async def test_a_probe_that_is_answered_wrongly_fails_the_rows_beside_it(inferen
 async def test_a_pass_has_the_threads_that_the_operator_says_or_else_the_network(
     setting: int, of_network: int, wanted: int
 ) -> None:
-    inference = Inference(torch.device("cpu"), torch_threads=setting)
+    inference = Inference(CpuDevice(), torch_threads=setting)
     stage = TenFirst()
     try:
         with await cache_of(stage, threads=of_network).lease(RECORD, 5) as lease:
@@ -143,7 +144,7 @@ async def test_passes_and_their_rows_are_counted_once(inference: Inference) -> N
 
 @pytest.mark.parametrize(("rows", "passes"), [(4, 1), (5, 2), (8, 2), (9, 3)])
 async def test_a_request_is_cut_only_where_it_is_larger_than_a_pass(rows: int, passes: int) -> None:
-    inference = Inference(torch.device("cpu"), max_batch_rows=4)
+    inference = Inference(CpuDevice(), max_batch_rows=4)
     stage = TenFirst()
     many = np.arange(rows * 784, dtype=np.float32).reshape(rows, 1, 28, 28)
     try:

@@ -7,9 +7,9 @@ from collections.abc import AsyncIterator
 
 import numpy as np
 import pytest
-import torch
 
 from flatshare.api.error_table import describe_error
+from flatshare.device.cpu import CpuDevice
 from flatshare.engine.inference import Inference
 from flatshare.errors import Wedged
 from flatshare_registry.testing.faults import ManualClock
@@ -27,7 +27,7 @@ def clock() -> ManualClock:
 
 @pytest.fixture
 async def inference(clock: ManualClock) -> AsyncIterator[Inference]:
-    made = Inference(torch.device("cpu"), pass_limit_s=30, clock=clock)
+    made = Inference(CpuDevice(), pass_limit_s=30, clock=clock)
     yield made
     await asyncio.to_thread(made.close)
 

@@ -70,6 +70,11 @@ class GatedLoader:
     def let_go(self) -> None:
         pass  # keeps nothing between loads
 
+    overwrites_what_leaves = False
+
+    async def settle(self) -> None:
+        pass  # overwrites at once
+
     def scrub(self, model: Model, parts: Collection[Part]) -> int:
         return 0
 

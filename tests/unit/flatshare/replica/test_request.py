@@ -57,7 +57,7 @@ class World:
         self.clock = ManualClock(0.0)
         self.loader = DeviceLoader(source, CpuDevice(), threads, threads, clock=self.clock)
         self.cache = ModelCache(ledger=Ledger(4, None), loader=self.loader)
-        self.inference = Inference(torch.device("cpu"))
+        self.inference = Inference(CpuDevice())
         self.service = InferenceService(
             resolver=Resolver(view, Swaps(self.cache, view.record, timeout_s=5)), cache=self.cache,
             inference=self.inference, admission=FairSemaphore(8, 8), cold=FairSemaphore(8, 0), quotas=QuotaKeeper(), timeout_s=10,

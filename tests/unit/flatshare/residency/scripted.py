@@ -68,6 +68,11 @@ class ScriptedLoader:
     async def ended(self, tenant: str, timeout_s: float) -> bool:
         return True
 
+    overwrites_what_leaves = False
+
+    async def settle(self) -> None:
+        pass  # overwrites at once
+
     def scrub(self, model: Model, parts: Collection[Part]) -> int:
         self.scrubbed += sorted(one.digest for one in parts)
         return SIZE * len(parts)

@@ -82,6 +82,11 @@ class FakeLoader:
     async def ended(self, tenant: str, timeout_s: float) -> bool:
         return True
 
+    overwrites_what_leaves = False
+
+    async def settle(self) -> None:
+        pass  # overwrites at once
+
     def scrub(self, model: Model, parts: Collection[Part]) -> int:
         self.scrubbed += [part.digest for part in parts]
         return 7

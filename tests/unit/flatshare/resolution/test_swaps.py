@@ -56,7 +56,7 @@ class World:
             loader=DeviceLoader(TensorSource(faulty), CpuDevice(), threads, threads),
         )
         self.swaps = Swaps(self.cache, self.heads.record, timeout_s=5, clock=self.clock)
-        self.inference = Inference(torch.device("cpu"))
+        self.inference = Inference(CpuDevice())
         self.resolver = Resolver(self.heads, self.swaps)
         self.service = InferenceService(
             resolver=self.resolver, cache=self.cache, inference=self.inference,

@@ -20,6 +20,9 @@ from safetensors.torch import save
 from flatshare.device.cpu import CpuDevice
 from flatshare.device.cuda import CudaDevice
 from flatshare.device.opening import device_budget
+from flatshare.device.protocol import Device, K
+from flatshare.device.testing.simulated_cuda import SimulatedCuda
+from flatshare.device.torch_cuda import TorchCuda
 from flatshare.engine.inference import Inference
 from flatshare.errors import ModelFailed, NoRoom, ProbeFailed
 from flatshare.models.architecture import architecture
@@ -110,32 +113,24 @@ async def load(loader: DeviceLoader, record: VersionRecord) -> tuple[Model, Tier
     return (await loader.place(record, prepared, held)).model, prepared.tier
 
 
-class StagedDevice(CpuDevice):
-    """What CUDA does, without CUDA: tensors are copied twice, and run only where they were placed."""
-
-    name = "staged"
-    computes_in_host_memory = False
-
-    def stage(self, tensors: Mapping[Part, torch.Tensor]) -> Mapping[Part, torch.Tensor]:
-        return {part: tensor.clone() for part, tensor in tensors.items()}
-
-    async def place(self, tensors: Mapping[Part, torch.Tensor]) -> Mapping[Part, torch.Tensor]:
-        await asyncio.sleep(0)
-        return {part: tensor.clone() for part, tensor in tensors.items()}
+def simulated() -> CudaDevice:
+    return CudaDevice(SimulatedCuda(), chunk_bytes=1_000_000)
 
 
-DEVICES = [CpuDevice, StagedDevice, *([CudaDevice] if torch.cuda.is_available() else [])]
+DEVICES = [CpuDevice, simulated, *([lambda: CudaDevice(TorchCuda())] if torch.cuda.is_available() else [])]
 
 
-@pytest.fixture(params=DEVICES, autouse=True)
-def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> CpuDevice | CudaDevice:
+@pytest.fixture(params=DEVICES, ids=["cpu", "simulated", "cuda"][: len(DEVICES)], autouse=True)
+def device(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[Device]:
     """Where :func:`loader_of` loads to: the device is the only difference."""
-    made: CpuDevice | CudaDevice = request.param()
+    made: Device = request.param()
     monkeypatch.setattr(sys.modules[__name__], "DEVICE", made)
-    return made
+    yield made
+    if isinstance(made, CudaDevice) and isinstance(made.runtime, SimulatedCuda):
+        assert made.runtime.violations == []
 
 
-DEVICE: CpuDevice | CudaDevice = CpuDevice()
+DEVICE: Device = CpuDevice()
 
 
 def loader_of(source: TensorSource, threads: ThreadPoolExecutor) -> DeviceLoader:
@@ -277,7 +272,7 @@ async def test_a_pass_and_a_failed_pass_leave_nothing_behind(
 ) -> None:
     loader = loader_of(TensorSource(store), threads)
     cache = ModelCache(ledger=Ledger(2, None), loader=loader)
-    inference = Inference(torch.device("cpu"))
+    inference = Inference(DEVICE)
     gc.collect()
     gc.disable()
     try:
@@ -500,12 +495,12 @@ async def test_a_device_that_is_out_of_memory_is_no_fault_of_the_model(
     class FullDevice(CpuDevice):
         computes_in_host_memory = False
 
-        async def place(self, tensors: Mapping[Part, torch.Tensor]) -> Mapping[Part, torch.Tensor]:
+        def place(self, tensors: Mapping[K, torch.Tensor]) -> Mapping[K, torch.Tensor]:
             raise torch.OutOfMemoryError("CUDA out of memory")
 
     loader = DeviceLoader(TensorSource(store), FullDevice(), threads, threads)
     cache = ModelCache(ledger=Ledger(2, None), loader=loader)
-    with pytest.raises(NoRoom, match="no memory for acme@1 now"):
+    with pytest.raises(NoRoom, match="no memory for a model, and holds none"):
         await cache.lease(record, 5)
     assert (cache.occupied, cache.ledger.held_bytes, cache.ledger.reserved_bytes) == (0, 0, 0)
     loader.device = CpuDevice()

@@ -1,0 +1,34 @@
+"""What an error says of a device, judged by its class and, where torch has none for it, by its text."""
+
+from __future__ import annotations
+
+import torch
+
+from flatshare.device.protocol import Fault
+
+__all__ = ["fault_of"]
+
+_NO_MEMORY = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED")
+"""Libraries' own words for it; torch raises these as plain RuntimeErrors (aten/src/ATen/cuda/Exceptions.h).
+"""
+
+_BROKEN = ("CUBLAS_STATUS_EXECUTION_FAILED", "CUDNN_STATUS_EXECUTION_FAILED", "CUDNN_STATUS_INTERNAL_ERROR")
+"""A kernel of theirs did not run. The CUDA error behind it is told only at the next call of torch's own."""
+
+
+def fault_of(error: BaseException) -> Fault:
+    """What an error says of the device that raised it.
+
+    An ``AcceleratorError`` (torch's class for all CUDA errors but "out of memory") leaves the process's CUDA
+    context in a state that only its end mends, for all that we have found: CUDA's documentation says so of
+    device-side asserts, illegal accesses, uncorrectable ECC errors, launch failures (cudaError_t 214, 700,
+    710, 719). The few that are not sticky are not worth a replica that may be lost.
+    """
+    text = str(error)
+    if isinstance(error, torch.OutOfMemoryError) or any(words in text for words in _NO_MEMORY):
+        return "memory"
+    if isinstance(error, torch.AcceleratorError):
+        return "memory" if "out of memory" in text else "broken"
+    if isinstance(error, RuntimeError) and any(words in text for words in _BROKEN):
+        return "broken"
+    return "other"
