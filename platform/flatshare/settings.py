@@ -143,12 +143,14 @@ class Settings(RegistrySettings):
         description="Bytes that a node's host tier may take. 0: a quarter of its file system, at most 8 GiB.",
     )
     device: Literal["auto", "cpu", "cuda"] = Field(
-        default="auto", description="auto: cuda where there is one, else cpu."
+        default="auto",
+        description="auto: cuda where gpus_per_replica is above 0 or there is one, else cpu. A GPU that is "
+        "reserved and can't be used is an error, not a reason for cpu.",
     )
     gpus_per_replica: float = Field(
         default=0.0,
         ge=0,
-        description="GPUs that Ray reserves for one replica: below 1 a fraction, else a whole number. "
+        description="GPUs that Ray reserves for one replica: 1, or a fraction that it shares with others. "
         "0 on machines without CUDA; device=cuda needs more than 0.",
     )
     cpus_per_replica: float = Field(
@@ -247,8 +249,10 @@ class Settings(RegistrySettings):
     def _consistent(self) -> Self:
         if self.port == self.serve_port:
             raise ValueError(f"port and serve_port are both {self.port}; give them different ports")
-        if self.gpus_per_replica > 1 and self.gpus_per_replica != int(self.gpus_per_replica):
-            raise ValueError("gpus_per_replica is a fraction below 1 or a whole number (Ray's rule)")
+        if self.gpus_per_replica > 1:
+            raise ValueError(
+                "gpus_per_replica is at most 1: a replica runs on one GPU. For more GPUs set more replicas"
+            )
         if self.device == "cuda" and self.gpus_per_replica == 0:
             raise ValueError("device=cuda needs gpus_per_replica above 0, or Ray gives the replica no GPU")
         if self.device == "cpu" and self.gpus_per_replica > 0:

@@ -35,11 +35,12 @@ __all__ = ["CHUNK_BYTES", "CudaDevice"]
 MIB: Final = 1024**2
 SMALL_BYTES: Final = MIB
 LARGE_BYTES: Final = 10 * MIB
+SMALL_SEGMENT_BYTES: Final = 2 * MIB
 SEGMENT_BYTES: Final = 20 * MIB
 BLOCK_BYTES: Final = 512
 ROUND_BYTES: Final = 2 * MIB
 """How torch's caching allocator cuts memory (c10/core/AllocatorConfig.h: kSmallSize, kMinLargeAlloc,
-kLargeBuffer, kMinBlockSize, kRoundLarge)."""
+kSmallBuffer, kLargeBuffer, kMinBlockSize, kRoundLarge)."""
 
 CHUNK_BYTES: Final = 8 * MIB
 """Pinned memory that is filled while the device reads the chunk before: two chunks are a slab."""
@@ -113,12 +114,14 @@ class CudaDevice:
     def footprint(self, size_bytes: int) -> int:
         """See :class:`Device`: what the allocator really takes, unless its segments grow.
 
-        From 1 MiB to 10 MiB as many tensors as fit share a segment of 20 MiB, and what is left over is
-        lost; above that a tensor has its own segment.
+        Up to 1 MiB as many tensors as fit share a segment of 2 MiB, up to 10 MiB one of 20 MiB, and what is
+        left over counts as lost; above that a tensor has its own segment.
         """
         size = -(-size_bytes // BLOCK_BYTES) * BLOCK_BYTES
-        if self.runtime.expandable_segments or size <= SMALL_BYTES:
+        if self.runtime.expandable_segments or not size:
             return size
+        if size <= SMALL_BYTES:
+            return SMALL_SEGMENT_BYTES // (SMALL_SEGMENT_BYTES // size)
         if size < LARGE_BYTES:
             return SEGMENT_BYTES // (SEGMENT_BYTES // size)
         return -(-size // ROUND_BYTES) * ROUND_BYTES
@@ -294,7 +297,7 @@ class _PassBuffers:
         self._rows = self._at_least(self._rows, size)
         host = self._rows[:size]
         for one, start in zip(rows, starts, strict=True):
-            host[start : start + one.nbytes].numpy()[:] = np.ascontiguousarray(one).reshape(-1).view(np.uint8)
+            host[start : start + one.nbytes].view(torch.float32).copy_(torch.from_numpy(one).reshape(-1))
         there = self._runtime.empty_like(host)
         self._runtime.copy(there, host)
         return [

@@ -33,6 +33,7 @@ from flatshare.local.state import PlatformState
 from flatshare.pool.controller import read_details
 from flatshare.pool.details import Target, app_status, targets
 from flatshare.pool.doors import Doors, ask_replicas
+from flatshare.pool.gpus import check_gpus
 from flatshare.pool.handle import POOL_APP
 from flatshare.settings import LOOPBACK_HOSTS, Settings
 from flatshare_registry.errors import Unavailable
@@ -76,6 +77,8 @@ def running_platform(
     ------
     LocalError
         Something did not start; what had started is down again.
+    SettingsError
+        The cluster has not enough GPUs.
     """
     with contextlib.ExitStack() as stack:
         report("starting Ray")
@@ -83,6 +86,7 @@ def running_platform(
         state = replace(state, ray_address=address, family=descendants())
         state.save()
         check_cluster(address, settings)
+        check_gpus(settings.replicas, settings.gpus_per_replica)
         report(f"starting {settings.replicas} replicas and the control plane")
         stack.enter_context(_applications(settings, operators, environment, keep_cluster=not own))
         watch = _watch_nothing

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from collections.abc import Awaitable
 from typing import Any, Final, cast
 
@@ -22,6 +23,7 @@ from flatshare.door.listener import Door
 from flatshare.errors import BadInput
 from flatshare.models.architecture import Architecture
 from flatshare.pool.details import DoorAddress
+from flatshare.pool.gpus import allocator_variables, check_visible
 from flatshare.pool.handle import POOL_DEPLOYMENT
 from flatshare.pool.multiplex import NEVER_EVICT, Advertiser
 from flatshare.pool.router import HomeReplicaRouter
@@ -56,6 +58,7 @@ class ClassifierPool:
     """
 
     def __init__(self, settings: Settings, operators: OperatorKeys | None) -> None:
+        check_visible(ray.get_gpu_ids(), os.environ.get("CUDA_VISIBLE_DEVICES"))
         node_id = str(ray.get_runtime_context().get_node_id())
         place = Place(serve.get_replica_context().replica_id.unique_id, node_id=node_id)
         self._advertiser = Advertiser(self, self.load_model, lambda: self._replica.held_ids())
@@ -97,7 +100,7 @@ class ClassifierPool:
         return {"ongoing": float(admission.ongoing), "queued": float(admission.queued)}
 
     async def check_health(self) -> None:
-        """Called by Serve: a replica whose pass never ends is replaced."""
+        """Called by Serve: a replica whose pass never ends, or whose device is lost, is replaced."""
         self._replica.check_health()
 
     async def __del__(self) -> None:
@@ -204,6 +207,8 @@ def pool_application(
     if settings.gpus_per_replica == 0 and settings.device != "cuda":
         # Without this a replica on a GPU host sees all GPUs, although it reserved none.
         variables["CUDA_VISIBLE_DEVICES"] = ""
+    else:
+        variables |= allocator_variables()
     # serve.deployment is typed for use as a decorator only.
     deployment = cast("Any", serve.deployment)(
         serve.ingress()(ClassifierPool),

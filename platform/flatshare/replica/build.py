@@ -31,7 +31,7 @@ from flatshare.replica.pins import restore_pins
 from flatshare.replica.receipt import EraseReceipt, HostReceipt
 from flatshare.replica.request import InferenceService
 from flatshare.replica.snapshot import ReplicaSnapshot
-from flatshare.replica.warm_up import installed, warm_up
+from flatshare.replica.warm_up import warm_up
 from flatshare.residency.fair_semaphore import FairSemaphore
 from flatshare.residency.ledger import Ledger
 from flatshare.residency.loads import LOCAL_CONCURRENCY
@@ -216,7 +216,7 @@ class Replica:
             device,
             settings.torch_threads,
             settings.max_batch_rows,
-            warm_up=lambda: warm_up(device, installed(), settings.max_batch_rows),
+            warm_up=lambda: warm_up(device, settings.max_batch_rows),
             pass_limit_s=settings.request_timeout_s,
         )
         service = InferenceService(

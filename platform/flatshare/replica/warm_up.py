@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import numpy as np
@@ -35,7 +35,9 @@ def installed() -> list[Architecture]:
     return found
 
 
-def warm_up(device: Device, networks: Iterable[Architecture], max_rows: int) -> None:
+def warm_up(
+    device: Device, max_rows: int, networks: Callable[[], Iterable[Architecture]] = installed
+) -> None:
     """Run each architecture once at each number of rows that a pass will be computed with.
 
     To be called in the thread of the passes: cuDNN keeps its plans by thread (``Conv_v8.cpp``,
@@ -50,7 +52,7 @@ def warm_up(device: Device, networks: Iterable[Architecture], max_rows: int) -> 
         return
     began = time.monotonic()
     counts = sorted({device.padded(rows) for rows in range(1, max_rows + 1)})
-    for network in networks:
+    for network in networks():
         try:
             model = _blank(network, device)
             for count in counts:

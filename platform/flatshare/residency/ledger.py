@@ -133,6 +133,11 @@ class Ledger:
         self.limit_bytes = self.held_bytes + self.reserved_bytes
         self._steps_left = RAISING_STEPS
 
+    def restore(self) -> bool:
+        """All of the budget is tried again; whether that is more than it was."""
+        lowered, self._steps_left, self.limit_bytes = self.limit_bytes, 0, self.budget_bytes
+        return lowered != self.budget_bytes
+
     def raise_again(self) -> None:
         """A load was placed: a step back to the budget."""
         if not self._steps_left:

@@ -92,6 +92,11 @@ class Loads:
         Seconds that the store may take for one version; then it counts as unavailable.
     on_change
         Called after the set of residents changed; must not raise.
+
+    Attributes
+    ----------
+    refusals
+        How often the device had no memory for what the ledger had room for.
     """
 
     def __init__(
@@ -121,6 +126,7 @@ class Loads:
         self._loads: dict[ModelKey, _Load] = {}
         self._store_rests_until = float("-inf")
         self._closed = False
+        self.refusals = 0
 
     def __contains__(self, key: ModelKey) -> bool:
         return key in self._loads
@@ -318,13 +324,19 @@ class Loads:
         whole_bytes = sum(claimed.values())
         refusals = 0
         while True:
-            self._residency.make_room(record.tenant, new_bytes, slots=1, whole_bytes=whole_bytes)
+            try:
+                self._residency.make_room(record.tenant, new_bytes, slots=1, whole_bytes=whole_bytes)
+            except NoRoomNow:
+                if not self.ledger.restore():
+                    raise
+                continue  # what the device refused once is no reason to refuse anybody: it is asked again
             try:
                 placed = await self._place_in_room(record, prepared, held, new_bytes)
             except DeviceFull:
                 # The ledger has room and the device has not: its allocator has cut it, or others have it. One
                 # after the other goes until it fits, so that nobody is refused for ever who could be served.
                 refusals += 1
+                self.refusals += 1
                 self._residency.evict_next(record.tenant)
                 continue
             if refusals:

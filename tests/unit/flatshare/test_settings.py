@@ -43,7 +43,8 @@ def test_options_win_over_the_environment(monkeypatch: pytest.MonkeyPatch) -> No
         ({"device": "tpu"}, "device"),
         ({"device": "cuda"}, "gpus_per_replica above 0"),
         ({"device": "cpu", "gpus_per_replica": 0.5}, "not use them"),
-        ({"gpus_per_replica": 1.5}, "whole number"),
+        ({"gpus_per_replica": 1.5}, "runs on one GPU"),
+        ({"gpus_per_replica": 2}, "set more replicas"),
         ({"gpus_per_replica": -1}, "gpus_per_replica"),
         ({"retry_body_bytes": 100_000, "max_body_bytes": 50_000}, "larger than max_body_bytes"),
         ({"request_timeout_s": 0}, "request_timeout_s"),
@@ -63,7 +64,7 @@ def test_settings_are_frozen() -> None:
 
 
 @pytest.mark.parametrize(
-    "given", [{"gpus_per_replica": 0.25}, {"gpus_per_replica": 2, "device": "cuda"}, {"host": "localhost"}]
+    "given", [{"gpus_per_replica": 0.25}, {"gpus_per_replica": 1, "device": "cuda"}, {"host": "localhost"}]
 )
 def test_sensible_combinations_are_taken(given: dict[str, object]) -> None:
     load_settings(**given)

@@ -12,11 +12,17 @@ from typing import Final
 
 import torch
 
-from flatshare.device.cuda import BLOCK_BYTES, LARGE_BYTES, MIB, ROUND_BYTES, SEGMENT_BYTES, SMALL_BYTES
+from flatshare.device.cuda import (
+    BLOCK_BYTES,
+    LARGE_BYTES,
+    ROUND_BYTES,
+    SEGMENT_BYTES,
+    SMALL_BYTES,
+    SMALL_SEGMENT_BYTES,
+)
 
 __all__ = ["Block", "CachingAllocator"]
 
-SMALL_SEGMENT_BYTES: Final = 2 * MIB
 ENDLESS: Final = 1 << 45
 """Addresses of an expandable segment; what of it is mapped is what counts."""
 

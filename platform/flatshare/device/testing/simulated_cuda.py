@@ -117,8 +117,10 @@ class SimulatedCuda:
     ----------
     violations
         All that were found; whoever called may have made another error of what was raised.
-    operations
-        How many were launched.
+    operations, copies
+        How many were launched, and how many of them were copies from or to the host.
+    pinned_bytes
+        Of page-locked memory.
     """
 
     def __init__(
@@ -129,6 +131,8 @@ class SimulatedCuda:
         self.allocator = CachingAllocator(total_bytes, expandable_segments=expandable_segments)
         self.violations: list[str] = []
         self.operations = 0
+        self.copies = 0
+        self.pinned_bytes = 0
         self.tf32 = tf32
         self._lock = threading.RLock()
         self._streams: list[SimulatedStream] = []
@@ -193,7 +197,6 @@ class SimulatedCuda:
 
     def event(self, stream: SimulatedStream) -> _Event:
         """See :class:`CudaRuntime`."""
-        self._check()
         with self._lock:
             return _Event(self, self._point(stream))
 
@@ -202,6 +205,7 @@ class SimulatedCuda:
         made = torch.zeros(size, dtype=torch.uint8)
         self._pinned[made.untyped_storage()._cdata] = _Pinned()
         self._pinned_tensors.append(made)
+        self.pinned_bytes += size
         return made
 
     def empty_like(self, tensor: torch.Tensor) -> torch.Tensor:
@@ -223,6 +227,7 @@ class SimulatedCuda:
         with self._lock, _unseen():
             host, device = (source, to) if _storage(source) in self._pinned else (to, source)
             buffer, memory = self._pinned[_storage(host)], self._memory[_storage(device)]
+            self.copies += 1
             stream = self._launch(*(([], [memory]) if host is source else ([memory], [])))
             span = _span(host)
             copy: Callable[[], None]
@@ -276,6 +281,8 @@ class SimulatedCuda:
             ):  # the host does it, and now
                 for one in writes:
                     buffer = self._pinned.get(_storage(one))
+                    if self._error:
+                        continue  # a context that is lost copies nothing any more
                     if buffer is not None and not buffer.is_free(_span(one), self._host):
                         self._violated("a pinned buffer is written while a copy may still use it")
                 return False
