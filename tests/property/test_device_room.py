@@ -1,12 +1,8 @@
-"""The ledger against torch's allocator, simulated: never over budget, and nobody refused while an unleased model could go.
-
-``FLATSHARE_TEST_HISTORIES=10000`` for the figure that DESIGN.md states; 300 in CI.
-"""
+"""The ledger against torch's allocator, simulated: never over budget, and nobody refused while an unleased model could go."""
 
 from __future__ import annotations
 
 import asyncio
-import os
 import random
 from collections.abc import Collection, Mapping
 
@@ -25,7 +21,7 @@ from flatshare.weights.loader import Held, Placed, Prepared
 from flatshare.weights.tiers import ModelKey, Part, Tier
 from flatshare_registry.records import VersionRecord
 
-HISTORIES = int(os.environ.get("FLATSHARE_TEST_HISTORIES", "300"))
+HISTORIES = 10_000
 FOOTPRINT = CudaDevice(SimulatedCuda()).footprint
 
 
