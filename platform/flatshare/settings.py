@@ -196,6 +196,11 @@ class Settings(RegistrySettings):
         ge=1,
         description="Rows at which a forward pass is full. 64 suits a CPU core's cache; a GPU takes more.",
     )
+    stack_models: bool = Field(
+        default=False,
+        description="Run models of one architecture that share no layer in one pass, with their weights "
+        "stacked. For GPUs and small networks; nobody has measured it on one yet.",
+    )
     view_ttl_s: float = Field(
         default=5.0,
         gt=0,

@@ -16,6 +16,7 @@ import time
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from concurrent.futures import Future
+from functools import partial
 from typing import Final, cast
 
 import numpy as np
@@ -32,8 +33,10 @@ from flatshare.engine.jobs import (
     joined,
     probe_answered,
     probe_due,
+    probe_of,
 )
 from flatshare.engine.passes import forward
+from flatshare.engine.stacked import Stacks
 from flatshare.errors import ModelFailed, NoRoom, ProbeFailed, ServeError, Wedged
 from flatshare.models.architecture import architecture
 from flatshare.models.probe import check_probe_logits
@@ -48,6 +51,9 @@ warnings.filterwarnings("ignore", message="The given NumPy array is not writable
 
 PASS_LIMIT_S: Final = 60.0
 """Seconds that a pass may take, where nobody says otherwise: a full one takes 14 ms."""
+
+PASSES_BEFORE_MORE: Final = 256
+"""Passes after which one that found no memory is tried at twice the rows again."""
 
 MAX_BATCH_ROWS: Final = 64
 """Rows at which a pass is full. On one core ``mnist-cnn`` (channels-last) gives 4,300 images/s at 16 rows,
@@ -69,9 +75,10 @@ class Inference:
         Threads of one forward pass; 0 for what each architecture says.
     max_batch_rows
         Rows of one pass; ``max_rows`` afterwards.
-    meet
-        Whether models of one architecture that share no layer fill each other's passes too. Off: on CPU it
-        gives nothing (20 models by Zipf, 16 rows in flight: 1,434 rows/s, and 1,464 apart; medians of 7).
+    stacks
+        Where models of one architecture that share no layer run together; they fill each other's passes then.
+        None: they run apart. (On CPU to meet gives nothing: 20 models by Zipf, 16 rows in flight, 1,434
+        rows/s, and 1,464 apart; medians of 7.)
     pass_limit_s
         Seconds after which a pass counts as one that never ends.
     """
@@ -82,16 +89,17 @@ class Inference:
         torch_threads: int = 0,
         max_batch_rows: int = MAX_BATCH_ROWS,
         *,
-        meet: bool = False,
+        stacks: Stacks | None = None,
         warm_up: Callable[[], None] = lambda: None,
         pass_limit_s: float = PASS_LIMIT_S,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self._meet = meet
+        self._stacks = stacks
         self._pass_limit_s = pass_limit_s
         self._clock = clock
         self._pass_began: float | None = None  # written by the thread alone, as the next two
         self.memory_failures = 0
+        self._raise_at: int | None = None
         self._ready: Future[None] = Future()
         self._warm_up = warm_up
         self.device = device
@@ -208,7 +216,7 @@ class Inference:
         self.check_alive()
         model = lease.model
         loop = asyncio.get_running_loop()
-        kind = model.architecture if self._meet else id(model.stages[0])
+        kind = model.architecture if self._stacks is not None else id(model.stages[0])
         job = Job(lease, rows, lease.record.tenant, len(rows), id(model), kind, done)
         with self._lock:
             if self._closing:
@@ -294,6 +302,8 @@ class Inference:
                     under_way = self._pass_began = None
                 continue
             self.passes += 1
+            if self._raise_at is not None and self.passes >= self._raise_at:
+                self._raise_again()
             self.rows += sum(job.size for job in batch)
             if under_way is None:
                 self._pass_began = self._clock()
@@ -330,7 +340,7 @@ class Inference:
         except Exception as error:
             fault = self.device.judge(error)
             if fault == "memory":
-                self.memory_failures += 1
+                self._lower(sum(job.size for job in batch))
             if len(batch) == 1:
                 return [self._failure(batch[0], error, fault)]
             if fault == "broken":  # each of them would only hear the same
@@ -342,7 +352,31 @@ class Inference:
                     *self._answers(self._begin(batch[:half])), *self._answers(self._begin(batch[half:]))
                 ]  # fmt: skip
             logger.info("a pass of %d jobs failed; each runs alone: %s", len(batch), error)
-        return [answer for job in batch for answer in self._answers(self._begin([job]))]
+            wrong = isinstance(error, ProbeFailed)
+        answers = [answer for job in batch for answer in self._answers(self._begin([job]))]
+        if (
+            wrong
+            and self._stacks is not None
+            and not any(isinstance(found, ProbeFailed) for found in answers)
+        ):
+            # Each is right alone: they were not together.
+            self._stacks.disable(batch[0].lease.record.architecture)
+        return answers
+
+    def _lower(self, rows: int) -> None:
+        """A pass of so many rows found no memory: the next ones are half as large, and try again after a
+        while.
+        """
+        self.memory_failures += 1
+        with self._lock:
+            self._queue.max_rows = max(rows // 2, 1)
+        self._raise_at = self.passes + PASSES_BEFORE_MORE
+
+    def _raise_again(self) -> None:
+        with self._lock:
+            self._queue.max_rows = min(2 * self._queue.max_rows, self.max_rows)
+            done = self._queue.max_rows == self.max_rows
+        self._raise_at = None if done else self.passes + PASSES_BEFORE_MORE
 
     def _failure(self, job: Job, error: Exception, fault: Fault) -> Exception:
         """Why a job that ran alone has no logits.
@@ -371,10 +405,14 @@ class Inference:
             blocks.setdefault(job.same, []).append(job)
         jobs = list(blocks.values())
         probes = [probe_due(block) for block in jobs]
+        if self._stacks is not None and len(jobs) > 1:  # what several tenants share is asked in each pass
+            one = self.passes % len(jobs)
+            probes[one] = probe_of(jobs[one])
         models = [block[0].lease.model for block in jobs]
         self._set_threads(self._torch_threads or models[0].threads)
         rows = [joined(block, probe) for block, probe in zip(jobs, probes, strict=True)]
-        launched = self.device.launch(rows, lambda given: forward(models, given, self.device.padded))
+        work = partial(forward, models, padded=self.device.padded, stacks=self._stacks)
+        launched = self.device.launch(rows, work)
         return _Pass(batch, jobs, probes, launched)
 
     def _logits(self, one: _Pass) -> list[NDArray[np.float32]]:

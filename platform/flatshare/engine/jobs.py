@@ -17,7 +17,7 @@ from flatshare.models.architecture import architecture
 from flatshare.models.probe import probe_rows
 from flatshare.residency.lease import Lease
 
-__all__ = ["Answer", "Job", "check_lease", "failure_of", "joined", "probe_answered", "probe_due"]
+__all__ = ["Answer", "Job", "check_lease", "failure_of", "joined", "probe_answered", "probe_due", "probe_of"]
 
 logger = logging.getLogger("flatshare.engine")
 
@@ -60,10 +60,14 @@ def joined(block: Sequence[Job], probe: NDArray[np.float32] | None) -> NDArray[n
 
 def probe_due(block: Sequence[Job]) -> NDArray[np.float32] | None:
     """The probe's row, if the block's model has not answered it since it was loaded again."""
-    lease = block[0].lease
-    if lease.resident is None or not lease.resident.probe_due or lease.record.probe_logits is None:
-        return None
-    return probe_rows(architecture(lease.record.architecture))
+    resident = block[0].lease.resident
+    return probe_of(block) if resident is not None and resident.probe_due else None
+
+
+def probe_of(block: Sequence[Job]) -> NDArray[np.float32] | None:
+    """The probe's row for the block's model, whether it is due or not; None if it was registered without."""
+    record = block[0].lease.record
+    return None if record.probe_logits is None else probe_rows(architecture(record.architecture))
 
 
 def probe_answered(block: Sequence[Job]) -> None:

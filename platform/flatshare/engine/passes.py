@@ -5,9 +5,8 @@ models begin with the same stages go through these together and part where their
 plain path, each model alone, is :class:`~flatshare.models.stages.Model` itself; both give the same
 logits to 1e-5 (``tests/unit/flatshare/engine/test_passes.py``).
 
-Models of one architecture that share nothing can come in one pass too (``Inference(meet=True)``), and run one
-after the other. On CUDA they could run together with stacked weights (``torch.func`` or ``bmm``), which may
-win for small networks. That wants a GPU to measure; its place is where :func:`forward` parts groups.
+Models of one architecture that share nothing can come in one pass too, and run one after the other, or
+together with their weights stacked (``stacked.py``).
 """
 
 from __future__ import annotations
@@ -17,6 +16,7 @@ from itertools import groupby
 
 import torch
 
+from flatshare.engine.stacked import Stacks
 from flatshare.errors import ModelFailed
 from flatshare.models.stages import Model
 
@@ -27,6 +27,7 @@ def forward(
     models: Sequence[Model],
     rows: Sequence[torch.Tensor],
     padded: Callable[[int], int] = lambda count: count,
+    stacks: Stacks | None = None,
 ) -> list[torch.Tensor]:
     """Logits of each model for its rows.
 
@@ -36,6 +37,10 @@ def forward(
         As long as each other; rows ``(N_i, *input.shape)`` on the models' device.
     padded
         How many rows so many are computed as: zeros are added, and what becomes of them is left out again.
+
+    stacks
+        Where models of one architecture run together from the stage on at which they share nothing more; None
+        to run each apart.
 
     Returns
     -------
@@ -54,10 +59,14 @@ def forward(
         indices = list(group)  # who shares nothing with others has nothing to put together, and to part
         parts = [rows[index] for index in indices]
         todo.append((indices, parts[0] if len(parts) == 1 else torch.cat(parts), 0))
+    alone: dict[tuple[str, int], list[tuple[int, torch.Tensor]]] = {}
     # A loop, not a nested function that calls itself: that would be a cycle, and keep every model that
     # ever ran alive until the cycle collector comes by.
     while todo:
         indices, inputs, depth = todo.pop()
+        if stacks is not None and len(indices) == 1 and stacks.takes(models[indices[0]].architecture):
+            alone.setdefault((models[indices[0]].architecture, depth), []).append((indices[0], inputs))
+            continue
         first, last = models[indices[0]].stages, models[indices[-1]].stages
         count = len(inputs)
         inputs = _filled(inputs, padded(count))
@@ -76,7 +85,24 @@ def forward(
             size = sum(len(rows[index]) for index in together)
             todo.append((together, inputs[start : start + size], depth))
             start += size
+    for (_, depth), some in alone.items():
+        assert stacks is not None, "they were set aside for it"
+        given = [inputs for _, inputs in some]
+        stacked = stacks.run([models[index] for index, _ in some], given, depth) if len(some) > 1 else None
+        if stacked is None:  # nobody to run with
+            stacked = [_onward(models[index], inputs, depth, padded) for index, inputs in some]
+        for (index, _), found in zip(some, stacked, strict=True):
+            logits[index] = found
     return logits
+
+
+def _onward(model: Model, inputs: torch.Tensor, depth: int, padded: Callable[[int], int]) -> torch.Tensor:
+    """What a model makes of what its stage ``depth`` takes."""
+    count = len(inputs)
+    found = _filled(inputs, padded(count))
+    for stage in model.stages[depth:]:
+        found = stage(found)
+    return _cut(found, count, padded(count))
 
 
 def _ordered(rows: torch.Tensor, model: Model) -> torch.Tensor:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
 from typing import Any, Final
@@ -89,6 +89,13 @@ class Model:
             rows = stage(rows)
         return rows
 
+    def layer_tensors(self, stage: int, layer: int) -> Sequence[torch.Tensor]:
+        """A layer's own tensors, in the order of its state dict."""
+        held = self.stages[stage]
+        assert isinstance(held, Stage), "made by a plan"
+        run, tensors = held.steps[layer]
+        return list(run.state_dict(keep_vars=True).values()) if isinstance(run, nn.Module) else tensors
+
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
@@ -112,6 +119,12 @@ class Plan:
     architecture: str
     names: tuple[tuple[str, ...], ...]
     _stages: tuple[tuple[_Layer, ...], ...]
+
+    def layers(self) -> list[list[tuple[LayerFunction | None, nn.Module]]]:
+        """Each stage's layers: as a function of rows and tensors, if it is one, and as a module without
+        memory.
+        """
+        return [[(one.run, one.module) for one in stage] for stage in self._stages]
 
     def stage(self, index: int, tensors: Mapping[str, torch.Tensor]) -> Stage:
         """A stage with these tensors (by name) put in; nothing is copied.

@@ -26,6 +26,8 @@ from flatshare.device.opening import device_budget, open_device
 from flatshare.device.protocol import Device
 from flatshare.engine.inference import Inference
 from flatshare.engine.quotas import BytesLimit, QuotaKeeper
+from flatshare.engine.stacked import Stacks
+from flatshare.models.architecture import architecture
 from flatshare.replica.key_use import KeyUse
 from flatshare.replica.pins import restore_pins
 from flatshare.replica.receipt import EraseReceipt, HostReceipt
@@ -216,6 +218,7 @@ class Replica:
             device,
             settings.torch_threads,
             settings.max_batch_rows,
+            stacks=Stacks(architecture, device.padded) if settings.stack_models else None,
             warm_up=lambda: warm_up(device, settings.max_batch_rows),
             pass_limit_s=settings.request_timeout_s,
         )

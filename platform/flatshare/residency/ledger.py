@@ -81,6 +81,10 @@ class Ledger:
         """Those parts that have one holder."""
         return [part for part in parts if self._holders.get(part) == 1]
 
+    def absent_parts(self, parts: Collection[Part]) -> list[Part]:
+        """Those parts that nobody holds."""
+        return [part for part in parts if part not in self._holders]
+
     def choose_victims(
         self,
         candidates: Sequence[Collection[Part]],

@@ -8,6 +8,7 @@ that hangs holds up none of them. All methods must be called on one event loop.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Mapping
@@ -15,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
 
-from flatshare.errors import DeviceFull, IsolationBroken, NoRoom, copy_of
+from flatshare.errors import DeviceBroken, DeviceFull, IsolationBroken, NoRoom, copy_of
 from flatshare.residency.failures import FailureMemory
 from flatshare.residency.fair_semaphore import FairSemaphore
 from flatshare.residency.lease import Lease, Resident
@@ -349,6 +350,7 @@ class Loads:
         self, record: VersionRecord, prepared: Prepared, held: Held, new_bytes: int
     ) -> Placed:
         reservation = self.ledger.reserve(new_bytes)
+        placed: Placed | None = None
         try:
             placed = await self._loader.place(record, prepared, held)
             if placed.model.digest != record.digest:
@@ -363,6 +365,9 @@ class Loads:
                 self.ledger.grow(reservation, reservation.bytes + more)
         except BaseException:
             self.ledger.cancel(reservation)
+            if placed is not None and self._loader.overwrites_what_leaves:
+                with contextlib.suppress(DeviceBroken):  # it is told by what is raised next
+                    self._loader.scrub(placed.model, self.ledger.absent_parts(placed.parts))
             raise
         self.ledger.settle(reservation, placed.parts)
         return placed

@@ -13,7 +13,9 @@ from torch import nn
 
 from flatshare.device.cpu import CpuDevice
 from flatshare.engine.inference import MAX_BATCH_ROWS, Inference
+from flatshare.engine.stacked import Stacks
 from flatshare.errors import IsolationBroken, ModelFailed, NoRoom
+from flatshare.models.architecture import architecture
 from flatshare.models.stages import Model
 from flatshare.residency.lease import Lease
 from flatshare.weights.tiers import LeaseTag
@@ -169,7 +171,7 @@ async def test_promise_1_models_are_never_mixed_in_a_pass(inference: Inference) 
 async def test_models_that_share_nothing_meet_in_a_pass_where_that_is_asked_for(
     meet: bool, passes: int
 ) -> None:
-    inference = Inference(CpuDevice(), meet=meet)
+    inference = Inference(CpuDevice(), stacks=Stacks(architecture) if meet else None)
     one, two = Counting(100), Counting(200)
     with await leased(one, "acme") as a, await leased(two, "globex") as b:
         first = asyncio.create_task(inference.run(a, ROWS))

@@ -537,7 +537,7 @@ async def test_scrubbing_a_model_leaves_those_alone_that_share_with_it(
     base, own = state(1), state(2)
     acme = register(store, "acme", base)
     globex = register(store, "globex", {**base, "fc2.weight": own["fc2.weight"], "fc2.bias": own["fc2.bias"]})
-    loader = DeviceLoader(TensorSource(store), CpuDevice(), threads, threads)
+    loader = DeviceLoader(TensorSource(store), DEVICE, threads, threads)
     cache = ModelCache(ledger=Ledger(4, None), loader=loader)
     lease = await cache.lease(acme, 5)
     (await cache.lease(globex, 5)).release()
@@ -548,10 +548,11 @@ async def test_scrubbing_a_model_leaves_those_alone_that_share_with_it(
     assert convolution.abs().sum() > 0, "globex has it too"
     other = await cache.lease(globex, 5)
     rows = torch.rand(3, 1, 28, 28)
+    there = rows.to(DEVICE.torch_device)
     wanted = NETWORK.build()
     wanted.load_state_dict({**base, "fc2.weight": own["fc2.weight"], "fc2.bias": own["fc2.bias"]})
     with torch.inference_mode():
-        torch.testing.assert_close(other.model(rows), wanted(rows), rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(other.model(there).cpu(), wanted(rows), rtol=1e-5, atol=1e-5)
     alone = other.model.tensors[part["conv2.weight"]]
     told = cache.erase("globex")
     other.release()
@@ -575,7 +576,7 @@ async def test_an_erased_tenants_tensors_are_not_kept_ready(
     store: CountingStore, record: VersionRecord, tmp_path: Path, threads: ThreadPoolExecutor
 ) -> None:
     tier = HostTier(tmp_path / "tier", 10**9)
-    loader = DeviceLoader(TensorSource(store, tier), CpuDevice(), threads, threads)
+    loader = DeviceLoader(TensorSource(store, tier), DEVICE, threads, threads)
     cache = ModelCache(ledger=Ledger(4, None), loader=loader)
     (await cache.lease(record, 5)).release()
     cache.unload(ModelKey.of(record))  # not resident any more, but warm
