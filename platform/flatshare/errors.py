@@ -165,7 +165,15 @@ class Overloaded(ServeError):
 
 
 class Wedged(Overloaded):
-    """A pass on the device does not end; the replica is unhealthy, and will be replaced."""
+    """A pass on the device does not end; the replica is unhealthy, and will be replaced.
+
+    Attributes
+    ----------
+    before_pass
+        Whoever is told had not come into a pass: nothing uses its model.
+    """
+
+    before_pass = False
 
 
 class DeviceBroken(Overloaded):

@@ -98,6 +98,9 @@ class Loader:
 
     overwrites_what_leaves = False
 
+    def scrub_held(self, held: Held, parts: Collection[Part], model: Model | None) -> int:
+        return 0
+
     async def settle(self) -> None:
         pass  # overwrites at once
 

@@ -72,6 +72,9 @@ class OnAllocator:
             self.allocator.free(block)
         return 0
 
+    def scrub_held(self, held: Held, parts: Collection[Part], model: Model | None) -> int:
+        return 0
+
     async def settle(self) -> None:
         pass
 

@@ -68,6 +68,9 @@ class HostileLoader:
 
     overwrites_what_leaves = False
 
+    def scrub_held(self, held: Held, parts: Collection[Part], model: Model | None) -> int:
+        return 0
+
     async def settle(self) -> None:
         pass  # overwrites at once
 

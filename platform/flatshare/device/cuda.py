@@ -55,6 +55,12 @@ ALIGN_BYTES: Final = 256
 FULL_ROWS: Final = 64
 """Up to here row counts are padded to the next power of two, and beyond it to the next multiple."""
 
+UNCLEAR: Final = ("unable to find an engine", "CUDNN_STATUS_INTERNAL_ERROR")
+"""What cuDNN's frontend says where no plan worked, for want of memory or for another reason."""
+
+SCARCE_BYTES: Final = 256 * MIB
+"""With less of the device free than this, it was for want of memory."""
+
 TOLERANCE: Final = 1e-4
 """Of the first computation, relative to its largest number; one wrong kernel is off by its own size."""
 
@@ -98,12 +104,13 @@ class CudaDevice:
             self._slabs: queue.SimpleQueue[_Slab] = queue.SimpleQueue()
             for _ in range(SLABS):
                 self._slabs.put(_Slab(runtime, chunk_bytes, self._wait))
-            self._buffers = (_PassBuffers(runtime), _PassBuffers(runtime))
-            self._turn = 0
+            self._buffers = [_PassBuffers(runtime), _PassBuffers(runtime)]  # those that no pass has
             self._compute_once()
         except SettingsError:
             raise
         except RuntimeError as error:
+            if fault_of(error) == "memory":
+                raise SettingsError(f"{runtime.describe()}: it has no memory left for a replica") from error
             raise SettingsError(
                 f"{runtime.describe()}: it does not compute ({_first_line(error)}). Look at the driver "
                 "(nvidia-smi) and at what torch is built for"
@@ -166,20 +173,25 @@ class CudaDevice:
 
     def launch(self, rows: Sequence[NDArray[np.float32]], work: Work) -> _CudaPass:
         """See :class:`Device`."""
-        buffers = self._buffers[self._turn]
-        self._turn = 1 - self._turn
+        # Its own until its answer is copied out, however many are under way: no other tenant's logits may
+        # come into a buffer that somebody is yet to read.
+        buffers = self._buffers.pop() if self._buffers else _PassBuffers(self.runtime)
         with self._judged(), self.runtime.on(self.runtime.main), torch.inference_mode():
             if buffers.busy is not None:
                 self._wait(buffers.busy)
+            launched = False
             try:
                 outputs = work(buffers.send(rows))
                 together = (
                     outputs[0] if len(outputs) == 1 else torch.cat([one.reshape(-1) for one in outputs])
                 )
                 found = buffers.receive(together.reshape(-1))
+                launched = True
             finally:  # a pass that raised has its rows on their way, too
                 done = buffers.busy = self.runtime.event(self.runtime.main)
-        return _CudaPass(self, done, found, [tuple(one.shape) for one in outputs])
+                if not launched:
+                    self._buffers.append(buffers)
+        return _CudaPass(self, buffers, done, found, [tuple(one.shape) for one in outputs])
 
     def padded(self, rows: int) -> int:
         """See :class:`Device`: cuDNN makes a plan for each shape, and keeps it for each thread."""
@@ -192,9 +204,17 @@ class CudaDevice:
     def judge(self, error: BaseException) -> Fault:
         """See :class:`Device`."""
         fault = fault_of(error)
+        if any(words in str(error) for words in UNCLEAR) and self._free_bytes() < SCARCE_BYTES:
+            return "memory"
         if fault == "broken" and not self._broken:
             self._broken = f"the device failed ({_first_line(error)}): this replica is replaced, retry"
         return fault
+
+    def _free_bytes(self) -> int:
+        try:
+            return self.runtime.memory().free
+        except RuntimeError:
+            return SCARCE_BYTES
 
     def check(self, limit_s: float) -> None:
         """See :class:`Device`."""
@@ -254,17 +274,26 @@ class _CudaPass:
     """A pass on its way; its answer comes into pinned memory."""
 
     def __init__(
-        self, device: CudaDevice, done: Event, found: torch.Tensor, shapes: list[tuple[int, ...]]
+        self,
+        device: CudaDevice,
+        buffers: _PassBuffers,
+        done: Event,
+        found: torch.Tensor,
+        shapes: list[tuple[int, ...]],
     ) -> None:
         self._device = device
+        self._buffers = buffers
         self._done = done
         self._found = found
         self._shapes = shapes
 
     def wait(self) -> list[NDArray[np.float32]]:
-        with self._device._judged():
-            self._device._wait(self._done)
-        numbers = self._found.numpy().copy()  # the buffer is the next pass's
+        try:
+            with self._device._judged():
+                self._device._wait(self._done)
+            numbers = self._found.numpy().copy()
+        finally:
+            self._device._buffers.append(self._buffers)
         answers, start = [], 0
         for shape in self._shapes:
             size = int(np.prod(shape))

@@ -8,8 +8,15 @@ from flatshare.device.protocol import Fault
 
 __all__ = ["fault_of"]
 
-_NO_MEMORY = ("CUBLAS_STATUS_ALLOC_FAILED", "CUDNN_STATUS_ALLOC_FAILED", "CUSOLVER_STATUS_ALLOC_FAILED")
-"""Libraries' own words for it; torch raises these as plain RuntimeErrors (aten/src/ATen/cuda/Exceptions.h).
+_NO_MEMORY = (
+    "CUBLAS_STATUS_ALLOC_FAILED",
+    "CUBLAS_STATUS_NOT_INITIALIZED",
+    "CUDNN_STATUS_ALLOC_FAILED",
+    "CUDNN_STATUS_NOT_INITIALIZED",
+    "CUSOLVER_STATUS_ALLOC_FAILED",
+)
+"""Libraries' own words for it (a handle that can't be made has no memory for its workspace); torch raises
+these as plain RuntimeErrors (aten/src/ATen/cuda/Exceptions.h).
 """
 
 _BROKEN = ("CUBLAS_STATUS_EXECUTION_FAILED", "CUDNN_STATUS_EXECUTION_FAILED", "CUDNN_STATUS_INTERNAL_ERROR")

@@ -83,6 +83,9 @@ def device_budget(device: Device, setting: int, headroom: int, share: float) -> 
     if not memory.total:
         return None
     budget = min(memory.free, int(memory.total * min(share, 1.0))) - headroom
+    bound = most_bytes(memory.total, share)
+    if bound:  # and the allocator itself takes no more, activations included
+        budget = min(budget, bound)
     if budget <= 0:
         raise SettingsError(
             f"the device has {memory.free} of {memory.total} bytes free: device_headroom_bytes={headroom} "

@@ -105,8 +105,8 @@ class Device(Protocol):
     def launch(self, rows: Sequence[NDArray[np.float32]], work: Work) -> Launched:
         """Begin a pass: rows, one array for each model, go to the device and then through ``work``.
 
-        One pass may run while the next is launched; the one before must have been waited for. The
-        rows are read before this returns.
+        Several may be under way, and may be waited for in any order. The rows are read before this
+        returns.
         """
         ...
 

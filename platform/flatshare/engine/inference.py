@@ -23,11 +23,13 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flatshare.device.protocol import Device, Fault, Launched
+from flatshare.device.protocol import Device, Launched
 from flatshare.engine.fair_queue import FairQueue
 from flatshare.engine.jobs import (
     Answer,
+    Caught,
     Job,
+    caught,
     check_lease,
     failure_of,
     joined,
@@ -51,6 +53,9 @@ warnings.filterwarnings("ignore", message="The given NumPy array is not writable
 
 PASS_LIMIT_S: Final = 60.0
 """Seconds that a pass may take, where nobody says otherwise: a full one takes 14 ms."""
+
+WARM_UP_S: Final = 300.0
+"""Seconds that the first passes may take."""
 
 PASSES_BEFORE_MORE: Final = 256
 """Passes after which one that found no memory is tried at twice the rows again."""
@@ -150,10 +155,15 @@ class Inference:
 
         Raises
         ------
+        Wedged
+            The device does not come back from its first passes.
         Exception
-            What the warm-up raised; the thread has ended then.
+            What the warm-up raised; the thread has ended then, and requests are refused.
         """
-        self._ready.result()
+        try:
+            self._ready.result(WARM_UP_S)
+        except TimeoutError:
+            raise Wedged(f"the device has not run its first passes within {WARM_UP_S:g} s") from None
 
     async def run(self, lease: Lease, rows: NDArray[np.float32]) -> NDArray[np.float32]:
         """Logits of some rows.
@@ -213,7 +223,11 @@ class Inference:
         Wedged, DeviceBroken
             The replica is being replaced; likewise.
         """
-        self.check_alive()
+        try:
+            self.check_alive()
+        except Wedged as error:
+            error.before_pass = True
+            raise
         model = lease.model
         loop = asyncio.get_running_loop()
         kind = model.architecture if self._stacks is not None else id(model.stages[0])
@@ -277,7 +291,10 @@ class Inference:
         try:
             self._warm_up()
         except Exception as error:
+            with self._lock:
+                self._closing = True
             self._ready.set_exception(error)
+            self._refuse_all()
             return
         self._ready.set_result(None)
         under_way: _Pass | None = None
@@ -289,10 +306,9 @@ class Inference:
             if closing:
                 if under_way is not None:
                     self._end(under_way)
-                while batch:
+                if batch:
                     self._deliver_soon(loop, batch, None)
-                    with self._lock:
-                        batch = self._queue.take()
+                self._refuse_all()
                 return
             if not batch:
                 if under_way is None:
@@ -319,12 +335,21 @@ class Inference:
                 self._pass_began = None
             del begun
 
+    def _refuse_all(self) -> None:
+        """Tell all that wait: nobody takes them any more."""
+        while True:
+            with self._lock:
+                batch, loop = self._queue.take(), self._loop
+            if not batch:
+                return
+            self._deliver_soon(loop, batch, None)
+
     def _begin(self, batch: Sequence[Job]) -> _Pass:
         """Launch a pass; one that fails at once is a pass all the same."""
         try:
             return self._launch(batch)
         except Exception as error:  # whatever a network raises is that model's failure
-            return _Pass(batch, [], [], None, error)
+            return _Pass(batch, [], [], None, caught(error, self.device))
 
     def _end(self, one: _Pass) -> None:
         """Wait for a pass and have its answers delivered."""
@@ -334,42 +359,61 @@ class Inference:
         """One answer a job: all of one pass, and if that fails of smaller ones, so that a bad job fails
         alone.
         """
-        batch = one.batch
-        try:
-            return list(self._logits(one))
-        except Exception as error:
-            fault = self.device.judge(error)
-            if fault == "memory":
-                self._lower(sum(job.size for job in batch))
-            if len(batch) == 1:
-                return [self._failure(batch[0], error, fault)]
-            if fault == "broken":  # each of them would only hear the same
-                return [failure_of(job, error, fault) for job in batch]
-            if fault == "memory":
-                logger.warning("the device has no memory for a pass of %d jobs: %s", len(batch), error)
-                half = len(batch) // 2
-                return [
-                    *self._answers(self._begin(batch[:half])), *self._answers(self._begin(batch[half:]))
-                ]  # fmt: skip
-            logger.info("a pass of %d jobs failed; each runs alone: %s", len(batch), error)
-            wrong = isinstance(error, ProbeFailed)
+        found = self._logits_of(one)
+        if not isinstance(found, Caught):
+            return found
+        # Nothing of the pass that failed is held here any more: its memory may be what the next ones need.
+        batch, fault = one.batch, found.fault
+        if fault == "memory":
+            self._lower(sum(job.size for job in batch))
+        if fault == "broken":  # each of them would only hear the same
+            return [failure_of(job, found) for job in batch]
+        if len(batch) == 1:
+            if fault == "memory" and batch[0].size > 1:
+                return [self._in_two(batch[0])]
+            return [self._failure(batch[0], found)]
+        if fault == "memory":
+            logger.warning("the device has no memory for a pass of %d jobs: %s", len(batch), found.error)
+            half = len(batch) // 2
+            return [
+                *self._answers(self._begin(batch[:half])), *self._answers(self._begin(batch[half:]))
+            ]  # fmt: skip
+        logger.info("a pass of %d jobs failed; each runs alone: %s", len(batch), found.error)
         answers = [answer for job in batch for answer in self._answers(self._begin([job]))]
         if (
-            wrong
+            isinstance(found.error, ProbeFailed)
             and self._stacks is not None
-            and not any(isinstance(found, ProbeFailed) for found in answers)
+            and not any(isinstance(answer, ProbeFailed) for answer in answers)
         ):
             # Each is right alone: they were not together.
             self._stacks.disable(batch[0].lease.record.architecture)
         return answers
 
+    def _logits_of(self, one: _Pass) -> list[Answer] | Caught:
+        if one.failed is not None:
+            return one.failed
+        try:
+            return list(self._logits(one))
+        except Exception as error:
+            return caught(error, self.device)
+
+    def _in_two(self, job: Job) -> Answer:
+        """One request's rows in two passes, since the device has no memory for one."""
+        half = job.size // 2
+        answers: list[NDArray[np.float32]] = []
+        for rows in (job.rows[:half], job.rows[half:]):
+            part = Job(job.lease, rows, job.tenant, len(rows), job.same, job.kind, job.done)
+            (answer,) = self._answers(self._begin([part]))
+            if isinstance(answer, Exception):
+                return answer
+            answers.append(answer)
+        return np.concatenate(answers)
+
     def _lower(self, rows: int) -> None:
-        """A pass of so many rows found no memory: the next ones are half as large, and try again after a
-        while.
-        """
+        """A pass of so many rows found no memory: the next are half as large, and try again after a while."""
         self.memory_failures += 1
         with self._lock:
-            self._queue.max_rows = max(rows // 2, 1)
+            self._queue.max_rows = max(min(self._queue.max_rows, rows // 2), 1)
         self._raise_at = self.passes + PASSES_BEFORE_MORE
 
     def _raise_again(self) -> None:
@@ -378,23 +422,25 @@ class Inference:
             done = self._queue.max_rows == self.max_rows
         self._raise_at = None if done else self.passes + PASSES_BEFORE_MORE
 
-    def _failure(self, job: Job, error: Exception, fault: Fault) -> Exception:
+    def _failure(self, job: Job, found: Caught) -> Exception:
         """Why a job that ran alone has no logits.
 
         A model that owes its probe, and can't answer that alone either, does not run on this device: that
         is told as a failed probe, so that the model goes. A bad row takes nobody's model away.
         """
-        if fault == "other" and not isinstance(error, ServeError):
-            try:
-                probe = probe_due([job])
-                if probe is not None:
-                    self.device.launch([probe], lambda rows: forward([job.lease.model], rows)).wait()
-            except Exception as again:
-                if self.device.judge(again) == "other":
-                    failed = ProbeFailed(f"{job.lease.record.name} does not run on {self.device.name}")
-                    logger.error("%s: %s", failed.message, again)
-                    return failed
-        return failure_of(job, error, fault)
+        own = found.fault == "other" and not isinstance(found.error, ServeError)
+        probe = probe_due([job]) if own else None
+        if probe is None:
+            return failure_of(job, found)
+        try:
+            self.device.launch([probe], lambda rows: forward([job.lease.model], rows)).wait()
+        except Exception as error:
+            again = caught(error, self.device)
+            if again.fault == "other":
+                failed = ProbeFailed(f"{job.lease.record.name} does not run on {self.device.name}")
+                logger.error("%s\n%s", failed.message, again.text)
+                return failed
+        return failure_of(job, found)
 
     def _launch(self, batch: Sequence[Job]) -> _Pass:
         for job in batch:
@@ -416,9 +462,7 @@ class Inference:
         return _Pass(batch, jobs, probes, launched)
 
     def _logits(self, one: _Pass) -> list[NDArray[np.float32]]:
-        if one.launched is None:
-            assert one.error is not None, "one or the other"
-            raise one.error
+        assert one.launched is not None, "one that failed at once has none"
         answers: dict[int, NDArray[np.float32]] = {}
         for block, probe, found in zip(one.blocks, one.probes, one.launched.wait(), strict=True):
             if len(found) != sum(job.size for job in block) + (probe is not None):
@@ -455,7 +499,7 @@ class Inference:
 class _Pass:
     """A pass under way: its jobs, those of each model together, and the probe that a model owes."""
 
-    __slots__ = ("batch", "blocks", "error", "launched", "probes")
+    __slots__ = ("batch", "blocks", "failed", "launched", "probes")
 
     def __init__(
         self,
@@ -463,13 +507,13 @@ class _Pass:
         blocks: Sequence[Sequence[Job]],
         probes: Sequence[NDArray[np.float32] | None],
         launched: Launched | None,
-        error: Exception | None = None,
+        failed: Caught | None = None,
     ) -> None:
         self.batch = batch
         self.blocks = blocks
         self.probes = probes
         self.launched = launched
-        self.error = error
+        self.failed = failed
 
 
 def _deliver(batch: Sequence[Job], answers: Sequence[Answer] | None) -> None:

@@ -11,13 +11,24 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from flatshare.device.protocol import Fault
-from flatshare.errors import DeviceBroken, IsolationBroken, ModelFailed, NoRoom, ServeError
+from flatshare.device.protocol import Device, Fault
+from flatshare.errors import DeviceBroken, IsolationBroken, ModelFailed, NoRoom, ServeError, copy_of
 from flatshare.models.architecture import architecture
 from flatshare.models.probe import probe_rows
 from flatshare.residency.lease import Lease
 
-__all__ = ["Answer", "Job", "check_lease", "failure_of", "joined", "probe_answered", "probe_due", "probe_of"]
+__all__ = [
+    "Answer",
+    "Caught",
+    "Job",
+    "caught",
+    "check_lease",
+    "failure_of",
+    "joined",
+    "probe_answered",
+    "probe_due",
+    "probe_of",
+]
 
 logger = logging.getLogger("flatshare.engine")
 
@@ -76,27 +87,50 @@ def probe_answered(block: Sequence[Job]) -> None:
         block[0].lease.resident.probe_due = False
 
 
-def failure_of(job: Job, error: Exception, fault: Fault) -> Exception:
-    """What a job is told of an error in its pass; the log is told all of it.
+@dataclass(frozen=True, slots=True)
+class Caught:
+    """What a pass raised, without the frames that it was raised in: these hold the pass's tensors, and
+    models.
 
-    Parameters
+    Attributes
     ----------
     fault
-        What the error says of the device.
+        What it says of the device.
+    text
+        The traceback, for the log.
     """
+
+    error: Exception
+    fault: Fault
+    text: str
+
+
+def caught(error: Exception, device: Device) -> Caught:
+    """Judge an error and let go of its frames, and of those that it came from."""
+    fault = device.judge(error)
+    text = "" if isinstance(error, ServeError) else "".join(traceback.format_exception(error))
+    seen: BaseException | None = error
+    while seen is not None:
+        traceback.clear_frames(seen.__traceback__)
+        seen.__traceback__ = None
+        seen = seen.__cause__ or seen.__context__
+    return Caught(error, fault, text)
+
+
+def failure_of(job: Job, found: Caught) -> Exception:
+    """What a job is told of an error in its pass; the log is told all of it."""
+    error, name = found.error, job.lease.record.name
     if isinstance(error, ServeError):
-        return error.with_traceback(None)
-    name = job.lease.record.name
-    if fault == "memory":  # of the device, not of the model; perhaps over in a moment
+        return copy_of(error)
+    if found.fault == "memory":  # of the device, not of the model; perhaps over in a moment
         logger.warning("the device has no memory for a pass of %s: %s", name, error)
         return NoRoom(f"the device has no memory for {name} now; retry")
-    if fault == "broken":  # perhaps by another tenant's pass, or a load
+    if found.fault == "broken":  # perhaps by another tenant's pass, or a load
         logger.error("the device failed in a pass of %s: %s", name, error)
         return DeviceBroken(f"the device failed in a pass of {name}; this replica is replaced, retry")
     failed = ModelFailed(f"{name} failed in its forward pass")
-    # Told here, as text, and kept without its frames: they hold the batch, and with it the model.
-    logger.error("%s\n%s", failed.message, "".join(traceback.format_exception(error)))
-    failed.__cause__ = error.with_traceback(None)
+    logger.error("%s\n%s", failed.message, found.text)
+    failed.__cause__ = error
     return failed
 
 

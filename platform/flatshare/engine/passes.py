@@ -108,8 +108,8 @@ def _onward(model: Model, inputs: torch.Tensor, depth: int, padded: Callable[[in
 def _ordered(rows: torch.Tensor, model: Model) -> torch.Tensor:
     """Rows in the memory order in which a model computes.
 
-    Not ``contiguous``: rows of one channel are in both orders by its count, keep the strides of the other, and
-    then take convolutions that are an eighth slower (16 rows of ``mnist-cnn``, oneDNN).
+    Not ``contiguous``: rows of one channel are in both orders by its count, keep the strides of the other,
+    and then take convolutions that are an eighth slower (16 rows of ``mnist-cnn``, oneDNN).
     """
     if model.channels_last and rows.dim() == 4:
         return rows.to(rows.device, memory_format=torch.channels_last)
@@ -119,7 +119,12 @@ def _ordered(rows: torch.Tensor, model: Model) -> torch.Tensor:
 def _filled(rows: torch.Tensor, count: int) -> torch.Tensor:
     """Rows, and as many zeros as are missing; nothing of anybody's."""
     missing = count - len(rows)
-    return torch.cat([rows, rows.new_zeros(missing, *rows.shape[1:])]) if missing > 0 else rows
+    if missing <= 0:
+        return rows
+    zeros = rows.new_zeros(missing, *rows.shape[1:])
+    if rows.dim() == 4 and rows.is_contiguous(memory_format=torch.channels_last):
+        zeros = zeros.to(rows.device, memory_format=torch.channels_last)  # or cat would undo the order
+    return torch.cat([rows, zeros])
 
 
 def _cut(found: torch.Tensor, count: int, computed: int) -> torch.Tensor:

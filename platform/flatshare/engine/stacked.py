@@ -26,11 +26,12 @@ __all__ = ["MOST_MODELS", "Stacks"]
 logger = logging.getLogger("flatshare.engine")
 
 MOST_MODELS: Final = 16
-"""Models of one stack. Each architecture's stack has a slab of so many of each of its tensors, for good."""
+"""Models of one stack. Each architecture's slabs grow to the largest stack that it had, and stay: they come
+out of the headroom, not out of the models' budget."""
 
 
 class Stacks:
-    """The stacks of one device: a slab ``(MOST_MODELS, …)`` for each tensor of an architecture.
+    """The stacks of one device: slabs ``(K, …)`` for each tensor of an architecture.
 
     Used by the thread of the passes alone. A slab is written and read on one stream, so nothing waits. It is
     overwritten after each pass: a stack keeps nothing of a tenant.
@@ -124,8 +125,9 @@ class _StackedLayer:
     def __call__(self, tensors: Sequence[Sequence[torch.Tensor]], rows: torch.Tensor) -> torch.Tensor:
         """Rows ``(K, N, …)`` through K models' layers, whose tensors are given one model after the other."""
         count = len(tensors)
-        if not self._slabs:
-            self._slabs = [one.new_zeros(MOST_MODELS, *one.shape) for one in tensors[0]]
+        if not self._slabs or len(self._slabs[0]) < count:
+            places = min(1 << (count - 1).bit_length(), MOST_MODELS)
+            self._slabs = [one.new_zeros(places, *one.shape) for one in tensors[0]]
         stacked = [slab[:count] for slab in self._slabs]
         try:
             for position, slab in enumerate(stacked):

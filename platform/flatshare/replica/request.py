@@ -312,7 +312,7 @@ class InferenceService:
         """Do what a failed pass asks for: its slot may not be what it was. Called before the release."""
         if isinstance(error, ProbeFailed):
             self.cache.condemn(lease, error)
-        elif isinstance(error, Wedged):
+        elif isinstance(error, Wedged) and not error.before_pass:
             # The thread still uses its memory: nobody may have the slot, and its bytes count.
             self.cache.quarantine(lease)
         elif isinstance(error, IsolationBroken):

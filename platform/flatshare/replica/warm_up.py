@@ -51,7 +51,8 @@ def warm_up(
     if not device.overlaps:
         return
     began = time.monotonic()
-    counts = sorted({device.padded(rows) for rows in range(1, max_rows + 1)})
+    # A pass may be one probe longer than it is full.
+    counts = sorted({device.padded(rows) for rows in range(1, max_rows + 2)})
     for network in networks():
         try:
             model = _blank(network, device)

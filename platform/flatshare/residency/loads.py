@@ -217,6 +217,7 @@ class Loads:
             if self._loads.get(key) is load:
                 del self._loads[key]
             # What this load held, or its resident without a lease, may be room for another.
+            self._residency.frees += 1
             self._residency.room.wake()
 
     async def _load(self, record: VersionRecord, claimed: Mapping[Part, int], load: _Load) -> Resident:
@@ -239,7 +240,10 @@ class Loads:
                 return resident
             except NoRoomNow as error:
                 could_fit = partial(
-                    self._residency.could_fit, tenant, claimed, refused=isinstance(error, NoMemoryNow)
+                    self._residency.could_fit,
+                    tenant,
+                    claimed,
+                    refused_at=error.frees if isinstance(error, NoMemoryNow) else None,
                 )
             deadline = self._clock() + self._room_timeout_s if deadline is None else deadline
             load.wants_room = True
@@ -292,6 +296,7 @@ class Loads:
             # What the device has already is held from here on, so that nothing evicts it meanwhile.
             held = self._loader.hold(record)
             counted = self.ledger.hold_present(held)
+            prepared: Prepared | None = None
             try:
                 started = self._clock()
                 prepared = await prepare(record, held)
@@ -300,6 +305,8 @@ class Loads:
                 load.check_erased(record)
                 placed = await self._place(record, prepared, claimed, held, counted)
                 if load.erased:
+                    self.ledger.drop(counted)  # else what it shares would seem to be another's, too
+                    counted = {}
                     own = self.ledger.own_parts(placed.parts)
                     self._loader.scrub(placed.model, own)
                     self.ledger.drop(placed.parts)
@@ -309,6 +316,11 @@ class Loads:
                 self.stats.load_times.add(self._clock() - started)
                 return self._residency.admit(record, placed, prepared.tier)
             finally:
+                last = self.ledger.own_parts(counted)
+                if last and (load.erased or self._loader.overwrites_what_leaves):
+                    # Whose they were has gone meanwhile, and this load kept them from being overwritten.
+                    with contextlib.suppress(DeviceBroken):  # then no erasure is clean (settle)
+                        self._loader.scrub_held(held, last, prepared.model if prepared else None)
                 self.ledger.drop(counted)
 
     async def _place(

@@ -35,7 +35,17 @@ class NoRoomNow(NoRoom):
 
 
 class NoMemoryNow(NoRoomNow):
-    """The same, and the ledger would have had room: the device has not."""
+    """The same, and the ledger would have had room: the device has not.
+
+    Attributes
+    ----------
+    frees
+        How often memory had come free until then.
+    """
+
+    def __init__(self, frees: int) -> None:
+        super().__init__()
+        self.frees = frees
 
 
 class Residency:
@@ -64,6 +74,8 @@ class Residency:
     ----------
     room
         Where loads wait for a lease to end.
+    frees
+        How often memory came free: residents that went, and loads that ended.
     """
 
     def __init__(
@@ -91,6 +103,7 @@ class Residency:
         self._wall_clock = wall_clock
         self._protected: dict[ModelKey, int] = {}
         self._generation = 0
+        self.frees = 0
 
     # -- who is here
 
@@ -207,6 +220,7 @@ class Residency:
         del self._leaving[id(resident)]
         self.ledger.drop(resident.parts)
         self.ledger.free_slot()
+        self.frees += 1
         self.room.wake()
 
     # -- making room
@@ -249,14 +263,14 @@ class Residency:
         Raises
         ------
         NoMemoryNow
-            All that is here is in use.
+            All that is here is in use, or on its way here.
         DeviceFull
             Nothing is here: the memory is not ours to free.
         """
         keys = self.candidates(tenant)
         if not keys:
-            if any(one.leases for one in self.held()):
-                raise NoMemoryNow
+            if self.ledger.reserved_bytes or any(one.leases for one in self.held()):
+                raise NoMemoryNow(self.frees)
             raise DeviceFull("the device has no memory for a model, and holds none that could go; retry")
         self.retire(self._residents[keys[0]], evicted=True)
         self.stats.evictions += 1
@@ -273,15 +287,16 @@ class Residency:
         cap = self._share_of(tenant).cap_bytes
         return own_victims(tenant, size_bytes, cap, keys, self._residents, self._leaving.values())
 
-    def could_fit(self, tenant: str, claimed: Mapping[Part, int], *, refused: bool = False) -> bool:
+    def could_fit(self, tenant: str, claimed: Mapping[Part, int], *, refused_at: int | None = None) -> bool:
         """Whether a new try of a load that waits for room would find it.
 
         Parameters
         ----------
-        refused
-            The device had no memory for it: somebody must be there to go, whatever the ledger says.
+        refused_at
+            The device had no memory for it (:attr:`NoMemoryNow.frees`): something must have come free since
+            then, or somebody must be there to go, whatever the ledger says.
         """
-        if refused and not self.candidates(tenant):
+        if refused_at == self.frees and not self.candidates(tenant):
             return False
         if self.own_victims(tenant, sum(claimed.values()), self.candidates(tenant)) is None:
             return False

@@ -141,6 +141,22 @@ class DeviceLoader:
         with self._judged(f"what {model.digest[:8]} held could not be overwritten"):
             return self.device.scrub(going.values())
 
+    def scrub_held(self, held: Held, parts: Collection[Part], model: Model | None) -> int:
+        """See :class:`Loader`."""
+        own = model.tensors if model is not None else {}
+        with self._sharing:
+            going = {}
+            for part in parts:
+                tensor = held[part]
+                assert isinstance(tensor, torch.Tensor), "hold() gave tensors"
+                if self._users[part] == (part in own):
+                    going[part] = tensor
+                    self._tensors.pop(part, None)
+            for key in [key for key in self._stages if not going.keys().isdisjoint(key[2])]:
+                self._stages.pop(key, None)
+        with self._judged("what a load held could not be overwritten"):
+            return self.device.scrub(going.values())
+
     @property
     def overwrites_what_leaves(self) -> bool:
         """See :class:`Loader`."""

@@ -106,6 +106,16 @@ class Loader(Protocol):
         """
         ...
 
+    def scrub_held(self, held: Held, parts: Collection[Part], model: Model | None) -> int:
+        """As :meth:`scrub`, of parts that only a load that ends without a resident still has.
+
+        Parameters
+        ----------
+        model
+            What that load had made of them, if it came so far.
+        """
+        ...
+
     async def settle(self) -> None:
         """Wait until all that was to be overwritten so far is.
 

@@ -92,6 +92,27 @@ class DeviceSuite:
         if before is not None:
             np.testing.assert_allclose(before[0].wait()[0], before[1], rtol=1e-4, atol=1e-5)
 
+    def test_passes_under_way_may_be_waited_for_in_any_order(self, device: Device) -> None:
+        """Each has its own answer, also beside passes that raise: a retry comes while the next is under
+        way.
+        """
+        host = _weights(1)
+        placed = dict(device.place(host))
+
+        def bad(rows: list[torch.Tensor]) -> list[torch.Tensor]:
+            raise ValueError("it fails, and is tried again")
+
+        for order in ((0, 1, 2, 3), (3, 2, 1, 0), (1, 3, 0, 2)):
+            rows = [_rows(8, number) for number in range(4)]
+            launched = []
+            for one in rows:
+                launched.append(device.launch([one], _pass(placed)))
+                with pytest.raises(ValueError, match="tried again"):
+                    device.launch([one], bad)
+            for number in order:
+                (found,) = launched[number].wait()
+                np.testing.assert_allclose(found, _wanted(rows[number], host), rtol=1e-4, atol=1e-5)
+
     def test_an_answer_is_the_callers(self, device: Device) -> None:
         """Later passes do not change it."""
         placed = dict(device.place(_weights(1)))

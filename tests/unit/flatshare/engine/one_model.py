@@ -48,6 +48,9 @@ class OneModel:
     def scrub(self, model: Model, parts: Collection[Part]) -> int:
         return 0
 
+    def scrub_held(self, held: Held, parts: Collection[Part], model: Model | None) -> int:
+        return 0
+
     async def settle(self) -> None:
         pass  # overwrites nothing
 

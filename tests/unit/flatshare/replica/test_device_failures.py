@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 import time
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
@@ -23,7 +24,9 @@ from flatshare.models.probe import probe_logits
 from flatshare.replica import warm_up as warm_up_module
 from flatshare.replica.build import Place, Replica
 from flatshare.settings import Settings
+from flatshare.weights.tiers import ModelKey
 from flatshare_registry.catalog import Registry
+from flatshare_registry.errors import NotFound
 from flatshare_registry.ids import ModelRef, TenantId
 from flatshare_registry.stores.memory import MemoryStore
 
@@ -72,7 +75,7 @@ async def made(store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> AsyncIter
     monkeypatch.setattr(warm_up_module, "architecture_names", lambda: ["mnist-cnn"])
     worlds: list[World] = []
 
-    def make(total: int = 1 << 32, **given: object) -> World:
+    def make(total: int = 1 << 32, store: MemoryStore = store, **given: object) -> World:
         runtime = SimulatedCuda(total)
         device = CudaDevice(runtime)
         settings = Settings(host_dir="off", device="auto", **given)  # type: ignore[arg-type]  # a test's settings
@@ -235,3 +238,73 @@ async def test_a_network_that_does_not_run_on_this_device_goes(
     with pytest.raises(ProbeFailed, match="does not run on cuda"):
         await world.ask("acme")
     assert world.replica.cache.occupied == 0
+
+
+@pytest.mark.parametrize("when", ["prepare", "place"])
+async def test_what_a_load_shares_with_an_erased_model_is_overwritten_too(
+    made: Make, monkeypatch: pytest.MonkeyPatch, when: str
+) -> None:
+    """The load kept its tensors from being overwritten with the model, and came to nothing itself."""
+    registry, acme = Registry(MemoryStore()), TenantId("acme")
+    registry.create_tenant(acme)
+    first = weights(0)
+    last = list(first)[-1]
+    for one in (first, {**first, last: first[last] + 1}):
+        registry.register(
+            acme, save(one), NETWORK.name, NETWORK.tensors, probe=lambda data: probe_logits(NETWORK, data)
+        )
+    world = made(slots=4, store=registry.store)
+    await world.ask("acme@1")
+    pattern = max(first.values(), key=lambda one: one.numel()).numpy().tobytes()[:4096]
+    assert pattern in world.runtime.contents()
+    entered, go = threading.Event(), threading.Event()
+    where, name = (world.replica.cache._loader, "_prepare") if when == "prepare" else (world.device, "place")
+    original = getattr(where, name)
+
+    def held_up(*given: object) -> object:
+        entered.set()
+        assert go.wait(10)
+        return original(*given)
+
+    monkeypatch.setattr(where, name, held_up)
+    loading = asyncio.create_task(world.ask("acme@2"))
+    await asyncio.to_thread(entered.wait, 10)
+    erasing = asyncio.create_task(world.replica.erase("acme"))
+    while (
+        world.replica.cache._loads._loads
+        and not next(iter(world.replica.cache._loads._loads.values())).erased
+    ):
+        await asyncio.sleep(0)
+    go.set()
+    with pytest.raises((NotFound, ServeError)):
+        await loading
+    assert (await erasing).clean
+    assert pattern not in world.runtime.contents()
+    assert world.replica.cache.ledger.held_bytes == 0
+
+
+async def test_a_load_that_was_refused_goes_on_when_what_drained_is_gone(made: Make) -> None:
+    """Nobody is left who could go, and the memory is there: it need not wait for its whole time."""
+    world = made(slots=4, request_timeout_s=20.0)
+    await world.ask("acme")
+    (record,) = world.replica.cache.resident_records()
+    lease = world.replica.cache.try_lease(record)
+    assert lease is not None
+    place, refused = world.device.place, threading.Event()
+
+    def full(tensors: dict[object, torch.Tensor]) -> object:
+        if world.replica.cache.ledger.held_bytes:
+            refused.set()
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return place(tensors)
+
+    world.device.place = full  # type: ignore[method-assign,assignment]  # for this test
+    world.replica.cache.unload(ModelKey.of(record))
+    asking = asyncio.create_task(world.ask("globex"))
+    await asyncio.to_thread(refused.wait, 10)
+    began = time.monotonic()
+    for _ in range(50):
+        await asyncio.sleep(0)
+    lease.release()
+    assert await asking == right("globex")
+    assert time.monotonic() - began < 10

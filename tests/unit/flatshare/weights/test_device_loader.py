@@ -19,7 +19,7 @@ from safetensors.torch import save
 
 from flatshare.device.cpu import CpuDevice
 from flatshare.device.cuda import CudaDevice
-from flatshare.device.opening import device_budget
+from flatshare.device.opening import CONTEXT_BYTES, device_budget
 from flatshare.device.protocol import Device, K
 from flatshare.device.testing.simulated_cuda import SimulatedCuda
 from flatshare.device.torch_cuda import TorchCuda
@@ -521,14 +521,16 @@ def test_the_budget_of_a_device() -> None:
 
     class Gpu(CpuDevice):
         def memory(self) -> DeviceMemory:
-            return DeviceMemory(allocated=0, free=60, total=100)
+            return DeviceMemory(allocated=0, free=60 * gib, total=100 * gib)
 
+    gib = 1024**3
     assert device_budget(CpuDevice(), 0, 10, 1.0) is None
     assert device_budget(CpuDevice(), 77, 10, 1.0) == 77
-    assert device_budget(Gpu(), 0, 10, 1.0) == 50
-    assert device_budget(Gpu(), 0, 10, 0.25) == 15
+    assert device_budget(Gpu(), 0, 10 * gib, 1.0) == 50 * gib
+    assert device_budget(Gpu(), 0, 10 * gib, 0.25) == 15 * gib
+    assert device_budget(Gpu(), 0, 0, 0.25) == 25 * gib - CONTEXT_BYTES, "what the allocator itself may take"
     with pytest.raises(SettingsError, match="leaves nothing"):
-        device_budget(Gpu(), 0, 25, 0.25)
+        device_budget(Gpu(), 0, 25 * gib, 0.25)
 
 
 async def test_scrubbing_a_model_leaves_those_alone_that_share_with_it(
