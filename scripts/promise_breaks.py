@@ -155,7 +155,7 @@ BREAKS = [
     Break("1", "what the slot holds is not compared", {"flatshare.residency.lease:Lease.is_intact": intact},
           f"{INFERENCE}::test_promise_1_a_slot_that_changed_fails_the_request"),
     Break("1", "rows of different models go through one model",
-          {"flatshare.engine.inference:Inference._launch": one_model, "flatshare.engine.inference:check_lease": nothing},
+          {"flatshare.engine.runner:PassRunner._launch": one_model, "flatshare.engine.runner:check_lease": nothing},
           f"{INFERENCE}::test_promise_1_models_that_share_layers_keep_their_own_heads"),
     Break("2", "room is made before it is known that the load succeeds",
           {"flatshare.residency.loads:Loads._prepare": room_first},

@@ -1,6 +1,7 @@
 """Fifteen checks of the CUDA path, in one table: what a stand-in can't tell, on the first machine with a GPU.
 
-``--simulated`` runs those that can on the simulated CUDA, which tests the checks themselves.
+``--simulated`` runs those that can on the simulated CUDA, which tests the checks themselves. Long, since each
+check is a function of its own here, in the order of the table.
 """
 
 from __future__ import annotations

@@ -14,34 +14,19 @@ import logging
 import threading
 import time
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from functools import partial
 from typing import Final, cast
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
-from flatshare.device.protocol import Device, Launched
+from flatshare.device.protocol import Device
 from flatshare.engine.fair_queue import FairQueue
-from flatshare.engine.jobs import (
-    Answer,
-    Caught,
-    Job,
-    caught,
-    check_lease,
-    failure_of,
-    joined,
-    probe_answered,
-    probe_due,
-    probe_of,
-)
-from flatshare.engine.passes import forward
+from flatshare.engine.jobs import Answer, Job
+from flatshare.engine.runner import Pass, PassRunner
 from flatshare.engine.stacked import Stacks
-from flatshare.errors import ModelFailed, NoRoom, ProbeFailed, ServeError, Wedged
-from flatshare.models.architecture import architecture
-from flatshare.models.probe import check_probe_logits
+from flatshare.errors import NoRoom, Wedged
 from flatshare.residency.lease import Lease
 
 __all__ = ["MAX_BATCH_ROWS", "Inference"]
@@ -56,9 +41,6 @@ PASS_LIMIT_S: Final = 60.0
 
 WARM_UP_S: Final = 300.0
 """Seconds that the first passes may take."""
-
-PASSES_BEFORE_MORE: Final = 256
-"""Passes after which one that found no memory is tried at twice the rows again."""
 
 MAX_BATCH_ROWS: Final = 64
 """Rows at which a pass is full. On one core ``mnist-cnn`` (channels-last) gives 4,300 images/s at 16 rows,
@@ -102,16 +84,12 @@ class Inference:
         self._stacks = stacks
         self._pass_limit_s = pass_limit_s
         self._clock = clock
-        self._pass_began: float | None = None  # written by the thread alone, as the next two
-        self.memory_failures = 0
-        self._raise_at: int | None = None
+        self._pass_began: float | None = None  # written by the thread alone
         self._ready: Future[None] = Future()
         self._warm_up = warm_up
         self.device = device
-        self.passes = 0
         self.rows = 0
-        self._torch_threads = torch_threads
-        self._threads_now = 0
+        self._runner = PassRunner(device, torch_threads, max_batch_rows, stacks)
         self.max_rows = max_batch_rows
         self._queue: FairQueue[Job] = FairQueue(max_batch_rows)
         self._lock = threading.Lock()
@@ -122,6 +100,16 @@ class Inference:
         self._loop: asyncio.AbstractEventLoop | None = None
         self._thread = threading.Thread(target=self._work, name="inference", daemon=True)
         self._thread.start()
+
+    @property
+    def passes(self) -> int:
+        """Passes so far."""
+        return self._runner.passes
+
+    @property
+    def memory_failures(self) -> int:
+        """Passes that the device had no memory for."""
+        return self._runner.memory_failures
 
     @property
     def waiting(self) -> int:
@@ -297,9 +285,10 @@ class Inference:
             self._refuse_all()
             return
         self._ready.set_result(None)
-        under_way: _Pass | None = None
+        under_way: Pass | None = None
         while True:
             with self._lock:
+                self._queue.max_rows = self._runner.rows_now
                 batch = self._queue.take()
                 loop, closing = self._loop, self._closing
                 self._idle = not batch and not closing and under_way is None
@@ -315,24 +304,19 @@ class Inference:
                     self._wakeup.acquire()
                 else:
                     self._end(under_way)
-                    under_way = self._pass_began = None
+                    under_way = None
                 continue
-            self.passes += 1
-            if self._raise_at is not None and self.passes >= self._raise_at:
-                self._raise_again()
             self.rows += sum(job.size for job in batch)
             if under_way is None:
                 self._pass_began = self._clock()
-            begun = self._begin(batch)
+            begun = self._runner.begin(batch)
             del batch  # a job in here would keep its model alive while the thread waits
             if under_way is not None:
-                self._end(under_way)
-                self._pass_began = self._clock()  # the one that was launched meanwhile
+                self._end(under_way, more=True)
             if self.device.overlaps:
                 under_way = begun
             else:
                 self._end(begun)
-                self._pass_began = None
             del begun
 
     def _refuse_all(self) -> None:
@@ -344,146 +328,17 @@ class Inference:
                 return
             self._deliver_soon(loop, batch, None)
 
-    def _begin(self, batch: Sequence[Job]) -> _Pass:
-        """Launch a pass; one that fails at once is a pass all the same."""
-        try:
-            return self._launch(batch)
-        except Exception as error:  # whatever a network raises is that model's failure
-            return _Pass(batch, [], [], None, caught(error, self.device))
+    def _end(self, one: Pass, *, more: bool = False) -> None:
+        """Wait for a pass and have its answers delivered.
 
-    def _end(self, one: _Pass) -> None:
-        """Wait for a pass and have its answers delivered."""
-        self._deliver_soon(self._loop, one.batch, self._answers(one))
-
-    def _answers(self, one: _Pass) -> list[Answer]:
-        """One answer a job: all of one pass, and if that fails of smaller ones, so that a bad job fails
-        alone.
+        Parameters
+        ----------
+        more
+            Another one was launched meanwhile.
         """
-        found = self._logits_of(one)
-        if not isinstance(found, Caught):
-            return found
-        # Nothing of the pass that failed is held here any more: its memory may be what the next ones need.
-        batch, fault = one.batch, found.fault
-        if fault == "memory":
-            self._lower(sum(job.size for job in batch))
-        if fault == "broken":  # each of them would only hear the same
-            return [failure_of(job, found) for job in batch]
-        if len(batch) == 1:
-            if fault == "memory" and batch[0].size > 1:
-                return [self._in_two(batch[0])]
-            return [self._failure(batch[0], found)]
-        if fault == "memory":
-            logger.warning("the device has no memory for a pass of %d jobs: %s", len(batch), found.error)
-            half = len(batch) // 2
-            return [
-                *self._answers(self._begin(batch[:half])), *self._answers(self._begin(batch[half:]))
-            ]  # fmt: skip
-        logger.info("a pass of %d jobs failed; each runs alone: %s", len(batch), found.error)
-        answers = [answer for job in batch for answer in self._answers(self._begin([job]))]
-        if (
-            isinstance(found.error, ProbeFailed)
-            and self._stacks is not None
-            and not any(isinstance(answer, ProbeFailed) for answer in answers)
-        ):
-            # Each is right alone: they were not together.
-            self._stacks.disable(batch[0].lease.record.architecture)
-        return answers
-
-    def _logits_of(self, one: _Pass) -> list[Answer] | Caught:
-        if one.failed is not None:
-            return one.failed
-        try:
-            return list(self._logits(one))
-        except Exception as error:
-            return caught(error, self.device)
-
-    def _in_two(self, job: Job) -> Answer:
-        """One request's rows in two passes, since the device has no memory for one."""
-        half = job.size // 2
-        answers: list[NDArray[np.float32]] = []
-        for rows in (job.rows[:half], job.rows[half:]):
-            part = Job(job.lease, rows, job.tenant, len(rows), job.same, job.kind, job.done)
-            (answer,) = self._answers(self._begin([part]))
-            if isinstance(answer, Exception):
-                return answer
-            answers.append(answer)
-        return np.concatenate(answers)
-
-    def _lower(self, rows: int) -> None:
-        """A pass of so many rows found no memory: the next are half as large, and try again after a while."""
-        self.memory_failures += 1
-        with self._lock:
-            self._queue.max_rows = max(min(self._queue.max_rows, rows // 2), 1)
-        self._raise_at = self.passes + PASSES_BEFORE_MORE
-
-    def _raise_again(self) -> None:
-        with self._lock:
-            self._queue.max_rows = min(2 * self._queue.max_rows, self.max_rows)
-            done = self._queue.max_rows == self.max_rows
-        self._raise_at = None if done else self.passes + PASSES_BEFORE_MORE
-
-    def _failure(self, job: Job, found: Caught) -> Exception:
-        """Why a job that ran alone has no logits.
-
-        A model that owes its probe, and can't answer that alone either, does not run on this device: that
-        is told as a failed probe, so that the model goes. A bad row takes nobody's model away.
-        """
-        own = found.fault == "other" and not isinstance(found.error, ServeError)
-        probe = probe_due([job]) if own else None
-        if probe is None:
-            return failure_of(job, found)
-        try:
-            self.device.launch([probe], lambda rows: forward([job.lease.model], rows)).wait()
-        except Exception as error:
-            again = caught(error, self.device)
-            if again.fault == "other":
-                failed = ProbeFailed(f"{job.lease.record.name} does not run on {self.device.name}")
-                logger.error("%s\n%s", failed.message, again.text)
-                return failed
-        return failure_of(job, found)
-
-    def _launch(self, batch: Sequence[Job]) -> _Pass:
-        for job in batch:
-            check_lease(job, "before")
-        # Rows of one model are one block; equal models are one model.
-        blocks: dict[Hashable, list[Job]] = {}
-        for job in batch:
-            blocks.setdefault(job.same, []).append(job)
-        jobs = list(blocks.values())
-        probes = [probe_due(block) for block in jobs]
-        if self._stacks is not None and len(jobs) > 1:  # what several tenants share is asked in each pass
-            one = self.passes % len(jobs)
-            probes[one] = probe_of(jobs[one])
-        models = [block[0].lease.model for block in jobs]
-        self._set_threads(self._torch_threads or models[0].threads)
-        rows = [joined(block, probe) for block, probe in zip(jobs, probes, strict=True)]
-        work = partial(forward, models, padded=self.device.padded, stacks=self._stacks)
-        launched = self.device.launch(rows, work)
-        return _Pass(batch, jobs, probes, launched)
-
-    def _logits(self, one: _Pass) -> list[NDArray[np.float32]]:
-        assert one.launched is not None, "one that failed at once has none"
-        answers: dict[int, NDArray[np.float32]] = {}
-        for block, probe, found in zip(one.blocks, one.probes, one.launched.wait(), strict=True):
-            if len(found) != sum(job.size for job in block) + (probe is not None):
-                raise ModelFailed(f"{block[0].lease.record.name} gave {len(found)} rows for other inputs")
-            if probe is not None:
-                record = block[0].lease.record
-                network = architecture(record.architecture)
-                check_probe_logits(network, record, found[-1], self.device.torch_device)
-                probe_answered(block)
-            start = 0
-            for job in block:
-                check_lease(job, "after")
-                answers[id(job)] = found[start : start + job.size]
-                start += job.size
-        return [answers[id(job)] for job in one.batch]
-
-    def _set_threads(self, threads: int) -> None:
-        """A setting of the calling thread, under OpenMP; models of one pass are of one architecture."""
-        if threads != self._threads_now:
-            torch.set_num_threads(threads)
-            self._threads_now = threads
+        answers = self._runner.answers(one)
+        self._pass_began = self._clock() if more else None  # before anybody hears of its end
+        self._deliver_soon(self._loop, one.batch, answers)
 
     def _deliver_soon(
         self,
@@ -494,26 +349,6 @@ class Inference:
         assert loop is not None, "a job came from a loop"
         with contextlib.suppress(RuntimeError):  # the loop was closed meanwhile: nobody waits
             loop.call_soon_threadsafe(_deliver, batch, answers)
-
-
-class _Pass:
-    """A pass under way: its jobs, those of each model together, and the probe that a model owes."""
-
-    __slots__ = ("batch", "blocks", "failed", "launched", "probes")
-
-    def __init__(
-        self,
-        batch: Sequence[Job],
-        blocks: Sequence[Sequence[Job]],
-        probes: Sequence[NDArray[np.float32] | None],
-        launched: Launched | None,
-        failed: Caught | None = None,
-    ) -> None:
-        self.batch = batch
-        self.blocks = blocks
-        self.probes = probes
-        self.launched = launched
-        self.failed = failed
 
 
 def _deliver(batch: Sequence[Job], answers: Sequence[Answer] | None) -> None:

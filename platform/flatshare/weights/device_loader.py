@@ -13,29 +13,25 @@ import weakref
 from collections import Counter
 from collections.abc import Callable, Collection, Iterator, Mapping
 from concurrent.futures import Executor
-from typing import Final, Generic, TypeVar
+from typing import Final
 from weakref import WeakValueDictionary
 
 import torch
-from cachetools import LRUCache
 
 from flatshare.device.protocol import Device
 from flatshare.errors import DeviceBroken, DeviceFull, ModelFailed, ProbeFailed
-from flatshare.models.architecture import Architecture, architecture
+from flatshare.models.architecture import Architecture
 from flatshare.models.probe import check_probe
 from flatshare.models.stages import Model, Stage, device_tensor, plan_of, tensor_view
 from flatshare.threads import in_thread
 from flatshare.weights.fetch import Fetched, TensorSource
 from flatshare.weights.host_cache import HostTensorCache
+from flatshare.weights.known import Known, architecture_of
 from flatshare.weights.loader import Held, Placed, Prepared
 from flatshare.weights.tiers import Part, Tier
-from flatshare_registry.errors import InvalidInput
 from flatshare_registry.records import TensorRecord, VersionRecord
-from flatshare_registry.weights import check_architecture
 
 __all__ = ["DeviceLoader", "part_of"]
-
-T = TypeVar("T")
 
 WARM_SHARE: Final = 8
 """A process keeps at most one part in so many of the host tier's bytes ready beyond what its models hold."""
@@ -93,11 +89,11 @@ class DeviceLoader:
         self._warm = HostTensorCache(tier.budget_bytes // WARM_SHARE if tier is not None else 0)
         if tier is not None:
             tier.on_pressure = self._warm.clear
-        self._proven = _Known[float](MAX_PROVEN)  # when, by the clock
+        self._proven = Known[float](MAX_PROVEN)  # when, by the clock
 
     def check(self, record: VersionRecord) -> Mapping[Part, int]:
         """See :class:`Loader`."""
-        _architecture_of(record)
+        architecture_of(record)
         return {part_of(one): self.device.footprint(one.size_bytes) for one in record.tensors}
 
     def hold(self, record: VersionRecord) -> Held:
@@ -232,7 +228,7 @@ class DeviceLoader:
     def _prepare(
         self, record: VersionRecord, held: Held, read: Callable[[Collection[str]], Fetched | None]
     ) -> Prepared | None:
-        network = _architecture_of(record)
+        network = architecture_of(record)
         wanted = [one for one in record.tensors if part_of(one) not in held]
         fetched = read({one.name for one in wanted})
         if fetched is None:
@@ -306,7 +302,7 @@ class DeviceLoader:
         self, record: VersionRecord, tensors: Mapping[Part, torch.Tensor], held: Held, *, prove: bool = True
     ) -> Model:
         """Make the model of shared and new tensors, and let it answer its probe."""
-        network = _architecture_of(record)
+        network = architecture_of(record)
         with _as_model_failure(record):
             model = self._assemble(network, record, {**tensors, **held})
         if prove:
@@ -373,46 +369,3 @@ def _as_model_failure(record: VersionRecord) -> Iterator[None]:
         raise
     except Exception as error:
         raise ModelFailed(f"{record.name} could not be built: {type(error).__name__}") from error
-
-
-class _Known(Generic[T]):
-    """What is known of digests under architectures; the least recently asked goes first. Safe for threads."""
-
-    def __init__(self, most: int) -> None:
-        self._found: LRUCache[tuple[str, str], T] = LRUCache(most)
-        self._lock = threading.Lock()
-
-    def get(self, key: tuple[str, str]) -> T | None:
-        with self._lock:
-            return self._found.get(key)
-
-    def put(self, key: tuple[str, str], value: T) -> None:
-        with self._lock:
-            self._found[key] = value
-
-    def forget(self, key: tuple[str, str]) -> None:
-        with self._lock:
-            self._found.pop(key, None)
-
-
-_checked: Final = _Known[Architecture](10_000)
-
-
-def _architecture_of(record: VersionRecord) -> Architecture:
-    """A version's architecture; checked once for each digest, since neither changes in a process.
-
-    Raises
-    ------
-    ModelFailed
-        It is not installed here, or has other tensors: the operator's to mend, not the caller's.
-    """
-    known = _checked.get((record.digest, record.architecture))
-    if known is not None and len(record.tensors) == len(known.tensors):
-        return known
-    try:
-        network = architecture(record.architecture)
-        check_architecture(record.tensors, network.name, network.tensors)
-    except InvalidInput as error:
-        raise ModelFailed(f"{record.name} can't be served here: {error.message}") from error
-    _checked.put((record.digest, record.architecture), network)
-    return network

@@ -9,7 +9,8 @@ kept.
 
 Copies from and to host memory are done as late as the order allows. Until then a buffer on the host holds
 what no number is, so that whoever reads it early has wrong answers too. Tensors on the device lie in
-segments as torch's allocator lays them, so that memory which was let go of still holds what it held.
+segments as torch's allocator lays them, so that memory which was let go of still holds what it held. Long,
+because what an operation may do depends on streams, memory and pinned buffers together.
 """
 
 from __future__ import annotations

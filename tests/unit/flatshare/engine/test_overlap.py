@@ -157,7 +157,7 @@ async def test_what_is_tried_again_has_the_memory_of_what_failed() -> None:
         hold.go.set()
         found = await asyncio.gather(*running, return_exceptions=True)
         assert not any(isinstance(one, NoRoom) for one in found), "48 rows do not fit, 24 do"
-        assert inference._queue.max_rows == 24
+        assert inference._runner.rows_now == 24
         # One request of 64 rows runs in parts, too, and in the order of its rows.
         rows = np.arange(64, dtype=np.float32).reshape(64, 1, 1, 1).repeat(4, axis=3)
         assert (await inference.run(fat, rows)).shape == (64, 4)

@@ -17,7 +17,7 @@ from flatshare.api.error_table import describe_error
 from flatshare.api.identity import LOCAL_OPERATOR
 from flatshare.device.cuda import CudaDevice
 from flatshare.device.testing.simulated_cuda import SimulatedCuda
-from flatshare.engine import inference as inference_module
+from flatshare.engine import runner as runner_module
 from flatshare.errors import DeviceBroken, NoRoom, ProbeFailed, ServeError, Wedged
 from flatshare.models.architecture import architecture
 from flatshare.models.probe import probe_logits
@@ -218,12 +218,12 @@ async def test_a_pass_without_memory_is_halved_and_each_is_answered(
     failures = world.replica.inference.memory_failures
     assert await asyncio.gather(*(world.ask("acme") for _ in range(12))) == [right("acme")] * 12
     assert world.replica.inference.memory_failures == failures, "the next ones were smaller"
-    monkeypatch.setattr(inference_module, "PASSES_BEFORE_MORE", 1)
-    world.replica.inference._raise_at = 0
+    monkeypatch.setattr(runner_module, "PASSES_BEFORE_MORE", 1)
+    world.replica.inference._runner._raise_at = 0
     monkeypatch.setattr(world.device, "launch", launch)
     for _ in range(8):
         assert await world.ask("acme") == right("acme")
-    assert world.replica.inference._queue.max_rows == world.replica.inference.max_rows
+    assert world.replica.inference._runner.rows_now == world.replica.inference.max_rows
 
 
 async def test_a_network_that_does_not_run_on_this_device_goes(
