@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import gc
-import threading
 import weakref
 from collections.abc import Iterator
 
@@ -22,7 +21,7 @@ from flatshare.errors import ModelFailed, NoRoom
 from flatshare.residency.lease import Lease
 from flatshare.weights.tiers import ModelKey
 
-from .one_model import cache_of, record_of
+from .one_model import Gate, cache_of, record_of
 
 MIB = 1024**2
 RECORD = record_of("x")
@@ -43,19 +42,6 @@ def inference(device: Device) -> Iterator[Inference]:
     made = Inference(device)
     yield made
     made.close()
-
-
-class Hold(nn.Module):
-    """Keeps the thread until others wait behind it."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.entered, self.go = threading.Event(), threading.Event()
-
-    def forward(self, rows: torch.Tensor) -> torch.Tensor:
-        self.entered.set()
-        assert self.go.wait(10)
-        return rows.flatten(1)
 
 
 class Add(nn.Module):
@@ -89,7 +75,7 @@ async def test_a_pass_that_is_tried_again_leaves_the_next_ones_answers_alone(
     inference: Inference, several: int
 ) -> None:
     """Retries come while the next pass is under way: its logits must not become theirs."""
-    hold = Hold()
+    hold = Gate()
     with await leased(hold, "hold") as first, await leased(OnlyOne(), "some") as some:
         others = [await leased(Add(1000 * number), f"t{number}") for number in range(1, 4)]
         running = [asyncio.create_task(inference.run(first, row(0)))]
@@ -107,7 +93,7 @@ async def test_a_pass_that_is_tried_again_leaves_the_next_ones_answers_alone(
 
 async def test_a_failed_pass_keeps_no_model_alive(inference: Inference) -> None:
     """Not until the cycle collector comes by: an error refers to its frames, and these to the pass."""
-    hold, bad = Hold(), OnlyOne()
+    hold, bad = Gate(), OnlyOne()
     gone = weakref.ref(bad)
     cache = cache_of(bad)
     gc.collect()
@@ -148,7 +134,7 @@ async def test_what_is_tried_again_has_the_memory_of_what_failed() -> None:
             second = first + 1
             return (second + first)[:, :4]
 
-    hold = Hold()
+    hold = Gate()
     with await leased(hold, "hold") as first, await leased(Fat(), "fat") as fat:
         running = [asyncio.create_task(inference.run(first, row(0)))]
         await asyncio.to_thread(hold.entered.wait, 5)
