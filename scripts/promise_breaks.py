@@ -34,10 +34,10 @@ def undamaged(original: Any, self: Any, digest: str) -> bool:
     return False
 
 
-def one_model(original: Any, self: Any, batch: Any) -> Any:
+def one_model(original: Any, self: Any, batch: Any, **named: Any) -> Any:
     for job in batch:
         job.same = batch[0].same
-    return original(self, batch)
+    return original(self, batch, **named)
 
 
 def not_due(original: Any, self: Any, tenant: Any, revision: int) -> bool:

@@ -59,7 +59,7 @@ UNCLEAR: Final = ("unable to find an engine", "CUDNN_STATUS_INTERNAL_ERROR")
 """What cuDNN's frontend says where no plan worked, for want of memory or for another reason."""
 
 SCARCE_BYTES: Final = 256 * MIB
-"""With less of the device free than this, it was for want of memory."""
+"""Where a process could have less than this, it was for want of memory."""
 
 TOLERANCE: Final = 1e-4
 """Of the first computation, relative to its largest number; one wrong kernel is off by its own size."""
@@ -175,8 +175,8 @@ class CudaDevice:
         """See :class:`Device`."""
         # Its own until its answer is copied out, however many are under way: no other tenant's logits may
         # come into a buffer that somebody is yet to read.
-        buffers = self._buffers.pop() if self._buffers else _PassBuffers(self.runtime)
         with self._judged(), self.runtime.on(self.runtime.main), torch.inference_mode():
+            buffers = self._buffers.pop() if self._buffers else _PassBuffers(self.runtime)
             if buffers.busy is not None:
                 self._wait(buffers.busy)
             launched = False
@@ -211,10 +211,12 @@ class CudaDevice:
         return fault
 
     def _free_bytes(self) -> int:
+        """What this process could still have."""
         try:
-            return self.runtime.memory().free
+            memory, bound = self.runtime.memory(), self.runtime.most_bytes
         except RuntimeError:
             return SCARCE_BYTES
+        return min(memory.free, bound - memory.reserved) if bound else memory.free
 
     def check(self, limit_s: float) -> None:
         """See :class:`Device`."""

@@ -45,8 +45,13 @@ def open_device(wanted: str, share: float = 0.0) -> Device:
         )
     if wanted == "cpu" or not available:
         return CpuDevice()
-    total = torch.cuda.mem_get_info()[1]
-    return CudaDevice(TorchCuda(most_bytes(total, share) if share < 1 else 0))
+    try:
+        total = torch.cuda.mem_get_info()[1]
+        runtime = TorchCuda(most_bytes(total, share))
+    except RuntimeError as error:  # in exclusive mode, without memory for one more context, damaged
+        said = (str(error).splitlines() or ["no reason"])[0]
+        raise SettingsError(f"torch sees a CUDA device and can't use it ({said}): see nvidia-smi") from error
+    return CudaDevice(runtime)
 
 
 def most_bytes(total: int, share: float) -> int:

@@ -107,6 +107,11 @@ class Device(Protocol):
 
         Several may be under way, and may be waited for in any order. The rows are read before this
         returns.
+
+        Raises
+        ------
+        Exception
+            Whatever ``work`` raises, and what the device does (:meth:`judge`).
         """
         ...
 

@@ -38,6 +38,11 @@ class CudaRuntime(Protocol):
         ...
 
     @property
+    def most_bytes(self) -> int:
+        """Memory that this process's allocator may take; 0 for no bound of its own."""
+        ...
+
+    @property
     def main(self) -> Any:
         """The default stream: passes run on it."""
         ...

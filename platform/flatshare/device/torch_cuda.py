@@ -52,6 +52,7 @@ class TorchCuda:
     def __init__(self, most_bytes: int = 0) -> None:
         self.torch_device = torch.device("cuda", torch.cuda.current_device())
         self.expandable_segments = allocator_settings().get("expandable_segments", "").lower() == "true"
+        self.most_bytes = most_bytes
         without_tf32()
         self.main = torch.cuda.default_stream(self.torch_device)
         if most_bytes:

@@ -178,6 +178,8 @@ class Inference:
             The pass raised, and this request's rows alone do too.
         NoRoom
             The device has no memory for the pass now.
+        DeviceBroken
+            The device is lost to this process.
         Wedged
             A pass never ends. The lease must stay, and what it holds: the thread still uses it.
         """

@@ -78,7 +78,7 @@ class PassRunner:
     Attributes
     ----------
     passes
-        How many were begun.
+        How many were begun, without those that were tried again.
     rows_now
         Rows at which a pass is full now: fewer for a while after the device had no memory for one.
     memory_failures
@@ -102,9 +102,9 @@ class PassRunner:
             self._raise_again()
         return self._begin(batch)
 
-    def _begin(self, batch: Sequence[Job]) -> Pass:
+    def _begin(self, batch: Sequence[Job], *, ask: bool = False) -> Pass:
         try:
-            return self._launch(batch)
+            return self._launch(batch, ask=ask)
         except Exception as error:  # whatever a network raises is that model's failure
             return Pass(batch, [], [], None, caught(error, self.device))
 
@@ -132,12 +132,12 @@ class PassRunner:
                 *self.answers(self._begin(batch[:half])), *self.answers(self._begin(batch[half:]))
             ]  # fmt: skip
         logger.info("a pass of %d jobs failed; each runs alone: %s", len(batch), found.error)
-        answers = [answer for job in batch for answer in self.answers(self._begin([job]))]
-        if (
-            isinstance(found.error, ProbeFailed)
-            and self._stacks is not None
-            and not any(isinstance(answer, ProbeFailed) for answer in answers)
-        ):
+        # Where a stack may be what is wrong each model is asked for its probe, whether it owes one or not.
+        stacked = self._stacks is not None and len({job.same for job in batch}) > 1
+        answers = [
+            answer for job in batch for answer in self.answers(self._begin([job], ask=stacked))
+        ]  # fmt: skip
+        if stacked and self._stacks is not None and not any(isinstance(one, Exception) for one in answers):
             # Each is right alone: they were not together.
             self._stacks.disable(batch[0].lease.record.architecture)
         return answers
@@ -192,7 +192,7 @@ class PassRunner:
                 return failed
         return failure_of(job, found)
 
-    def _launch(self, batch: Sequence[Job]) -> Pass:
+    def _launch(self, batch: Sequence[Job], *, ask: bool = False) -> Pass:
         for job in batch:
             check_lease(job, "before")
         # Rows of one model are one block; equal models are one model.
@@ -200,7 +200,7 @@ class PassRunner:
         for job in batch:
             blocks.setdefault(job.same, []).append(job)
         jobs = list(blocks.values())
-        probes = [probe_due(block) for block in jobs]
+        probes = [probe_of(block) if ask else probe_due(block) for block in jobs]
         if self._stacks is not None and len(jobs) > 1:  # what several tenants share is asked in each pass
             one = self.passes % len(jobs)
             probes[one] = probe_of(jobs[one])

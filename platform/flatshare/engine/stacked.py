@@ -5,8 +5,9 @@ five. Here a layer of K models runs once, over rows ``(K, N, …)`` and weights 
 linear layer becomes one batched product, a convolution one with groups). What it costs is a copy of the
 weights into the stack, at memory bandwidth, and rows that are padded to the longest.
 
-Off by default (``stack_models``): whether it wins is for a GPU to say. What a stack computes is compared with
-the plain path when it is made, and with a model's stored probe at each pass.
+Off by default (``stack_models``): whether it wins is for a GPU to say. Each stacked pass asks one of its
+models for its stored probe; where that is wrong, or the pass raises, and each model is right alone, its
+architecture is not stacked again (``runner.py``).
 """
 
 from __future__ import annotations

@@ -265,8 +265,8 @@ class Replica:
 
         Raises
         ------
-        DeviceBroken
-            It does not run anything.
+        DeviceBroken, Wedged
+            It does not run anything, or does not come back from it.
         """
         self.inference.ready()
         loop = asyncio.get_running_loop()

@@ -51,8 +51,8 @@ def warm_up(
     if not device.overlaps:
         return
     began = time.monotonic()
-    # A pass may be one probe longer than it is full.
-    counts = sorted({device.padded(rows) for rows in range(1, max_rows + 2)})
+    # A full pass may have a probe for each of its models, too.
+    counts = sorted({device.padded(rows) for rows in range(1, 2 * max_rows + 1)})
     for network in networks():
         try:
             model = _blank(network, device)

@@ -65,9 +65,11 @@ class Ledger:
 
     # -- asking
 
-    def fits(self, slots: int, new_bytes: int) -> bool:
-        """Whether so much is free now."""
-        return self.slots_taken + slots <= self.slots and self._bytes_fit(new_bytes)
+    def fits(self, slots: int, new_bytes: int, *, whole: bool = False) -> bool:
+        """Whether so much is free now; with ``whole`` of the whole budget, where less is kept to for a
+        while.
+        """
+        return self.slots_taken + slots <= self.slots and self._bytes_fit(new_bytes, whole=whole)
 
     def missing_bytes(self, parts: Mapping[Part, int]) -> int:
         """Bytes that holding these parts would add."""
@@ -92,6 +94,7 @@ class Ledger:
         *,
         slots: int = 1,
         keep: Collection[Part] = (),
+        whole: bool = False,
     ) -> list[int] | None:
         """Which candidates must go so that so much fits; nothing is changed.
 
@@ -103,6 +106,8 @@ class Ledger:
             What is wanted.
         keep
             Parts that stay, whoever goes: the new model needs them too.
+        whole
+            As for :meth:`fits`.
 
         Returns
         -------
@@ -110,7 +115,7 @@ class Ledger:
             Indices into the candidates, empty if there is room; None when all of them together would
             not do. A candidate in front that turns out not to help is spared.
         """
-        trial = _Trial(self, new_bytes, slots, keep)
+        trial = _Trial(self, new_bytes, slots, keep, self.budget_bytes if whole else self.limit_bytes)
         chosen: list[int] = []
         for index, parts in enumerate(candidates):
             if trial.fits():
@@ -212,25 +217,26 @@ class Ledger:
         """A model went."""
         self.slots_taken -= 1
 
-    def _bytes_fit(self, new_bytes: int) -> bool:
-        if self.limit_bytes is None:
-            return True
-        return self.held_bytes + self.reserved_bytes + new_bytes <= self.limit_bytes
+    def _bytes_fit(self, new_bytes: int, *, whole: bool = False) -> bool:
+        limit = self.budget_bytes if whole else self.limit_bytes
+        return limit is None or self.held_bytes + self.reserved_bytes + new_bytes <= limit
 
 
 class _Trial:
     """What would be free if some models went; a thought, nothing is changed."""
 
-    def __init__(self, ledger: Ledger, new_bytes: int, slots: int, keep: Collection[Part]) -> None:
+    def __init__(
+        self, ledger: Ledger, new_bytes: int, slots: int, keep: Collection[Part], limit: int | None
+    ) -> None:
         self._ledger = ledger
+        self._limit = limit
         self._keep = keep
         self._slots_short = ledger.slots_taken + slots - ledger.slots
         self._wanted = ledger.held_bytes + ledger.reserved_bytes + new_bytes
         self._drops: Counter[Part] = Counter()
 
     def fits(self) -> bool:
-        limit = self._ledger.limit_bytes
-        return self._slots_short <= 0 and (limit is None or self._wanted <= limit)
+        return self._slots_short <= 0 and (self._limit is None or self._wanted <= self._limit)
 
     def without(self, parts: Collection[Part]) -> None:
         self._slots_short -= 1

@@ -8,7 +8,7 @@ that hangs holds up none of them. All methods must be called on one event loop.
 from __future__ import annotations
 
 import asyncio
-import contextlib
+import logging
 import time
 import traceback
 from collections.abc import Awaitable, Callable, Mapping
@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
 
-from flatshare.errors import DeviceBroken, DeviceFull, IsolationBroken, NoRoom, copy_of
+from flatshare.errors import DeviceFull, IsolationBroken, NoRoom, copy_of
 from flatshare.residency.failures import FailureMemory
 from flatshare.residency.fair_semaphore import FairSemaphore
 from flatshare.residency.lease import Lease, Resident
@@ -28,6 +28,8 @@ from flatshare_registry.errors import NotFound, Unavailable
 from flatshare_registry.records import VersionRecord
 
 __all__ = ["LOCAL_CONCURRENCY", "Loads"]
+
+logger = logging.getLogger("flatshare.residency")
 
 LOCAL_CONCURRENCY: Final = 2
 """Loads from the node's own files at a time: they cost CPU, not waiting."""
@@ -98,6 +100,8 @@ class Loads:
     ----------
     refusals
         How often the device had no memory for what the ledger had room for.
+    not_overwritten
+        Tenants of loads that left something behind.
     """
 
     def __init__(
@@ -128,6 +132,7 @@ class Loads:
         self._store_rests_until = float("-inf")
         self._closed = False
         self.refusals = 0
+        self.not_overwritten: set[str] = set()
 
     def __contains__(self, key: ModelKey) -> bool:
         return key in self._loads
@@ -296,6 +301,8 @@ class Loads:
             # What the device has already is held from here on, so that nothing evicts it meanwhile.
             held = self._loader.hold(record)
             counted = self.ledger.hold_present(held)
+            # Only what counts: of the rest another load is the only holder, and may let it be overwritten.
+            held = {part: tensor for part, tensor in held.items() if part in counted}
             prepared: Prepared | None = None
             try:
                 started = self._clock()
@@ -308,20 +315,31 @@ class Loads:
                     self.ledger.drop(counted)  # else what it shares would seem to be another's, too
                     counted = {}
                     own = self.ledger.own_parts(placed.parts)
-                    self._loader.scrub(placed.model, own)
+                    self._overwrite(record, partial(self._loader.scrub, placed.model, own))
                     self.ledger.drop(placed.parts)
                     self.ledger.free_slot()
                 load.check_erased(record)
                 self.stats.loads += 1
                 self.stats.load_times.add(self._clock() - started)
                 return self._residency.admit(record, placed, prepared.tier)
+            except BaseException as error:
+                _let_go(error)  # a model that this load had made is no user of what is overwritten next
+                raise
             finally:
                 last = self.ledger.own_parts(counted)
                 if last and (load.erased or self._loader.overwrites_what_leaves):
                     # Whose they were has gone meanwhile, and this load kept them from being overwritten.
-                    with contextlib.suppress(DeviceBroken):  # then no erasure is clean (settle)
-                        self._loader.scrub_held(held, last, prepared.model if prepared else None)
+                    made = prepared.model if prepared is not None else None
+                    self._overwrite(record, partial(self._loader.scrub_held, held, last, made))
                 self.ledger.drop(counted)
+
+    def _overwrite(self, record: VersionRecord, scrub: Callable[[], int]) -> None:
+        """Overwrite what a load leaves behind; what can't be is told to an erasure of its tenant."""
+        try:
+            scrub()
+        except Exception:  # whatever the device says: the ledger must go on
+            logger.exception("what a load of %s left could not be overwritten", record.name)
+            self.not_overwritten.add(record.tenant)
 
     async def _place(
         self,
@@ -343,9 +361,15 @@ class Loads:
                 if not self.ledger.restore():
                     raise
                 continue  # what the device refused once is no reason to refuse anybody: it is asked again
+            before = self.refusals
             try:
                 placed = await self._place_in_room(record, prepared, held, new_bytes)
             except DeviceFull:
+                if (
+                    self.refusals != before
+                ):  # another was refused while this one's memory was taken: it is back
+                    self._residency.frees += 1
+                    self._residency.room.wake()
                 # The ledger has room and the device has not: its allocator has cut it, or others have it. One
                 # after the other goes until it fits, so that nobody is refused for ever who could be served.
                 refusals += 1
@@ -378,8 +402,8 @@ class Loads:
         except BaseException:
             self.ledger.cancel(reservation)
             if placed is not None and self._loader.overwrites_what_leaves:
-                with contextlib.suppress(DeviceBroken):  # it is told by what is raised next
-                    self._loader.scrub(placed.model, self.ledger.absent_parts(placed.parts))
+                absent = self.ledger.absent_parts(placed.parts)
+                self._overwrite(record, partial(self._loader.scrub, placed.model, absent))
             raise
         self.ledger.settle(reservation, placed.parts)
         return placed

@@ -289,7 +289,7 @@ class ModelCache:
         if not gone() and not await self._residency.room.wait(gone, deadline - self._clock()):
             return False
         told = self._erasures.get(tenant)
-        if told is not None and told.failed:
+        if (told is not None and told.failed) or tenant in self._loads.not_overwritten:
             return False
         try:
             async with asyncio.timeout(max(deadline - self._clock(), 0)):

@@ -265,7 +265,7 @@ class Residency:
         NoMemoryNow
             All that is here is in use, or on its way here.
         DeviceFull
-            Nothing is here: the memory is not ours to free.
+            Nothing is here that could go, now or when a lease ends.
         """
         keys = self.candidates(tenant)
         if not keys:
@@ -301,10 +301,10 @@ class Residency:
         if self.own_victims(tenant, sum(claimed.values()), self.candidates(tenant)) is None:
             return False
         new_bytes = self.ledger.missing_bytes(claimed)
-        if self.ledger.fits(1, new_bytes):
+        if self.ledger.fits(1, new_bytes, whole=True):  # a load tries all of the budget before it waits
             return True
         parts = [self._residents[key].parts for key in self.candidates(tenant)]
-        return self.ledger.choose_victims(parts, new_bytes, slots=1, keep=claimed) is not None
+        return self.ledger.choose_victims(parts, new_bytes, slots=1, keep=claimed, whole=True) is not None
 
     def candidates(self, tenant: str) -> list[ModelKey]:
         """Who may go for a model of this tenant, in order; versions whose successor is on the way last."""

@@ -101,8 +101,8 @@ class Loader(Protocol):
 
         Raises
         ------
-        DeviceBroken
-            The device does nothing any more.
+        DeviceBroken, DeviceFull, ModelFailed
+            The device did not do it.
         """
         ...
 
@@ -113,6 +113,11 @@ class Loader(Protocol):
         ----------
         model
             What that load had made of them, if it came so far.
+
+        Raises
+        ------
+        DeviceBroken, DeviceFull, ModelFailed
+            The device did not do it.
         """
         ...
 

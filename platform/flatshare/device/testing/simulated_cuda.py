@@ -129,6 +129,7 @@ class SimulatedCuda:
     ) -> None:
         self.torch_device = torch.device("cpu")
         self.expandable_segments = expandable_segments
+        self.most_bytes = 0
         self.allocator = CachingAllocator(total_bytes, expandable_segments=expandable_segments)
         self.violations: list[str] = []
         self.operations = 0

@@ -159,6 +159,36 @@ async def test_a_device_that_never_answers_is_wedged() -> None:
     device.check(0)
 
 
+@pytest.mark.parametrize(
+    "text",
+    [
+        "GET was unable to find an engine to execute this computation",
+        "cuDNN error: CUDNN_STATUS_INTERNAL_ERROR",
+    ],
+)
+def test_what_cudnn_does_not_say_clearly_is_judged_by_the_memory_that_is_left(text: str) -> None:
+    """By what this process may have: a quarter of a card is full while the card has a lot free."""
+    runtime = SimulatedCuda(1 << 34)
+    device = CudaDevice(runtime)
+    plenty = device.judge(RuntimeError(text))
+    assert plenty in ("other", "broken")
+    runtime = SimulatedCuda(1 << 34)
+    device = CudaDevice(runtime)
+    runtime.most_bytes = runtime.memory().reserved + 100 * MIB
+    assert device.judge(RuntimeError(text)) == "memory"
+    device.check(1)
+
+
+def test_a_card_whose_context_can_not_be_made_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    def busy() -> tuple[int, int]:
+        raise torch.AcceleratorError("CUDA error: CUDA-capable device(s) is/are busy or unavailable")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", busy)
+    with pytest.raises(SettingsError, match=r"can't use it .*busy or unavailable.*nvidia-smi"):
+        open_device("auto", 0.25)
+
+
 # -- 4: what is left of weights
 
 

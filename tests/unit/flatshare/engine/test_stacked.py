@@ -20,6 +20,7 @@ from flatshare.device.testing.simulated_cuda import SimulatedCuda
 from flatshare.engine import stacked
 from flatshare.engine.passes import forward
 from flatshare.engine.stacked import MOST_MODELS, Stacks
+from flatshare.errors import ProbeFailed
 from flatshare.models.architecture import architecture
 from flatshare.models.probe import probe_logits
 from flatshare.models.stages import Model, device_tensor, plan_of
@@ -207,3 +208,58 @@ async def test_a_stack_that_computes_something_else_is_not_used_again(
     assert replica.cache.occupied == 4, "and no model was blamed"
     await replica.close()
     assert list(itertools.islice(found, 1))
+
+
+async def test_a_model_that_went_wrong_is_found_in_a_stack_and_goes(store: MemoryStore) -> None:
+    """It is asked alone, too, although it owes no probe: the stack is not what is wrong."""
+    device = CudaDevice(SimulatedCuda(1 << 32))
+    replica = Replica.build(
+        Settings(host_dir="off", device="auto", slots=4, stack_models=True), store, device=device
+    )
+    rows = np.zeros((1, 1, 28, 28), np.float32)
+
+    async def ask(number: int) -> str:
+        with await replica.service.enter(LOCAL_OPERATOR, ModelRef.parse(f"t{number}")) as ticket:
+            try:
+                (await replica.service.predict(ticket, lambda network: rows)).label_list()
+            except ProbeFailed:
+                return "condemned"
+            return "answered"
+
+    for number in range(4):
+        await ask(number)
+    (bad,) = (one for one in replica.cache._residency.lendable() if one.record.tenant == "t2")
+    assert bad.model is not None
+    max(bad.model.tensors.values(), key=lambda one: one.numel()).mul_(1.5)
+    found: list[list[str]] = []
+    for _ in range(40):  # which model a pass asks goes round
+        found.append(list(await asyncio.gather(*(ask(number) for number in range(4)))))
+        if "condemned" in found[-1]:
+            break
+    assert found[-1] == ["answered", "answered", "condemned", "answered"]
+    stacks = replica.inference._stacks
+    assert stacks is not None and stacks.takes("mnist-cnn")
+    await replica.close()
+
+
+async def test_a_stack_that_can_not_be_computed_is_not_tried_again(
+    store: MemoryStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """``vmap`` does not know each operation of an operator's own network."""
+
+    def raising(self: Stacks, *given: object) -> None:
+        raise RuntimeError("vmap: there is no batching rule")
+
+    monkeypatch.setattr(Stacks, "run", raising)
+    replica = Replica.build(Settings(host_dir="off", device="cpu", slots=4, stack_models=True), store)
+    rows = np.zeros((1, 1, 28, 28), np.float32)
+
+    async def ask(number: int) -> list[int]:
+        with await replica.service.enter(LOCAL_OPERATOR, ModelRef.parse(f"t{number}")) as ticket:
+            return (await replica.service.predict(ticket, lambda network: rows)).label_list()
+
+    for _ in range(4):
+        assert len(await asyncio.gather(*(ask(number) for number in range(4)))) == 4
+    stacks = replica.inference._stacks
+    assert stacks is not None and not stacks.takes("mnist-cnn")
+    await replica.close()

@@ -283,6 +283,36 @@ async def test_what_a_load_shares_with_an_erased_model_is_overwritten_too(
     assert world.replica.cache.ledger.held_bytes == 0
 
 
+async def test_what_a_load_could_not_overwrite_is_told_and_the_ledger_goes_on(
+    made: Make, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    world = made(slots=4)
+    await world.ask("acme")
+    place, scrub, entered, go = world.device.place, world.device.scrub, threading.Event(), threading.Event()
+
+    def held_up(tensors: dict[object, torch.Tensor]) -> object:
+        entered.set()
+        assert go.wait(10)
+        return place(tensors)
+
+    def refused(tensors: object) -> int:
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(world.device, "place", held_up)
+    loading = asyncio.create_task(world.ask("globex"))
+    await asyncio.to_thread(entered.wait, 10)
+    monkeypatch.setattr(world.device, "scrub", refused)
+    erasing = asyncio.create_task(world.replica.erase("globex"))
+    while not next(iter(world.replica.cache._loads._loads.values())).erased:
+        await asyncio.sleep(0)
+    go.set()
+    with pytest.raises((NotFound, ServeError)):
+        await loading
+    assert not (await erasing).clean
+    assert world.replica.cache.occupied == 1, "acme's"
+    monkeypatch.setattr(world.device, "scrub", scrub)
+
+
 async def test_a_load_that_was_refused_goes_on_when_what_drained_is_gone(made: Make) -> None:
     """Nobody is left who could go, and the memory is there: it need not wait for its whole time."""
     world = made(slots=4, request_timeout_s=20.0)

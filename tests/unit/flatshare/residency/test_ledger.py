@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from flatshare.residency.ledger import Ledger
+from flatshare.residency.ledger import RAISING_STEPS, Ledger
 from flatshare.weights.tiers import Part
 
 
@@ -179,3 +179,23 @@ def test_the_choice_is_enough_needed_and_found_if_there_is_one(
     else:
         assert enough(tuple(chosen))
         assert not any(enough(tuple(x for x in chosen if x != one)) for one in chosen)
+
+
+def test_what_a_device_refused_lowers_the_limit_for_a_while_and_never_the_budget() -> None:
+    ledger = Ledger(100, 1000)
+    models = [parts(name, 100) for name in "abc"]
+    for one in models:
+        ledger.settle(ledger.reserve(100), one)
+    ledger.lower()
+    assert (ledger.limit_bytes, ledger.fits(1, 1), ledger.fits(1, 700, whole=True)) == (300, False, True)
+    assert ledger.choose_victims(models, 301) is None
+    assert ledger.choose_victims(models, 301, whole=True) == []
+    assert ledger.choose_victims(models, 100) == [0]
+    limits = []
+    for _ in range(RAISING_STEPS):
+        ledger.raise_again()
+        limits.append(ledger.limit_bytes)
+    assert limits == sorted(limits) and limits[0] < 400 and limits[-1] == 1000
+    assert not ledger.restore()
+    ledger.lower()
+    assert ledger.restore() and ledger.limit_bytes == 1000
