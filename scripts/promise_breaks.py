@@ -202,7 +202,7 @@ BREAKS = [
     Break("floors", "a tenant is evicted below its floor", {"flatshare.residency.residency:spare_floors": all_of_them},
           f"{CACHE}::test_nobody_is_evicted_below_its_floor"),
     Break("erasure", "a load under way becomes resident after the erasure",
-          {"flatshare.residency.loads:_Load.check_erased": nothing},
+          {"flatshare.residency.load:Load.check_erased": nothing},
           f"{CACHE}::test_an_erased_tenant_is_gone_and_its_load_under_way_never_arrives"),
     Break("erasure", "what is erased is not overwritten", {"flatshare.residency.residency:Residency.free_if_unleased": nothing},
           f"{CACHE}::test_what_is_erased_is_overwritten_when_its_last_lease_ends"),

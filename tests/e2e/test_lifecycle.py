@@ -58,7 +58,7 @@ def test_a_taken_port_is_a_clear_error(tmp_path: Path) -> None:
         (["--host", "0.0.0.0", "--auth", "off"], "not loopback"),
         (["--replicas", "0"], "replicas"),
         (["--device", "cuda"], "gpus_per_replica"),
-        (["--gpus-per-replica", "1.5"], "whole number"),
+        (["--gpus-per-replica", "1.5"], "runs on one GPU"),
         (["--edge", "nginx"], "edge"),
         (["--store", "ftp://x"], "not a store URL"),
         (["--store", "memory://x"], "memory://"),

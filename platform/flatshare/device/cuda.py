@@ -56,8 +56,7 @@ FULL_ROWS: Final = 64
 """Up to here row counts are padded to the next power of two, and beyond it to the next multiple."""
 
 UNCLEAR: Final = ("unable to find an engine", "CUDNN_STATUS_INTERNAL_ERROR")
-"""What cuDNN's frontend says where no plan worked, for want of memory or for another reason."""
-
+"""What cuDNN says where no plan worked, for want of memory or not."""
 SCARCE_BYTES: Final = 256 * MIB
 """Where a process could have less than this, it was for want of memory."""
 
@@ -119,7 +118,7 @@ class CudaDevice:
     # -- memory
 
     def footprint(self, size_bytes: int) -> int:
-        """See :class:`Device`: what the allocator really takes, unless its segments grow.
+        """See :class:`Device`: what the allocator takes, unless its segments grow.
 
         Up to 1 MiB as many tensors as fit share a segment of 2 MiB, up to 10 MiB one of 20 MiB, and what is
         left over counts as lost; above that a tensor has its own segment.

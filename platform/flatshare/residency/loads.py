@@ -10,21 +10,20 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-import traceback
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field
 from functools import partial
 from typing import Final
 
-from flatshare.errors import DeviceFull, IsolationBroken, NoRoom, copy_of
+from flatshare.errors import DeviceFull, IsolationBroken, NoRoom
 from flatshare.residency.failures import FailureMemory
 from flatshare.residency.fair_semaphore import FairSemaphore
 from flatshare.residency.lease import Lease, Resident
+from flatshare.residency.load import Abandoned, Load, let_go
 from flatshare.residency.residency import NoMemoryNow, NoRoomNow, Residency
 from flatshare.residency.stats import CacheStats
 from flatshare.weights.loader import Held, Loader, Placed, Prepared
 from flatshare.weights.tiers import ModelKey, Part
-from flatshare_registry.errors import NotFound, Unavailable
+from flatshare_registry.errors import Unavailable
 from flatshare_registry.records import VersionRecord
 
 __all__ = ["LOCAL_CONCURRENCY", "Loads"]
@@ -36,44 +35,6 @@ LOCAL_CONCURRENCY: Final = 2
 
 STORE_RESTS_S: Final = 2.0
 """Seconds for which nobody asks a store that has just let a load time out."""
-
-
-@dataclass(slots=True, eq=False)
-class _Load:
-    """A load under way and who waits for it.
-
-    Attributes
-    ----------
-    wants_room
-        It is ready and waits for leases to end.
-    """
-
-    task: asyncio.Task[None] | None = None
-    waiters: list[asyncio.Future[Lease]] = field(default_factory=list)
-    erased: bool = False
-    wants_room: bool = False
-
-    @property
-    def abandoned(self) -> bool:
-        """Whether all who waited have gone."""
-        return all(waiter.done() for waiter in self.waiters)
-
-    def fail(self, error: Exception) -> None:
-        """Tell all who wait."""
-        for waiter in self.waiters:
-            if not waiter.done():
-                waiter.set_exception(copy_of(error))
-
-    def check_erased(self, record: VersionRecord) -> None:
-        """Stop a load of something that is gone meanwhile.
-
-        Raises
-        ------
-        NotFound
-            It is.
-        """
-        if self.erased:
-            raise NotFound(f"{record.name} was erased")
 
 
 class Loads:
@@ -128,7 +89,7 @@ class Loads:
         self._clock = clock
         self._loading = FairSemaphore(load_concurrency)
         self._loading_local = FairSemaphore(LOCAL_CONCURRENCY)
-        self._loads: dict[ModelKey, _Load] = {}
+        self._loads: dict[ModelKey, Load] = {}
         self._store_rests_until = float("-inf")
         self._closed = False
         self.refusals = 0
@@ -190,7 +151,7 @@ class Loads:
             self._failures.check(key)
             claimed = self._loader.check(record)
             self._residency.check_ever_fits(record, claimed)
-            load = self._loads[key] = _Load()
+            load = self._loads[key] = Load()
             # The cache holds the task: no caller's cancellation reaches it.
             load.task = asyncio.create_task(self._run_load(key, record, claimed, load), name=f"load {key}")
         waiter: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
@@ -198,15 +159,15 @@ class Loads:
         return waiter
 
     async def _run_load(
-        self, key: ModelKey, record: VersionRecord, claimed: Mapping[Part, int], load: _Load
+        self, key: ModelKey, record: VersionRecord, claimed: Mapping[Part, int], load: Load
     ) -> None:
         try:
             resident = await self._load(record, claimed, load)
-        except _Abandoned:
+        except Abandoned:
             pass  # nobody waits any more; whoever asks next begins anew
         except BaseException as error:
             self.stats.load_failures += 1
-            _let_go(error)
+            let_go(error)
             failure = error if isinstance(error, Exception) else NoRoom(f"{key}: the replica is stopping")
             self._failures.remember(key, failure)
             load.fail(failure)
@@ -225,7 +186,7 @@ class Loads:
             self._residency.frees += 1
             self._residency.room.wake()
 
-    async def _load(self, record: VersionRecord, claimed: Mapping[Part, int], load: _Load) -> Resident:
+    async def _load(self, record: VersionRecord, claimed: Mapping[Part, int], load: Load) -> Resident:
         """Try until there is room, or the time for that is over.
 
         A load that waits for room holds nothing: neither a place, nor parts that others could free,
@@ -282,7 +243,7 @@ class Loads:
         self,
         record: VersionRecord,
         claimed: Mapping[Part, int],
-        load: _Load,
+        load: Load,
         places: FairSemaphore,
         prepare: Callable[[VersionRecord, Held], Awaitable[Prepared | None]],
     ) -> Resident | None:
@@ -297,7 +258,7 @@ class Loads:
             # Callers may have gone while this waited for its turn: a flood of requests that hang up
             # must not fetch, or evict, for nobody. One that has begun is finished (promise 6).
             if load.abandoned:
-                raise _Abandoned
+                raise Abandoned
             # What the device has already is held from here on, so that nothing evicts it meanwhile.
             held = self._loader.hold(record)
             counted = self.ledger.hold_present(held)
@@ -323,7 +284,7 @@ class Loads:
                 self.stats.load_times.add(self._clock() - started)
                 return self._residency.admit(record, placed, prepared.tier)
             except BaseException as error:
-                _let_go(error)  # a model that this load had made is no user of what is overwritten next
+                let_go(error)  # a model that this load had made is no user of what is overwritten next
                 raise
             finally:
                 last = self.ledger.own_parts(counted)
@@ -407,15 +368,3 @@ class Loads:
             raise
         self.ledger.settle(reservation, placed.parts)
         return placed
-
-
-class _Abandoned(Exception):
-    """A load that nobody waits for any more was dropped before it began."""
-
-
-def _let_go(error: BaseException) -> None:
-    """Clear the frames of a failure: their locals hold tensors, and the error is kept for callers."""
-    seen: BaseException | None = error
-    while seen is not None:
-        traceback.clear_frames(seen.__traceback__)
-        seen = seen.__cause__ or seen.__context__
