@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from flatshare.device.faults import fault_of
+from flatshare.device.faults import fault_of, first_line
 from flatshare.device.memory import DeviceMemory
 from flatshare.device.protocol import Fault, K, Work
 from flatshare.device.runtime import CudaRuntime, Event
@@ -111,7 +111,7 @@ class CudaDevice:
             if fault_of(error) == "memory":
                 raise SettingsError(f"{runtime.describe()}: it has no memory left for a replica") from error
             raise SettingsError(
-                f"{runtime.describe()}: it does not compute ({_first_line(error)}). Look at the driver "
+                f"{runtime.describe()}: it does not compute ({first_line(error)}). Look at the driver "
                 "(nvidia-smi) and at what torch is built for"
             ) from error
 
@@ -166,7 +166,7 @@ class CudaDevice:
                 done = self.runtime.event(self.runtime.main)
                 await in_thread(None, lambda: self._wait(done))
         except RuntimeError as error:
-            raise DeviceBroken(self._broken or _first_line(error)) from error
+            raise DeviceBroken(self._broken or first_line(error)) from error
 
     # -- passes
 
@@ -206,7 +206,7 @@ class CudaDevice:
         if any(words in str(error) for words in UNCLEAR) and self._free_bytes() < SCARCE_BYTES:
             return "memory"
         if fault == "broken" and not self._broken:
-            self._broken = f"the device failed ({_first_line(error)}): this replica is replaced, retry"
+            self._broken = f"the device failed ({first_line(error)}): this replica is replaced, retry"
         return fault
 
     def _free_bytes(self) -> int:
@@ -394,7 +394,3 @@ def _bytes_of(tensor: torch.Tensor) -> torch.Tensor:
     start = tensor.storage_offset() * tensor.element_size()
     found: torch.Tensor = flat.set_(tensor.untyped_storage(), start, (tensor.nbytes,), (1,))
     return found
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -6,7 +6,7 @@ import torch
 
 from flatshare.device.protocol import Fault
 
-__all__ = ["fault_of"]
+__all__ = ["fault_of", "first_line"]
 
 _NO_MEMORY = (
     "CUBLAS_STATUS_ALLOC_FAILED",
@@ -39,3 +39,8 @@ def fault_of(error: BaseException) -> Fault:
     if isinstance(error, RuntimeError) and any(words in text for words in _BROKEN):
         return "broken"
     return "other"
+
+
+def first_line(error: BaseException) -> str:
+    """What an error says, without CUDA's hints for debugging."""
+    return (str(error).splitlines() or [type(error).__name__])[0]

@@ -9,6 +9,7 @@ import torch
 
 from flatshare.device.cpu import CpuDevice
 from flatshare.device.cuda import CudaDevice
+from flatshare.device.faults import first_line
 from flatshare.device.protocol import Device
 from flatshare.device.torch_cuda import TorchCuda
 from flatshare.errors import SettingsError
@@ -49,8 +50,9 @@ def open_device(wanted: str, share: float = 0.0) -> Device:
         total = torch.cuda.mem_get_info()[1]
         runtime = TorchCuda(most_bytes(total, share))
     except RuntimeError as error:  # in exclusive mode, without memory for one more context, damaged
-        said = (str(error).splitlines() or ["no reason"])[0]
-        raise SettingsError(f"torch sees a CUDA device and can't use it ({said}): see nvidia-smi") from error
+        raise SettingsError(
+            f"torch sees a CUDA device and can't use it ({first_line(error)}): see nvidia-smi"
+        ) from error
     return CudaDevice(runtime)
 
 

@@ -326,9 +326,8 @@ class Loads:
             try:
                 placed = await self._place_in_room(record, prepared, held, new_bytes)
             except DeviceFull:
-                if (
-                    self.refusals != before
-                ):  # another was refused while this one's memory was taken: it is back
+                if self.refusals != before:
+                    # Another was refused while this one had the memory that it now gives back.
                     self._residency.frees += 1
                     self._residency.room.wake()
                 # The ledger has room and the device has not: its allocator has cut it, or others have it. One
