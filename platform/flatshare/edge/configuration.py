@@ -2,10 +2,11 @@
 
 What matters, and why:
 
-- Server ids come from replica names, not from positions: HAProxy 2.8 places a server on the hash
-  ring by its id, so with positions one death would move most models to another replica.
-- ``hash-balance-factor`` bounds the load of a model's home at 1.75 times the average; what is over
-  it goes to the next replica on the ring.
+- A server is a place of the ring (``placement.ring``), and its id is the place's: HAProxy 2.8 puts a server on the
+  ring by its id, so a replica's death moves its own models only, and its replacement gets them back.
+- A model has one home. A model that one replica can't serve has copies: the map of copies names the servers among
+  which its requests are dealt out, and ``placement.copies`` decides what stands in it. What has no row there, or
+  whose server is down, goes by the ring.
 - A prediction is idempotent, so a replica that dies under a request costs a retry, not a failure;
   HAProxy can only send a body again that fits its buffer whole (``tune.bufsize``).
 - The first refused connection takes a server out until a check succeeds (``error-limit 1``): a
@@ -31,15 +32,15 @@ from __future__ import annotations
 
 import json
 import shlex
-import zlib
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from flatshare.pool.details import Target
+from flatshare.edge.copies import COPIES_MAP, COPY_ROWS
+from flatshare.edge.servers import CONTROL_CHECKS, POOL_CHECKS, Server
 
-__all__ = ["EdgeOptions", "render", "server_ids"]
+__all__ = ["EdgeOptions", "render"]
 
 MAX_HEADERS: Final = 110
 """Most headers of a request, with the few that the edge adds: HAProxy's own limit is 101."""
@@ -70,7 +71,8 @@ OPEN_PATHS: Final = ("/admin/docs", "/admin/redoc", "/admin/openapi.json")
 MAX_PROXIES: Final = 3
 """Trusted proxies one behind the other: a CDN, its load balancer, ours."""
 
-MAX_SERVER_ID: Final = 2**31 - 1
+FALLBACK_ID: Final = 2**31 - 1
+"""Of Serve's own proxy: the largest that HAProxy takes, which is no place's."""
 
 ERROR_MESSAGES: Final = {
     400: ("bad_request", "this is not an HTTP request that the edge understands"),
@@ -125,7 +127,6 @@ class EdgeOptions:
     request_timeout_s: float
     tls_cert: str = ""
     max_connections_per_address: int = 1024
-    balance_factor: int = 175
     max_connections: int = 4096
     threads: int = 1
     trusted_proxies: tuple[str, ...] = ()
@@ -133,20 +134,7 @@ class EdgeOptions:
     max_old_workers: int = 32
 
 
-def server_ids(names: Iterable[str]) -> dict[str, int]:
-    """Stable HAProxy server ids: from the name alone, unless two names clash."""
-    ids: dict[str, int] = {}
-    taken: set[int] = set()
-    for name in sorted(names):
-        number = zlib.crc32(name.encode()) % (MAX_SERVER_ID - 1) + 1  # the last one is the fallback's
-        while number in taken:
-            number = number % (MAX_SERVER_ID - 1) + 1
-        taken.add(number)
-        ids[name] = number
-    return ids
-
-
-def render(options: EdgeOptions, pool: Sequence[Target], control: Sequence[Target]) -> str:
+def render(options: EdgeOptions, pool: Sequence[Server], control: Sequence[Server]) -> str:
     """The whole configuration.
 
     Parameters
@@ -252,15 +240,20 @@ frontend edge
     default_backend pool
 
 backend pool
+    # A model with copies: one of its rows by a throw of dice; the row names a server.
+    http-request set-var(txn.copies) var(txn.home),map_str({COPIES_MAP})
+    http-request set-var(txn.row) rand({COPY_ROWS}) if {{ var(txn.copies) -m found }}
+    http-request set-var-fmt(txn.row) "%[var(txn.home)]/%[var(txn.row)]" if {{ var(txn.copies) -m found }}
+    http-request set-var(txn.copy) var(txn.row),map_str({COPIES_MAP}) if {{ var(txn.copies) -m found }}
+    use-server %[var(txn.copy)] if {{ var(txn.copy) -m found }}
     balance hash var(txn.home)
-    hash-type consistent wt6 avalanche
-    hash-balance-factor {options.balance_factor}
+    hash-type consistent crc32 avalanche
     retry-on conn-failure empty-response junk-response 0rtt-rejected 502
     option httpchk GET /-/healthz
     http-check expect status 200
-    default-server check inter 1s fastinter 250ms fall 2 rise 1 observe layer4 error-limit 1 on-error mark-down
+    default-server {POOL_CHECKS}
 {_servers(pool)}
-    server serve-proxy 127.0.0.1:{options.fallback_port} id {MAX_SERVER_ID} backup
+    server serve-proxy 127.0.0.1:{options.fallback_port} id {FALLBACK_ID} backup
 
 backend control
     balance roundrobin
@@ -270,9 +263,9 @@ backend control
     retry-on conn-failure
     option httpchk GET /-/healthz
     http-check expect status 200
-    default-server check inter 2s fall 3 rise 1
+    default-server {CONTROL_CHECKS}
 {_servers(control)}
-    server serve-proxy 127.0.0.1:{options.fallback_port} id {MAX_SERVER_ID} backup
+    server serve-proxy 127.0.0.1:{options.fallback_port} id {FALLBACK_ID} backup
 """
 
 
@@ -309,12 +302,8 @@ def _bind_address(options: EdgeOptions) -> str:
     return f"{address} ssl crt {_quoted(options.tls_cert)} alpn h2,http/1.1 ssl-min-ver TLSv1.2"
 
 
-def _servers(found: Sequence[Target]) -> str:
-    ids = server_ids(target.name for target in found)
-    return "\n".join(
-        f"    server r{ids[target.name]} {target.ip}:{target.port} id {ids[target.name]}"
-        for target in sorted(found)
-    )
+def _servers(found: Sequence[Server]) -> str:
+    return "\n".join(f"    server {server.line}" for server in sorted(found))
 
 
 def _http_errors(options: EdgeOptions) -> str:

@@ -10,10 +10,12 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Final
 
+from flatshare.edge.copies import COPIES_MAP, map_text, parse_map, replace_map
+from flatshare.edge.servers import RunningServer, running_servers
 from flatshare.errors import LocalError
 
 __all__ = ["HaproxyProcess", "find_haproxy"]
@@ -66,6 +68,7 @@ class HaproxyProcess:
         self._log = folder / "haproxy.log"
         self._master_socket = folder / "master.sock"
         self.admin_socket = folder / "admin.sock"
+        self.copies_map = folder / COPIES_MAP
         self._process: subprocess.Popen[bytes] | None = None
 
     @property
@@ -73,15 +76,20 @@ class HaproxyProcess:
         """Process id of the master; None when it does not run."""
         return self._process.pid if self._process is not None and self._process.poll() is None else None
 
-    def start(self, configuration: str) -> None:
+    def start(self, configuration: str, copies: Mapping[str, str] | None = None) -> None:
         """Start and wait until it takes connections.
+
+        Parameters
+        ----------
+        copies
+            The map of copies; None for an empty one.
 
         Raises
         ------
         LocalError
             The configuration is refused, a port is taken, or it does not come up.
         """
-        self._write_checked(configuration)
+        self.write(configuration, copies)
         parent = os.getpid()
 
         def die_with_parent() -> None:
@@ -92,6 +100,7 @@ class HaproxyProcess:
         with self._log.open("wb") as log:
             self._process = subprocess.Popen(
                 [self._binary, "-W", "-db", "-f", str(self._config), "-S", f"{self._master_socket},mode,600"],
+                cwd=self._config.parent,
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,
@@ -113,15 +122,28 @@ class HaproxyProcess:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(0.05)  # ends early if it dies
 
-    def reload(self, configuration: str) -> None:
-        """Take a new configuration; listening sockets are handed over, open requests are finished.
+    def write(self, configuration: str, copies: Mapping[str, str] | None = None) -> None:
+        """Put the files in place with which it starts the next time; nothing changes in what runs.
 
         Raises
         ------
         LocalError
-            It is refused; the old one stays in force.
+            HAProxy would refuse them; the old ones stay.
         """
-        self._write_checked(configuration)
+        text = map_text(copies or {})
+        if not self.copies_map.exists() or self.copies_map.read_text() != text:
+            _replace(self.copies_map, text)
+        if not self._config.exists() or self._config.read_text() != configuration:
+            self._write_checked(configuration)
+
+    def reload(self) -> None:
+        """Take the files that were written; listening sockets are handed over, open requests are finished.
+
+        Raises
+        ------
+        LocalError
+            They are refused; the old ones stay in force.
+        """
         answer = self._ask(self._master_socket, "reload")
         if "Success=1" not in answer:
             raise LocalError(f"haproxy did not take the new configuration: {answer.strip()[:300]}")
@@ -156,6 +178,34 @@ class HaproxyProcess:
             if row["svname"] not in ("FRONTEND", "BACKEND")
         }
 
+    def servers(self, backend: str) -> list[RunningServer]:
+        """The servers that a backend has now."""
+        return running_servers(self._ask(self.admin_socket, f"show servers state {backend}"))
+
+    def command(self, text: str) -> str:
+        """Give one command to the admin socket; what it answered."""
+        return self._ask(self.admin_socket, text).strip()
+
+    def copies(self) -> dict[str, str]:
+        """The map of copies as it is in force."""
+        return parse_map(self._ask(self.admin_socket, f"show map {COPIES_MAP}"))
+
+    def replace_copies(self, wanted: Mapping[str, str]) -> None:
+        """Put another map of copies in force, at once.
+
+        Raises
+        ------
+        LocalError
+            HAProxy did not take it; the old one stays.
+        """
+        answer = self.command(f"prepare map {COPIES_MAP}")
+        version = answer.rpartition(":")[2].strip()
+        if not version.isdigit():
+            raise LocalError(f"haproxy does not begin a new map of copies: {answer[:200]}")
+        for text in replace_map(int(version), wanted):
+            if answer := self.command(text):
+                raise LocalError(f"haproxy does not take the map of copies: {answer[:200]}")
+
     def _write_checked(self, configuration: str) -> None:
         """Put a configuration in place, if HAProxy accepts it."""
         draft = self._config.with_suffix(".new")
@@ -184,7 +234,15 @@ class HaproxyProcess:
         return " ".join(wanted[-3:])[:600] or "it said nothing"
 
 
+def _replace(path: Path, text: str) -> None:
+    draft = path.with_suffix(".new")
+    draft.write_text(text)
+    draft.replace(path)
+
+
 def run_check(binary: str, config: Path) -> subprocess.CompletedProcess[bytes]:
-    """``haproxy -c``: whether it would take a configuration."""
+    """``haproxy -c``: whether it would take a configuration, which lies beside its map of copies."""
     command: Sequence[str] = [binary, "-c", "-f", str(config)]
-    return subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False)
+    return subprocess.run(
+        command, cwd=config.parent, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, check=False
+    )

@@ -1,34 +1,83 @@
-"""Keeps HAProxy in step with Serve: watches targets, reloads on change, restarts it if it dies."""
+"""Keeps HAProxy in step with the fleet: servers and copies change while it runs; restarts it if it dies.
+
+Each look compares what HAProxy has with what it should have, and tells it the difference. A reload is the
+last resort: it costs streams their stick tables and, in the end, their connections.
+"""
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import Final
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Final, Protocol
 
 from flatshare.edge.configuration import EdgeOptions, render
-from flatshare.edge.process import HaproxyProcess
+from flatshare.edge.copies import Copies, rows
+from flatshare.edge.servers import CONTROL_CHECKS, POOL_CHECKS, RunningServer, Server, commands, same
 from flatshare.errors import LocalError
-from flatshare.pool.details import Target
 from flatshare_registry.errors import Unavailable
 
-__all__ = ["EdgeSupervisor", "EdgeTargets"]
+__all__ = ["EdgeProcess", "EdgeSupervisor", "EdgeTargets"]
 
 logger = logging.getLogger("flatshare.edge")
 
-LOOK_EVERY_S: Final = 1.0
-"""Seconds between looks at Serve's targets. HAProxy's own checks notice a death sooner; this is
-about replicas that came."""
+LOOK_EVERY_S: Final = 0.5
+"""Seconds between looks at the fleet. HAProxy's own checks notice a death sooner; this is about replicas
+that came, and about copies."""
+
+PATIENCE: Final = 5
+"""Looks in a row after which HAProxy does not have what it was told: then it is reloaded."""
 
 
 @dataclass(frozen=True, slots=True)
 class EdgeTargets:
-    """Where both applications listen."""
+    """Where both applications listen, and which models have copies."""
 
-    pool: tuple[Target, ...]
-    control: tuple[Target, ...]
+    pool: tuple[Server, ...]
+    control: tuple[Server, ...]
+    copies: Copies = field(default_factory=dict)
+
+
+class EdgeProcess(Protocol):
+    """What the supervisor asks of :class:`~flatshare.edge.process.HaproxyProcess`."""
+
+    @property
+    def pid(self) -> int | None:
+        """None when it does not run."""
+        ...
+
+    def write(self, configuration: str, copies: Mapping[str, str] | None = None) -> None:
+        """Put the files of its next start in place."""
+        ...
+
+    def start(self, configuration: str, copies: Mapping[str, str] | None = None) -> None:
+        """Start it."""
+        ...
+
+    def reload(self) -> None:
+        """Have it read its files."""
+        ...
+
+    def stop(self) -> None:
+        """End it."""
+        ...
+
+    def servers(self, backend: str) -> list[RunningServer]:
+        """What it has."""
+        ...
+
+    def copies(self) -> dict[str, str]:
+        """What it has."""
+        ...
+
+    def replace_copies(self, wanted: Mapping[str, str]) -> None:
+        """Change what it has."""
+        ...
+
+    def command(self, text: str) -> str:
+        """Change what it has."""
+        ...
 
 
 class EdgeSupervisor:
@@ -39,15 +88,22 @@ class EdgeSupervisor:
     read_targets
         Says where the applications listen now; raises ``Unavailable`` when nobody knows, and then
         the edge goes on with what it has.
+
+    Attributes
+    ----------
+    reloads
+        How often HAProxy was reloaded since the start.
     """
 
     def __init__(
-        self, process: HaproxyProcess, options: EdgeOptions, read_targets: Callable[[], EdgeTargets]
+        self, process: EdgeProcess, options: EdgeOptions, read_targets: Callable[[], EdgeTargets]
     ) -> None:
         self._process = process
         self._options = options
         self._read_targets = read_targets
         self._current = EdgeTargets((), ())
+        self._astray = 0
+        self.reloads = 0
 
     def start(self) -> None:
         """Start HAProxy with today's targets.
@@ -60,46 +116,65 @@ class EdgeSupervisor:
             Serve does not answer.
         """
         self._current = self._read_targets()
-        self._process.start(self._render())
+        self._process.start(self._configuration(), rows(self._current.copies))
 
     def run(self, stop: threading.Event) -> None:
         """Watch until told to stop; call from the thread that called :meth:`start`.
 
-        A new set of targets that HAProxy refuses is logged and tried again at the next look.
+        What HAProxy refuses is logged and tried again at the next look.
         """
         while not stop.wait(LOOK_EVERY_S):
             self.look()
 
     def look(self) -> bool:
-        """One look: reload if targets changed, restart if it died; whether anything was done."""
+        """One look: tell HAProxy what changed, restart it if it died; whether anything was done."""
+        before = self._current
         try:
-            found = self._read_targets()
+            self._current = self._read_targets()
         except Unavailable as error:
             logger.warning("keeping the edge as it is: %s", error)
-            found = self._current
         try:
             if self._process.pid is None:
                 logger.error("haproxy is gone; starting it again")
-                self._current = found
-                self._process.start(self._render())
+                self._process.start(self._configuration(), rows(self._current.copies))
                 return True
-            if found == self._current:
-                return False
-            before, self._current = self._current, found
-            try:
-                self._process.reload(self._render())
-            except LocalError:
-                self._current = before
-                raise
-            logger.info("edge now has %d replicas", len(found.pool))
+            if self._current != before:
+                self._process.write(self._configuration(), rows(self._current.copies))
+            return self._adjust()
         except (LocalError, OSError) as error:
             logger.error("edge: %s", error)
             return False
-        return True
 
     def stop(self) -> None:
         """End HAProxy."""
         self._process.stop()
 
-    def _render(self) -> str:
+    def _adjust(self) -> bool:
+        """Bring what runs to what should run, by the admin socket; whether there was anything to do."""
+        done = astray = False
+        for backend, wanted, checks in (
+            ("pool", self._current.pool, POOL_CHECKS),
+            ("control", self._current.control, CONTROL_CHECKS),
+        ):
+            running = self._process.servers(backend)
+            for text in commands(backend, running, wanted, checks):
+                answer = self._process.command(text)
+                logger.info("edge: %s: %s", text, answer or "done")
+            if not same(running, wanted):
+                done = True
+                astray = astray or not same(self._process.servers(backend), wanted)
+        wanted_rows = rows(self._current.copies)
+        if self._process.copies() != wanted_rows:
+            self._process.replace_copies(wanted_rows)
+            logger.info("edge: %d models have copies", len(self._current.copies))
+            done = True
+        self._astray = self._astray + 1 if astray else 0
+        if self._astray > PATIENCE:
+            logger.warning("haproxy does not have what it was told; reloading it")
+            self._process.reload()
+            self.reloads += 1
+            self._astray = 0
+        return done
+
+    def _configuration(self) -> str:
         return render(self._options, self._current.pool, self._current.control)

@@ -23,6 +23,7 @@ from flatshare.api.identity import OperatorKeys
 from flatshare.control.deployment import CONTROL_APP, CONTROL_PREFIX, control_application
 from flatshare.edge.configuration import EdgeOptions
 from flatshare.edge.process import HaproxyProcess
+from flatshare.edge.servers import Server
 from flatshare.edge.supervisor import EdgeSupervisor, EdgeTargets
 from flatshare.errors import LocalError
 from flatshare.local.checks import affordable_connections
@@ -31,10 +32,10 @@ from flatshare.local.cluster_guard import check_cluster
 from flatshare.local.processes import descendants
 from flatshare.local.state import PlatformState
 from flatshare.pool.controller import read_details
-from flatshare.pool.details import Target, app_status, targets
+from flatshare.pool.details import app_status, replica_states, targets
 from flatshare.pool.doors import Doors, ask_replicas
 from flatshare.pool.gpus import check_gpus
-from flatshare.pool.handle import POOL_APP
+from flatshare.pool.handle import POOL_APP, POOL_DEPLOYMENT
 from flatshare.settings import LOOPBACK_HOSTS, Settings
 from flatshare_registry.errors import Unavailable
 
@@ -113,7 +114,9 @@ def running_edge(settings: Settings, ray_address: str) -> Iterator[EdgeSuperviso
     with joined_cluster(ray_address) as address:
         check_cluster(address, settings)
         if settings.host not in LOOPBACK_HOSTS:
-            demand_keys(edge_targets())  # the pool was started elsewhere, with settings of its own
+            demand_keys(
+                edge_targets(Doors(ask_replicas))
+            )  # the pool was started elsewhere, with settings of its own
         with _edge(settings) as supervisor:
             yield supervisor
 
@@ -165,11 +168,9 @@ def _edge(settings: Settings) -> Iterator[EdgeSupervisor]:
     process = HaproxyProcess(folder)
     doors = Doors(ask_replicas)
 
-    def at_doors() -> EdgeTargets:
-        found = edge_targets()
-        return EdgeTargets(doors.of(found.pool), found.control)
-
-    supervisor = EdgeSupervisor(process, edge_options(settings, process.admin_socket), at_doors)
+    supervisor = EdgeSupervisor(
+        process, edge_options(settings, process.admin_socket), lambda: edge_targets(doors)
+    )
     try:
         supervisor.start()
         yield supervisor
@@ -188,7 +189,7 @@ def demand_keys(found: EdgeTargets) -> None:
     """
     for target in found.control:
         with contextlib.suppress(httpx.HTTPError):
-            url = f"http://{target.ip}:{target.port}/admin/tenants"
+            url = f"http://{target.host}:{target.port}/admin/tenants"
             if httpx.get(url, timeout=5, trust_env=False).status_code == 401:
                 return
     raise LocalError(
@@ -219,16 +220,19 @@ def edge_options(settings: Settings, admin_socket: Path) -> EdgeOptions:
     )
 
 
-def edge_targets() -> EdgeTargets:
+def edge_targets(doors: Doors) -> EdgeTargets:
     """Where both applications listen now, as seen from this node."""
     details = read_details()
     own_ip = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]  # Ray gives it no types
-
-    def near(found: list[Target]) -> tuple[Target, ...]:
-        # Replicas of this node listen on loopback, although Serve names the node's address.
-        return tuple(Target(one.name, "127.0.0.1", one.port) if one.ip == own_ip else one for one in found)
-
-    return EdgeTargets(near(targets(details, POOL_APP)), near(targets(details, CONTROL_APP)))
+    pool = doors.of(replica_states(details, POOL_APP, POOL_DEPLOYMENT))
+    return EdgeTargets(
+        tuple(Server(door.place, door.host, door.port) for door in pool),
+        tuple(
+            # Replicas of this node listen on loopback, although Serve names the node's address.
+            Server(number, "127.0.0.1" if one.ip == own_ip else one.ip, one.port)
+            for number, one in enumerate(targets(details, CONTROL_APP))
+        ),
+    )
 
 
 def _watch_nothing(stop: threading.Event) -> None:

@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import math
 
-__all__ = ["canonical", "rank", "score"]
-
-
-def score(model_ref: str, replica: str) -> bytes:
-    """Rendezvous score of a replica for a model; the largest is its home."""
-    return hashlib.blake2b(f"{model_ref}\0{replica}".encode(), digest_size=8).digest()
+__all__ = ["canonical", "rank"]
 
 
 def canonical(model_ref: str) -> str:
@@ -26,7 +20,7 @@ def rank(
     Parameters
     ----------
     order
-        All replicas by falling rendezvous score: the first is the home.
+        All replicas in the ring's order: the first is the home.
     warm
         Those that hold the model.
     queued

@@ -26,7 +26,7 @@ from flatshare.pool.details import DoorAddress
 from flatshare.pool.gpus import allocator_variables, check_visible
 from flatshare.pool.handle import POOL_DEPLOYMENT
 from flatshare.pool.multiplex import NEVER_EVICT, Advertiser
-from flatshare.pool.router import HomeReplicaRouter
+from flatshare.pool.router import PLACE, HomeReplicaRouter
 from flatshare.replica.build import Place, Replica
 from flatshare.replica.receipt import EraseReceipt, HostReceipt
 from flatshare.replica.snapshot import ReplicaSnapshot
@@ -92,7 +92,11 @@ class ClassifierPool:
     async def door(self) -> DoorAddress:
         """Where this replica listens itself, once it does."""
         await self._door_open
-        return DoorAddress(self._replica.name, self._door.host, self._door.port)
+        return DoorAddress(self._replica.name, self._door.host, self._door.port, _place())
+
+    def record_replica_metadata(self) -> dict[str, int]:
+        """Called by Serve once, before this replica takes requests: routers learn its place from it."""
+        return {PLACE: _place()}
 
     def record_autoscaling_stats(self) -> dict[str, float]:
         """Called by Serve's autoscaler: it does not see the requests that come through the door."""
@@ -191,6 +195,11 @@ class ClassifierPool:
     async def erase_host(self, digests: list[str]) -> HostReceipt:
         """See :meth:`Replica.erase_host`."""
         return await self._replica.erase_host(digests)
+
+
+def _place() -> int:
+    """This replica's place on the ring: Serve's rank. Serve may change it when the pool shrinks."""
+    return int(serve.get_replica_context().rank.rank)
 
 
 def pool_application(

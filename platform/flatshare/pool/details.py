@@ -29,11 +29,18 @@ class Target:
 
 @dataclass(frozen=True, slots=True)
 class DoorAddress:
-    """Where one replica's own listener is, as the replica says."""
+    """Where one replica's own listener is, as the replica says.
+
+    Attributes
+    ----------
+    place
+        Its number on the ring of homes (``placement.ring``): Serve's rank, which a replacement takes over.
+    """
 
     replica: str
     host: str
     port: int
+    place: int
 
 
 @dataclass(frozen=True, slots=True)

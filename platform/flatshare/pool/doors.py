@@ -1,4 +1,6 @@
-"""Which replica listens where: asked once of each replica, by everybody who sends requests to doors."""
+"""Which replica listens where, and at which place of the ring: asked of the replicas by who sends them
+requests.
+"""
 
 from __future__ import annotations
 
@@ -6,7 +8,7 @@ import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
-from flatshare.pool.details import DoorAddress, Target
+from flatshare.pool.details import DoorAddress, ReplicaState
 from flatshare.pool.handle import pool_handle
 
 __all__ = ["Doors", "ask_replicas"]
@@ -16,9 +18,17 @@ logger = logging.getLogger("flatshare.pool")
 ASK_S: Final = 3.0
 """Seconds that replicas have to say where their doors are; who does not is asked at the next look."""
 
+TAKES_REQUESTS: Final = frozenset({"RUNNING", "UPDATING", "PENDING_MIGRATION"})
+"""States of a replica that answers. While it is UPDATING, Serve names it nowhere, and its door stays open."""
+
+ASK_AGAIN_AFTER: Final = 20
+"""Looks after which replicas are asked although nothing seems to have changed: Serve may give them other
+places.
+"""
+
 
 class Doors:
-    """Turns Serve's targets into the addresses of their doors.
+    """Keeps account of the doors of living replicas.
 
     Parameters
     ----------
@@ -29,24 +39,29 @@ class Doors:
     def __init__(self, ask: Callable[[], Iterable[DoorAddress]]) -> None:
         self._ask = ask
         self._known: dict[str, DoorAddress] = {}
+        self._looks = 0
 
-    def of(self, targets: Sequence[Target]) -> tuple[Target, ...]:
-        """The same replicas at their doors; one whose door is not known stays where Serve listens for it."""
-        names = {target.name: target.name.rpartition("#")[2] for target in targets}
-        if any(replica not in self._known for replica in names.values()):
-            found = {one.replica: one for one in self._ask()}
-            # Names are unique and new at each start, so what was once said stays true.
-            self._known = {
-                replica: known
-                for replica in names.values()
-                if (known := found.get(replica) or self._known.get(replica)) is not None
-            }
-        return tuple(
-            Target(target.name, door.host, door.port)
-            if (door := self._known.get(names[target.name])) is not None
-            else target
-            for target in targets
-        )
+    def of(self, states: Sequence[ReplicaState]) -> tuple[DoorAddress, ...]:
+        """The doors of replicas that take requests, by place; one whose door is not known is left out.
+
+        No place is named twice: while two replicas claim one, which Serve mends within a second, the one
+        that was known there first keeps it.
+        """
+        living = {one.replica for one in states if one.state in TAKES_REQUESTS}
+        self._known = {name: door for name, door in self._known.items() if name in living}
+        self._looks += 1
+        if not self._settled(living) or self._looks > ASK_AGAIN_AFTER:
+            self._looks = 0
+            self._known |= {door.replica: door for door in self._ask() if door.replica in living}
+        by_place: dict[int, DoorAddress] = {}
+        for door in self._known.values():
+            by_place.setdefault(door.place, door)
+        return tuple(by_place[place] for place in sorted(by_place))
+
+    def _settled(self, living: set[str]) -> bool:
+        """Whether all are known, and their places are the numbers from 0 on, as Serve makes them."""
+        places = sorted(door.place for door in self._known.values())
+        return len(self._known) == len(living) and places == list(range(len(living)))
 
 
 def ask_replicas() -> list[DoorAddress]:

@@ -1,11 +1,13 @@
 """Our request router: each model has a home replica, kept unless it is overloaded or another one is warm.
 
-For callers with a ``DeploymentHandle`` and for ``--edge serve``. Rendezvous hashing of the model
-ref over replicas gives every router the same home without talking; a replica that comes or goes
-moves only its own share of models. Bounded load (arxiv.org/abs/1608.01350): nobody is offered more
-than ``load_factor`` times the average while another is under it. There is always a last rank with
-everybody, because a router that insists blocks all tenants (Ray places at most ``2 * replicas``
-requests at a time, and a request that waits for its replica occupies one of these).
+For callers with a ``DeploymentHandle`` and for ``--edge serve``. The ring of places (``placement.ring``)
+gives every router, and the edge, the same home without talking; a replica that comes or goes moves only its
+own share of models, and a replacement gets them back. Places are those that replicas had when they started:
+after the pool shrank Serve may have given one another number, of which only the edge hears. Bounded load
+(arxiv.org/abs/1608.01350): nobody is offered more than ``load_factor`` times the average while another is
+under it. There is always a last rank with everybody, because a router that insists blocks all tenants (Ray
+places at most ``2 * replicas`` requests at a time, and a request that waits for its replica occupies one of
+these).
 """
 
 from __future__ import annotations
@@ -22,9 +24,13 @@ from ray.serve.request_router import (
     RunningReplica,
 )
 
-from flatshare.placement.homes import canonical, rank, score
+from flatshare.placement.homes import canonical, rank
+from flatshare.placement.ring import Ring
 
-__all__ = ["HomeReplicaRouter"]
+__all__ = ["PLACE", "HomeReplicaRouter"]
+
+PLACE: Final = "place"
+"""Where a replica's metadata say its place."""
 
 MAX_REMEMBERED_ORDERS: Final = 10_000
 """Models whose order of replicas is remembered; working one out is a hash a replica."""
@@ -37,6 +43,7 @@ class HomeReplicaRouter(FIFOMixin, MultiplexMixin, RequestRouter):
         """Called by Serve with ``request_router_kwargs``."""
         self._load_factor = load_factor
         self._orders: OrderedDict[str, list[str]] = OrderedDict()
+        self._ring: Ring | None = None
 
     def update_replicas(self, replicas: list[RunningReplica]) -> None:
         """Forget what was worked out for the old set of replicas."""
@@ -77,8 +84,26 @@ class HomeReplicaRouter(FIFOMixin, MultiplexMixin, RequestRouter):
         if known is not None and len(known) == len(by_name) and all(name in by_name for name in known):
             self._orders.move_to_end(model_ref)
             return known
-        order = sorted(by_name, key=lambda name: score(model_ref, name), reverse=True)
+        names = self._by_place(by_name)
+        if self._ring is None or self._ring.places != tuple(names):
+            self._ring = Ring(names)
+        order = [names[place] for place in self._ring.homes(model_ref)]
         self._orders[model_ref] = order
         if len(self._orders) > MAX_REMEMBERED_ORDERS:
             self._orders.popitem(last=False)
         return order
+
+    def _by_place(self, by_name: dict[str, RunningReplica]) -> dict[int, str]:
+        """Names by place, sorted. Who shares a place with another gets one beyond all, in the order of
+        names.
+        """
+        names: dict[int, str] = {}
+        left = []
+        for name in sorted(by_name):
+            place = by_name[name].replica_metadata.get(PLACE)
+            if isinstance(place, int) and place not in names:
+                names[place] = name
+            else:
+                left.append(name)
+        first = max(names, default=-1) + 1
+        return dict(sorted({**names, **dict(enumerate(left, first))}.items()))

@@ -2,32 +2,26 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 import re
-import zlib
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from flatshare.edge import configuration
 from flatshare.edge.configuration import (
     ERROR_MESSAGES,
+    FALLBACK_ID,
     HEADER_BYTES,
-    MAX_SERVER_ID,
     EdgeOptions,
     render,
-    server_ids,
 )
-from flatshare.pool.details import Target
+from flatshare.edge.servers import Server
 
 OPTIONS = EdgeOptions(
     host="0.0.0.0", port=8000, socket=Path("/run/edge.sock"), fallback_port=8001, max_body_bytes=10**6,
     retry_body_bytes=200_000, request_timeout_s=30,
 )  # fmt: skip
-CLASH = ("buckeroo", "plumless")
-"""Two words with one CRC-32."""
 
 
 def found(text: str, pattern: str) -> str:
@@ -77,13 +71,12 @@ def test_a_body_that_is_to_be_sent_again_fits_the_buffer_beside_its_headers(body
 
 def test_limits_and_places_are_those_of_the_options() -> None:
     text = render(
-        replace(OPTIONS, max_connections=77, threads=3, balance_factor=150, max_connections_per_address=5),
+        replace(OPTIONS, max_connections=77, threads=3, max_connections_per_address=5),
         [],
         [],
     )
     assert found(text, r"^    maxconn (\d+)$") == "77"
     assert found(text, r"^    nbthread (\d+)$") == "3"
-    assert found(text, r"^    hash-balance-factor (\d+)$") == "150"
     assert found(text, r"sc0_conn_cur gt (\d+) ") == "5"
     assert re.search(r"^    stats socket /run/edge.sock mode 600 ", text, re.MULTILINE)
     assert text.count("if { req.hdr_val(content-length) gt 1000000 }") == 1
@@ -116,42 +109,12 @@ def test_what_the_edge_refuses_itself_it_answers_as_its_other_errors() -> None:
     assert "None" not in text
 
 
-def test_servers_are_named_by_what_they_are_and_not_by_their_place() -> None:
-    pool = [Target("b", "10.0.0.2", 40001), Target("a", "10.0.0.1", 40000)]
-    control = [Target("c", "10.0.0.9", 50000)]
+def test_servers_are_places_whatever_the_order_in_which_they_were_found() -> None:
+    pool = [Server(7, "10.0.0.2", 40001), Server(0, "10.0.0.1", 40000)]
+    control = [Server(0, "10.0.0.9", 50000)]
     text = render(OPTIONS, pool, control)
-    ids = server_ids(["a", "b", "c"])
     servers = {name: re.findall(r"^    server (\S+) (\S+) id (\d+)( backup)?$", section(text, f"backend {name}"), re.MULTILINE) for name in ("pool", "control")}  # fmt: skip
-    fallback = ("serve-proxy", "127.0.0.1:8001", str(MAX_SERVER_ID), " backup")
-    assert sorted(servers["pool"]) == sorted(
-        [
-            (f"r{ids['a']}", "10.0.0.1:40000", str(ids["a"]), ""),
-            (f"r{ids['b']}", "10.0.0.2:40001", str(ids["b"]), ""),
-            fallback,
-        ]
-    )
-    assert servers["control"] == [(f"r{ids['c']}", "10.0.0.9:50000", str(ids["c"]), ""), fallback]
-    assert render(OPTIONS, pool[::-1], control) == text, "nor by the order in which they were found"
-
-
-def test_names_that_clash_get_ids_of_their_own_and_nobody_else_moves() -> None:
-    assert zlib.crc32(CLASH[0].encode()) == zlib.crc32(CLASH[1].encode())
-    others = [f"replica-{number}" for number in range(50)]
-    alone, both = server_ids([*others, CLASH[0]]), server_ids([CLASH[1], *others, CLASH[0]])
-    assert len(set(both.values())) == len(both) == 52
-    assert {name: both[name] for name in alone} == alone
-    assert server_ids([CLASH[0], *reversed(others), CLASH[1]]) == both
-
-
-def test_ids_are_in_haproxys_range_also_where_all_clash(monkeypatch: pytest.MonkeyPatch) -> None:
-    names = [f"replica-{number}" for number in range(200)]
-    assert all(0 < number <= MAX_SERVER_ID for number in server_ids(names).values())
-    monkeypatch.setattr(configuration, "MAX_SERVER_ID", 5)
-    for some in itertools.combinations("abcdefgh", 4):
-        ids = server_ids(some).values()
-        assert len(set(ids)) == 4 and all(0 < number <= 5 for number in ids), some
-
-
-def test_no_replica_has_the_id_of_the_fallback(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(configuration, "MAX_SERVER_ID", 5)
-    assert all(5 not in server_ids([name]).values() for name in "abcdefgh")
+    fallback = ("serve-proxy", "127.0.0.1:8001", str(FALLBACK_ID), " backup")
+    assert servers["pool"] == [("p0", "10.0.0.1:40000", "1", ""), ("p7", "10.0.0.2:40001", "8", ""), fallback]
+    assert servers["control"] == [("p0", "10.0.0.9:50000", "1", ""), fallback]
+    assert render(OPTIONS, pool[::-1], control) == text

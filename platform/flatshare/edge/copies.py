@@ -1,0 +1,69 @@
+"""HAProxy's map of models that have copies: which server a request of such a model goes to.
+
+Pure. A model with copies has a row of its own name, which says that there are rows, and ``COPY_ROWS`` rows
+``model/number`` that name servers in turn: HAProxy throws dice for the number. The map is replaced as a
+whole and at once (``prepare map``, ``add map @version``, ``commit map``; HAProxy 2.8 ``management.txt``,
+9.3), so that no request meets half of it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from flatshare.edge.servers import server_name
+
+__all__ = ["COPIES_MAP", "COPY_ROWS", "Copies", "map_text", "parse_map", "replace_map", "rows"]
+
+COPIES_MAP: Final = "copies.map"
+"""The map's file, beside the configuration, and its name: HAProxy runs in that folder, since no path with a
+comma or a bracket could stand in a converter."""
+
+COPY_ROWS: Final = 60
+"""Rows of one model: as many for each of 1 to 6, 10, 12 or 15 copies; for others, their shares differ by
+one row.
+"""
+
+Copies = Mapping[str, Sequence[int]]
+"""Places by model ref, for models that more than their home serves."""
+
+
+def rows(copies: Copies) -> dict[str, str]:
+    """The map's keys and values."""
+    found: dict[str, str] = {}
+    for model_ref in sorted(copies):
+        places = copies[model_ref]
+        if len(places) > 1:
+            found[model_ref] = str(len(places))
+            for number in range(COPY_ROWS):
+                found[f"{model_ref}/{number}"] = server_name(places[number % len(places)])
+    return found
+
+
+def map_text(wanted: Mapping[str, str]) -> str:
+    """The map as a file, for an HAProxy that starts."""
+    return "".join(f"{key} {value}\n" for key, value in wanted.items())
+
+
+def parse_map(answer: str) -> dict[str, str]:
+    """What ``show map FILE`` says: a reference, a key and a value a line."""
+    found = {}
+    for line in answer.splitlines():
+        parts = line.split(" ", 2)
+        if len(parts) == 3 and parts[0].startswith("0x"):
+            found[parts[1]] = parts[2]
+    return found
+
+
+def replace_map(version: int, wanted: Mapping[str, str]) -> list[str]:
+    """Commands that put ``wanted`` in the place of all that is in the map.
+
+    Parameters
+    ----------
+    version
+        What ``prepare map`` answered.
+    """
+    return [
+        *(f"add map @{version} {COPIES_MAP} {key} {value}" for key, value in wanted.items()),
+        f"commit map @{version} {COPIES_MAP}",
+    ]
