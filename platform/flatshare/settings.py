@@ -112,7 +112,37 @@ class Settings(RegistrySettings):
     )
 
     # -- the pool
-    replicas: int = Field(default=2, ge=1, le=1000, description="Replicas in the pool.")
+    replicas: int = Field(
+        default=2,
+        ge=1,
+        le=1000,
+        description="Replicas in the pool when it starts; always, without the next two.",
+    )
+    min_replicas: int | None = Field(
+        default=None,
+        ge=0,
+        le=1000,
+        description="Fewest replicas: the pool shrinks to it when there is little to do. 0: to none, and the "
+        "first request wakes it. Unset: `replicas`.",
+    )
+    max_replicas: int | None = Field(
+        default=None, ge=1, le=1000, description="Most replicas: the pool grows to it. Unset: `replicas`."
+    )
+    target_ongoing_requests: float = Field(
+        default=4.0,
+        gt=0,
+        description="Requests in a pass, or waiting for one, that a replica should have: of all models, "
+        "for the number of replicas; of one model, for its copies.",
+    )
+    upscale_delay_s: float = Field(
+        default=2.0, ge=0, description="Seconds for which more replicas must be wanted before some are added."
+    )
+    downscale_delay_s: float = Field(
+        default=60.0, ge=0, description="Seconds for which fewer must be wanted before some go."
+    )
+    downscale_to_zero_delay_s: float = Field(
+        default=300.0, gt=0, description="Seconds without a request before the last replica goes."
+    )
     slots: int = Field(
         default=10, ge=1, le=100_000, description="Models that one replica keeps on its device."
     )
@@ -234,6 +264,16 @@ class Settings(RegistrySettings):
     )
 
     @property
+    def least_replicas(self) -> int:
+        """The fewest that the pool may have."""
+        return self.replicas if self.min_replicas is None else self.min_replicas
+
+    @property
+    def most_replicas(self) -> int:
+        """The most that the pool may have."""
+        return self.replicas if self.max_replicas is None else self.max_replicas
+
+    @property
     def default_quotas(self) -> Quotas:
         """What a tenant may use of one replica where neither its quotas nor its plan say."""
         places = self.max_ongoing_requests + self.max_queued_requests
@@ -262,6 +302,15 @@ class Settings(RegistrySettings):
             raise ValueError("device=cuda needs gpus_per_replica above 0, or Ray gives the replica no GPU")
         if self.device == "cpu" and self.gpus_per_replica > 0:
             raise ValueError("device=cpu with gpus_per_replica above 0 would reserve GPUs and not use them")
+        if not self.least_replicas <= self.replicas <= self.most_replicas:
+            raise ValueError(
+                f"replicas ({self.replicas}) is not between min_replicas ({self.least_replicas}) and "
+                f"max_replicas ({self.most_replicas})"
+            )
+        if self.least_replicas == 0 and self.edge == "serve":
+            raise ValueError(
+                "min_replicas=0 needs edge=haproxy: nothing else sees the request that wakes the pool"
+            )
         if self.retry_body_bytes > self.max_body_bytes:
             raise ValueError("retry_body_bytes is larger than max_body_bytes")
         if self.body_memory_bytes < 4 * self.max_body_bytes:

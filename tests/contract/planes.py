@@ -18,7 +18,10 @@ from flatshare.api.hot import HotRoutes
 from flatshare.api.identity import Identities, OperatorKeys, Role
 from flatshare.control.app import RegistryHeads, create_control_app
 from flatshare.control.fleet import Fleet
+from flatshare.control.keeper import Keeper
+from flatshare.control.scaling import Scaling
 from flatshare.models.architecture import architecture
+from flatshare.placement.scaling import Bounds
 from flatshare.pool.details import ReplicaState
 from flatshare.replica.build import Place, Replica
 from flatshare.replica.receipt import EraseReceipt, HostReceipt
@@ -34,6 +37,19 @@ from flatshare_registry.testing.files import TINY_SPECS, tiny_weights
 NETWORK = architecture("mnist-cnn")
 MODEL = "serve_multiplexed_model_id"
 ACME, GLOBEX = TenantId("acme"), TenantId("globex")
+
+
+class OneReplica:
+    """A Serve that keeps what it has."""
+
+    def wanted(self) -> int:
+        return 1
+
+    def scale(self, replicas: int) -> None:
+        raise AssertionError("nobody asked for it")
+
+    def newest(self) -> str | None:
+        return None
 
 
 class Keys:
@@ -137,7 +153,9 @@ class Control:
         operators = self.keys.operators if auth else None
         self.app = create_control_app(
             self.registry, fleet, Identities(RegistryHeads(self.registry), operators, clock=clock),
-            erasure_key_file=folder / "erasure.key",
+            erasure_key_file=folder / "erasure.key", scaling=Scaling(
+                Keeper(fleet, OneReplica(), Bounds(1, 1), 4.0), lambda *_: None
+            ),
         )  # fmt: skip
 
     def state(self) -> dict[str, bytes]:

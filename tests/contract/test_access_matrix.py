@@ -127,6 +127,8 @@ CONTROL: dict[tuple[str, str], Row] = {
     ("POST", "/tenants/{tenant}/aliases/{alias}/rollback"): change_own(),
     ("GET", "/plans"): view(),
     ("GET", "/replicas"): view(),
+    ("GET", "/scaling"): view(),
+    ("PUT", "/scaling"): change(json={"min_replicas": 1, "max_replicas": 3}),
     ("POST", "/preload"): change(json={"model": "acme"}),
     ("POST", "/unpin"): change(json={"model": "acme"}),
     ("POST", "/unload"): change(json={"model": "acme"}),

@@ -251,6 +251,9 @@ async def test_a_generated_client_calls_every_route_of_the_control_plane(
     await ask("set_alias", body=models.AliasChange.from_dict({"version": 2}), **canary)
     await ask("remove_alias", **canary)
     await ask("replicas")
+    assert (await ask("get_scaling")).max_replicas == 1
+    bounds = models.ScalingRequest.from_dict({"min_replicas": 1, "max_replicas": 3})
+    assert (await ask("set_scaling", body=bounds)).max_replicas == 3
     await ask("preload", body=models.PreloadRequest.from_dict({"model": "acme", "pin": True}))
     assert (await ask("unpin", body=model)).unpinned == 1
     assert (await ask("unload", body=model)).unloaded == 1

@@ -25,6 +25,7 @@ __all__ = [
     "Problem",
     "QuotasShown",
     "Refreshed",
+    "Scaling",
     "Tenant",
     "Unloaded",
     "Unpinned",
@@ -158,6 +159,7 @@ class _Swap(TypedDict):
 
 class _Replica(TypedDict):
     replica: str
+    place: int
     node: str
     device: str
     state: str
@@ -189,12 +191,30 @@ class _Totals(TypedDict):
     evictions: int
 
 
+class _Placement(TypedDict):
+    duplicate_factor: float | None
+    effective_slots: float | None
+    at_home: float | None
+    load_imbalance: float | None
+    copies: dict[str, list[str]]
+
+
+class Scaling(TypedDict):
+    """How many replicas are wanted, and what is allowed."""
+
+    min_replicas: int
+    max_replicas: int
+    wanted: int | None
+    wish: int | None
+
+
 class Fleet(TypedDict):
     """Every replica, the models in it, and totals."""
 
     replicas: list[_Replica]
     not_answering: list[_Pending]
     totals: _Totals
+    placement: _Placement
 
 
 def parsed(reply: httpx.Response, shape: type[T]) -> T:

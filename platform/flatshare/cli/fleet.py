@@ -1,4 +1,4 @@
-"""Verbs that talk to a running platform: predict, replicas, preload, unload."""
+"""Verbs that talk to a running platform: predict, replicas, scale, preload, unload."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from flatshare.cli.answers import Fleet, Labels, Refreshed, Unloaded, Unpinned, parsed
+from flatshare.cli.answers import Fleet, Labels, Refreshed, Scaling, Unloaded, Unpinned, parsed
 from flatshare.cli.context import UrlOption, call, own_store, platform_url
 from flatshare.cli.output import AsJson, out, print_json, print_table, size, when
 from flatshare.errors import FleetUnavailable
@@ -24,7 +24,7 @@ _IMAGE_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"
 
 def add_to(app: typer.Typer) -> None:
     """Add these verbs to the command."""
-    for function in (predict, replicas, preload, unpin, unload):
+    for function in (predict, replicas, scale, preload, unpin, unload):
         app.command(rich_help_panel="Running platform")(function)
 
 
@@ -80,14 +80,50 @@ def replicas(
     print_fleet(fleet, models=models)
 
 
+def scale(
+    replicas: Annotated[
+        int | None, typer.Argument(min=1, max=1000, metavar="[N]", help="So many, whatever the load.")
+    ] = None,
+    minimum: Annotated[int | None, typer.Option("--min", min=0, max=1000, help="Fewest.")] = None,
+    maximum: Annotated[int | None, typer.Option("--max", min=1, max=1000, help="Most.")] = None,
+    url: UrlOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show how many replicas there should be, or change it: a number, or bounds between which load decides.
+
+    Nothing restarts. It holds until the platform ends. With --min 0 the pool goes when nothing comes, and the
+    first request wakes it.
+    """
+    address = f"{platform_url(url)}/admin/scaling"
+    if replicas is not None and (minimum is not None or maximum is not None):
+        raise InvalidInput("give a number of replicas, or --min and --max")
+    found = parsed(call("GET", address), Scaling)
+    if replicas is not None:
+        minimum = maximum = replicas
+    if minimum is not None or maximum is not None:
+        low = found["min_replicas"] if minimum is None else minimum
+        high = found["max_replicas"] if maximum is None else maximum
+        body = {"min_replicas": low, "max_replicas": high}
+        found = parsed(call("PUT", address, json=body), Scaling)
+    if as_json:
+        print_json(found)
+        return
+    low, high = found["min_replicas"], found["max_replicas"]
+    bounds = f"{low} replicas, whatever the load" if low == high else f"{low} to {high} replicas, by load"
+    now = "" if found["wanted"] is None else f"; {found['wanted']} now"
+    wish = "" if found["wish"] is None or low == high else f", the load wants {found['wish']}"
+    out.print(f"{bounds}{now}{wish}")
+
+
 def print_fleet(fleet: Fleet, *, models: bool) -> None:
     """The fleet as tables."""
     print_table(
         "",
-        ["replica", "node", "device", "state", "slots#", "ongoing#", "queued#", "bytes#"],
+        ["replica", "place#", "node", "device", "state", "slots#", "ongoing#", "queued#", "bytes#"],
         [
             (
                 one["replica"],
+                one["place"],
                 one["node"],
                 one["device"],
                 one["state"],
@@ -99,7 +135,7 @@ def print_fleet(fleet: Fleet, *, models: bool) -> None:
             for one in fleet["replicas"]
         ]
         + [
-            (one["replica"], one["node_ip"], "", one["state"], "", "", "", "")
+            (one["replica"], "", one["node_ip"], "", one["state"], "", "", "", "")
             for one in fleet["not_answering"]
         ],
     )
@@ -149,6 +185,14 @@ def print_fleet(fleet: Fleet, *, models: bool) -> None:
         f"{totals['evictions']} evictions",
         soft_wrap=True,
     )
+    placement = fleet["placement"]
+    if placement["duplicate_factor"] is not None:
+        at_home = "" if placement["at_home"] is None else f"; {placement['at_home']:.1%} of requests at home"
+        out.print(
+            f"each model is in {placement['duplicate_factor']:.2f} replicas, so that "
+            f"{placement['effective_slots']:.0f} models fit{at_home}; {len(placement['copies'])} models have copies",
+            soft_wrap=True,
+        )
 
 
 def preload(

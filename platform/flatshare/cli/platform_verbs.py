@@ -45,6 +45,13 @@ def add_to(app: typer.Typer) -> None:
 def up(
     store: StoreOption = None,
     replicas: Annotated[int | None, typer.Option(show_default="2", help="Replicas in the pool.")] = None,
+    min_replicas: Annotated[
+        int | None,
+        typer.Option(show_default="--replicas", help="Fewest, when little comes; 0: none."),
+    ] = None,
+    max_replicas: Annotated[
+        int | None, typer.Option(show_default="--replicas", help="Most: the pool grows to it under load.")
+    ] = None,
     slots: Annotated[
         int | None, typer.Option(show_default="10", help="Models that one replica holds.")
     ] = None,
@@ -78,6 +85,8 @@ def up(
     settings = load_settings(
         store=store,
         replicas=replicas,
+        min_replicas=min_replicas,
+        max_replicas=max_replicas,
         slots=slots,
         device=device,
         gpus_per_replica=gpus_per_replica,

@@ -88,6 +88,8 @@ RULES: Final[Mapping[tuple[str, str], Access]] = {
     ("POST", "/tenants/{tenant}/aliases/{alias}/rollback"): Access.CHANGE_OWN,
     ("GET", "/plans"): Access.VIEW,
     ("GET", "/replicas"): Access.VIEW,
+    ("GET", "/scaling"): Access.VIEW,
+    ("PUT", "/scaling"): Access.CHANGE,
     ("POST", "/preload"): Access.CHANGE,
     ("POST", "/unpin"): Access.CHANGE,
     ("POST", "/unload"): Access.CHANGE,

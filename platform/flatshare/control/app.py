@@ -21,6 +21,7 @@ from flatshare.control.erasure import Erasing, Erasure, Erasures
 from flatshare.control.erasure_record import Record, Signer
 from flatshare.control.fleet import Fleet, Told
 from flatshare.control.fleet_schemas import FleetReply
+from flatshare.control.scaling import Scaling, ScalingReply, ScalingRequest
 from flatshare.control.schemas import (
     AliasChange,
     AliasChanged,
@@ -47,7 +48,7 @@ from flatshare.control.schemas import (
     told,
 )
 from flatshare.engine.quotas import effective_quotas
-from flatshare.errors import ServeError, TooManyAtOnce
+from flatshare.errors import FleetUnavailable, ServeError, TooManyAtOnce
 from flatshare_registry.catalog import Registry
 from flatshare_registry.errors import InvalidInput
 from flatshare_registry.identity import StoreIdentity
@@ -97,6 +98,7 @@ def create_control_app(
     erasure_key_file: Path | None = None,
     *,
     default_quotas: Quotas | None = None,
+    scaling: Scaling | None = None,
 ) -> Gate:
     """Build the control plane over a registry and a fleet; mounted under ``/admin``.
 
@@ -110,6 +112,8 @@ def create_control_app(
         Where the key that signs erasure records is, or will be; None: nothing can be erased.
     default_quotas
         What replicas hold a tenant to where neither its quotas nor its plan say.
+    scaling
+        Decides copies and replicas; None: nobody does.
     """
     app = FastAPI(
         title="flatshare control plane", description=_ABOUT, version="1", responses=ERROR_REPLIES,
@@ -123,7 +127,8 @@ def create_control_app(
     _add_quotas(app, registry, fleet, plans or {}, default_quotas)
     _add_versions(app, registry, fleet)
     _add_aliases(app, registry, fleet)
-    _add_fleet(app, registry, fleet)
+    _add_fleet(app, registry, fleet, scaling)
+    _add_scaling(app, scaling)
     _add_plans(app, plans or {})
     documented(app)
     return Gate(app, identities, StoreIdentity(registry.store))
@@ -374,7 +379,24 @@ def _add_plans(app: FastAPI, plans: Mapping[str, Quotas]) -> None:
         return PlansReply(plans={DEFAULT_PLAN: Quotas(), **plans})
 
 
-def _add_fleet(app: FastAPI, registry: Registry, fleet: Fleet) -> None:
+def _add_scaling(app: FastAPI, scaling: Scaling | None) -> None:
+    def known() -> Scaling:
+        if scaling is None:
+            raise FleetUnavailable("nobody decides how many replicas there are")
+        return scaling
+
+    @app.get("/scaling", tags=["fleet"])
+    async def get_scaling() -> ScalingReply:
+        """How many replicas are wanted, and what is allowed."""
+        return ScalingReply.of(known().placement)
+
+    @app.put("/scaling", tags=["fleet"])
+    async def set_scaling(body: ScalingRequest) -> ScalingReply:
+        """Allow other numbers of replicas, until the platform ends; equal ones fix it."""
+        return ScalingReply.of(await known().allow(body.min_replicas, body.max_replicas))
+
+
+def _add_fleet(app: FastAPI, registry: Registry, fleet: Fleet, scaling: Scaling | None) -> None:
     async def noted(request: Request, model: str, action: Action, **detail: str) -> str:
         """The ref, once the tenant's log says what is going to be done with it."""
         ref = ModelRef.parse(model)
@@ -385,7 +407,7 @@ def _add_fleet(app: FastAPI, registry: Registry, fleet: Fleet) -> None:
     @app.get("/replicas", tags=["fleet"])
     async def replicas() -> FleetReply:
         """Every replica, the models in it, and fleet totals."""
-        return FleetReply.of(await fleet.view())
+        return FleetReply.of(await fleet.view(), scaling.placement if scaling is not None else None)
 
     @app.post("/preload", tags=["fleet"])
     async def preload(body: PreloadRequest, request: Request) -> Refreshed:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -12,15 +13,20 @@ from flatshare.api.tokens import token_verifier
 from flatshare.control.access import Gate
 from flatshare.control.app import RegistryHeads, create_control_app
 from flatshare.control.fleet import Fleet
+from flatshare.control.keeper import Keeper
+from flatshare.control.scaling import Scaling
+from flatshare.placement.scaling import Bounds
 from flatshare.pool.controller import read_details
 from flatshare.pool.details import ReplicaState, replica_states
 from flatshare.pool.handle import POOL_APP, POOL_DEPLOYMENT, pool_handle
+from flatshare.pool.scaling import ServeScaler, recall_bounds, remember_bounds
 from flatshare.settings import Settings
 from flatshare_registry.catalog import Registry
 
-__all__ = ["CONTROL_APP", "CONTROL_PREFIX", "control_application"]
+__all__ = ["CONTROL_APP", "CONTROL_DEPLOYMENT", "CONTROL_PREFIX", "control_application"]
 
 CONTROL_APP: Final = "flatshare-control"
+CONTROL_DEPLOYMENT: Final = "ControlPlane"
 CONTROL_PREFIX: Final = "/admin"
 
 
@@ -34,16 +40,49 @@ class ControlPlane:
     def __init__(self, settings: Settings, operators: OperatorKeys | None) -> None:
         self._settings = settings
         self._operators = operators
+        self._keeping: asyncio.Task[None] | None = None
 
     def __serve_build_asgi_app__(self) -> Gate:
         """Called by Serve after the constructor."""
         registry = Registry(self._settings.open_store(), actor="control-plane")
         fleet = Fleet(pool_handle(), _pool_states, registry.any_head)
+        self._keeper = Keeper(
+            fleet, ServeScaler(), _bounds(self._settings), self._settings.target_ongoing_requests
+        )
         identities = Identities(RegistryHeads(registry), self._operators, token_verifier(self._settings))
         return create_control_app(
             registry, fleet, identities, self._settings.plans, Path(self._settings.erasure_key_file),
-            default_quotas=self._settings.default_quotas,
+            default_quotas=self._settings.default_quotas, scaling=Scaling(self._keeper, remember_bounds),
         )  # fmt: skip
+
+    async def check_health(self) -> None:
+        """Called by Serve, first before the control plane answers; starts the keeper."""
+        if self._keeping is None:
+            self._keeping = asyncio.create_task(self._keeper.run(), name="keep the fleet")
+        if self._keeping.done():
+            raise RuntimeError("the fleet's keeper has ended")
+
+    async def copies(self) -> dict[str, tuple[int, ...]]:
+        """Asked by edges: the places of models that more than one replica serves."""
+        return dict(self._keeper.placement.copies)
+
+    async def wake(self, waiting: int) -> None:
+        """Told by edges: so many requests wait, and there is no replica."""
+        self._keeper.wake(waiting)
+
+
+def _bounds(settings: Settings) -> Bounds:
+    """What the operator allows: what was said last on this cluster, else the settings."""
+    minimum, maximum = recall_bounds() or (settings.least_replicas, settings.most_replicas)
+    return Bounds(
+        minimum,
+        maximum,
+        settings.target_ongoing_requests,
+        target_loading_requests=2.0 * settings.load_concurrency,
+        upscale_delay_s=settings.upscale_delay_s,
+        downscale_delay_s=settings.downscale_delay_s,
+        idle_s=settings.downscale_to_zero_delay_s,
+    )
 
 
 def control_application(
@@ -53,7 +92,7 @@ def control_application(
     # serve.deployment is typed for use as a decorator only.
     deployment = cast("Any", serve.deployment)(
         serve.ingress()(ControlPlane),
-        name="ControlPlane",
+        name=CONTROL_DEPLOYMENT,
         num_replicas=1,
         ray_actor_options={
             "num_cpus": 0,

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
 from flatshare.errors import FleetUnavailable
+from flatshare.placement.load import Held, ReplicaLoad
 from flatshare.pool.details import ReplicaState
 from flatshare.replica.receipt import EraseReceipt, HostReceipt
 from flatshare.replica.snapshot import ReplicaSnapshot
@@ -188,6 +189,34 @@ class Fleet:
         """Free a model everywhere; on how many replicas it was resident. Raises as :meth:`preload`."""
         return sum(_all_well(await self._broadcast("unload", model_ref)))
 
+    async def loads(self) -> list[ReplicaLoad]:
+        """How busy each replica was lately; of those that answered.
+
+        Raises
+        ------
+        FleetUnavailable
+            They did not answer in time, or nobody could be asked.
+        """
+        return [one for one in await self._broadcast("load") if isinstance(one, ReplicaLoad)]
+
+    async def held(self) -> list[Held]:
+        """What each replica holds. Raises as :meth:`loads`."""
+        return [one for one in await self._broadcast("held") if isinstance(one, Held)]
+
+    async def warm(self, wanted: Mapping[str, Sequence[str]], within_s: float) -> dict[str, list[str]]:
+        """Have replicas load models in advance; by replica, those of them that it holds now.
+
+        Parameters
+        ----------
+        wanted
+            Refs by replica.
+        within_s
+            Seconds; fewer than a broadcast may take. Raises as :meth:`loads`.
+        """
+        told = {name: list(refs) for name, refs in wanted.items()}
+        answers = await self._broadcast("warm", told, within_s)
+        return dict(one for one in answers if isinstance(one, tuple))
+
     async def _tell(self, method: str, tenant: str, *facts: str) -> Told:
         try:
             answers = await self._broadcast(method, tenant, *facts)
@@ -219,7 +248,9 @@ class Fleet:
         except TimeoutError:
             raise Unavailable(f"Serve's controller did not answer within {STATES_TIMEOUT_S:g} s") from None
 
-    async def _broadcast(self, method: str, *arguments: str | bool | list[str]) -> list[Any]:
+    async def _broadcast(
+        self, method: str, *arguments: str | bool | float | list[str] | dict[str, list[str]]
+    ) -> list[Any]:
         """Every running replica's result, or the exception that it raised.
 
         Raises

@@ -7,6 +7,8 @@ from dataclasses import asdict
 from pydantic import BaseModel, Field
 
 from flatshare.control.fleet import FleetView
+from flatshare.control.keeper import Placement
+from flatshare.placement.ring import Ring
 from flatshare.replica.snapshot import ReplicaSnapshot
 from flatshare.residency.stats import CacheStats
 from flatshare.weights.tiers import State, Tier
@@ -58,6 +60,7 @@ class ReplicaReply(BaseModel):
     """One replica."""
 
     replica: str
+    place: int = Field(description="Its number on the ring of homes; a replacement takes it over.")
     state: str = Field(description="Serve's word: STARTING, RUNNING, STOPPING ...")
     node: str
     node_id: str
@@ -126,16 +129,60 @@ class PendingReplica(BaseModel):
     node_ip: str
 
 
+class PlacementReply(BaseModel):
+    """How well the fleet is one cache."""
+
+    duplicate_factor: float | None = Field(
+        description="Models held, over distinct ones: 1 when each is in one replica; null when none is held."
+    )
+    effective_slots: float | None = Field(
+        description="Slots of all replicas, over the duplicate factor: distinct models that fit."
+    )
+    at_home: float | None = Field(
+        description="Share of requests, of models held now, that reached a home of theirs, or a copy."
+    )
+    load_imbalance: float | None = Field(
+        description="Requests a second of the busiest replica, over the mean; null while nothing comes."
+    )
+    copies: dict[str, list[str]] = Field(description="Models that more than one replica serves, and which.")
+
+    @classmethod
+    def of(cls, view: FleetView, placement: Placement | None) -> PlacementReply:
+        """From what replicas hold and what was decided."""
+        held = [(one.place, model) for one in view.snapshots for model in one.models]
+        distinct = len({(model.tenant, model.version) for _, model in held})
+        factor = len(held) / distinct if distinct else None
+        names = {one.place: one.replica for one in view.snapshots}
+        copies = dict(placement.copies) if placement is not None else {}
+        ring = Ring(names)
+        hits = at_home = 0
+        for place, model in held:
+            refs = (model.tenant, f"{model.tenant}@{model.version}")
+            homes = {home for ref in refs for home in (*ring.homes(ref, 1), *copies.get(ref, ()))}
+            hits += model.hits
+            at_home += model.hits if place in homes else 0
+        return cls(
+            duplicate_factor=factor,
+            effective_slots=sum(one.slots for one in view.snapshots) / factor if factor else None,
+            at_home=at_home / hits if hits else None,
+            load_imbalance=placement.imbalance if placement is not None else None,
+            copies={
+                ref: [names[place] for place in places if place in names] for ref, places in copies.items()
+            },
+        )
+
+
 class FleetReply(BaseModel):
     """The fleet."""
 
     replicas: list[ReplicaReply]
     not_answering: list[PendingReplica]
     totals: TotalsReply
+    placement: PlacementReply
 
     @classmethod
-    def of(cls, view: FleetView) -> FleetReply:
-        """From what everybody said."""
+    def of(cls, view: FleetView, placement: Placement | None = None) -> FleetReply:
+        """From what everybody said, and what was decided."""
         answered = {one.replica for one in view.snapshots}
         return cls(
             replicas=[
@@ -150,4 +197,5 @@ class FleetReply(BaseModel):
                 if one.replica not in answered
             ],
             totals=TotalsReply.of(view.totals),
+            placement=PlacementReply.of(view, placement),
         )

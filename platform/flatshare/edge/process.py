@@ -182,6 +182,13 @@ class HaproxyProcess:
         """The servers that a backend has now."""
         return running_servers(self._ask(self.admin_socket, f"show servers state {backend}"))
 
+    def waiting(self) -> int:
+        """Requests that are with Serve's own proxy now: they wait for a replica."""
+        lines = self._ask(self.admin_socket, "show stat pool 4 -1").splitlines()
+        columns = lines[0].lstrip("# ").split(",") if lines else []
+        rows = (dict(zip(columns, line.split(","), strict=False)) for line in lines[1:])
+        return sum(int(row["scur"] or 0) for row in rows if row.get("svname") == "serve-proxy")
+
     def command(self, text: str) -> str:
         """Give one command to the admin socket; what it answered."""
         return self._ask(self.admin_socket, text).strip()

@@ -26,6 +26,9 @@ LOOK_EVERY_S: Final = 0.5
 """Seconds between looks at the fleet. HAProxy's own checks notice a death sooner; this is about replicas
 that came, and about copies."""
 
+EMPTY_LOOK_EVERY_S: Final = 0.1
+"""The same while the pool has no replica, and a request may be waiting for one."""
+
 PATIENCE: Final = 5
 """Looks in a row after which HAProxy does not have what it was told: then it is reloaded."""
 
@@ -79,6 +82,10 @@ class EdgeProcess(Protocol):
         """Change what it has."""
         ...
 
+    def waiting(self) -> int:
+        """Requests that wait for a replica."""
+        ...
+
 
 class EdgeSupervisor:
     """Runs the edge of one machine.
@@ -88,6 +95,8 @@ class EdgeSupervisor:
     read_targets
         Says where the applications listen now; raises ``Unavailable`` when nobody knows, and then
         the edge goes on with what it has.
+    wake
+        Called with the number of requests that wait while the pool has no replica.
 
     Attributes
     ----------
@@ -96,11 +105,16 @@ class EdgeSupervisor:
     """
 
     def __init__(
-        self, process: EdgeProcess, options: EdgeOptions, read_targets: Callable[[], EdgeTargets]
+        self,
+        process: EdgeProcess,
+        options: EdgeOptions,
+        read_targets: Callable[[], EdgeTargets],
+        wake: Callable[[int], None] = lambda _: None,
     ) -> None:
         self._process = process
         self._options = options
         self._read_targets = read_targets
+        self._wake = wake
         self._current = EdgeTargets((), ())
         self._astray = 0
         self.reloads = 0
@@ -123,7 +137,7 @@ class EdgeSupervisor:
 
         What HAProxy refuses is logged and tried again at the next look.
         """
-        while not stop.wait(LOOK_EVERY_S):
+        while not stop.wait(LOOK_EVERY_S if self._current.pool else EMPTY_LOOK_EVERY_S):
             self.look()
 
     def look(self) -> bool:
@@ -140,6 +154,8 @@ class EdgeSupervisor:
                 return True
             if self._current != before:
                 self._process.write(self._configuration(), rows(self._current.copies))
+            if not self._current.pool and (waiting := self._process.waiting()):
+                self._wake(waiting)
             return self._adjust()
         except (LocalError, OSError) as error:
             logger.error("edge: %s", error)

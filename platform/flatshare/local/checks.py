@@ -66,7 +66,7 @@ def check_edge(settings: Settings, warn: Warn) -> None:
     """
     check_certificate(settings.tls_cert)
     check_socket_folder(Path(tempfile.gettempdir()))
-    room = affordable_connections(settings.replicas)
+    room = affordable_connections(settings.most_replicas)
     if room < MAX_CONNECTIONS:
         warn(
             f"the limit of {_hard_limit()} open files (ulimit -Hn) leaves the edge room for {room} "

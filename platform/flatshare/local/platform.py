@@ -6,6 +6,7 @@ Imports ray, so it must be imported only after ``pool.environment.prepare``.
 from __future__ import annotations
 
 import contextlib
+import logging
 import os
 import shutil
 import tempfile
@@ -13,15 +14,17 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import httpx
 import ray
 from ray import serve
+from ray.serve.handle import DeploymentHandle
 
 from flatshare.api.identity import OperatorKeys
-from flatshare.control.deployment import CONTROL_APP, CONTROL_PREFIX, control_application
+from flatshare.control.deployment import CONTROL_APP, CONTROL_DEPLOYMENT, CONTROL_PREFIX, control_application
 from flatshare.edge.configuration import EdgeOptions
+from flatshare.edge.copies import Copies
 from flatshare.edge.process import HaproxyProcess
 from flatshare.edge.servers import Server
 from flatshare.edge.supervisor import EdgeSupervisor, EdgeTargets
@@ -41,7 +44,10 @@ from flatshare_registry.errors import Unavailable
 
 __all__ = ["running_edge", "running_platform"]
 
+logger = logging.getLogger("flatshare.local")
+
 READY_TIMEOUT_S: Final = 60.0
+ASK_S: Final = 1.0
 
 Report = Callable[[str], None]
 """Called with what is being done now."""
@@ -87,7 +93,7 @@ def running_platform(
         state = replace(state, ray_address=address, family=descendants())
         state.save()
         check_cluster(address, settings)
-        check_gpus(settings.replicas, settings.gpus_per_replica)
+        check_gpus(settings.most_replicas, settings.gpus_per_replica)
         report(f"starting {settings.replicas} replicas and the control plane")
         stack.enter_context(_applications(settings, operators, environment, keep_cluster=not own))
         watch = _watch_nothing
@@ -145,7 +151,7 @@ def _applications(
     from flatshare.pool.deployment import pool_application
 
     try:
-        _deploy(pool_application(settings, operators, environment), POOL_APP, "/")
+        _deploy(pool_application(settings, operators, environment), POOL_APP, "/", scaled=True)
         _deploy(control_application(settings, operators, environment), CONTROL_APP, CONTROL_PREFIX)
         yield
     finally:
@@ -153,9 +159,16 @@ def _applications(
             serve.shutdown()  # type: ignore[no-untyped-call]  # Ray gives it no types
 
 
-def _deploy(application: serve.Application, name: str, prefix: str) -> None:
+def _deploy(application: serve.Application, name: str, prefix: str, *, scaled: bool = False) -> None:
+    """Deploy and wait until it runs.
+
+    Parameters
+    ----------
+    scaled
+        Its number of replicas is changed from outside: by the control plane's keeper.
+    """
     try:
-        serve.run(application, name=name, route_prefix=prefix)
+        serve.run(application, name=name, route_prefix=prefix, external_scaler_enabled=scaled)
     except RuntimeError as error:
         status, message = app_status(read_details(), name)
         reason = message.strip().splitlines()[-1] if message.strip() else str(error)
@@ -167,9 +180,13 @@ def _edge(settings: Settings) -> Iterator[EdgeSupervisor]:
     folder = Path(tempfile.mkdtemp(prefix="flatshare-edge-"))
     process = HaproxyProcess(folder)
     doors = Doors(ask_replicas)
+    decided = Decided()
 
     supervisor = EdgeSupervisor(
-        process, edge_options(settings, process.admin_socket), lambda: edge_targets(doors)
+        process,
+        edge_options(settings, process.admin_socket),
+        lambda: edge_targets(doors, decided.copies()),
+        decided.wake,
     )
     try:
         supervisor.start()
@@ -214,13 +231,13 @@ def edge_options(settings: Settings, admin_socket: Path) -> EdgeOptions:
         request_timeout_s=settings.request_timeout_s,
         tls_cert=str(Path(settings.tls_cert).absolute()) if settings.tls_cert else "",
         max_connections_per_address=settings.max_connections_per_address,
-        max_connections=affordable_connections(settings.replicas),
+        max_connections=affordable_connections(settings.most_replicas),
         trusted_proxies=settings.proxy_networks(),
         threads=max((os.cpu_count() or 1) // CORES_PER_EDGE_THREAD, 1),
     )
 
 
-def edge_targets(doors: Doors) -> EdgeTargets:
+def edge_targets(doors: Doors, copies: Copies | None = None) -> EdgeTargets:
     """Where both applications listen now, as seen from this node."""
     details = read_details()
     own_ip = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]  # Ray gives it no types
@@ -232,7 +249,36 @@ def edge_targets(doors: Doors) -> EdgeTargets:
             Server(number, "127.0.0.1" if one.ip == own_ip else one.ip, one.port)
             for number, one in enumerate(targets(details, CONTROL_APP))
         ),
+        copies or {},
     )
+
+
+class Decided:
+    """What the control plane decides, for an edge: asked at each look, believed while nobody answers."""
+
+    def __init__(self) -> None:
+        self._copies: Copies = {}
+
+    def copies(self) -> Copies:
+        """Models that more than one replica serves. Blocks, for a second at most."""
+        try:
+            self._copies = self._handle().copies.remote().result(timeout_s=ASK_S)
+        except Exception as error:  # ray raises a dozen kinds while the control plane comes back
+            logger.warning(
+                "the control plane does not say which models have copies: %s", type(error).__name__
+            )
+        return self._copies
+
+    def wake(self, waiting: int) -> None:
+        """Tell it that so many requests wait for a first replica. Blocks, for a second at most."""
+        try:
+            self._handle().wake.remote(waiting).result(timeout_s=ASK_S)
+        except Exception as error:
+            logger.warning("the control plane was not told of waiting requests: %s", type(error).__name__)
+
+    @staticmethod
+    def _handle() -> DeploymentHandle[Any]:
+        return serve.get_deployment_handle(CONTROL_DEPLOYMENT, CONTROL_APP)
 
 
 def _watch_nothing(stop: threading.Event) -> None:

@@ -22,7 +22,10 @@ from flatshare.codecs.payload import READY, decode_array
 from flatshare.door.listener import Door
 from flatshare.errors import BadInput
 from flatshare.models.architecture import Architecture
+from flatshare.placement.handover import to_load
+from flatshare.placement.load import Held, ReplicaLoad
 from flatshare.pool.details import DoorAddress
+from flatshare.pool.doors import ask_held
 from flatshare.pool.gpus import allocator_variables, check_visible
 from flatshare.pool.handle import POOL_DEPLOYMENT
 from flatshare.pool.multiplex import NEVER_EVICT, Advertiser
@@ -41,6 +44,9 @@ logger = logging.getLogger("flatshare.pool")
 
 DOOR_HOST: Final = "127.0.0.1"
 """Where replicas listen: the edge is on the same machine."""
+
+WARM_UP_S: Final = 8.0
+"""Seconds that a replica loads models before it takes requests: what is not here by then comes on demand."""
 
 DOOR_STOP_S: Final = 6.0
 """Seconds that a stopping replica waits for its door's requests to end."""
@@ -80,6 +86,7 @@ class ClassifierPool:
             room=self._decoding,
         )
         self._door = Door(self._data_plane, DOOR_HOST)
+        self._warm = asyncio.get_running_loop().create_task(self._warm_up(), name="warm up")
         self._door_open = asyncio.get_running_loop().create_task(self._door.start(), name="open the door")
         self._replica.start()
         device = self._replica.device.name
@@ -104,7 +111,11 @@ class ClassifierPool:
         return {"ongoing": float(admission.ongoing), "queued": float(admission.queued)}
 
     async def check_health(self) -> None:
-        """Called by Serve: a replica whose pass never ends, or whose device is lost, is replaced."""
+        """Called by Serve: a replica whose pass never ends, or whose device is lost, is replaced.
+
+        The first call waits for :meth:`_warm_up`: Serve sends a replica no request before it has succeeded.
+        """
+        await asyncio.shield(self._warm)
         self._replica.check_health()
 
     async def __del__(self) -> None:
@@ -164,9 +175,36 @@ class ClassifierPool:
 
     # -- control plane, by broadcast: ``Replica`` says what each promises
 
+    async def load(self) -> ReplicaLoad:
+        """See :meth:`Replica.load`."""
+        return self._replica.load(_place())
+
+    async def held(self) -> Held:
+        """See :meth:`Replica.held`."""
+        return self._replica.held(_place())
+
+    async def warm(self, wanted: dict[str, list[str]], within_s: float) -> tuple[str, list[str]]:
+        """Load what is asked of this replica by name; its name, and those that are here now."""
+        refs = wanted.get(self._replica.name, [])
+        return self._replica.name, await self._replica.warm(refs, within_s)
+
+    async def _warm_up(self) -> None:
+        """Load what this replica is going to be home to, of what the others hold. Raises nothing."""
+        try:
+            held = await ask_held()
+            me = self._replica.held(_place())
+            names = {one.place: one.replica for one in held} | {me.place: me.replica}
+            refs = to_load([*held, me], names).get(me.replica, [])
+            done = await self._replica.warm(refs, WARM_UP_S)
+        except Exception as error:  # it is only slower without
+            logger.warning("replica %s starts cold: %s", self._replica.name, error)
+        else:
+            if done:
+                logger.warning("replica %s starts with %d models", self._replica.name, len(done))
+
     async def snapshot(self) -> ReplicaSnapshot:
         """See :meth:`Replica.snapshot`."""
-        return await self._replica.snapshot(self._advertiser.advertised())
+        return await self._replica.snapshot(self._advertiser.advertised(), _place())
 
     async def refresh(self, tenant: str, told: str | None = None) -> str:
         """See :meth:`Replica.refresh`."""

@@ -4,14 +4,16 @@ requests.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
+from flatshare.placement.load import Held
 from flatshare.pool.details import DoorAddress, ReplicaState
 from flatshare.pool.handle import pool_handle
 
-__all__ = ["Doors", "ask_replicas"]
+__all__ = ["Doors", "ask_held", "ask_replicas"]
 
 logger = logging.getLogger("flatshare.pool")
 
@@ -50,7 +52,7 @@ class Doors:
         living = {one.replica for one in states if one.state in TAKES_REQUESTS}
         self._known = {name: door for name, door in self._known.items() if name in living}
         self._looks += 1
-        if not self._settled(living) or self._looks > ASK_AGAIN_AFTER:
+        if living and (not self._settled(living) or self._looks > ASK_AGAIN_AFTER):
             self._looks = 0
             self._known |= {door.replica: door for door in self._ask() if door.replica in living}
         by_place: dict[int, DoorAddress] = {}
@@ -72,3 +74,14 @@ def ask_replicas() -> list[DoorAddress]:
         logger.warning("replicas were not asked for their doors: %s", type(error).__name__)
         return []
     return [one for one in answers if isinstance(one, DoorAddress)]
+
+
+async def ask_held() -> list[Held]:
+    """What each running replica holds; for one that starts. Empty when nobody runs or can be asked."""
+    try:
+        async with asyncio.timeout(ASK_S):
+            answers = await pool_handle().broadcast("held").results_async(return_exceptions=True)
+    except Exception as error:  # ray raises a dozen kinds; at the first start there is nobody
+        logger.info("nobody was asked what it holds: %s", type(error).__name__)
+        return []
+    return [one for one in answers if isinstance(one, Held)]

@@ -14,7 +14,7 @@ import functools
 import logging
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Final
@@ -27,8 +27,12 @@ from flatshare.device.protocol import Device
 from flatshare.engine.inference import Inference
 from flatshare.engine.quotas import BytesLimit, QuotaKeeper
 from flatshare.engine.stacked import Stacks
+from flatshare.errors import ServeError
 from flatshare.models.architecture import architecture
+from flatshare.placement.homes import canonical
+from flatshare.placement.load import Held, ReplicaLoad
 from flatshare.replica.key_use import KeyUse
+from flatshare.replica.load import LoadMeter, Reading
 from flatshare.replica.pins import restore_pins
 from flatshare.replica.receipt import EraseReceipt, HostReceipt
 from flatshare.replica.request import InferenceService
@@ -51,10 +55,10 @@ from flatshare.weights.host_tier import HostTier, Scrubbed
 from flatshare.weights.scrubber import HostScrubber
 from flatshare.weights.tiers import ModelKey
 from flatshare_registry.catalog import Registry
-from flatshare_registry.errors import Unavailable
+from flatshare_registry.errors import RegistryError, Unavailable
 from flatshare_registry.heads import decode_head
 from flatshare_registry.ids import ModelRef, TenantId
-from flatshare_registry.records import TenantHead
+from flatshare_registry.records import TenantHead, VersionRecord
 from flatshare_registry.stores.base import BlobStore
 
 __all__ = ["Place", "Replica"]
@@ -106,6 +110,8 @@ class Replica:
         Serves requests.
     key_use
         Notes which keys were used.
+    meter
+        How busy it was lately.
     """
 
     place: Place
@@ -120,6 +126,7 @@ class Replica:
     inference: Inference
     service: InferenceService
     key_use: KeyUse
+    meter: LoadMeter
     _on_change: Callable[[], None]
     _threads: list[ThreadPoolExecutor]
     _view_threads: ThreadPoolExecutor
@@ -232,6 +239,16 @@ class Replica:
             timeout_s=settings.request_timeout_s,
             clock=clock,
         )
+
+        def reading() -> Reading:
+            admission, cold = service.admission, service.cold
+            return Reading(
+                admission.ongoing + admission.queued,
+                cold.ongoing + cold.queued,
+                cache.stats.requests + admission.refused + cold.refused,
+                cache.leases(),
+            )
+
         return cls(
             place=place or Place(),
             settings=settings,
@@ -245,6 +262,7 @@ class Replica:
             inference=inference,
             service=service,
             key_use=KeyUse(store, key_threads),
+            meter=LoadMeter(reading, clock),
             _on_change=on_change,
             _threads=threads,
             _view_threads=view_threads,
@@ -278,6 +296,7 @@ class Replica:
 
             self._scrubber = HostScrubber(self.host_tier, damaged)
             self._scrubber.start()
+        self.meter.start()
         self._restoring = loop.create_task(
             restore_pins(
                 lambda: in_thread(self._view_threads, self.registry.pins.refs),
@@ -301,6 +320,7 @@ class Replica:
 
     async def close(self) -> None:
         """End it: leases get a while, passes that run end, threads go. Nothing may be asked of it then."""
+        self.meter.close()
         if self._scrubber is not None:
             self._scrubber.close()
         for task in (self._restoring, *self._reloads):
@@ -334,6 +354,57 @@ class Replica:
         """Every ref that can be answered from a resident: versions by number, and aliases that mean them."""
         return {ref for record in self.cache.resident_records() for ref in self.resolver.refs_of(record)}
 
+    def load(self, place: int) -> ReplicaLoad:
+        """How busy it was in the last seconds.
+
+        Parameters
+        ----------
+        place
+            Its number on the ring.
+        """
+        seen = self.meter.measured()
+        models: dict[str, float] = {}
+        for key, ongoing in seen.models.items():
+            record = self.cache.record_of(key)
+            if record is not None:
+                models[self._called(record)] = ongoing
+        return ReplicaLoad(
+            self.name, place, seen.ongoing, seen.loading, seen.requests_per_s, seen.idle_s, models
+        )
+
+    def held(self, place: int) -> Held:
+        """What it holds, by the refs that requests most likely name; most recently used first."""
+        models = sorted(self.cache.snapshot(), key=lambda one: -one.last_used_at)
+        records = [self.cache.record_of(ModelKey(one.tenant, one.version)) for one in models]
+        named = [self._called(record) for record in records if record is not None]
+        return Held(self.name, place, self.cache.slots, named)
+
+    def _called(self, record: VersionRecord) -> str:
+        """The ref that requests most likely name: the tenant, else an alias, else the number."""
+        refs = {canonical(ref) for ref in self.resolver.refs_of(record)}
+        return min(refs, key=lambda ref: ("@" in ref, ":" in ref, ref))
+
+    async def warm(self, refs: Sequence[str], within_s: float) -> list[str]:
+        """Load models before their requests come, as far as there is time and room; those that are here
+        now.
+        """
+
+        async def one(ref: str) -> str | None:
+            try:
+                await self.preload(ref)
+            except (ServeError, RegistryError) as error:
+                logger.info("%s was not loaded in advance: %s", ref, error)
+                return None
+            return ref
+
+        tasks = [asyncio.create_task(one(ref)) for ref in refs]
+        if tasks:
+            _, late = await asyncio.wait(tasks, timeout=within_s)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+        return [ref for task in tasks if not task.cancelled() and (ref := task.result()) is not None]
+
     async def _device_memory(self) -> DeviceMemory:
         """In a thread: it may wait for a lock of the driver. A broken device says nothing."""
         try:
@@ -341,16 +412,19 @@ class Replica:
         except RuntimeError:
             return DeviceMemory()
 
-    async def snapshot(self, advertised: set[str]) -> ReplicaSnapshot:
+    async def snapshot(self, advertised: set[str], place: int = 0) -> ReplicaSnapshot:
         """All that this replica holds and has counted.
 
         Parameters
         ----------
         advertised
             Ids that the shell has told others of.
+        place
+            Its number on the ring.
         """
         return ReplicaSnapshot(
             replica=self.name,
+            place=place,
             node=self.place.node,
             node_id=self.place.node_id,
             pid=os.getpid(),

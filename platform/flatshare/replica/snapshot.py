@@ -18,6 +18,8 @@ class ReplicaSnapshot:
 
     Attributes
     ----------
+    place
+        Its number on the ring of homes.
     slots, slots_used
         Models that fit; models that are held, being loaded or being freed.
     budget_bytes, held_bytes, reserved_bytes
@@ -42,6 +44,7 @@ class ReplicaSnapshot:
     """
 
     replica: str
+    place: int
     node: str
     node_id: str
     pid: int

@@ -352,6 +352,10 @@ class ModelCache:
         """Versions that can be leased at once."""
         return [resident.record for resident in self._residency.lendable()]
 
+    def leases(self) -> dict[ModelKey, int]:
+        """Versions that requests hold now, and how many each."""
+        return {ModelKey.of(one.record): one.leases for one in self._residency.lendable() if one.leases > 0}
+
     def snapshot(self) -> list[ResidentInfo]:
         """All that is held and why, most recently used first."""
         return self._residency.snapshot()

@@ -53,7 +53,7 @@ class Replicas:
             "acme", 1, "d" * 64, "tiny", 16, 8, Tier.STORE, State.RESIDENT, False, 1, 8, 1, 2.0, 1.0
         )
         self.snapshot = ReplicaSnapshot(
-            replica="r1", node="n", node_id="id", pid=1, device="cpu", slots=3, slots_used=1, started_at=0.0,
+            replica="r1", place=0, node="n", node_id="id", pid=1, device="cpu", slots=3, slots_used=1, started_at=0.0,
             budget_bytes=None, held_bytes=16, reserved_bytes=0, device_memory=DeviceMemory(),
             host=HostUsage("/dev/shm/x", 100, 16, 0), loading=[], passes=5, rows=8,
             swaps=[SwapInfo("acme", "canary", 1, 2, "")],

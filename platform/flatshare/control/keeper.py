@@ -1,0 +1,241 @@
+"""Keeps the fleet in shape: once a second it decides which models have copies, and how many replicas there
+are.
+
+It runs in the control plane. It remembers little, and a new one learns the rest from the replicas: a control
+plane that dies costs the fleet nothing but the decisions of these seconds. What it decides is worked out in
+``placement/``.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final, Protocol
+
+from flatshare.errors import FleetUnavailable
+from flatshare.placement.copies import Spread, decide_copies
+from flatshare.placement.handover import after_loss, to_load
+from flatshare.placement.load import Held, ReplicaLoad
+from flatshare.placement.scaling import Bounds, Wish, decide_replicas, wish
+from flatshare_registry.errors import Unavailable
+
+__all__ = ["Keeper", "Placement", "Scaler"]
+
+logger = logging.getLogger("flatshare.control")
+
+TICK_S: Final = 1.0
+WARM_S: Final = 5.0
+"""Seconds that replicas have to load copies, or what a replica that goes leaves behind."""
+
+
+class Scaler(Protocol):
+    """The pool's number of replicas; calls block."""
+
+    def wanted(self) -> int:
+        """How many Serve keeps running.
+
+        Raises
+        ------
+        Unavailable
+            Serve can't say.
+        """
+        ...
+
+    def scale(self, replicas: int) -> None:
+        """Have Serve keep so many. Raises as :meth:`wanted`."""
+        ...
+
+    def newest(self) -> str | None:
+        """The replica that Serve would stop first."""
+        ...
+
+
+class AsksFleet(Protocol):
+    """What the keeper asks of the fleet."""
+
+    async def loads(self) -> list[ReplicaLoad]:
+        """How busy replicas are."""
+        ...
+
+    async def held(self) -> list[Held]:
+        """What replicas hold."""
+        ...
+
+    async def warm(self, wanted: Mapping[str, Sequence[str]], within_s: float) -> dict[str, list[str]]:
+        """Have replicas load models."""
+        ...
+
+
+@dataclass(frozen=True, slots=True)
+class Placement:
+    """What was decided last.
+
+    Attributes
+    ----------
+    copies
+        Places by model ref, of models that more than one replica serves; each of them holds it.
+    bounds
+        Between which the number of replicas is decided.
+    wanted
+        Replicas that Serve is told to keep; None while Serve has not said.
+    wish
+        What the load of the last moment wants.
+    imbalance
+        Requests a second of the busiest replica over the mean of all; None while nothing comes.
+    """
+
+    copies: Mapping[str, tuple[int, ...]]
+    bounds: Bounds
+    wanted: int | None
+    wish: int | None
+    imbalance: float | None = None
+
+
+@dataclass(slots=True, eq=False)
+class Keeper:
+    """Decides, and has done what it decided. All methods must be called on one event loop.
+
+    Parameters
+    ----------
+    bounds
+        What the operator allows; :meth:`allow` changes it.
+    copies_target
+        Requests under way of one model that one replica should have.
+    """
+
+    fleet: AsksFleet
+    scaler: Scaler
+    bounds: Bounds
+    copies_target: float
+    clock: Callable[[], float] = time.monotonic
+    _spreads: dict[str, Spread] = field(default_factory=dict)
+    _copies: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    _wishes: tuple[Wish, ...] = ()
+    _wanted: int | None = None
+    _waiting: int = 0
+    _asked_at: float = -1e9
+    _loads: Sequence[ReplicaLoad] = ()
+    _bell: asyncio.Event = field(default_factory=asyncio.Event)
+
+    @property
+    def placement(self) -> Placement:
+        """What was decided last."""
+        latest = self._wishes[-1].replicas if self._wishes else None
+        rates = [load.requests_per_s for load in self._loads]
+        imbalance = max(rates) * len(rates) / sum(rates) if sum(rates) > 0 else None
+        return Placement(dict(self._copies), self.bounds, self._wanted, latest, imbalance)
+
+    def allow(self, bounds: Bounds) -> None:
+        """Take other bounds, at once."""
+        self.bounds = bounds
+        self._wishes = ()
+        self._bell.set()
+
+    def wake(self, waiting: int) -> None:
+        """Be told that so many requests wait before a pool without a replica."""
+        self._waiting = max(waiting, 1)
+        self._asked_at = self.clock()
+        self._bell.set()
+
+    async def run(self) -> None:
+        """Decide once a second until cancelled. What fails is logged and tried again."""
+        while True:
+            try:
+                await self.tick()
+            except Exception:
+                logger.exception("the fleet was not looked at")
+            try:
+                async with asyncio.timeout(TICK_S):
+                    await self._bell.wait()
+            except TimeoutError:
+                pass
+            self._bell.clear()
+
+    async def tick(self) -> None:
+        """Decide once, and do it."""
+        try:
+            loads = await self.fleet.loads()
+        except FleetUnavailable:
+            loads = []  # there is no replica, or all are busy starting
+        self._loads = loads
+        if loads:
+            await self._keep_copies(loads)
+        await self._keep_replicas(loads)
+
+    async def _keep_copies(self, loads: Sequence[ReplicaLoad]) -> None:
+        """A copy is told to edges once its replica holds the model."""
+        names = {load.place: load.replica for load in loads}
+        self._spreads = decide_copies(self.clock(), loads, self._spreads, self.copies_target)
+        wanted: dict[str, list[str]] = {}
+        for model_ref, spread in self._spreads.items():
+            for place in spread.places:
+                if place not in self._copies.get(model_ref, ()):
+                    wanted.setdefault(names[place], []).append(model_ref)
+        ready = await self._warm(wanted)
+        found: dict[str, tuple[int, ...]] = {}
+        for model_ref, spread in self._spreads.items():
+            told = self._copies.get(model_ref, ())
+            places = tuple(
+                place for place in spread.places if place in told or model_ref in ready.get(names[place], ())
+            )
+            if len(places) > 1:
+                found[model_ref] = places
+        if found != self._copies:
+            logger.info("copies: %s", found)
+        self._copies = found
+
+    async def _keep_replicas(self, loads: Sequence[ReplicaLoad]) -> None:
+        now = self.clock()
+        waiting = 0 if loads else self._waiting
+        self._waiting = 0
+        self._wishes = (*self._wishes, wish(now, loads, self.bounds, waiting, now - self._asked_at))
+        try:
+            current = self._wanted = await asyncio.to_thread(self.scaler.wanted)
+            replicas, self._wishes = decide_replicas(now, current, self._wishes, self.bounds)
+            if replicas == current:
+                return
+            if replicas < current:
+                await self._hand_over(current - replicas)
+            logger.warning(
+                "the pool has %d replicas and gets %d: %s", current, replicas, _why(loads, waiting)
+            )
+            await asyncio.to_thread(self.scaler.scale, replicas)
+            self._wanted = replicas
+            self._wishes = ()
+        except Unavailable as error:
+            logger.warning("the number of replicas stays: %s", error.message)
+
+    async def _hand_over(self, count: int) -> None:
+        """Before a replica goes, the others load what it was home to. Serve stops the newest one first."""
+        leaving = await asyncio.to_thread(self.scaler.newest)
+        if leaving is None or count > 1:  # more than one at a time: what they held comes on demand
+            return
+        try:
+            held = await self.fleet.held()
+            names = after_loss({one.place: one.replica for one in held}, leaving)
+            if names:
+                await self._warm(to_load(held, names))
+        except FleetUnavailable as error:
+            logger.warning("%s goes without handing over: %s", leaving, error.message)
+
+    async def _warm(self, wanted: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
+        if not wanted:
+            return {}
+        try:
+            return await self.fleet.warm(wanted, WARM_S)
+        except FleetUnavailable as error:
+            logger.warning("models were not loaded in advance: %s", error.message)
+            return {}
+
+
+def _why(loads: Sequence[ReplicaLoad], waiting: int) -> str:
+    ongoing = sum(load.ongoing for load in loads)
+    loading = sum(load.loading for load in loads)
+    rate = sum(load.requests_per_s for load in loads)
+    return (
+        f"{ongoing:.1f} requests under way, {loading:.1f} wait for loads, {waiting} wait for a replica, "
+        f"{rate:.0f} requests/s"
+    )

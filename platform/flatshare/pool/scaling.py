@@ -1,0 +1,83 @@
+"""The pool's number of replicas, as Serve keeps it: read, changed, and what an operator allowed remembered.
+
+Serve takes the number from outside (``external_scaler_enabled``) and acts within a tenth of a second; 0 is
+allowed. Serve's own autoscaler is not used: it samples a gauge, does not see requests of a millisecond, and
+calls a policy that is pickled into its controller. Both calls are pinned by
+``tests/contract/test_ray_scaling.py``.
+"""
+
+from __future__ import annotations
+
+import json
+from typing import Any, Final
+
+import ray
+from ray.experimental import internal_kv
+from ray.serve._private.common import DeploymentID
+from ray.serve.context import _get_global_client
+
+from flatshare.pool.controller import read_details
+from flatshare.pool.handle import POOL_APP, POOL_DEPLOYMENT
+from flatshare_registry.errors import Unavailable
+
+__all__ = ["ServeScaler", "recall_bounds", "remember_bounds"]
+
+_NAMESPACE: Final = b"flatshare"
+_KEY: Final = b"bounds"
+CALL_S: Final = 5.0
+
+
+class ServeScaler:
+    """Serve's word on the pool's replicas. All methods block."""
+
+    def wanted(self) -> int:
+        """How many replicas Serve keeps.
+
+        Raises
+        ------
+        Unavailable
+            Serve does not say.
+        """
+        return int(self._pool()["target_num_replicas"])
+
+    def scale(self, replicas: int) -> None:
+        """Have Serve keep so many; returns once it knows. Raises as :meth:`wanted`."""
+        client = _get_global_client(raise_if_no_controller_running=False)
+        if client is None:
+            raise Unavailable("Ray Serve is not running")
+        controller: Any = client._controller
+        pool = DeploymentID(name=POOL_DEPLOYMENT, app_name=POOL_APP)
+        try:
+            ray.get(controller.update_deployment_replicas.remote(pool, replicas), timeout=CALL_S)
+        except Exception as error:  # ray raises a dozen kinds for a dead or busy controller
+            raise Unavailable(f"Serve does not change the pool's size: {type(error).__name__}") from error
+
+    def newest(self) -> str | None:
+        """The replica that Serve stops first on one node: the newest. Raises as :meth:`wanted`."""
+        running = [one for one in self._pool()["replicas"] if str(one["state"]).endswith("RUNNING")]
+        if not running:
+            return None
+        return str(max(running, key=lambda one: float(one["start_time_s"]))["replica_id"])
+
+    @staticmethod
+    def _pool() -> dict[str, Any]:
+        details = read_details()["applications"].get(POOL_APP, {}).get("deployments", {})
+        pool: dict[str, Any] | None = details.get(POOL_DEPLOYMENT)
+        if pool is None:
+            raise Unavailable("the pool is not deployed")
+        return pool
+
+
+def remember_bounds(minimum: int, maximum: int) -> None:
+    """Keep what an operator allowed for as long as the cluster lives: a control plane may die. Blocks."""
+    value = json.dumps([minimum, maximum]).encode()
+    internal_kv._internal_kv_put(_KEY, value, overwrite=True, namespace=_NAMESPACE)
+
+
+def recall_bounds() -> tuple[int, int] | None:
+    """What an operator allowed last, on this cluster; None for nothing. Blocks."""
+    value = internal_kv._internal_kv_get(_KEY, namespace=_NAMESPACE)
+    if value is None:
+        return None
+    minimum, maximum = json.loads(value)
+    return int(minimum), int(maximum)

@@ -1,0 +1,192 @@
+"""The keeper: copies are told once they are loaded, replicas change within bounds, what goes is handed over."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Mapping, Sequence
+
+from flatshare.control.keeper import Keeper
+from flatshare.errors import FleetUnavailable
+from flatshare.placement.load import Held, ReplicaLoad
+from flatshare.placement.ring import Ring
+from flatshare.placement.scaling import Bounds
+from flatshare_registry.errors import Unavailable
+
+
+class World:
+    """A fleet and a Serve that do what they are told."""
+
+    def __init__(self, replicas: int, bounds: Bounds | None = None) -> None:
+        self.names = [f"r{place}" for place in range(replicas)]
+        self.ongoing: dict[str, float] = {}
+        self.rate = 0.0
+        self.idle_s = 0.0
+        self.refuse: set[str] = set()
+        self.silent = self.serve_down = False
+        self.warmed: list[Mapping[str, Sequence[str]]] = []
+        self.told: list[int] = []
+        self.held_models: dict[str, list[str]] = {}
+        self.now = 0.0
+        self.keeper = Keeper(self, self, bounds or Bounds(replicas, replicas), 4.0, lambda: self.now)
+
+    # -- the fleet
+
+    async def loads(self) -> list[ReplicaLoad]:
+        if self.silent or not self.names:
+            raise FleetUnavailable("nobody")
+        share = {ref: ongoing / len(self.names) for ref, ongoing in self.ongoing.items()}
+        return [
+            ReplicaLoad(name, place, sum(share.values()), 0, self.rate / len(self.names), self.idle_s, share)
+            for place, name in enumerate(self.names)
+        ]
+
+    async def held(self) -> list[Held]:
+        return [
+            Held(name, place, 10, self.held_models.get(name, [])) for place, name in enumerate(self.names)
+        ]
+
+    async def warm(self, wanted: Mapping[str, Sequence[str]], within_s: float) -> dict[str, list[str]]:
+        self.warmed.append(wanted)
+        return {name: list(refs) for name, refs in wanted.items() if name not in self.refuse}
+
+    # -- Serve
+
+    def wanted(self) -> int:
+        if self.serve_down:
+            raise Unavailable("controller")
+        return len(self.names)
+
+    def scale(self, replicas: int) -> None:
+        self.told.append(replicas)
+        self.names = self.names[:replicas] + [f"r{place}" for place in range(len(self.names), replicas)]
+
+    def newest(self) -> str | None:
+        return self.names[-1] if self.names else None
+
+    async def seconds(self, count: int) -> None:
+        for _ in range(count):
+            await self.keeper.tick()
+            self.now += 1
+
+
+async def test_a_hot_model_is_loaded_where_it_gets_copies_before_anybody_is_told() -> None:
+    world = World(4)
+    world.ongoing = {"acme": 12}
+    homes = Ring(range(4)).homes("acme", 3)
+    world.refuse = {f"r{homes[2]}"}
+    await world.seconds(1)
+    assert world.keeper.placement.copies == {"acme": tuple(homes[:2])}
+    assert {name for wanted in world.warmed for name in wanted} == {f"r{place}" for place in homes}
+    world.refuse = set()
+    await world.seconds(1)
+    assert world.keeper.placement.copies == {"acme": tuple(homes)}
+    assert dict(world.warmed[-1]) == {f"r{homes[2]}": ["acme"]}, "only what was missing is asked for again"
+    await world.seconds(3)
+    assert len(world.warmed) == 2
+
+
+async def test_when_no_copy_could_be_loaded_its_home_goes_on_alone() -> None:
+    world = World(2)
+    world.ongoing = {"acme": 12}
+    world.refuse = {"r0", "r1"}
+    await world.seconds(2)
+    assert world.keeper.placement.copies == {}
+
+
+async def test_copies_go_when_it_cools() -> None:
+    world = World(2)
+    world.ongoing = {"acme": 12}
+    await world.seconds(2)
+    world.ongoing = {}
+    await world.seconds(12)
+    assert world.keeper.placement.copies == {}
+
+
+async def test_the_pool_grows_and_shrinks_with_the_load_and_goes_to_zero() -> None:
+    world = World(1, Bounds(0, 4, 4.0, 8.0, 2, 5, 10))
+    world.ongoing, world.rate = {"acme": 14}, 100
+    await world.seconds(4)
+    assert world.told == [4]
+    world.ongoing, world.rate, world.idle_s = {}, 45, 0.01
+    await world.seconds(10)
+    assert world.told == [4, 1]
+    world.rate, world.idle_s = 0, 11
+    await world.seconds(2)
+    assert world.told == [4, 1, 0]
+    await world.seconds(20)
+    assert world.told == [4, 1, 0]
+
+
+async def test_a_request_at_zero_wakes_it_and_the_start_is_waited_for() -> None:
+    world = World(1, Bounds(0, 4, idle_s=10))
+    world.idle_s = 11
+    await world.seconds(1)
+    assert world.told == [0]
+    world.keeper.wake(3)
+    world.silent = True  # it starts
+    await world.seconds(9)
+    assert world.told == [0, 1]
+
+
+async def test_fixed_bounds_change_nothing_and_other_ones_count_at_once() -> None:
+    world = World(2)
+    world.ongoing, world.rate = {"acme": 50}, 100
+    await world.seconds(5)
+    assert world.told == []
+    world.keeper.allow(Bounds(3, 3))
+    await world.seconds(1)
+    assert world.told == [3]
+
+
+async def test_who_goes_hands_over_what_it_was_home_to() -> None:
+    world = World(3)
+    ring = Ring(range(3))
+    models = [f"m{n}" for n in range(30)]
+    world.held_models = {f"r{p}": [m for m in models if ring.home(m) == p] for p in range(3)}
+    world.keeper.allow(Bounds(2, 2))
+    await world.seconds(1)
+    handed = {ref for refs in world.warmed[0].values() for ref in refs}
+    assert handed == set(world.held_models["r2"]) and set(world.warmed[0]) <= {"r0", "r1"}
+    assert world.told == [2]
+
+
+async def test_while_serve_says_nothing_the_number_stays() -> None:
+    world = World(1, Bounds(0, 4, idle_s=10))
+    world.idle_s = 99
+    world.serve_down = True
+    await world.seconds(3)
+    assert world.told == []
+    world.serve_down = False
+    await world.seconds(1)
+    assert world.told == [0]
+
+
+async def test_the_imbalance_is_the_busiest_over_the_mean() -> None:
+    world = World(2)
+    assert world.keeper.placement.imbalance is None
+    world.rate = 30
+    await world.seconds(1)
+    assert world.keeper.placement.imbalance == 1.0
+
+
+async def test_it_goes_on_after_a_tick_that_failed_and_a_bell_does_not_wait() -> None:
+    world = World(1)
+    asked = asyncio.Event()
+    first = True
+
+    async def loads() -> list[ReplicaLoad]:
+        nonlocal first
+        if first:
+            first = False
+            world.keeper.wake(1)
+            raise RuntimeError("odd")
+        asked.set()
+        return []
+
+    world.loads = loads  # type: ignore[method-assign]
+    running = asyncio.create_task(world.keeper.run())
+    await asyncio.wait_for(asked.wait(), 0.9)
+    running.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await running

@@ -1,0 +1,57 @@
+"""What replicas load before one comes or goes."""
+
+from __future__ import annotations
+
+from hypothesis import given
+from hypothesis import strategies as st
+
+from flatshare.placement.handover import after_loss, to_load
+from flatshare.placement.load import Held
+from flatshare.placement.ring import Ring
+
+MODELS = [f"m{number}" for number in range(40)]
+
+
+def test_who_is_beyond_the_end_takes_the_free_number() -> None:
+    assert after_loss({0: "a", 1: "b", 2: "c"}, "b") == {0: "a", 1: "c"}
+    assert after_loss({0: "a", 1: "b", 2: "c"}, "c") == {0: "a", 1: "b"}
+    assert after_loss({0: "a"}, "a") == {}
+
+
+def held(replicas: int, slots: int = 20) -> list[Held]:
+    ring = Ring(range(replicas))
+    return [
+        Held(f"r{place}", place, slots, [model for model in MODELS if ring.home(model) == place])
+        for place in range(replicas)
+    ]
+
+
+def test_a_newcomer_loads_what_becomes_its_own() -> None:
+    found = to_load([*held(3), Held("new", 3, 20, [])], {0: "r0", 1: "r1", 2: "r2", 3: "new"})
+    assert set(found) == {"new"}
+    ring = Ring(range(4))
+    assert set(found["new"]) == {model for model in MODELS if ring.home(model) == 3}
+
+
+def test_most_recent_first_and_no_more_than_its_slots() -> None:
+    found = to_load([*held(3), Held("new", 3, 4, [])], {0: "r0", 1: "r1", 2: "r2", 3: "new"})
+    all_of_it = to_load([*held(3), Held("new", 3, 20, [])], {0: "r0", 1: "r1", 2: "r2", 3: "new"})
+    assert found["new"] == all_of_it["new"][:4]
+
+
+@given(st.integers(2, 5), st.data())
+def test_after_a_handover_nothing_is_cold(replicas: int, data: st.DataObject) -> None:
+    before = held(replicas, slots=len(MODELS))
+    leaving = data.draw(st.sampled_from(before)).replica
+    names = after_loss({one.place: one.replica for one in before}, leaving)
+    found = to_load(before, names)
+    ring = Ring(names)
+    holds = {one.replica: {*one.models, *found.get(one.replica, [])} for one in before}
+    for model in MODELS:
+        home = ring.home(model)
+        assert home is not None and model in holds[names[home]]
+    assert leaving not in found
+
+
+def test_with_nobody_left_there_is_nothing_to_load() -> None:
+    assert to_load(held(2), {}) == {}
