@@ -140,6 +140,13 @@ class Settings(RegistrySettings):
     downscale_delay_s: float = Field(
         default=60.0, ge=0, description="Seconds for which fewer must be wanted before some go."
     )
+    warm_up_s: float = Field(
+        default=8.0,
+        ge=0,
+        le=60,
+        description="Seconds for which a replica that starts loads what it will be home to before it takes "
+        "requests. 0: it starts cold.",
+    )
     downscale_to_zero_delay_s: float = Field(
         default=300.0, gt=0, description="Seconds without a request before the last replica goes."
     )

@@ -11,15 +11,19 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import dataclasses
 import itertools
 import json
+import multiprocessing
 import os
+import subprocess
 import sys
 import tempfile
 import threading
 import time
 from collections import Counter, OrderedDict
 from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +32,7 @@ import httpx
 import numpy as np
 import psutil
 import torch
-from contenders import CONTENDERS, Capacity
+from contenders import BIN, CONTENDERS, Capacity
 from pool import s3_server
 from safetensors.torch import save
 
@@ -55,6 +59,11 @@ def main() -> int:
     parser.add_argument("--tenants", type=int, default=200)
     parser.add_argument("--requests", type=int, default=8000, help="that are measured, after as many before")
     parser.add_argument("--concurrency", type=int, default=16)
+    parser.add_argument(
+        "--hot-concurrency", type=int, default=64, help="requests of the hot tenant in flight"
+    )
+    parser.add_argument("--trickle-s", type=float, default=60, help="seconds of 45 small requests a second")
+    parser.add_argument("--plot", metavar="FILE", help="draw the hot tenant's run into this PNG")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--no-stock", action="store_true", help="leave out Ray's own multiplexing")
     parser.add_argument("--registry", metavar="DIR", help="keep the registry here, and use it if it is there")
@@ -249,6 +258,223 @@ def haproxies() -> set[int]:
     return found
 
 
+# -- hot
+
+
+QUIET_RATE = 100.0
+"""Requests a second of the quiet tenants, all together."""
+
+HOT_S = 20.0
+BEFORE_S = 8.0
+AFTER_S = 20.0
+"""Seconds with the hot tenant's load, before it, and after it."""
+
+
+def measure_hot(models: Models, arguments: argparse.Namespace) -> dict[str, Any]:
+    """One tenant takes all that it can get beside quiet ones: copies, throughput, and the quiet ones' latency."""
+    quiet = models.tenants[1:100]
+    slots = max(arguments.slots, len(quiet))  # all are resident: what is measured is load, not loads
+    hot = [models.request(models.tenants[0], index) for index in range(len(models.bodies))]
+    dice = np.random.default_rng(arguments.seed)
+    calm = [models.request(quiet[number], 0) for number in dice.integers(0, len(quiet), 20_000)]
+    seen: list[tuple[float, int]] = []
+    with (
+        CONTENDERS["flatshare"].start(Capacity(arguments.replicas, slots)) as url,
+        Residents(url) as residents,
+    ):
+        headers = credentials(url)
+        run_load(url, iter([models.request(one, 0) for one in quiet]), Load(concurrency=4, headers=headers))
+        began = time.perf_counter()
+        total_s = BEFORE_S + HOT_S + AFTER_S
+        # Each load in a process of its own: a busy client must not slow down the one that is measured beside it.
+        with ProcessPoolExecutor(2, mp_context=multiprocessing.get_context("spawn")) as clients:
+            steady = Load(rate=QUIET_RATE, duration_s=total_s, headers=headers)
+            loads = {"quiet": clients.submit(in_process, url, calm, steady, began)}
+            wait_until(began + BEFORE_S, seen, residents, began)
+            flood = Load(duration_s=HOT_S, concurrency=arguments.hot_concurrency, headers=headers)
+            loads["hot"] = clients.submit(in_process, url, hot, flood, began)
+            wait_until(began + total_s, seen, residents, began)
+            answers = {name: load.result() for name, load in loads.items()}
+    if arguments.plot:
+        plot_hot(Path(arguments.plot), answers, seen)
+    flooded = answers["hot"][0].at_s
+    during = [one for one in answers["quiet"] if flooded + 3 <= one.at_s < flooded + HOT_S]
+    before = [one for one in answers["quiet"] if 2 <= one.at_s < flooded]
+    first, last = (
+        [one for one in answers["hot"] if flooded + low <= one.at_s < flooded + high]
+        for low, high in ((0, 2), (8, HOT_S))
+    )
+    return {
+        "hot_requests_per_s_at_first": len(first) / 2,
+        "hot_requests_per_s_with_copies": len(last) / (HOT_S - 8),
+        "copies_at_most": max(count for _, count in seen),
+        "copies_after_s": next((at - flooded for at, count in seen if count > 1), -1.0),
+        "copies_gone_after_s": next(
+            (at - flooded - HOT_S for at, count in seen if at > flooded + HOT_S and count <= 1), -1.0
+        ),
+        "quiet_ms_p50_before": 1000 * quantile(before, 0.5),
+        "quiet_ms_p99_before": 1000 * quantile(before, 0.99),
+        "quiet_ms_p50_during": 1000 * quantile(during, 0.5),
+        "quiet_ms_p99_during": 1000 * quantile(during, 0.99),
+        **failures([*answers["quiet"], *answers["hot"]]),
+    }
+
+
+def in_process(url: str, shots: list[BenchRequest], load: Load, began: float) -> list[Outcome]:
+    """Send in a process of its own; times of the outcomes count from ``began``, a monotonic clock's."""
+    offset = time.perf_counter() - began
+    outcomes = run_load(url, itertools.cycle(shots), load)
+    return [dataclasses.replace(one, at_s=one.at_s + offset) for one in outcomes]
+
+
+def wait_until(moment: float, seen: list[tuple[float, int]], residents: Residents, began: float) -> None:
+    """Note the hot tenant's copies twice a second until then."""
+    while time.perf_counter() < moment:
+        copies = residents.copies()
+        seen.append((time.perf_counter() - began, max((len(one) for one in copies.values()), default=1)))
+        time.sleep(0.5)  # a curve over time is looked at, nothing is waited for
+
+
+def quantile(outcomes: Sequence[Outcome], share_: float) -> float:
+    return float(np.quantile([one.latency_s for one in outcomes], share_)) if outcomes else float("nan")
+
+
+def plot_hot(
+    path: Path,
+    answers: dict[str, list[Outcome]],
+    seen: list[tuple[float, int]],
+) -> None:
+    import matplotlib as mpl
+
+    mpl.use("agg")
+    import matplotlib.pyplot as plt
+
+    figure, (rates, late) = plt.subplots(2, 1, figsize=(8, 6), sharex=True)
+    edges = np.arange(0, BEFORE_S + HOT_S + AFTER_S, 1.0)
+    counts, _ = np.histogram([one.at_s for one in answers["hot"]], edges)
+    rates.step(edges[:-1], counts, where="post", label="hot tenant: requests/s")
+    rates.set_ylabel("requests/s")
+    beside = rates.twinx()
+    beside.step(*zip(*seen, strict=True), where="post", color="tab:red", label="replicas that serve it")
+    beside.set_ylabel("replicas", color="tab:red")
+    beside.set_ylim(0)
+    rates.legend(loc="upper right")
+    for name, share_ in (("p50", 0.5), ("p99", 0.99)):
+        values = [
+            1000 * quantile([one for one in answers["quiet"] if low <= one.at_s < low + 1], share_)
+            for low in edges[:-1]
+        ]
+        late.step(edges[:-1], values, where="post", label=f"99 quiet tenants: {name}")
+    late.set_ylabel("milliseconds")
+    late.set_xlabel("seconds")
+    late.legend(loc="upper right")
+    figure.tight_layout()
+    figure.savefig(path, dpi=110)
+
+
+# -- scale
+
+
+STEP_S = 20.0
+TRICKLE_RATE = 45.0
+
+
+def measure_scale(models: Models, arguments: argparse.Namespace) -> dict[str, Any]:
+    """From no replica to many and back under a step of load; then requests of a millisecond, which keep one."""
+    changed = {
+        "FLATSHARE_MIN_REPLICAS": "0", "FLATSHARE_MAX_REPLICAS": str(arguments.replicas),
+        "FLATSHARE_DOWNSCALE_DELAY_S": "5", "FLATSHARE_DOWNSCALE_TO_ZERO_DELAY_S": "5",
+    }  # fmt: skip
+    with (
+        environment(changed),
+        CONTENDERS["flatshare"].start(Capacity(1, arguments.slots)) as url,
+        Residents(url) as residents,
+    ):
+        headers = credentials(url)
+        none_s = residents.wait_for_wanted(0)
+        woken = run_load(url, iter([models.request(models.tenants[0], 0)]), Load(requests=1, headers=headers))
+        start_s = residents.process_start_s()
+        grown: dict[str, float] = {}
+        watching = threading.Thread(
+            target=lambda: grown.update(s=residents.wait_for_wanted(arguments.replicas))
+        )
+        watching.start()
+        step = run_load(
+            url, models.trace(arguments.seed),
+            Load(duration_s=STEP_S, concurrency=4 * arguments.replicas + 4, headers=headers),
+        )  # fmt: skip
+        watching.join(1)
+        back_s = residents.wait_for_wanted(0)
+        small = itertools.cycle([models.request(models.tenants[0], 0)])
+        seen: list[int] = []
+        stop = threading.Event()
+        watching = threading.Thread(target=residents.watch_wanted, args=(seen, stop))
+        run_load(url, small, Load(requests=1, headers=headers))
+        watching.start()
+        trickle = run_load(
+            url, small, Load(rate=TRICKLE_RATE, duration_s=arguments.trickle_s, headers=headers)
+        )
+        stop.set()
+        watching.join()
+    return {
+        "to_none_after_s": none_s,
+        "first_answer_s": woken[0].latency_s,
+        "of_it_the_process_start_s": start_s,
+        "to_most_after_s": grown.get("s", -1.0),
+        "back_to_none_after_s": back_s,
+        "step_requests": len(step),
+        "trickle_requests": len(trickle),
+        "fewest_replicas_under_the_trickle": min(seen),
+        **failures([*woken, *step, *trickle]),
+    }
+
+
+# -- rollout
+
+AROUND_S = 12.0
+"""Seconds of load before a rollout and after it."""
+
+
+def measure_rollout(models: Models, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Every replica replaced under load: ours, and Serve's default order with replicas that start cold."""
+    ours = one_rollout(models, arguments, [])
+    plain = one_rollout(models, arguments, ["--no-surge", "--set", "warm_up_s=0"])
+    return {
+        **ours, **{f"serves_default_{key}": value for key, value in plain.items()},
+        "failed": ours["failed"] + plain["failed"], "wrong": ours["wrong"] + plain["wrong"],
+    }  # fmt: skip
+
+
+def one_rollout(models: Models, arguments: argparse.Namespace, options: list[str]) -> dict[str, Any]:
+    with CONTENDERS["flatshare"].start(Capacity(arguments.replicas, arguments.slots)) as url:
+        headers = credentials(url)
+        send(url, models.trace(arguments.seed), arguments.requests, arguments.concurrency)
+        stop = threading.Event()
+        outcomes: list[Outcome] = []
+        shots = itertools.takewhile(lambda _: not stop.is_set(), models.trace(arguments.seed + 1))
+        load = Load(concurrency=arguments.concurrency, headers=headers)
+        thread = threading.Thread(target=lambda: outcomes.extend(run_load(url, shots, load)))
+        began = time.perf_counter()
+        thread.start()
+        time.sleep(AROUND_S)  # of load
+        port = url.split(":")[2].partition("/")[0]
+        command = [str(BIN / "flatshare"), "rollout", "--port", port, *options]
+        started_s = time.perf_counter() - began
+        subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=300)
+        done_s = time.perf_counter() - began
+        time.sleep(AROUND_S)
+        stop.set()
+        thread.join()
+    found: dict[str, Any] = {"took_s": done_s - started_s, **failures(outcomes)}
+    for name, low, high in (
+        ("before", 2.0, started_s), ("during", started_s, done_s), ("after", done_s, done_s + AROUND_S),
+    ):  # fmt: skip
+        some = [one for one in outcomes if low <= one.at_s < high]
+        found[f"hit_rate_{name}"] = share(one.tier == "device" for one in some)
+        found[f"ms_p99_{name}"] = 1000 * quantile(some, 0.99)
+    return found
+
+
 # -- shared
 
 
@@ -281,6 +507,38 @@ class Residents:
                     return
             time.sleep(0.1)  # Serve says nothing when a replica runs
         raise SystemExit("the replica was not replaced")
+
+    def copies(self) -> dict[str, list[str]]:
+        """Models that more than one replica serves, and which."""
+        reply = self._client.get(self._url)
+        reply.raise_for_status()
+        copies: dict[str, list[str]] = reply.json()["placement"]["copies"]
+        return copies
+
+    def wanted(self) -> int:
+        """Replicas that Serve keeps."""
+        reply = self._client.get(self._url.removesuffix("replicas") + "scaling")
+        reply.raise_for_status()
+        return int(reply.json()["wanted"])
+
+    def wait_for_wanted(self, count: int) -> float:
+        """Seconds until Serve was told to keep so many."""
+        began = time.monotonic()
+        while time.monotonic() < began + WHOLE_S:
+            if self.wanted() == count:
+                return time.monotonic() - began
+            time.sleep(0.1)  # nobody is told of a decision
+        raise SystemExit(f"the pool did not get {count} replicas")
+
+    def watch_wanted(self, seen: list[int], stop: threading.Event) -> None:
+        """Note the number twice a second until told to stop."""
+        while not stop.wait(0.5):
+            seen.append(self.wanted())
+
+    def process_start_s(self) -> float:
+        """Of the only replica: from its process's start until it was built."""
+        (one,) = self.replicas()
+        return float(one["started_at"]) - psutil.Process(one["pid"]).create_time()
 
     def duplicate_factor(self) -> float:
         """Residencies over distinct models."""
@@ -329,6 +587,9 @@ def environment(changed: dict[str, str]) -> Iterator[None]:
 PARTS: dict[str, Callable[[Models, argparse.Namespace], dict[str, Any]]] = {
     "hits": measure_hits,
     "kill": measure_kill,
+    "hot": measure_hot,
+    "scale": measure_scale,
+    "rollout": measure_rollout,
 }
 
 if __name__ == "__main__":

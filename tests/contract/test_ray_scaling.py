@@ -17,7 +17,8 @@ import json, os, signal, time
 os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 import ray
 from ray import serve
-from flatshare.pool import scaling
+from flatshare.pool import kept, scaling
+from flatshare.settings import Settings
 from flatshare.pool.details import replica_states
 from flatshare.pool.controller import read_details
 
@@ -74,10 +75,13 @@ began = time.monotonic()
 scaler.scale(1)
 until(lambda: settled(1))
 found["from_zero_s"] = time.monotonic() - began
-found["recalled_before"] = scaling.recall_bounds()
-scaling.remember_bounds(0, 5)
-scaling.remember_bounds(1, 6)
-found["recalled"] = scaling.recall_bounds()
+found["recalled_before"] = [kept.recall_bounds(), kept.recall_deployed()]
+kept.remember_bounds(0, 5)
+kept.remember_bounds(1, 6)
+deployed = kept.Deployed(Settings(slots=7), None, {"A": "b"})
+kept.remember_deployed(deployed)
+found["recalled"] = kept.recall_bounds()
+found["same"] = kept.recall_deployed() == deployed
 serve.shutdown()
 ray.shutdown()
 print(json.dumps(found))
@@ -108,4 +112,5 @@ def test_the_number_is_set_from_outside_down_to_none_and_back(found: dict[str, A
 
 
 def test_what_an_operator_allowed_is_kept_by_the_cluster(found: dict[str, Any]) -> None:
-    assert (found["recalled_before"], found["recalled"]) == (None, [1, 6])
+    assert (found["recalled_before"], found["recalled"]) == ([None, None], [1, 6])
+    assert found["same"] is True

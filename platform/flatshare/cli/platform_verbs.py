@@ -1,4 +1,4 @@
-"""Verbs that run a platform on this machine: up, edge; ``running_verbs`` has down and status."""
+"""Verbs that run a platform on this machine: up, edge, rollout; ``running_verbs`` has down and status."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ RayOption = Annotated[
 
 def add_to(app: typer.Typer) -> None:
     """Add these verbs to the command."""
-    for function in (up, down, status, edge):
+    for function in (up, down, status, edge, rollout):
         app.command(rich_help_panel="This machine")(function)
 
 
@@ -317,3 +317,52 @@ def edge(
     with contextlib.suppress(KeyboardInterrupt), running_edge(settings, ray_address) as supervisor:
         out.print(f"the edge listens on {url_of(settings)}; Ctrl-C ends it")
         supervisor.run(stop)
+
+
+def rollout(
+    changes: Annotated[
+        list[str] | None,
+        typer.Option("--set", metavar="NAME=VALUE", help="A setting of the replicas to change (repeatable)."),
+    ] = None,
+    surge: Annotated[
+        bool,
+        typer.Option(
+            "--surge/--no-surge",
+            help="Start a new replica before an old one stops; needs memory, or GPUs, for one more.",
+        ),
+    ] = True,
+    port: PortOption = None,
+) -> None:
+    """Replace every replica, one after the other, by the code that is installed now; also with other
+    settings.
+
+    Requests go on meanwhile. A new replica takes them once it has loaded what it will be home to. What was
+    not named stays as it was. If new replicas do not start, the old ones stay.
+    """
+    need_serve_extra()
+    given: dict[str, object] = {}
+    for change in changes or ():
+        name, equals, value = change.partition("=")
+        if not equals:
+            raise SettingsError(f"--set {change}: say NAME=VALUE")
+        given[name.strip().lower().removeprefix("flatshare_")] = value.strip()
+
+    from flatshare.local.state import PlatformState
+
+    state = PlatformState.read(load_settings(port=port).port)
+    if state is None or state.process() is None or state.phase != "running":
+        raise LocalError("flatshare does not run here on this port; flatshare status shows what does")
+
+    from flatshare.local.ray_token import cluster_token_file
+    from flatshare.pool.environment import prepare
+
+    prepare("haproxy" if state.edge == "haproxy" else "serve", cluster_token_file(state.ray_address))
+
+    from flatshare.local.rollout import roll_out
+
+    with err.status("starting new replicas ...") as spinner:
+        settings = roll_out(
+            state.ray_address, given, surge=surge, report=lambda text: spinner.update(f"{text} ...")
+        )
+    named = ", ".join(f"{name}={getattr(settings, name)}" for name in given) or "the same settings"
+    out.print(f"every replica is new, with {named}")

@@ -19,7 +19,8 @@ from flatshare.placement.scaling import Bounds
 from flatshare.pool.controller import read_details
 from flatshare.pool.details import ReplicaState, replica_states
 from flatshare.pool.handle import POOL_APP, POOL_DEPLOYMENT, pool_handle
-from flatshare.pool.scaling import ServeScaler, recall_bounds, remember_bounds
+from flatshare.pool.kept import recall_bounds, remember_bounds
+from flatshare.pool.scaling import ServeScaler
 from flatshare.settings import Settings
 from flatshare_registry.catalog import Registry
 

@@ -118,6 +118,7 @@ class Keeper:
     _waiting: int = 0
     _asked_at: float = -1e9
     _loads: Sequence[ReplicaLoad] = ()
+    _names: Mapping[int, str] = field(default_factory=dict)
     _bell: asyncio.Event = field(default_factory=asyncio.Event)
 
     @property
@@ -162,6 +163,7 @@ class Keeper:
             loads = []  # there is no replica, or all are busy starting
         self._loads = loads
         if loads:
+            await self._follow({load.place: load.replica for load in loads})
             await self._keep_copies(loads)
         await self._keep_replicas(loads)
 
@@ -186,6 +188,16 @@ class Keeper:
         if found != self._copies:
             logger.info("copies: %s", found)
         self._copies = found
+
+    async def _follow(self, names: Mapping[int, str]) -> None:
+        """Models whose home has changed are loaded there, before more requests find it cold."""
+        before, self._names = self._names, names
+        if not before or before == names:
+            return
+        try:
+            await self._warm(to_load(await self.fleet.held(), names))
+        except FleetUnavailable as error:
+            logger.warning("models were not moved in advance: %s", error.message)
 
     async def _keep_replicas(self, loads: Sequence[ReplicaLoad]) -> None:
         now = self.clock()

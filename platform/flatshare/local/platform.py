@@ -39,10 +39,11 @@ from flatshare.pool.details import app_status, replica_states, targets
 from flatshare.pool.doors import Doors, ask_replicas
 from flatshare.pool.gpus import check_gpus
 from flatshare.pool.handle import POOL_APP, POOL_DEPLOYMENT
+from flatshare.pool.kept import Deployed, remember_deployed
 from flatshare.settings import LOOPBACK_HOSTS, Settings
 from flatshare_registry.errors import Unavailable
 
-__all__ = ["running_edge", "running_platform"]
+__all__ = ["Report", "deploy", "running_edge", "running_platform"]
 
 logger = logging.getLogger("flatshare.local")
 
@@ -151,15 +152,16 @@ def _applications(
     from flatshare.pool.deployment import pool_application
 
     try:
-        _deploy(pool_application(settings, operators, environment), POOL_APP, "/", scaled=True)
-        _deploy(control_application(settings, operators, environment), CONTROL_APP, CONTROL_PREFIX)
+        deploy(pool_application(settings, operators, environment), POOL_APP, "/", scaled=True)
+        remember_deployed(Deployed(settings, operators, environment))
+        deploy(control_application(settings, operators, environment), CONTROL_APP, CONTROL_PREFIX)
         yield
     finally:
         if keep_cluster:  # else everything ends with the cluster, and nobody need wait for its draining
             serve.shutdown()  # type: ignore[no-untyped-call]  # Ray gives it no types
 
 
-def _deploy(application: serve.Application, name: str, prefix: str, *, scaled: bool = False) -> None:
+def deploy(application: serve.Application, name: str, prefix: str, *, scaled: bool = False) -> None:
     """Deploy and wait until it runs.
 
     Parameters

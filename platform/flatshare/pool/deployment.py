@@ -45,9 +45,6 @@ logger = logging.getLogger("flatshare.pool")
 DOOR_HOST: Final = "127.0.0.1"
 """Where replicas listen: the edge is on the same machine."""
 
-WARM_UP_S: Final = 8.0
-"""Seconds that a replica loads models before it takes requests: what is not here by then comes on demand."""
-
 DOOR_STOP_S: Final = 6.0
 """Seconds that a stopping replica waits for its door's requests to end."""
 
@@ -190,12 +187,14 @@ class ClassifierPool:
 
     async def _warm_up(self) -> None:
         """Load what this replica is going to be home to, of what the others hold. Raises nothing."""
+        if self._replica.settings.warm_up_s == 0:
+            return
         try:
             held = await ask_held()
             me = self._replica.held(_place())
             names = {one.place: one.replica for one in held} | {me.place: me.replica}
             refs = to_load([*held, me], names).get(me.replica, [])
-            done = await self._replica.warm(refs, WARM_UP_S)
+            done = await self._replica.warm(refs, self._replica.settings.warm_up_s)
         except Exception as error:  # it is only slower without
             logger.warning("replica %s starts cold: %s", self._replica.name, error)
         else:
@@ -241,7 +240,12 @@ def _place() -> int:
 
 
 def pool_application(
-    settings: Settings, operators: OperatorKeys | None, environment: dict[str, str]
+    settings: Settings,
+    operators: OperatorKeys | None,
+    environment: dict[str, str],
+    *,
+    replicas: int | None = None,
+    surge: bool = False,
 ) -> serve.Application:
     """The pool as a Serve application.
 
@@ -249,7 +253,12 @@ def pool_application(
     ----------
     environment
         Variables that Ray reads in the replicas (``pool.environment``).
+    replicas
+        How many to begin with; None for the settings'.
+    surge
+        Where one is replaced: start the new one first, one at a time. Needs room for one more.
     """
+    count = settings.replicas if replicas is None else replicas
     variables = dict(environment)
     if settings.gpus_per_replica == 0 and settings.device != "cuda":
         # Without this a replica on a GPU host sees all GPUs, although it reserved none.
@@ -260,7 +269,10 @@ def pool_application(
     deployment = cast("Any", serve.deployment)(
         serve.ingress()(ClassifierPool),
         name=POOL_DEPLOYMENT,
-        num_replicas=settings.replicas,
+        num_replicas=count,
+        # Serve rounds up what may be beside, and down what may be missing: one each.
+        max_surge_percent=max(100 // count, 1) if surge else 0,
+        rolling_update_percentage=1 / count,
         ray_actor_options={
             "num_cpus": settings.cpus_per_replica,
             "num_gpus": settings.gpus_per_replica,

@@ -1,4 +1,4 @@
-"""The pool's number of replicas, as Serve keeps it: read, changed, and what an operator allowed remembered.
+"""The pool's number of replicas, as Serve keeps it: read and changed.
 
 Serve takes the number from outside (``external_scaler_enabled``) and acts within a tenth of a second; 0 is
 allowed. Serve's own autoscaler is not used: it samples a gauge, does not see requests of a millisecond, and
@@ -8,11 +8,9 @@ calls a policy that is pickled into its controller. Both calls are pinned by
 
 from __future__ import annotations
 
-import json
 from typing import Any, Final
 
 import ray
-from ray.experimental import internal_kv
 from ray.serve._private.common import DeploymentID
 from ray.serve.context import _get_global_client
 
@@ -20,10 +18,8 @@ from flatshare.pool.controller import read_details
 from flatshare.pool.handle import POOL_APP, POOL_DEPLOYMENT
 from flatshare_registry.errors import Unavailable
 
-__all__ = ["ServeScaler", "recall_bounds", "remember_bounds"]
+__all__ = ["ServeScaler"]
 
-_NAMESPACE: Final = b"flatshare"
-_KEY: Final = b"bounds"
 CALL_S: Final = 5.0
 
 
@@ -66,18 +62,3 @@ class ServeScaler:
         if pool is None:
             raise Unavailable("the pool is not deployed")
         return pool
-
-
-def remember_bounds(minimum: int, maximum: int) -> None:
-    """Keep what an operator allowed for as long as the cluster lives: a control plane may die. Blocks."""
-    value = json.dumps([minimum, maximum]).encode()
-    internal_kv._internal_kv_put(_KEY, value, overwrite=True, namespace=_NAMESPACE)
-
-
-def recall_bounds() -> tuple[int, int] | None:
-    """What an operator allowed last, on this cluster; None for nothing. Blocks."""
-    value = internal_kv._internal_kv_get(_KEY, namespace=_NAMESPACE)
-    if value is None:
-        return None
-    minimum, maximum = json.loads(value)
-    return int(minimum), int(maximum)

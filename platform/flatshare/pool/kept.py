@@ -1,0 +1,79 @@
+"""What a platform keeps in its cluster's own key-value store (GCS), for as long as the cluster lives.
+
+A control plane that dies, and a command that joins the cluster later, find there what an operator allowed
+and what was deployed. It is of the cluster's trust domain, as Serve's own records of the same arguments are:
+settings without secrets, and digests of operators' keys. ``tests/contract/test_ray_scaling.py`` pins the
+calls.
+"""
+
+from __future__ import annotations
+
+import json
+import pickle
+from dataclasses import dataclass
+from typing import Final
+
+from ray.experimental import internal_kv
+
+from flatshare.api.identity import OperatorKeys
+from flatshare.settings import Settings
+
+__all__ = ["Deployed", "recall_bounds", "recall_deployed", "remember_bounds", "remember_deployed"]
+
+_NAMESPACE: Final = b"flatshare"
+
+
+@dataclass(frozen=True, slots=True)
+class Deployed:
+    """The arguments of the pool that runs.
+
+    Attributes
+    ----------
+    settings
+        Without secrets.
+    operators
+        Digests of operators' keys; None when authentication is off.
+    environment
+        Variables of Serve's processes.
+    """
+
+    settings: Settings
+    operators: OperatorKeys | None
+    environment: dict[str, str]
+
+
+def remember_deployed(deployed: Deployed) -> None:
+    """Keep what was deployed. Blocks, as the others do."""
+    _put(b"deployed", pickle.dumps(deployed))
+
+
+def recall_deployed() -> Deployed | None:
+    """What was deployed last on this cluster; None for nothing."""
+    value = _get(b"deployed")
+    if value is None:
+        return None
+    found: Deployed = pickle.loads(value)  # noqa: S301 - who can write there can run code in the cluster anyway
+    return found
+
+
+def remember_bounds(minimum: int, maximum: int) -> None:
+    """Keep between which numbers of replicas an operator lets the pool move."""
+    _put(b"bounds", json.dumps([minimum, maximum]).encode())
+
+
+def recall_bounds() -> tuple[int, int] | None:
+    """What an operator allowed last on this cluster; None for nothing."""
+    value = _get(b"bounds")
+    if value is None:
+        return None
+    minimum, maximum = json.loads(value)
+    return int(minimum), int(maximum)
+
+
+def _put(key: bytes, value: bytes) -> None:
+    internal_kv._internal_kv_put(key, value, overwrite=True, namespace=_NAMESPACE)
+
+
+def _get(key: bytes) -> bytes | None:
+    value: bytes | None = internal_kv._internal_kv_get(key, namespace=_NAMESPACE)
+    return value

@@ -1,0 +1,43 @@
+"""What a rollout may change: settings that only replicas read, and no contradictions."""
+
+from __future__ import annotations
+
+import pytest
+
+from flatshare.errors import SettingsError
+from flatshare.local.rollout import ROLLED_OUT, changed_settings
+from flatshare.settings import Settings
+
+DEPLOYED = Settings(slots=7, store="memory://x", port=8123, plans={})
+
+
+def test_what_is_not_named_stays_as_it_was_deployed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("FLATSHARE_SLOTS", "99")
+    changed = changed_settings(DEPLOYED, {"eviction": "sieve"})
+    assert changed == DEPLOYED.model_copy(update={"eviction": "sieve"})
+
+
+def test_a_value_is_read_as_the_setting_is() -> None:
+    assert changed_settings(DEPLOYED, {"slots": "12"}).slots == 12
+    with pytest.raises(SettingsError, match="slots"):
+        changed_settings(DEPLOYED, {"slots": "many"})
+
+
+@pytest.mark.parametrize("name", ["port", "store", "edge", "replicas", "min_replicas", "auth", "device"])
+def test_what_others_have_read_can_not_change(name: str) -> None:
+    with pytest.raises(SettingsError, match=f"{name} can't change while the platform runs"):
+        changed_settings(DEPLOYED, {name: "x"})
+
+
+def test_a_name_that_is_no_setting_is_refused() -> None:
+    with pytest.raises(SettingsError, match="no setting slotz"):
+        changed_settings(DEPLOYED, {"slotz": "1"})
+
+
+def test_a_contradiction_is_refused() -> None:
+    with pytest.raises(SettingsError, match="body_memory_bytes"):
+        changed_settings(DEPLOYED, {"body_memory_bytes": str(1024**2)})
+
+
+def test_all_that_can_change_is_a_setting() -> None:
+    assert set(Settings.model_fields) >= ROLLED_OUT
