@@ -18,6 +18,7 @@ os.environ.setdefault("RAY_AUTH_MODE", "disabled")
 import ray
 from ray import serve
 from flatshare.pool import kept, scaling
+from flatshare.api.identity import OperatorKeys
 from flatshare.settings import Settings
 from flatshare.pool.details import replica_states
 from flatshare.pool.controller import read_details
@@ -78,7 +79,8 @@ found["from_zero_s"] = time.monotonic() - began
 found["recalled_before"] = [kept.recall_bounds(), kept.recall_deployed()]
 kept.remember_bounds(0, 5)
 kept.remember_bounds(1, 6)
-deployed = kept.Deployed(Settings(slots=7), None, {"A": "b"})
+plans = {"default": {"requests_per_s": 50, "resident_bytes": 5e7}}
+deployed = kept.Deployed(Settings(slots=7, plans=plans, max_replicas=3), OperatorKeys({"id": "digest"}), {"A": "b"})
 kept.remember_deployed(deployed)
 found["recalled"] = kept.recall_bounds()
 found["same"] = kept.recall_deployed() == deployed

@@ -9,7 +9,6 @@ calls.
 from __future__ import annotations
 
 import json
-import pickle
 from dataclasses import dataclass
 from typing import Final
 
@@ -44,7 +43,13 @@ class Deployed:
 
 def remember_deployed(deployed: Deployed) -> None:
     """Keep what was deployed. Blocks, as the others do."""
-    _put(b"deployed", pickle.dumps(deployed))
+    operators = deployed.operators
+    document = {
+        "settings": deployed.settings.model_dump(mode="json"),
+        "operators": None if operators is None else dict(operators.digests),
+        "environment": deployed.environment,
+    }
+    _put(b"deployed", json.dumps(document).encode())
 
 
 def recall_deployed() -> Deployed | None:
@@ -52,8 +57,13 @@ def recall_deployed() -> Deployed | None:
     value = _get(b"deployed")
     if value is None:
         return None
-    found: Deployed = pickle.loads(value)  # noqa: S301 - who can write there can run code in the cluster anyway
-    return found
+    document = json.loads(value)
+    operators = document["operators"]
+    return Deployed(
+        Settings(**document["settings"]),
+        None if operators is None else OperatorKeys(operators),
+        document["environment"],
+    )
 
 
 def remember_bounds(minimum: int, maximum: int) -> None:
