@@ -23,7 +23,8 @@ from flatshare.control.scaling import Scaling
 from flatshare.models.architecture import architecture
 from flatshare.placement.scaling import Bounds
 from flatshare.pool.details import ReplicaState
-from flatshare.replica.build import Place, Replica
+from flatshare.replica.build import Replica
+from flatshare.replica.identity import ReplicaIdentity
 from flatshare.replica.receipt import EraseReceipt, HostReceipt
 from flatshare.replica.request import InferenceService
 from flatshare.settings import Settings
@@ -108,7 +109,7 @@ def data_plane(auth: bool = True) -> Iterator[Data]:
         registry.register(tenant, save(dict(NETWORK.build().state_dict())), NETWORK.name, NETWORK.tensors)
     keys = Keys(registry, clock)
     settings = Settings(slots=4, view_ttl_s=60, host_dir="off", max_ongoing_requests=8, max_queued_requests=8)
-    replica = Replica.build(settings, store, place=Place("r1"))
+    replica = Replica.build(settings, store, identity=ReplicaIdentity("r1"))
     app = create_app(
         replica.service, Identities(replica.heads, keys.operators if auth else None, clock=clock),
         replica=replica.name, max_body_bytes=10**6, max_rows=8,

@@ -30,7 +30,8 @@ from flatshare.pool.gpus import allocator_variables, check_visible
 from flatshare.pool.handle import POOL_DEPLOYMENT
 from flatshare.pool.multiplex import NEVER_EVICT, Advertiser
 from flatshare.pool.router import PLACE, HomeReplicaRouter
-from flatshare.replica.build import Place, Replica
+from flatshare.replica.build import Replica
+from flatshare.replica.identity import ReplicaIdentity
 from flatshare.replica.receipt import EraseReceipt, HostReceipt
 from flatshare.replica.snapshot import ReplicaSnapshot
 from flatshare.replica.ticket import Rows
@@ -63,10 +64,10 @@ class ClassifierPool:
     def __init__(self, settings: Settings, operators: OperatorKeys | None) -> None:
         check_visible(ray.get_gpu_ids(), os.environ.get("CUDA_VISIBLE_DEVICES"))
         node_id = str(ray.get_runtime_context().get_node_id())
-        place = Place(serve.get_replica_context().replica_id.unique_id, node_id=node_id)
+        identity = ReplicaIdentity(serve.get_replica_context().replica_id.unique_id, node_id=node_id)
         self._advertiser = Advertiser(self, self.load_model, lambda: self._replica.held_ids())
         self._replica = Replica.build(
-            settings, settings.open_store(), place=place, on_change=self._advertiser.changed
+            settings, settings.open_store(), identity=identity, on_change=self._advertiser.changed
         )
         self._decoding = DecodeRoom()
         self._data_plane = create_app(

@@ -31,6 +31,7 @@ from flatshare.errors import ServeError
 from flatshare.models.architecture import architecture
 from flatshare.placement.homes import canonical
 from flatshare.placement.load import Held, ReplicaLoad
+from flatshare.replica.identity import ReplicaIdentity
 from flatshare.replica.key_use import KeyUse
 from flatshare.replica.load import LoadMeter, Reading
 from flatshare.replica.pins import restore_pins
@@ -61,7 +62,7 @@ from flatshare_registry.ids import ModelRef, TenantId
 from flatshare_registry.records import TenantHead, VersionRecord
 from flatshare_registry.stores.base import BlobStore
 
-__all__ = ["Place", "Replica"]
+__all__ = ["Replica"]
 
 logger = logging.getLogger("flatshare.replica")
 
@@ -81,25 +82,6 @@ DRAIN_S: Final = 5.0
 """Seconds that a stopping replica waits for leases to end."""
 
 
-@dataclass(frozen=True, slots=True)
-class Place:
-    """Who and where a replica is.
-
-    Attributes
-    ----------
-    replica
-        Its own name, new at each start.
-    node
-        The machine, for people.
-    node_id
-        The machine, as the cluster calls it.
-    """
-
-    replica: str = "replica"
-    node: str = field(default_factory=lambda: os.uname().nodename)
-    node_id: str = ""
-
-
 @dataclass(slots=True, eq=False)
 class Replica:
     """One replica's parts. All methods must be called on one event loop.
@@ -114,7 +96,7 @@ class Replica:
         How busy it was lately.
     """
 
-    place: Place
+    identity: ReplicaIdentity
     settings: Settings
     device: Device
     registry: Registry
@@ -141,7 +123,7 @@ class Replica:
         settings: Settings,
         store: BlobStore,
         *,
-        place: Place | None = None,
+        identity: ReplicaIdentity | None = None,
         device: Device | None = None,
         on_change: Callable[[], None] = lambda: None,
         clock: Callable[[], float] = time.monotonic,
@@ -250,7 +232,7 @@ class Replica:
             )
 
         return cls(
-            place=place or Place(),
+            identity=identity or ReplicaIdentity(),
             settings=settings,
             device=device,
             registry=registry,
@@ -272,7 +254,7 @@ class Replica:
     @property
     def name(self) -> str:
         """This replica's own name."""
-        return self.place.replica
+        return self.identity.replica
 
     # -- its life
 
@@ -425,8 +407,8 @@ class Replica:
         return ReplicaSnapshot(
             replica=self.name,
             place=place,
-            node=self.place.node,
-            node_id=self.place.node_id,
+            node=self.identity.node,
+            node_id=self.identity.node_id,
             pid=os.getpid(),
             device=str(self.device.torch_device),
             slots=self.cache.slots,
@@ -515,7 +497,7 @@ class Replica:
         clean = await self.key_use.stop(parsed, deadline - time.monotonic()) and clean
         self._on_change()
         return EraseReceipt(
-            self.name, self.place.node_id, self.device.name, told.models, told.overwritten_bytes,
+            self.name, self.identity.node_id, self.device.name, told.models, told.overwritten_bytes,
             clean, time.time(),
         )  # fmt: skip
 
@@ -525,7 +507,7 @@ class Replica:
         if self.host_tier is not None:
             found = await asyncio.to_thread(self.host_tier.scrub, digests)
         return HostReceipt(
-            self.name, self.place.node_id, self.place.node,
+            self.name, self.identity.node_id, self.identity.node,
             found.removed, found.kept, found.overwritten_bytes, time.time(),
         )  # fmt: skip
 

@@ -14,7 +14,8 @@ from safetensors.torch import save
 
 from flatshare.api.identity import LOCAL_OPERATOR
 from flatshare.models.architecture import architecture
-from flatshare.replica.build import Place, Replica
+from flatshare.replica.build import Replica
+from flatshare.replica.identity import ReplicaIdentity
 from flatshare.settings import Settings
 from flatshare_registry.catalog import Registry
 from flatshare_registry.errors import NotFound
@@ -42,7 +43,7 @@ def registry() -> Registry:
 
 @pytest.fixture
 async def replica(registry: Registry) -> AsyncIterator[Replica]:
-    replica = Replica.build(settings(), registry.store, place=Place("r1", "host", "n1"))
+    replica = Replica.build(settings(), registry.store, identity=ReplicaIdentity("r1", "host", "n1"))
     yield replica
     await replica.close()
 

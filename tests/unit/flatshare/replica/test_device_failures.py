@@ -22,7 +22,8 @@ from flatshare.errors import DeviceBroken, NoRoom, ProbeFailed, ServeError, Wedg
 from flatshare.models.architecture import architecture
 from flatshare.models.probe import probe_logits
 from flatshare.replica import warm_up as warm_up_module
-from flatshare.replica.build import Place, Replica
+from flatshare.replica.build import Replica
+from flatshare.replica.identity import ReplicaIdentity
 from flatshare.settings import Settings
 from flatshare.weights.tiers import ModelKey
 from flatshare_registry.catalog import Registry
@@ -79,7 +80,7 @@ async def made(store: MemoryStore, monkeypatch: pytest.MonkeyPatch) -> AsyncIter
         runtime = SimulatedCuda(total)
         device = CudaDevice(runtime)
         settings = Settings(host_dir="off", device="auto", **given)  # type: ignore[arg-type]  # a test's settings
-        replica = Replica.build(settings, store, place=Place("r1", "host", "n1"), device=device)
+        replica = Replica.build(settings, store, identity=ReplicaIdentity("r1", "host", "n1"), device=device)
         worlds.append(World(runtime, device, replica))
         return worlds[-1]
 
