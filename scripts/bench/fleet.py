@@ -63,9 +63,12 @@ def main() -> int:
         "--hot-concurrency", type=int, default=64, help="requests of the hot tenant in flight"
     )
     parser.add_argument("--trickle-s", type=float, default=60, help="seconds of 45 small requests a second")
+    parser.add_argument("--seconds", type=float, default=12, help="of load before a rollout and after it")
     parser.add_argument("--plot", metavar="FILE", help="draw the hot tenant's run into this PNG")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--no-stock", action="store_true", help="leave out Ray's own multiplexing")
+    parser.add_argument(
+        "--no-stock", action="store_true", help="leave out Ray's own multiplexing, and Serve's own order"
+    )
     parser.add_argument("--registry", metavar="DIR", help="keep the registry here, and use it if it is there")
     parser.add_argument("--json", metavar="FILE", help="write the results as a document")
     arguments = parser.parse_args()
@@ -383,7 +386,7 @@ def measure_scale(models: Models, arguments: argparse.Namespace) -> dict[str, An
     """From no replica to many and back under a step of load; then requests of a millisecond, which keep one."""
     changed = {
         "FLATSHARE_MIN_REPLICAS": "0", "FLATSHARE_MAX_REPLICAS": str(arguments.replicas),
-        "FLATSHARE_DOWNSCALE_DELAY_S": "5", "FLATSHARE_DOWNSCALE_TO_ZERO_DELAY_S": "5",
+        "FLATSHARE_DOWNSCALE_DELAY_S": "5", "FLATSHARE_DOWNSCALE_TO_ZERO_DELAY_S": "8",
     }  # fmt: skip
     with (
         environment(changed),
@@ -431,13 +434,12 @@ def measure_scale(models: Models, arguments: argparse.Namespace) -> dict[str, An
 
 # -- rollout
 
-AROUND_S = 12.0
-"""Seconds of load before a rollout and after it."""
-
 
 def measure_rollout(models: Models, arguments: argparse.Namespace) -> dict[str, Any]:
     """Every replica replaced under load: ours, and Serve's default order with replicas that start cold."""
     ours = one_rollout(models, arguments, [])
+    if arguments.no_stock:
+        return ours
     plain = one_rollout(models, arguments, ["--no-surge", "--set", "warm_up_s=0"])
     return {
         **ours, **{f"serves_default_{key}": value for key, value in plain.items()},
@@ -456,18 +458,18 @@ def one_rollout(models: Models, arguments: argparse.Namespace, options: list[str
         thread = threading.Thread(target=lambda: outcomes.extend(run_load(url, shots, load)))
         began = time.perf_counter()
         thread.start()
-        time.sleep(AROUND_S)  # of load
+        time.sleep(arguments.seconds)  # of load
         port = url.split(":")[2].partition("/")[0]
         command = [str(BIN / "flatshare"), "rollout", "--port", port, *options]
         started_s = time.perf_counter() - began
         subprocess.run(command, check=True, stdout=subprocess.DEVNULL, timeout=300)
         done_s = time.perf_counter() - began
-        time.sleep(AROUND_S)
+        time.sleep(arguments.seconds)
         stop.set()
         thread.join()
     found: dict[str, Any] = {"took_s": done_s - started_s, **failures(outcomes)}
     for name, low, high in (
-        ("before", 2.0, started_s), ("during", started_s, done_s), ("after", done_s, done_s + AROUND_S),
+        ("before", 2.0, started_s), ("during", started_s, done_s), ("after", done_s, done_s + arguments.seconds),
     ):  # fmt: skip
         some = [one for one in outcomes if low <= one.at_s < high]
         found[f"hit_rate_{name}"] = share(one.tier == "device" for one in some)
@@ -497,6 +499,12 @@ class Residents:
         reply.raise_for_status()
         return [one for one in reply.json()["replicas"] if one["state"] == "RUNNING"]
 
+    def existing(self) -> int:
+        """Replicas in any state."""
+        reply = self._client.get(self._url)
+        reply.raise_for_status()
+        return len(reply.json()["replicas"]) + len(reply.json()["not_answering"])
+
     def wait_for(self, count: int, but: str) -> None:
         """Until so many run, a dead one not counted."""
         deadline = time.monotonic() + WHOLE_S
@@ -522,10 +530,10 @@ class Residents:
         return int(reply.json()["wanted"])
 
     def wait_for_wanted(self, count: int) -> float:
-        """Seconds until Serve was told to keep so many."""
+        """Seconds until Serve was told to keep so many; none: until none is left."""
         began = time.monotonic()
         while time.monotonic() < began + WHOLE_S:
-            if self.wanted() == count:
+            if self.wanted() == count and (count or not self.existing()):
                 return time.monotonic() - began
             time.sleep(0.1)  # nobody is told of a decision
         raise SystemExit(f"the pool did not get {count} replicas")
@@ -537,8 +545,12 @@ class Residents:
 
     def process_start_s(self) -> float:
         """Of the only replica: from its process's start until it was built."""
-        (one,) = self.replicas()
-        return float(one["started_at"]) - psutil.Process(one["pid"]).create_time()
+        deadline = time.monotonic() + WHOLE_S
+        while not (found := self.replicas()):
+            if time.monotonic() > deadline:
+                raise SystemExit("no replica answers")
+            time.sleep(0.1)  # its first answer may be there before Serve calls it running
+        return float(found[0]["started_at"]) - psutil.Process(found[0]["pid"]).create_time()
 
     def duplicate_factor(self) -> float:
         """Residencies over distinct models."""

@@ -116,10 +116,14 @@ class Keeper:
     _wishes: tuple[Wish, ...] = ()
     _wanted: int | None = None
     _waiting: int = 0
-    _asked_at: float = -1e9
+    _asked_at: float = 0.0
     _loads: Sequence[ReplicaLoad] = ()
     _names: Mapping[int, str] = field(default_factory=dict)
     _bell: asyncio.Event = field(default_factory=asyncio.Event)
+
+    def __post_init__(self) -> None:
+        # Who has just started is going to be asked: a pool of this moment has not been idle for long.
+        self._asked_at = self.clock()
 
     @property
     def placement(self) -> Placement:

@@ -97,12 +97,12 @@ def running_platform(
         check_gpus(settings.most_replicas, settings.gpus_per_replica)
         report(f"starting {settings.replicas} replicas and the control plane")
         stack.enter_context(_applications(settings, operators, environment, keep_cluster=not own))
-        watch = _watch_nothing
+        watch: Callable[[threading.Event], None] = _watch_nothing
         if settings.edge == "haproxy":
             report("starting the edge")
             watch = stack.enter_context(_edge(settings)).run
         report("waiting for the first answers")
-        _wait_until_answers(state.url)
+        _watch_until_answers(state.url, watch)
         state = replace(state, phase="running", family=descendants())
         state.save()
         yield state, watch
@@ -266,9 +266,7 @@ class Decided:
         try:
             self._copies = self._handle().copies.remote().result(timeout_s=ASK_S)
         except Exception as error:  # ray raises a dozen kinds while the control plane comes back
-            logger.warning(
-                "the control plane does not say which models have copies: %s", type(error).__name__
-            )
+            logger.warning("nobody says which models have copies: %s", type(error).__name__)
         return self._copies
 
     def wake(self, waiting: int) -> None:
@@ -286,6 +284,31 @@ class Decided:
 def _watch_nothing(stop: threading.Event) -> None:
     """Without HAProxy there is nothing to keep in step."""
     stop.wait()
+
+
+def _watch_until_answers(url: str, watch: Callable[[threading.Event], None]) -> None:
+    """Keep the edge in step until both planes answer: the first request must wake a pool that is at zero.
+
+    Raises
+    ------
+    LocalError
+        They do not answer in time.
+    """
+    answered = threading.Event()
+    failures: list[LocalError] = []
+
+    def ask() -> None:
+        try:
+            _wait_until_answers(url)
+        except LocalError as error:
+            failures.append(error)
+        finally:
+            answered.set()
+
+    threading.Thread(target=ask, daemon=True, name="ask for answers").start()
+    watch(answered)  # here: HAProxy ends with the thread that started it
+    if failures:
+        raise failures[0]
 
 
 def _wait_until_answers(url: str) -> None:

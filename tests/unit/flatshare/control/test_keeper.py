@@ -27,8 +27,9 @@ class World:
         self.warmed: list[Mapping[str, Sequence[str]]] = []
         self.told: list[int] = []
         self.held_models: dict[str, list[str]] = {}
-        self.now = 0.0
+        self.now = -1000.0  # it was made long ago
         self.keeper = Keeper(self, self, bounds or Bounds(replicas, replicas), 4.0, lambda: self.now)
+        self.now = 0.0
 
     # -- the fleet
 
@@ -190,3 +191,13 @@ async def test_it_goes_on_after_a_tick_that_failed_and_a_bell_does_not_wait() ->
     running.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await running
+
+
+async def test_a_pool_that_has_just_started_has_not_been_idle_for_long() -> None:
+    world = World(1, Bounds(0, 4, idle_s=10))
+    world.keeper = Keeper(world, world, world.keeper.bounds, 4.0, lambda: world.now)
+    world.idle_s = 99
+    await world.seconds(10)
+    assert world.told == []
+    await world.seconds(1)
+    assert world.told == [0]
