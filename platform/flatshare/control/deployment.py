@@ -101,6 +101,9 @@ def control_application(
         },
         # Refusals wait a tenth of a second in a place; the edge bounds how many one address can have.
         max_ongoing_requests=128,
+        # Serve's own period of ten seconds left a killed control plane away for thirteen.
+        health_check_period_s=2,
+        health_check_timeout_s=5,
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=5,
     )

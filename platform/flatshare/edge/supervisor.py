@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Protocol
@@ -27,7 +28,8 @@ LOOK_EVERY_S: Final = 0.5
 that came, and about copies."""
 
 EMPTY_LOOK_EVERY_S: Final = 0.1
-"""The same while the pool has no replica, and a request may be waiting for one."""
+"""The same while the pool has no replica, and a request may be waiting for one; and how often HAProxy is
+seen to live."""
 
 PATIENCE: Final = 5
 """Looks in a row after which HAProxy does not have what it was told: then it is reloaded."""
@@ -137,8 +139,12 @@ class EdgeSupervisor:
 
         What HAProxy refuses is logged and tried again at the next look.
         """
-        while not stop.wait(LOOK_EVERY_S if self._current.pool else EMPTY_LOOK_EVERY_S):
-            self.look()
+        looked = time.monotonic()
+        while not stop.wait(EMPTY_LOOK_EVERY_S):
+            due = time.monotonic() - looked >= LOOK_EVERY_S
+            if due or not self._current.pool or self._process.pid is None:
+                self.look()
+                looked = time.monotonic()
 
     def look(self) -> bool:
         """One look: tell HAProxy what changed, restart it if it died; whether anything was done."""

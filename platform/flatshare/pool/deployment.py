@@ -289,7 +289,8 @@ def pool_application(
         # Below WARNING Serve makes the line's record, and only then finds that nobody wants it.
         logging_config={"enable_access_log": False, "log_level": "WARNING"},
         health_check_period_s=2,
-        health_check_timeout_s=10,
+        # Three in a row replace it: a replica that was stopped is gone in half a minute.
+        health_check_timeout_s=5,
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=20,
     )

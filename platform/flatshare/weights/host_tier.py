@@ -38,6 +38,7 @@ from flatshare.weights.tier_files import (
     boot_id,
     is_locked,
     is_still_named,
+    lock_within,
     overwrite,
     read_number,
     remove_orphan,
@@ -55,6 +56,10 @@ logger = logging.getLogger("flatshare.weights")
 
 MARK_S: Final = 3600.0
 """Seconds that the mark of a damaged file stays: replicas look every second."""
+
+HELD_S: Final = 1.0
+"""Seconds that a lock is waited for which others hold for milliseconds. A replica that was stopped while it
+had one would else stop every load on its node, until somebody ends it."""
 
 LOCK_RETRY_S: Final = 0.005
 """How often a lock that another process holds is tried again: flock has no deadline of its own."""
@@ -141,7 +146,7 @@ class HostTier:
         except OSError:
             return None
         try:
-            fcntl.flock(handle, fcntl.LOCK_SH)  # waits at most for an eviction's look at this file
+            lock_within(handle, fcntl.LOCK_SH, HELD_S)  # an eviction looks at this file, for a moment
             if os.fstat(handle).st_size != size_bytes:
                 return None  # the record is wrong, or the file is damaged: publish() puts that right
             if not is_still_named(handle, path):
@@ -414,18 +419,29 @@ class HostTier:
 
     def unlink_temporary(self, path: Path) -> None:
         """Remove what a writer wrote, and give back what was set aside for it."""
-        with self._usage_locked() as usage, contextlib.suppress(FileNotFoundError):
-            path.unlink()
-            write_number(usage, max(read_number(usage) - int(path.name.partition("-")[0]), 0))
+        try:
+            with self._usage_locked() as usage, contextlib.suppress(FileNotFoundError):
+                path.unlink()
+                write_number(usage, max(read_number(usage) - int(path.name.partition("-")[0]), 0))
+        except TimeoutError:
+            # Nobody can count now. The number stays too high until the next eviction counts anew.
+            path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _usage_locked(self) -> Iterator[int]:
+        """The number of bytes in use, held alone.
+
+        Raises
+        ------
+        TimeoutError
+            Another process holds it and does not let go.
+        """
         # A handle of its own each time: a lock belongs to the open file, so threads exclude each other too.
         path = self._root / "usage"
         while True:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX)
+                lock_within(handle, fcntl.LOCK_EX, HELD_S)
                 if not is_still_named(handle, path):
                     continue  # somebody removed our files while we waited: the lock is another one now
                 yield handle

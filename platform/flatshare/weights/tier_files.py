@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import mmap
 import os
 import shutil
+import time
 import uuid
 from pathlib import Path
 from typing import Final
@@ -16,6 +18,7 @@ __all__ = [
     "boot_id",
     "is_locked",
     "is_still_named",
+    "lock_within",
     "overwrite",
     "read_all",
     "read_number",
@@ -32,6 +35,32 @@ PAGE: Final = 4096
 
 MAP_FROM_BYTES: Final = 64 * 1024
 """Smaller tensors are read into memory: a mapping and its open file cost more than a copy."""
+
+
+FIRST_RETRY_S: Final = 0.0002
+LAST_RETRY_S: Final = 0.005
+
+
+def lock_within(handle: int, operation: int, within_s: float) -> None:
+    """Take an ``flock``, but do not wait for ever: who holds it may be stopped, and never let go.
+
+    Raises
+    ------
+    TimeoutError
+        Somebody else held it all the time.
+    """
+    deadline = time.monotonic() + within_s
+    pause_s = FIRST_RETRY_S
+    while True:
+        try:
+            fcntl.flock(handle, operation | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if time.monotonic() >= deadline:
+                raise TimeoutError(errno.ETIMEDOUT, "somebody holds its lock and does not let go") from None
+            time.sleep(pause_s)  # flock waits for ever or not at all
+            pause_s = min(2 * pause_s, LAST_RETRY_S)
+        else:
+            return
 
 
 def view_of(handle: int) -> memoryview:

@@ -12,6 +12,7 @@ import shutil
 import subprocess
 import sys
 import threading
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -503,7 +504,7 @@ def test_a_file_whose_scrubber_was_killed_is_not_opened_as_zeros(
         died = subprocess.run([sys.executable, "-c", script, str(tmp_path / "tier"), name(data)])
         assert died.returncode == -9
 
-    with between_open_and_lock(monkeypatch, fcntl.LOCK_SH, scrub_and_die):
+    with between_open_and_lock(monkeypatch, fcntl.LOCK_SH | fcntl.LOCK_NB, scrub_and_die):
         assert tier.open(name(data), size) is None
     assert publish(tier, data) == data, "the next one brings it again"
 
@@ -531,6 +532,49 @@ def test_who_counts_has_the_lock_of_the_file_that_is_there(
     tier: HostTier, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     usage = next((tmp_path / "tier").glob("*/usage"))
-    with between_open_and_lock(monkeypatch, fcntl.LOCK_EX, usage.unlink):
+    with between_open_and_lock(monkeypatch, fcntl.LOCK_EX | fcntl.LOCK_NB, usage.unlink):
         publish(tier, content(7))
     assert tier.usage().used_bytes == -(-BIG // PAGE) * PAGE
+
+
+@pytest.fixture
+def stuck(tier: HostTier, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[[Path], None]]:
+    """Holds the lock of a file as a process does that was stopped (SIGSTOP), and never lets go."""
+    monkeypatch.setattr(module, "HELD_S", 0.2)
+    handles: list[int] = []
+
+    def hold(path: Path) -> None:
+        handles.append(os.open(path, os.O_RDONLY))
+        fcntl.flock(handles[-1], fcntl.LOCK_EX)
+
+    yield hold
+    for handle in handles:
+        os.close(handle)
+
+
+def test_a_process_that_is_stopped_with_the_count_stops_no_load(
+    tier: HostTier, stuck: Callable[[Path], None]
+) -> None:
+    writer = tier.writer("a" * 64, 1000)
+    assert writer is not None
+    stuck(tier.path("x" * 64).parents[2] / "usage")
+    began = time.monotonic()
+    assert tier.writer("b" * 64, 1000) is None
+    assert tier.bypassed == 1
+    assert tier.usage().used_bytes == 0
+    writer.abort()
+    assert not list((tier.path("x" * 64).parents[2] / "tmp").iterdir())
+    with pytest.raises(TimeoutError):
+        tier.remove(["a" * 64])  # an erasure says that it is not done
+    assert time.monotonic() - began < 3
+
+
+def test_a_process_that_is_stopped_with_a_tensors_lock_stops_no_load(
+    tier: HostTier, stuck: Callable[[Path], None]
+) -> None:
+    data = content(1, 1000)
+    publish(tier, data)
+    stuck(tier.path(name(data)))
+    began = time.monotonic()
+    assert tier.open(name(data), len(data)) is None
+    assert time.monotonic() - began < 3
