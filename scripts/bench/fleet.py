@@ -62,6 +62,7 @@ def main() -> int:
     parser.add_argument(
         "--hot-concurrency", type=int, default=64, help="requests of the hot tenant in flight"
     )
+    parser.add_argument("--step-s", type=float, default=20, help="seconds of the step of load")
     parser.add_argument("--trickle-s", type=float, default=60, help="seconds of 45 small requests a second")
     parser.add_argument("--seconds", type=float, default=12, help="of load before a rollout and after it")
     parser.add_argument("--plot", metavar="FILE", help="draw the hot tenant's run into this PNG")
@@ -378,7 +379,6 @@ def plot_hot(
 # -- scale
 
 
-STEP_S = 20.0
 TRICKLE_RATE = 45.0
 
 
@@ -386,7 +386,7 @@ def measure_scale(models: Models, arguments: argparse.Namespace) -> dict[str, An
     """From no replica to many and back under a step of load; then requests of a millisecond, which keep one."""
     changed = {
         "FLATSHARE_MIN_REPLICAS": "0", "FLATSHARE_MAX_REPLICAS": str(arguments.replicas),
-        "FLATSHARE_DOWNSCALE_DELAY_S": "5", "FLATSHARE_DOWNSCALE_TO_ZERO_DELAY_S": "8",
+        "FLATSHARE_DOWNSCALE_DELAY_S": "4", "FLATSHARE_DOWNSCALE_TO_ZERO_DELAY_S": "4",
     }  # fmt: skip
     with (
         environment(changed),
@@ -404,7 +404,7 @@ def measure_scale(models: Models, arguments: argparse.Namespace) -> dict[str, An
         watching.start()
         step = run_load(
             url, models.trace(arguments.seed),
-            Load(duration_s=STEP_S, concurrency=4 * arguments.replicas + 4, headers=headers),
+            Load(duration_s=arguments.step_s, concurrency=4 * arguments.replicas + 4, headers=headers),
         )  # fmt: skip
         watching.join(1)
         back_s = residents.wait_for_wanted(0)
