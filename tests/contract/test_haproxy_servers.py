@@ -147,6 +147,17 @@ def test_copies_share_a_models_requests_and_nobody_elses(world: World) -> None:
     assert {world.ask("hot") for _ in range(20)} == {ring.home("hot")}
 
 
+def test_a_model_that_was_moved_is_asked_for_at_its_new_home(world: World) -> None:
+    ring = Ring(range(4))
+    elsewhere = (ring.homes("acme")[0] + 1) % 4
+    world.go_to(*(world.at(place) for place in range(4)), acme=(elsewhere,), hot=(0, 2))
+    assert {world.ask("acme") for _ in range(20)} == {elsewhere}
+    assert {world.ask("hot") for _ in range(100)} == {0, 2}
+    world.go_to(*(world.at(place) for place in range(4) if place != elsewhere), acme=(elsewhere,))
+    left = Ring(place for place in range(4) if place != elsewhere)
+    assert {world.ask("acme") for _ in range(20)} == {left.home("acme")}, "while that one is away"
+
+
 def test_a_copy_whose_server_is_away_is_served_by_the_others(world: World) -> None:
     world.go_to(*(world.at(place) for place in range(4)), hot=(0, 2))
     world.go_to(*(world.at(place) for place in (0, 1, 3)), hot=(0, 2))

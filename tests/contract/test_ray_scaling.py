@@ -83,6 +83,7 @@ plans = {"default": {"requests_per_s": 50, "resident_bytes": 5e7}}
 deployed = kept.Deployed(Settings(slots=7, plans=plans, max_replicas=3), OperatorKeys({"id": "digest"}), {"A": "b"})
 kept.remember_deployed(deployed)
 found["recalled"] = kept.recall_bounds()
+found["moved"] = [kept.recall_moved(), kept.remember_moved({"acme": 1}), kept.recall_moved()]
 found["same"] = kept.recall_deployed() == deployed
 serve.shutdown()
 ray.shutdown()
@@ -116,3 +117,4 @@ def test_the_number_is_set_from_outside_down_to_none_and_back(found: dict[str, A
 def test_what_an_operator_allowed_is_kept_by_the_cluster(found: dict[str, Any]) -> None:
     assert (found["recalled_before"], found["recalled"]) == ([None, None], [1, 6])
     assert found["same"] is True
+    assert found["moved"] == [{}, None, {"acme": 1}]

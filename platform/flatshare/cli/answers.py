@@ -196,6 +196,7 @@ class _Placement(TypedDict):
     effective_slots: float | None
     at_home: float | None
     load_imbalance: float | None
+    moved: dict[str, str]
     copies: dict[str, list[str]]
 
 

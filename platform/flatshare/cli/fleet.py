@@ -188,10 +188,10 @@ def print_fleet(fleet: Fleet, *, models: bool) -> None:
     placement = fleet["placement"]
     if placement["duplicate_factor"] is not None:
         at_home = "" if placement["at_home"] is None else f"; {placement['at_home']:.1%} of requests at home"
-        copies = len(placement["copies"])
+        copies, moved = len(placement["copies"]), len(placement["moved"])
         out.print(
             f"each model is in {placement['duplicate_factor']:.2f} replicas, so that "
-            f"{placement['effective_slots']:.0f} models fit{at_home}; {copies} models have copies",
+            f"{placement['effective_slots']:.0f} models fit{at_home}; {copies} have copies, {moved} moved",
             soft_wrap=True,
         )
 

@@ -19,7 +19,7 @@ from flatshare.placement.scaling import Bounds
 from flatshare.pool.controller import read_details
 from flatshare.pool.details import ReplicaState, replica_states
 from flatshare.pool.handle import POOL_APP, POOL_DEPLOYMENT, pool_handle
-from flatshare.pool.kept import recall_bounds, remember_bounds
+from flatshare.pool.kept import recall_bounds, recall_moved, remember_bounds, remember_moved
 from flatshare.pool.scaling import ServeScaler
 from flatshare.settings import Settings
 from flatshare_registry.catalog import Registry
@@ -48,12 +48,16 @@ class ControlPlane:
         registry = Registry(self._settings.open_store(), actor="control-plane")
         fleet = Fleet(pool_handle(), _pool_states, registry.any_head)
         self._keeper = Keeper(
-            fleet, ServeScaler(), _bounds(self._settings), self._settings.target_ongoing_requests
-        )
+            fleet, ServeScaler(), _bounds(self._settings), self._settings.target_ongoing_requests,
+            remember_moved=remember_moved,
+        )  # fmt: skip
+        self._keeper.begin_with(recall_moved())
         identities = Identities(RegistryHeads(registry), self._operators, token_verifier(self._settings))
         return create_control_app(
             registry, fleet, identities, self._settings.plans, Path(self._settings.erasure_key_file),
-            default_quotas=self._settings.default_quotas, scaling=Scaling(self._keeper, remember_bounds),
+            default_quotas=self._settings.default_quotas, scaling=Scaling(
+                self._keeper, remember_bounds, can_wake=self._settings.edge == "haproxy"
+            ),
         )  # fmt: skip
 
     async def check_health(self) -> None:
@@ -64,8 +68,8 @@ class ControlPlane:
             raise RuntimeError("the fleet's keeper has ended")
 
     async def copies(self) -> dict[str, tuple[int, ...]]:
-        """Asked by edges: the places of models that more than one replica serves."""
-        return dict(self._keeper.placement.copies)
+        """Asked by edges: the places of models that do not go by the ring alone."""
+        return self._keeper.routes
 
     async def wake(self, waiting: int) -> None:
         """Told by edges: so many requests wait, and there is no replica."""

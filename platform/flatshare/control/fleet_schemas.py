@@ -8,7 +8,8 @@ from pydantic import BaseModel, Field
 
 from flatshare.control.fleet import FleetView
 from flatshare.control.keeper import Placement
-from flatshare.placement.ring import Ring
+from flatshare.placement.balance import homes_of
+from flatshare.placement.ring import ring_of
 from flatshare.replica.snapshot import ReplicaSnapshot
 from flatshare.residency.stats import CacheStats
 from flatshare.weights.tiers import State, Tier
@@ -144,6 +145,9 @@ class PlacementReply(BaseModel):
     load_imbalance: float | None = Field(
         description="Requests a second of the busiest replica, over the mean; null while nothing comes."
     )
+    moved: dict[str, str] = Field(
+        description="Models that were moved to another home than the ring's, to even out the load, and where."
+    )
     copies: dict[str, list[str]] = Field(description="Models that more than one replica serves, and which.")
 
     @classmethod
@@ -154,11 +158,12 @@ class PlacementReply(BaseModel):
         factor = len(held) / distinct if distinct else None
         names = {one.place: one.replica for one in view.snapshots}
         copies = dict(placement.copies) if placement is not None else {}
-        ring = Ring(names)
+        moved = dict(placement.moved) if placement is not None else {}
+        ring = ring_of(names)
         hits = at_home = 0
         for place, model in held:
             refs = (model.tenant, f"{model.tenant}@{model.version}")
-            homes = {home for ref in refs for home in (*ring.homes(ref, 1), *copies.get(ref, ()))}
+            homes = {home for ref in refs for home in (*homes_of(ring, moved, ref, 1), *copies.get(ref, ()))}
             hits += model.hits
             at_home += model.hits if place in homes else 0
         return cls(
@@ -166,6 +171,7 @@ class PlacementReply(BaseModel):
             effective_slots=sum(one.slots for one in view.snapshots) / factor if factor else None,
             at_home=at_home / hits if hits else None,
             load_imbalance=placement.imbalance if placement is not None else None,
+            moved={ref: names[place] for ref, place in moved.items() if place in names},
             copies={
                 ref: [names[place] for place in places if place in names] for ref, places in copies.items()
             },

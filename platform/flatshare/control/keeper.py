@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from typing import Final, Protocol
 
 from flatshare.errors import FleetUnavailable
+from flatshare.placement.balance import decide_moves
 from flatshare.placement.copies import Spread, decide_copies
 from flatshare.placement.handover import after_loss, to_load
 from flatshare.placement.load import Held, ReplicaLoad
@@ -27,6 +28,18 @@ __all__ = ["Keeper", "Placement", "Scaler"]
 logger = logging.getLogger("flatshare.control")
 
 TICK_S: Final = 1.0
+RATE_SHARE: Final = 0.2
+"""Of a new rate in the mean of rates: about five seconds."""
+
+MOVE_TICKS: Final = 3
+"""Ticks between two moves, so that one is felt before the next."""
+
+LEAST_RATE: Final = 20.0
+"""Requests a second below which nobody is busy enough for its share to mean anything."""
+
+RETRY_COPY_S: Final = 10.0
+"""Seconds until a replica that could not load a copy is asked again."""
+
 WARM_S: Final = 5.0
 """Seconds that replicas have to load copies, or what a replica that goes leaves behind."""
 
@@ -81,6 +94,8 @@ class Placement:
         Between which the number of replicas is decided.
     wanted
         Replicas that Serve is told to keep; None while Serve has not said.
+    moved
+        Places by model ref, of models that do not live at the ring's home.
     wish
         What the load of the last moment wants.
     imbalance
@@ -92,6 +107,7 @@ class Placement:
     wanted: int | None
     wish: int | None
     imbalance: float | None = None
+    moved: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(slots=True, eq=False)
@@ -113,12 +129,17 @@ class Keeper:
     clock: Callable[[], float] = time.monotonic
     _spreads: dict[str, Spread] = field(default_factory=dict)
     _copies: dict[str, tuple[int, ...]] = field(default_factory=dict)
+    _not_before: dict[tuple[str, str], float] = field(default_factory=dict)
     _wishes: tuple[Wish, ...] = ()
     _wanted: int | None = None
     _waiting: int = 0
     _asked_at: float = 0.0
     _loads: Sequence[ReplicaLoad] = ()
     _names: Mapping[int, str] = field(default_factory=dict)
+    _steady: int = 0
+    _rates: dict[int, float] = field(default_factory=dict)
+    _moved: dict[str, int] = field(default_factory=dict)
+    remember_moved: Callable[[Mapping[str, int]], None] = lambda _: None
     _bell: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
@@ -131,7 +152,16 @@ class Keeper:
         latest = self._wishes[-1].replicas if self._wishes else None
         rates = [load.requests_per_s for load in self._loads]
         imbalance = max(rates) * len(rates) / sum(rates) if sum(rates) > 0 else None
-        return Placement(dict(self._copies), self.bounds, self._wanted, latest, imbalance)
+        return Placement(dict(self._copies), self.bounds, self._wanted, latest, imbalance, dict(self._moved))
+
+    @property
+    def routes(self) -> dict[str, tuple[int, ...]]:
+        """What edges must know beside the ring: places of models that were moved, or have copies."""
+        return {**{ref: (place,) for ref, place in self._moved.items()}, **self._copies}
+
+    def begin_with(self, moved: Mapping[str, int]) -> None:
+        """Take over what a keeper before this one had moved."""
+        self._moved = dict(moved)
 
     def allow(self, bounds: Bounds) -> None:
         """Take other bounds, at once."""
@@ -167,20 +197,33 @@ class Keeper:
             loads = []  # there is no replica, or all are busy starting
         self._loads = loads
         if loads:
+            idle_s = min(load.idle_s for load in loads)
+            asking = any(load.requests_per_s > 0 for load in loads)
+            self._asked_at = max(self._asked_at, self.clock() - (0.0 if asking else idle_s))
+        if loads:
             await self._follow({load.place: load.replica for load in loads})
+            await self._balance(loads)
             await self._keep_copies(loads)
         await self._keep_replicas(loads)
 
     async def _keep_copies(self, loads: Sequence[ReplicaLoad]) -> None:
         """A copy is told to edges once its replica holds the model."""
         names = {load.place: load.replica for load in loads}
-        self._spreads = decide_copies(self.clock(), loads, self._spreads, self.copies_target)
+        self._spreads = decide_copies(self.clock(), loads, self._spreads, self.copies_target, self._moved)
         wanted: dict[str, list[str]] = {}
         for model_ref, spread in self._spreads.items():
             for place in spread.places:
-                if place not in self._copies.get(model_ref, ()):
+                again_at = self._not_before.get((model_ref, names[place]), 0.0)
+                if place not in self._copies.get(model_ref, ()) and self.clock() >= again_at:
                     wanted.setdefault(names[place], []).append(model_ref)
         ready = await self._warm(wanted)
+        self._not_before = {
+            key: at for key, at in self._not_before.items() if at > self.clock() and key[0] in self._spreads
+        }
+        for name, refs in wanted.items():
+            for model_ref in set(refs).difference(ready.get(name, ())):
+                # It has no room there, or the store is slow: not at every tick, which waits for it.
+                self._not_before[model_ref, name] = self.clock() + RETRY_COPY_S
         found: dict[str, tuple[int, ...]] = {}
         for model_ref, spread in self._spreads.items():
             told = self._copies.get(model_ref, ())
@@ -193,13 +236,44 @@ class Keeper:
             logger.info("copies: %s", found)
         self._copies = found
 
+    async def _balance(self, loads: Sequence[ReplicaLoad]) -> None:
+        """Move one popular model from the busiest replica to the calmest, when they are far apart for a
+        while.
+        """
+        rates = {load.place: load.requests_per_s for load in loads}
+        if set(rates) != set(self._rates):
+            self._rates, self._steady = rates, 0  # counted anew: a replica came or went
+            return
+        self._rates = {
+            place: RATE_SHARE * rate + (1 - RATE_SHARE) * self._rates[place] for place, rate in rates.items()
+        }
+        self._steady += 1
+        if self._steady % MOVE_TICKS or sum(self._rates.values()) < LEAST_RATE:
+            return
+        moved = decide_moves(loads, self._rates, self._moved)
+        names = {load.place: load.replica for load in loads}
+        new = {ref: place for ref, place in moved.items() if self._moved.get(ref) != place}
+        ready = await self._warm({names[place]: [ref] for ref, place in new.items()})
+        for ref, place in new.items():
+            if ref not in ready.get(names[place], ()):
+                moved.pop(ref)
+        if moved != self._moved:
+            logger.info("moved: %s", new)
+            self._moved = moved
+            await asyncio.to_thread(self.remember_moved, moved)
+
     async def _follow(self, names: Mapping[int, str]) -> None:
         """Models whose home has changed are loaded there, before more requests find it cold."""
         before, self._names = self._names, names
         if not before or before == names:
             return
+        # Another replica at a place does not hold what the last one did: it loads copies before they count.
+        same = {place for place, name in names.items() if before.get(place) == name}
+        self._copies = {
+            ref: tuple(place for place in places if place in same) for ref, places in self._copies.items()
+        }
         try:
-            await self._warm(to_load(await self.fleet.held(), names))
+            await self._warm(to_load(await self.fleet.held(), names, self._moved))
         except FleetUnavailable as error:
             logger.warning("models were not moved in advance: %s", error.message)
 
@@ -210,11 +284,17 @@ class Keeper:
         self._wishes = (*self._wishes, wish(now, loads, self.bounds, waiting, now - self._asked_at))
         try:
             current = self._wanted = await asyncio.to_thread(self.scaler.wanted)
-            replicas, self._wishes = decide_replicas(now, current, self._wishes, self.bounds)
+            bounds = self.bounds
+            replicas, self._wishes = decide_replicas(now, current, self._wishes, bounds)
+            if not loads and current > 0:
+                # Nobody answered. That is no news of their load: one that hangs makes all of them silent.
+                replicas = max(replicas, bounds.clamped(current))
             if replicas == current:
                 return
             if replicas < current:
-                await self._hand_over(current - replicas)
+                await self._hand_over(current - replicas, current)
+                if self.bounds is not bounds:
+                    return  # the operator said otherwise meanwhile
             logger.warning(
                 "the pool has %d replicas and gets %d: %s", current, replicas, _why(loads, waiting)
             )
@@ -224,16 +304,18 @@ class Keeper:
         except Unavailable as error:
             logger.warning("the number of replicas stays: %s", error.message)
 
-    async def _hand_over(self, count: int) -> None:
+    async def _hand_over(self, count: int, current: int) -> None:
         """Before a replica goes, the others load what it was home to. Serve stops the newest one first."""
         leaving = await asyncio.to_thread(self.scaler.newest)
         if leaving is None or count > 1:  # more than one at a time: what they held comes on demand
             return
         try:
             held = await self.fleet.held()
+            if len(held) != current:
+                return  # the places after it would be guessed
             names = after_loss({one.place: one.replica for one in held}, leaving)
             if names:
-                await self._warm(to_load(held, names))
+                await self._warm(to_load(held, names, self._moved))
         except FleetUnavailable as error:
             logger.warning("%s goes without handing over: %s", leaving, error.message)
 

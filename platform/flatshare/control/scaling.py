@@ -10,6 +10,7 @@ from typing import Self
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from flatshare.control.keeper import Keeper, Placement
+from flatshare_registry.errors import InvalidInput
 
 __all__ = ["Scaling", "ScalingReply", "ScalingRequest"]
 
@@ -64,10 +65,15 @@ class Scaling:
     ----------
     remember
         Keeps the numbers where a new control plane finds them; blocks.
+    can_wake
+        Whether an edge sees the request that wakes a pool without a replica.
     """
 
-    def __init__(self, keeper: Keeper, remember: Callable[[int, int], None]) -> None:
+    def __init__(
+        self, keeper: Keeper, remember: Callable[[int, int], None], *, can_wake: bool = True
+    ) -> None:
         self._keeper = keeper
+        self._can_wake = can_wake
         self._remember = remember
 
     @property
@@ -76,7 +82,15 @@ class Scaling:
         return self._keeper.placement
 
     async def allow(self, minimum: int, maximum: int) -> Placement:
-        """Take other bounds; the pool follows within a second."""
+        """Take other bounds; the pool follows within a second.
+
+        Raises
+        ------
+        InvalidInput
+            None are allowed, and nothing would wake the pool then.
+        """
+        if minimum == 0 and not self._can_wake:
+            raise InvalidInput("min_replicas=0 needs edge=haproxy, which sees what wakes it")
         await asyncio.to_thread(self._remember, minimum, maximum)
         bounds = dataclasses.replace(self._keeper.bounds, minimum=minimum, maximum=maximum)
         self._keeper.allow(bounds)

@@ -240,11 +240,12 @@ frontend edge
     default_backend pool
 
 backend pool
-    # A model with copies: one of its rows by a throw of dice; the row names a server.
+    # A model with a home of its own: its row names the server. One with copies: one of its rows by a throw of dice.
     http-request set-var(txn.copies) var(txn.home),map_str({COPIES_MAP})
-    http-request set-var(txn.row) rand({COPY_ROWS}) if {{ var(txn.copies) -m found }}
-    http-request set-var-fmt(txn.row) "%[var(txn.home)]/%[var(txn.row)]" if {{ var(txn.copies) -m found }}
-    http-request set-var(txn.copy) var(txn.row),map_str({COPIES_MAP}) if {{ var(txn.copies) -m found }}
+    http-request set-var(txn.copy) var(txn.copies) if {{ var(txn.copies) -m beg p }}
+    http-request set-var(txn.row) rand({COPY_ROWS}) if {{ var(txn.copies) -m found }} !{{ var(txn.copy) -m found }}
+    http-request set-var-fmt(txn.row) "%[var(txn.home)]/%[var(txn.row)]" if {{ var(txn.row) -m found }}
+    http-request set-var(txn.copy) var(txn.row),map_str({COPIES_MAP}) if {{ var(txn.row) -m found }}
     use-server %[var(txn.copy)] if {{ var(txn.copy) -m found }}
     balance hash var(txn.home)
     hash-type consistent crc32 avalanche

@@ -1,9 +1,9 @@
-"""HAProxy's map of models that have copies: which server a request of such a model goes to.
+"""HAProxy's map of models that have copies, or a home of their own: which server such a request goes to.
 
-Pure. A model with copies has a row of its own name, which says that there are rows, and ``COPY_ROWS`` rows
-``model/number`` that name servers in turn: HAProxy throws dice for the number. The map is replaced as a
-whole and at once (``prepare map``, ``add map @version``, ``commit map``; HAProxy 2.8 ``management.txt``,
-9.3), so that no request meets half of it.
+Pure. A model that was moved has one row, which names its server. A model with copies has a row of its own
+name, which says that there are rows, and ``COPY_ROWS`` rows ``model/number`` that name servers in turn:
+HAProxy throws dice for the number. The map is replaced as a whole and at once (``prepare map``, ``add map
+@version``, ``commit map``; HAProxy 2.8 ``management.txt``, 9.3), so that no request meets half of it.
 """
 
 from __future__ import annotations
@@ -24,8 +24,11 @@ COPY_ROWS: Final = 60
 one row.
 """
 
+LINES_A_COMMAND: Final = 100
+"""Of the map: HAProxy reads a command into one buffer."""
+
 Copies = Mapping[str, Sequence[int]]
-"""Places by model ref, for models that more than their home serves."""
+"""Places by model ref, for models that the ring's home alone does not serve."""
 
 
 def rows(copies: Copies) -> dict[str, str]:
@@ -33,7 +36,9 @@ def rows(copies: Copies) -> dict[str, str]:
     found: dict[str, str] = {}
     for model_ref in sorted(copies):
         places = copies[model_ref]
-        if len(places) > 1:
+        if len(places) == 1:
+            found[model_ref] = server_name(places[0])
+        elif places:
             found[model_ref] = str(len(places))
             for number in range(COPY_ROWS):
                 found[f"{model_ref}/{number}"] = server_name(places[number % len(places)])
@@ -63,7 +68,10 @@ def replace_map(version: int, wanted: Mapping[str, str]) -> list[str]:
     version
         What ``prepare map`` answered.
     """
+    lines = [f"{key} {value}" for key, value in wanted.items()]
+    chunks = [lines[start : start + LINES_A_COMMAND] for start in range(0, len(lines), LINES_A_COMMAND)]
     return [
-        *(f"add map @{version} {COPIES_MAP} {key} {value}" for key, value in wanted.items()),
+        # A payload of many rows, which an empty line ends: a command each would be a connection each.
+        *(f"add map @{version} {COPIES_MAP} <<\n" + "\n".join(chunk) + "\n" for chunk in chunks),
         f"commit map @{version} {COPIES_MAP}",
     ]

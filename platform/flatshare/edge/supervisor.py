@@ -148,24 +148,32 @@ class EdgeSupervisor:
 
     def look(self) -> bool:
         """One look: tell HAProxy what changed, restart it if it died; whether anything was done."""
-        before = self._current
+        if self._process.pid is None and self._restarted():
+            return True  # first of all: whom the fleet asks may take seconds to answer
         try:
             self._current = self._read_targets()
         except Unavailable as error:
             logger.warning("keeping the edge as it is: %s", error)
         try:
             if self._process.pid is None:
-                logger.error("haproxy is gone; starting it again")
-                self._process.start(self._configuration(), rows(self._current.copies))
-                return True
-            if self._current != before:
-                self._process.write(self._configuration(), rows(self._current.copies))
+                return self._restarted()
+            self._process.write(self._configuration(), rows(self._current.copies))
             if not self._current.pool and (waiting := self._process.waiting()):
                 self._wake(waiting)
             return self._adjust()
         except (LocalError, OSError) as error:
             logger.error("edge: %s", error)
             return False
+
+    def _restarted(self) -> bool:
+        """Start HAProxy anew with what is known; whether it runs."""
+        logger.error("haproxy is gone; starting it again")
+        try:
+            self._process.start(self._configuration(), rows(self._current.copies))
+        except (LocalError, OSError) as error:
+            logger.error("edge: %s", error)
+            return False
+        return True
 
     def stop(self) -> None:
         """End HAProxy."""

@@ -39,7 +39,7 @@ from flatshare.pool.details import app_status, replica_states, targets
 from flatshare.pool.doors import Doors, ask_replicas
 from flatshare.pool.gpus import check_gpus
 from flatshare.pool.handle import POOL_APP, POOL_DEPLOYMENT
-from flatshare.pool.kept import Deployed, remember_deployed
+from flatshare.pool.kept import Deployed, forget, remember_deployed
 from flatshare.settings import LOOPBACK_HOSTS, Settings
 from flatshare_registry.errors import Unavailable
 
@@ -153,6 +153,7 @@ def _applications(
 
     try:
         deploy(pool_application(settings, operators, environment), POOL_APP, "/", scaled=True)
+        forget()
         remember_deployed(Deployed(settings, operators, environment))
         deploy(control_application(settings, operators, environment), CONTROL_APP, CONTROL_PREFIX)
         yield

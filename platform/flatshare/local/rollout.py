@@ -10,6 +10,8 @@ import threading
 from collections.abc import Mapping
 from typing import Final
 
+from pydantic import ValidationError
+
 from flatshare.errors import LocalError, SettingsError
 from flatshare.local.cluster import joined_cluster
 from flatshare.local.platform import Report, deploy
@@ -18,16 +20,15 @@ from flatshare.pool.details import replica_states
 from flatshare.pool.handle import POOL_APP, POOL_DEPLOYMENT
 from flatshare.pool.kept import Deployed, recall_deployed, remember_deployed
 from flatshare.pool.scaling import ServeScaler
-from flatshare.settings import Settings, load_settings
+from flatshare.settings import Settings
 from flatshare_registry.errors import Unavailable
 
 __all__ = ["changed_settings", "roll_out"]
 
 ROLLED_OUT: Final = frozenset({
     "slots", "device_bytes", "device_headroom_bytes", "eviction", "host_dir", "host_bytes", "torch_threads",
-    "max_ongoing_requests", "max_queued_requests", "tenant_share", "request_timeout_s", "fetch_timeout_s",
-    "load_concurrency", "fetch_concurrency", "max_batch_rows", "stack_models", "view_ttl_s", "warm_up_s",
-    "body_memory_bytes", "max_rows", "plans", "key_trust_s",
+    "fetch_timeout_s", "fetch_concurrency", "max_batch_rows", "stack_models", "view_ttl_s", "warm_up_s",
+    "body_memory_bytes", "max_rows",
 })  # fmt: skip
 """Settings that only replicas read. The edge, the control plane or the cluster have read the others too."""
 
@@ -63,8 +64,14 @@ def roll_out(ray_address: str, changes: Mapping[str, object], *, surge: bool, re
             replicas = scaler.wanted()
         except Unavailable as error:
             raise LocalError(f"there is no pool to roll out: {error.message}") from error
-        if deployed is None or replicas == 0:
-            raise LocalError("the pool has no replica now; what wakes it starts the new code")
+        if deployed is None:
+            raise LocalError(
+                "this cluster does not know what was deployed; end the platform, and start it anew"
+            )
+        if replicas == 0:
+            raise LocalError(
+                "the pool has no replica to replace, and nothing was changed: flatshare scale 1 first"
+            )
         settings = changed_settings(deployed.settings, changes)
         from flatshare.pool.deployment import pool_application
 
@@ -107,4 +114,10 @@ def changed_settings(settings: Settings, changes: Mapping[str, object]) -> Setti
             raise SettingsError(
                 f"{name} can't change while the platform runs: end it, and start it with the new value"
             )
-    return load_settings(**{**settings.model_dump(), **changes})
+    try:
+        return Settings(**{**settings.model_dump(), **changes})
+    except ValidationError as error:
+        problems = [
+            problem["msg"].removeprefix("Value error, ") for problem in error.errors(include_input=False)
+        ]
+        raise SettingsError(f"{', '.join(changes)}: {'; '.join(problems)}") from None

@@ -12,8 +12,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Final
 
+from flatshare.placement.balance import homes_of
 from flatshare.placement.load import ReplicaLoad, demand
-from flatshare.placement.ring import Ring
+from flatshare.placement.ring import ring_of
 
 __all__ = ["COOL_S", "SHRINK_AT", "Spread", "decide_copies"]
 
@@ -46,6 +47,7 @@ def decide_copies(
     loads: Sequence[ReplicaLoad],
     before: Mapping[str, Spread],
     target: float,
+    moved: Mapping[str, int] | None = None,
 ) -> dict[str, Spread]:
     """Which models should have copies now, and where.
 
@@ -59,6 +61,8 @@ def decide_copies(
         What was decided last.
     target
         Requests under way that one replica should have of one model.
+    moved
+        Homes other than the ring's (``placement.balance``).
 
     Returns
     -------
@@ -66,7 +70,7 @@ def decide_copies(
         Models that should be in more than one place. Constant loads change nothing; more demand never means
         fewer copies.
     """
-    ring = Ring(load.place for load in loads)
+    ring = ring_of(load.place for load in loads)
     ongoing = demand(loads)
     found: dict[str, Spread] = {}
     for model_ref in sorted({*ongoing, *before}):
@@ -82,7 +86,7 @@ def decide_copies(
             if now - cool_since >= COOL_S:
                 count = max(math.ceil(ongoing.get(model_ref, 0.0) / (SHRINK_AT * target)), 1)
                 cool_since = None
-        places = tuple(ring.homes(model_ref, count))
+        places = tuple(homes_of(ring, moved or {}, model_ref, count))
         if len(places) > 1:
             found[model_ref] = Spread(places, cool_since)
     return found

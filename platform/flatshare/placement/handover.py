@@ -6,8 +6,9 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
+from flatshare.placement.balance import homes_of
 from flatshare.placement.load import Held
-from flatshare.placement.ring import Ring
+from flatshare.placement.ring import ring_of
 
 __all__ = ["after_loss", "to_load"]
 
@@ -29,7 +30,9 @@ def after_loss(names: Mapping[int, str], leaving: str) -> dict[int, str]:
     return {moved.get(place, place): name for place, name in staying.items()}
 
 
-def to_load(held: Sequence[Held], names: Mapping[int, str]) -> dict[str, list[str]]:
+def to_load(
+    held: Sequence[Held], names: Mapping[int, str], moved: Mapping[str, int] | None = None
+) -> dict[str, list[str]]:
     """What each replica should load to be a home of what the fleet holds now; most recently used first.
 
     Parameters
@@ -38,28 +41,32 @@ def to_load(held: Sequence[Held], names: Mapping[int, str]) -> dict[str, list[st
         What replicas hold, those that leave included.
     names
         Replicas by place, as they will be.
+    moved
+        Homes other than the ring's (``placement.balance``).
 
     Returns
     -------
     dict
-        By replica; no longer than its slots, and nothing that it holds already.
+        By replica: of what belongs there and fits its slots, what it does not hold yet.
     """
-    ring = Ring(names)
+    ring = ring_of(names)
     has = {one.replica: set(one.models) for one in held}
     slots = {one.replica: one.slots for one in held}
     default = max(slots.values(), default=0)
-    wanted: dict[str, list[str]] = {name: [] for name in names.values()}
+    # What it holds already and is home to counts: a hand-over must not drive out what is asked for more.
+    belongs: dict[str, list[str]] = {name: [] for name in names.values()}
     # Everybody's most recent before anybody's second: a list each is by recency, their ages are not compared.
     longest = max((len(one.models) for one in held), default=0)
     for position in range(longest):
         for one in held:
             if position >= len(one.models):
                 continue
-            place = ring.home(one.models[position])
-            if place is None:
+            places = homes_of(ring, moved or {}, one.models[position], 1)
+            if not places:
                 continue
-            name = names[place]
+            name = names[places[0]]
             model_ref = one.models[position]
-            if model_ref not in has.get(name, set()) and model_ref not in wanted[name]:
-                wanted[name].append(model_ref)
-    return {name: refs[: slots.get(name, default)] for name, refs in wanted.items() if refs}
+            if len(belongs[name]) < slots.get(name, default) and model_ref not in belongs[name]:
+                belongs[name].append(model_ref)
+    found = {name: [ref for ref in refs if ref not in has.get(name, ())] for name, refs in belongs.items()}
+    return {name: refs for name, refs in found.items() if refs}

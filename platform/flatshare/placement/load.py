@@ -26,6 +26,8 @@ class ReplicaLoad:
         Seconds since the last request came; since the start when none did.
     models
         By model ref, the mean number of ``ongoing`` that were its; only of models that had some.
+    popular
+        Requests a second of the models that had most since they were loaded; a few.
     """
 
     replica: str
@@ -35,6 +37,7 @@ class ReplicaLoad:
     requests_per_s: float
     idle_s: float
     models: Mapping[str, float] = field(default_factory=dict)
+    popular: Mapping[str, float] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

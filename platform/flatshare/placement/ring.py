@@ -10,6 +10,7 @@ in Python agrees with it. ``tests/contract/test_haproxy_ring.py`` compares both 
 
 from __future__ import annotations
 
+import functools
 import zlib
 from collections.abc import Iterable
 from typing import Final
@@ -19,7 +20,7 @@ import numpy.typing as npt
 
 from flatshare.placement.homes import canonical
 
-__all__ = ["MAX_PLACES", "NODES_PER_PLACE", "SERVER_WEIGHT", "Ring", "server_id"]
+__all__ = ["MAX_PLACES", "NODES_PER_PLACE", "SERVER_WEIGHT", "Ring", "ring_of", "server_id"]
 
 SERVER_WEIGHT: Final = 100
 """HAProxy's weight of a server. Its default of 1 puts 16 nodes on the ring, and then one of four replicas is
@@ -95,6 +96,16 @@ class Ring:
         before = (after - 1) % len(self._keys)
         back, ahead = (wanted - int(self._keys[before])) % 2**32, (int(self._keys[after]) - wanted) % 2**32
         return before if back <= ahead else after
+
+
+@functools.lru_cache(maxsize=32)
+def _ring(places: tuple[int, ...]) -> Ring:
+    return Ring(places)
+
+
+def ring_of(places: Iterable[int]) -> Ring:
+    """The ring of these places; the last ones are remembered, since making one sorts its nodes."""
+    return _ring(tuple(sorted(places)))
 
 
 def _full_hash(values: npt.NDArray[np.uint32]) -> npt.NDArray[np.uint32]:

@@ -54,7 +54,7 @@ def serve_environment(edge: Literal["haproxy", "serve"]) -> dict[str, str]:
         "RAY_SERVE_PROXY_USE_GRPC": "1",
         "RAY_SERVE_REPLICA_GRPC_MAX_MESSAGE_LENGTH": str(HANDLE_MESSAGE_BYTES),
         # The edge stops sending to a replica as soon as Serve drops it from its targets (it looks
-        # once a second), so 30 s of draining would only make every update slow.
+        # twice a second), so 30 s of draining would only make every update slow.
         "RAY_SERVE_DIRECT_INGRESS_MIN_DRAINING_PERIOD_S": "3",
         "RAY_SERVE_PROXY_MIN_DRAINING_PERIOD_S": "3",
     }

@@ -9,6 +9,7 @@ calls.
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -17,7 +18,16 @@ from ray.experimental import internal_kv
 from flatshare.api.identity import OperatorKeys
 from flatshare.settings import Settings
 
-__all__ = ["Deployed", "recall_bounds", "recall_deployed", "remember_bounds", "remember_deployed"]
+__all__ = [
+    "Deployed",
+    "forget",
+    "recall_bounds",
+    "recall_deployed",
+    "recall_moved",
+    "remember_bounds",
+    "remember_deployed",
+    "remember_moved",
+]
 
 _NAMESPACE: Final = b"flatshare"
 
@@ -78,6 +88,23 @@ def recall_bounds() -> tuple[int, int] | None:
         return None
     minimum, maximum = json.loads(value)
     return int(minimum), int(maximum)
+
+
+def remember_moved(moved: Mapping[str, int]) -> None:
+    """Keep which models were moved to which place."""
+    _put(b"moved", json.dumps(dict(moved)).encode())
+
+
+def recall_moved() -> dict[str, int]:
+    """Which models were moved to which place."""
+    found: dict[str, int] = json.loads(_get(b"moved") or b"{}")
+    return found
+
+
+def forget() -> None:
+    """Forget all of a platform that was here before: a new one begins with its own settings."""
+    for key in (b"bounds", b"moved", b"deployed"):
+        internal_kv._internal_kv_del(key, namespace=_NAMESPACE)
 
 
 def _put(key: bytes, value: bytes) -> None:

@@ -11,6 +11,7 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
+import heapq
 import logging
 import os
 import time
@@ -27,7 +28,6 @@ from flatshare.device.protocol import Device
 from flatshare.engine.inference import Inference
 from flatshare.engine.quotas import BytesLimit, QuotaKeeper
 from flatshare.engine.stacked import Stacks
-from flatshare.errors import ServeError
 from flatshare.models.architecture import architecture
 from flatshare.placement.homes import canonical
 from flatshare.placement.load import Held, ReplicaLoad
@@ -56,7 +56,7 @@ from flatshare.weights.host_tier import HostTier, Scrubbed
 from flatshare.weights.scrubber import HostScrubber
 from flatshare.weights.tiers import ModelKey
 from flatshare_registry.catalog import Registry
-from flatshare_registry.errors import RegistryError, Unavailable
+from flatshare_registry.errors import Unavailable
 from flatshare_registry.heads import decode_head
 from flatshare_registry.ids import ModelRef, TenantId
 from flatshare_registry.records import TenantHead, VersionRecord
@@ -77,6 +77,12 @@ FENCE_S: Final = 60.0
 
 ERASE_WAIT_S: Final = 8.0
 """Seconds that one ``erase`` waits for leases and loads to end; the control plane asks again."""
+
+MOST_POPULAR: Final = 16
+POPULAR_AFTER_S: Final = 20.0
+"""Of how many models a replica says their rates, and the seconds over which a young one's requests are
+counted.
+"""
 
 DRAIN_S: Final = 5.0
 """Seconds that a stopping replica waits for leases to end."""
@@ -351,8 +357,29 @@ class Replica:
             if record is not None:
                 models[self._called(record)] = ongoing
         return ReplicaLoad(
-            self.name, place, seen.ongoing, seen.loading, seen.requests_per_s, seen.idle_s, models
+            self.name,
+            place,
+            seen.ongoing,
+            seen.loading,
+            seen.requests_per_s,
+            seen.idle_s,
+            models,
+            self._popular(),
         )
+
+    def _popular(self) -> dict[str, float]:
+        """Requests a second of the models that had most of them since they were loaded."""
+        now = time.time()
+        rates = [
+            (one.hits / max(now - one.loaded_at, POPULAR_AFTER_S), ModelKey(one.tenant, one.version))
+            for one in self.cache.snapshot()
+        ]
+        found: dict[str, float] = {}
+        for rate, key in heapq.nlargest(MOST_POPULAR, rates):
+            record = self.cache.record_of(key)
+            if record is not None:
+                found[self._called(record)] = rate
+        return found
 
     def held(self, place: int) -> Held:
         """What it holds, by the refs that requests most likely name; most recently used first."""
@@ -367,19 +394,23 @@ class Replica:
         return min(refs, key=lambda ref: ("@" in ref, ":" in ref, ref))
 
     async def warm(self, refs: Sequence[str], within_s: float) -> list[str]:
-        """Load models before their requests come, as far as there is time and room; those that are here
-        now.
+        """Load models before their requests come, as far as there is time and room; those that are here.
+
+        Parameters
+        ----------
+        refs
+            Most recently used first; the first is loaded last, and evicted last.
         """
 
         async def one(ref: str) -> str | None:
             try:
                 await self.preload(ref)
-            except (ServeError, RegistryError) as error:
+            except Exception as error:  # one that fails must not cost the others
                 logger.info("%s was not loaded in advance: %s", ref, error)
                 return None
             return ref
 
-        tasks = [asyncio.create_task(one(ref)) for ref in refs]
+        tasks = [asyncio.create_task(one(ref)) for ref in reversed(refs)]
         if tasks:
             _, late = await asyncio.wait(tasks, timeout=within_s)
             for task in late:

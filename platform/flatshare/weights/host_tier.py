@@ -129,7 +129,8 @@ class HostTier:
             raise PermissionError(f"{folder} must belong to this user, and nobody else may write there")
         self._make_folders()
         remove_other_boots(folder, self._root.name)
-        with self._usage_locked() as handle:
+        # Whoever does not let go of the number is no reason to do without a tier: it stays then.
+        with contextlib.suppress(TimeoutError), self._usage_locked() as handle:
             write_number(handle, self._count())
 
     # -- reading
@@ -266,7 +267,8 @@ class HostTier:
                     kept.append(digest)
             finally:
                 os.close(handle)
-        with self._usage_locked() as usage:  # what replicas that died were writing goes too
+        # What replicas that died were writing goes too. The receipt is of what was removed, counted or not.
+        with contextlib.suppress(TimeoutError), self._usage_locked() as usage:
             write_number(usage, self._count())
         return Scrubbed(tuple(removed), tuple(kept), size)
 

@@ -27,6 +27,8 @@ class World:
         self.warmed: list[Mapping[str, Sequence[str]]] = []
         self.told: list[int] = []
         self.held_models: dict[str, list[str]] = {}
+        self.rates: list[float] = []
+        self.popular: list[dict[str, float]] = []
         self.now = -1000.0  # it was made long ago
         self.keeper = Keeper(self, self, bounds or Bounds(replicas, replicas), 4.0, lambda: self.now)
         self.now = 0.0
@@ -38,13 +40,17 @@ class World:
             raise FleetUnavailable("nobody")
         share = {ref: ongoing / len(self.names) for ref, ongoing in self.ongoing.items()}
         return [
-            ReplicaLoad(name, place, sum(share.values()), 0, self.rate / len(self.names), self.idle_s, share)
+            ReplicaLoad(
+                name, place, sum(share.values()), 0,
+                self.rates[place] if self.rates else self.rate / len(self.names), self.idle_s, share,
+                self.popular[place] if self.popular else {},
+            )
             for place, name in enumerate(self.names)
-        ]
+        ]  # fmt: skip
 
     async def held(self) -> list[Held]:
         return [
-            Held(name, place, 10, self.held_models.get(name, [])) for place, name in enumerate(self.names)
+            Held(name, place, 30, self.held_models.get(name, [])) for place, name in enumerate(self.names)
         ]
 
     async def warm(self, wanted: Mapping[str, Sequence[str]], within_s: float) -> dict[str, list[str]]:
@@ -80,7 +86,7 @@ async def test_a_hot_model_is_loaded_where_it_gets_copies_before_anybody_is_told
     assert world.keeper.placement.copies == {"acme": tuple(homes[:2])}
     assert {name for wanted in world.warmed for name in wanted} == {f"r{place}" for place in homes}
     world.refuse = set()
-    await world.seconds(1)
+    await world.seconds(10)
     assert world.keeper.placement.copies == {"acme": tuple(homes)}
     assert dict(world.warmed[-1]) == {f"r{homes[2]}": ["acme"]}, "only what was missing is asked for again"
     await world.seconds(3)
@@ -113,7 +119,7 @@ async def test_the_pool_grows_and_shrinks_with_the_load_and_goes_to_zero() -> No
     await world.seconds(10)
     assert world.told == [4, 1]
     world.rate, world.idle_s = 0, 11
-    await world.seconds(2)
+    await world.seconds(12)
     assert world.told == [4, 1, 0]
     await world.seconds(20)
     assert world.told == [4, 1, 0]
@@ -126,7 +132,7 @@ async def test_a_request_at_zero_wakes_it_and_the_start_is_waited_for() -> None:
     assert world.told == [0]
     world.keeper.wake(3)
     world.silent = True  # it starts
-    await world.seconds(9)
+    await world.seconds(30)
     assert world.told == [0, 1]
 
 
@@ -201,3 +207,72 @@ async def test_a_pool_that_has_just_started_has_not_been_idle_for_long() -> None
     assert world.told == []
     await world.seconds(1)
     assert world.told == [0]
+
+
+async def test_a_fleet_that_does_not_answer_is_not_one_that_has_nothing_to_do() -> None:
+    """One replica that hangs makes a broadcast fail as a whole."""
+    world = World(3, Bounds(0, 4, 4.0, 8.0, 2, 5, 10))
+    world.ongoing, world.rate = {"acme": 9}, 100
+    await world.seconds(20)
+    world.silent = True
+    await world.seconds(60)
+    assert world.told == []
+    world.silent, world.ongoing, world.rate, world.idle_s = False, {}, 0, 99
+    await world.seconds(12)
+    assert world.told[-1] == 0
+
+
+async def test_what_an_operator_says_during_a_hand_over_counts() -> None:
+    world = World(3)
+    world.keeper.allow(Bounds(2, 2))
+
+    async def warm(wanted: Mapping[str, Sequence[str]], within_s: float) -> dict[str, list[str]]:
+        world.keeper.allow(Bounds(3, 3))
+        return {}
+
+    ring = Ring(range(3))
+    models = [f"m{n}" for n in range(30)]
+    world.held_models = {f"r{p}": [m for m in models if ring.home(m) == p] for p in range(3)}
+    world.warm = warm  # type: ignore[method-assign]
+    await world.seconds(2)
+    assert world.told == []
+
+
+async def test_a_copy_that_can_not_be_loaded_is_not_asked_for_at_every_tick() -> None:
+    world = World(2)
+    world.ongoing = {"acme": 12}
+    world.refuse = {"r0", "r1"}
+    await world.seconds(9)
+    assert len(world.warmed) == 1
+    await world.seconds(3)
+    assert len(world.warmed) == 2
+
+
+async def test_a_replacement_loads_a_copy_before_it_counts_again() -> None:
+    world = World(2)
+    world.ongoing = {"acme": 12}
+    await world.seconds(1)
+    assert set(world.keeper.placement.copies["acme"]) == {0, 1}
+    world.names[1] = "new"
+    world.refuse = {"new"}
+    await world.seconds(1)
+    assert world.keeper.placement.copies == {}
+
+
+async def test_a_popular_model_is_moved_once_it_is_loaded_and_remembered() -> None:
+    world = World(2)
+    remembered: list[Mapping[str, int]] = []
+    world.keeper.remember_moved = remembered.append
+    world.rates = [300.0, 100.0]
+    world.popular = [{"m1": 80.0}, {}]
+    await world.seconds(4)
+    assert world.keeper.placement.moved == {"m1": 1} == remembered[-1]
+    assert world.keeper.routes == {"m1": (1,)}
+    assert {"r1": ["m1"]} in world.warmed
+
+
+async def test_a_model_that_can_not_be_loaded_there_is_not_moved() -> None:
+    world = World(2)
+    world.rates, world.popular, world.refuse = [300.0, 100.0], [{"m1": 80.0}, {}], {"r1"}
+    await world.seconds(8)
+    assert world.keeper.placement.moved == {}

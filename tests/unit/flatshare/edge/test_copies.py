@@ -19,8 +19,8 @@ def test_every_copy_gets_its_share(count: int) -> None:
     assert max(shares.values()) - min(shares.values()) <= 1
 
 
-def test_a_model_with_one_home_needs_no_row() -> None:
-    assert rows({"acme": (3,), "other": ()}) == {}
+def test_a_model_that_was_moved_has_one_row() -> None:
+    assert rows({"acme": (3,), "other": ()}) == {"acme": "p3"}
 
 
 def test_what_was_written_is_read_back() -> None:
@@ -33,5 +33,5 @@ def test_what_was_written_is_read_back() -> None:
 def test_the_map_changes_as_a_whole() -> None:
     told = replace_map(5, {"a": "2", "a/0": "p1"})
     assert told == [
-        "add map @5 copies.map a 2", "add map @5 copies.map a/0 p1", "commit map @5 copies.map",
+        "add map @5 copies.map <<\na 2\na/0 p1\n", "commit map @5 copies.map",
     ]  # fmt: skip

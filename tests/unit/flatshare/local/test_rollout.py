@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
+import re
+
 import pytest
 
+from flatshare.control import deployment as control_deployment
 from flatshare.errors import SettingsError
+from flatshare.local.platform import edge_options
 from flatshare.local.rollout import ROLLED_OUT, changed_settings
 from flatshare.settings import Settings
 
@@ -39,5 +44,10 @@ def test_a_contradiction_is_refused() -> None:
         changed_settings(DEPLOYED, {"body_memory_bytes": str(1024**2)})
 
 
-def test_all_that_can_change_is_a_setting() -> None:
+def test_all_that_can_change_is_a_setting_that_nobody_but_replicas_has_read() -> None:
+    """What the edge and the control plane read when they start stays as it was, whatever replicas are told."""
     assert set(Settings.model_fields) >= ROLLED_OUT
+    read = "".join(
+        inspect.getsource(one) for one in (control_deployment, edge_options, Settings.default_quotas.fget)
+    )
+    assert not [name for name in ROLLED_OUT if re.search(rf"\.{name}\b", read)]

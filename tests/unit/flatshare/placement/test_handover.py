@@ -55,3 +55,10 @@ def test_after_a_handover_nothing_is_cold(replicas: int, data: st.DataObject) ->
 
 def test_with_nobody_left_there_is_nothing_to_load() -> None:
     assert to_load(held(2), {}) == {}
+
+
+def test_a_handover_drives_out_nothing_that_is_asked_for_more() -> None:
+    """The survivor has ten of its own in ten slots: of the other ten only what was used as lately comes."""
+    mine, others = [f"a{number}" for number in range(10)], [f"b{number}" for number in range(10)]
+    found = to_load([Held("A", 0, 10, mine), Held("B", 1, 10, others)], {0: "A"})
+    assert found["A"] == others[:5]

@@ -1,0 +1,79 @@
+"""Homes that chance has put together: popular models are moved until no replica has much more than its share.
+
+A hash spreads models evenly, not their requests: with the eight most popular of 2,000 models on one of two
+replicas that one has two thirds of the requests, its slots are taken by them, and the fleet has 0.93 of the
+hits that one cache of the same slots has. A few moves mend it. They are few, they stay, and the ring is the
+home of everything else.
+
+Pure: rates and what was moved before come as arguments.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Final
+
+from flatshare.placement.load import ReplicaLoad
+from flatshare.placement.ring import Ring
+
+__all__ = ["MOST_MOVED", "decide_moves", "homes_of"]
+
+UNEVEN: Final = 1.15
+"""A model moves when the busiest replica has more than this times the mean."""
+
+GAIN: Final = 0.9
+"""It must be small enough that the two replicas come this much nearer, or two of them would swap it for
+ever.
+"""
+
+MOST_MOVED: Final = 256
+"""Models that have a home other than the ring's: each is a row in every edge's map."""
+
+
+def homes_of(ring: Ring, moved: Mapping[str, int], model_ref: str, count: int) -> list[int]:
+    """The first homes of a model: where it was moved to, then the ring's."""
+    place = moved.get(model_ref)
+    if place is None or place not in ring.places:
+        return ring.homes(model_ref, count)
+    others = [one for one in ring.homes(model_ref, count + 1) if one != place]
+    return [place, *others][:count]
+
+
+def decide_moves(
+    loads: Sequence[ReplicaLoad], rates: Mapping[int, float], moved: Mapping[str, int]
+) -> dict[str, int]:
+    """Where models live that do not live at the ring's home; at most one is new.
+
+    Parameters
+    ----------
+    loads
+        Of all replicas that answer: their popular models.
+    rates
+        Requests a second by place, over a minute or so: a peak of a moment moves nothing.
+    moved
+        What was decided before.
+
+    Returns
+    -------
+    dict
+        Place by model ref. A place that the pool has no more is left out.
+    """
+    places = sorted(load.place for load in loads)
+    settled = places == list(range(len(places)))
+    kept = {ref: place for ref, place in moved.items() if not settled or place in rates}
+    if len(kept) >= MOST_MOVED:  # those that nobody asks for any more go home
+        asked = {ref for load in loads for ref in load.popular}
+        kept = {ref: place for ref, place in kept.items() if ref in asked}
+    if not settled or len(places) < 2 or set(rates) != set(places) or len(kept) >= MOST_MOVED:
+        return kept
+    mean = sum(rates.values()) / len(rates)
+    busiest = max(places, key=lambda place: (rates[place], -place))
+    calmest = min(places, key=lambda place: (rates[place], place))
+    if rates[busiest] <= UNEVEN * mean:
+        return kept
+    popular = next(load.popular for load in loads if load.place == busiest)
+    room = (rates[busiest] - rates[calmest]) / 2 * GAIN
+    fitting = [(rate, ref) for ref, rate in popular.items() if 0 < rate <= room]
+    if fitting:
+        kept[max(fitting)[1]] = calmest
+    return kept
