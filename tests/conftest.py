@@ -6,10 +6,14 @@ import os
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings
 
 from flatshare_registry.testing.s3_server import CREDENTIALS, local_s3
 
 from .leftovers import pytest_configure
+
+settings.register_profile("flatshare", deadline=None)  # a busy machine is no fault of an example
+settings.load_profile("flatshare")
 
 __all__ = ["clean_environment", "pytest_configure", "s3_url"]
 

@@ -57,12 +57,12 @@ def lru_hits(trace: list[str], capacity: int) -> int:
     return hits
 
 
-@pytest.mark.parametrize(("replicas", "tenants"), [(4, 200), (2, 2000), (2, 10_000)])
+@pytest.mark.parametrize(("replicas", "tenants"), [(4, 200), (2, 2000)])
 @pytest.mark.parametrize("seed", [0, 1])
 def test_a_fleet_has_nearly_the_hits_of_one_lru(replicas: int, tenants: int, seed: int) -> None:
     """These names put two thirds of the requests on one of two replicas: 0.93 of one LRU without a move."""
     shares = zipf(tenants)
-    moved = settle(shares, replicas)[-1]
+    moved = settle(shares, replicas, 20)[-1]
     ring = ring_of(range(replicas))
     dice = np.random.default_rng(seed)
     names = list(shares)
