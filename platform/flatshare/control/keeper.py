@@ -237,9 +237,7 @@ class Keeper:
         self._copies = found
 
     async def _balance(self, loads: Sequence[ReplicaLoad]) -> None:
-        """Move one popular model from the busiest replica to the calmest, when they are far apart for a
-        while.
-        """
+        """Move one popular model from the busiest replica to the calmest, when they are far apart."""
         rates = {load.place: load.requests_per_s for load in loads}
         if set(rates) != set(self._rates):
             self._rates, self._steady = rates, 0  # counted anew: a replica came or went
@@ -257,6 +255,8 @@ class Keeper:
         for ref, place in new.items():
             if ref not in ready.get(names[place], ()):
                 moved.pop(ref)
+                if ref in self._moved:  # it stays where it was
+                    moved[ref] = self._moved[ref]
         if moved != self._moved:
             logger.info("moved: %s", new)
             self._moved = moved

@@ -276,3 +276,6 @@ async def test_a_model_that_can_not_be_loaded_there_is_not_moved() -> None:
     world.rates, world.popular, world.refuse = [300.0, 100.0], [{"m1": 80.0}, {}], {"r1"}
     await world.seconds(8)
     assert world.keeper.placement.moved == {}
+    world.keeper.begin_with({"m1": 0})
+    await world.seconds(8)
+    assert world.keeper.placement.moved == {"m1": 0}, "it stays where it was"
