@@ -52,6 +52,9 @@ class OneReplica:
     def newest(self) -> str | None:
         return None
 
+    def end(self, replica: str) -> None:
+        raise AssertionError("nobody asked for it")
+
 
 class Keys:
     """One key of each kind, for acme."""

@@ -127,6 +127,7 @@ CONTROL: dict[tuple[str, str], Row] = {
     ("POST", "/tenants/{tenant}/aliases/{alias}/rollback"): change_own(),
     ("GET", "/plans"): view(),
     ("GET", "/replicas"): view(),
+    ("POST", "/replicas/{replica}/drain"): change(404),
     ("GET", "/scaling"): view(),
     ("PUT", "/scaling"): change(json={"min_replicas": 1, "max_replicas": 3}),
     ("POST", "/preload"): change(json={"model": "acme"}),
@@ -192,7 +193,7 @@ async def test_open_routes_of_the_data_plane(data: Data, route: tuple[str, str])
 
 async def ask(control: Control, route: tuple[str, str], who: str, style: str = "bearer") -> httpx.Response:
     method, path = route
-    url = path.format(tenant="acme", version=3, alias="canary", key_id=control.keys.victim)
+    url = path.format(tenant="acme", version=3, alias="canary", key_id=control.keys.victim, replica="none")
     transport = httpx.ASGITransport(app=control.app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         request = CONTROL[route].request if route in CONTROL else {}
@@ -268,7 +269,9 @@ OWN = [{}, {"origin": "http://localhost:8000", "sec-fetch-site": "same-origin"},
 
 async def ask_page(app: Any, route: tuple[str, str], page: dict[str, str], **request: Any) -> httpx.Response:
     method, path = route
-    url = path.format(tenant="acme", version=1, alias="canary", key_id="acme.none", ref="acme")
+    url = path.format(
+        tenant="acme", version=1, alias="canary", key_id="acme.none", ref="acme", replica="none"
+    )
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8000") as client:
         request["headers"] = {**request.get("headers", {}), **page}

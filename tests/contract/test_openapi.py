@@ -251,6 +251,7 @@ async def test_a_generated_client_calls_every_route_of_the_control_plane(
     await ask("set_alias", body=models.AliasChange.from_dict({"version": 2}), **canary)
     await ask("remove_alias", **canary)
     await ask("replicas")
+    await ask("drain", 404, replica="none-such")
     assert (await ask("get_scaling")).max_replicas == 1
     bounds = models.ScalingRequest.from_dict({"min_replicas": 1, "max_replicas": 3})
     assert (await ask("set_scaling", body=bounds)).max_replicas == 3

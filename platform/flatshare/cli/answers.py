@@ -17,6 +17,7 @@ from flatshare_registry.errors import InvalidInput
 
 __all__ = [
     "About",
+    "Drained",
     "Erased",
     "Erasing",
     "Fleet",
@@ -207,6 +208,14 @@ class Scaling(TypedDict):
     max_replicas: int
     wanted: int | None
     wish: int | None
+
+
+class Drained(TypedDict):
+    """A replica that was emptied and ended."""
+
+    replica: str
+    handed_over: int
+    waited_s: float
 
 
 class Fleet(TypedDict):

@@ -1,16 +1,17 @@
-"""Verbs that talk to a running platform: predict, replicas, scale, preload, unload."""
+"""Verbs that talk to a running platform: predict, replicas, scale, drain, preload, unload."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 from typing import Annotated
+from urllib.parse import quote
 
 import typer
 
-from flatshare.cli.answers import Fleet, Labels, Refreshed, Scaling, Unloaded, Unpinned, parsed
+from flatshare.cli.answers import Drained, Fleet, Labels, Refreshed, Scaling, Unloaded, Unpinned, parsed
 from flatshare.cli.context import UrlOption, call, own_store, platform_url
-from flatshare.cli.output import AsJson, out, print_json, print_table, size, when
+from flatshare.cli.output import AsJson, err, out, print_json, print_table, size, when
 from flatshare.errors import FleetUnavailable
 from flatshare_registry.errors import InvalidInput
 from flatshare_registry.ids import ModelRef
@@ -24,7 +25,7 @@ _IMAGE_TYPES = {".png": "image/png", ".jpg": "image/jpeg", ".jpeg": "image/jpeg"
 
 def add_to(app: typer.Typer) -> None:
     """Add these verbs to the command."""
-    for function in (predict, replicas, scale, preload, unpin, unload):
+    for function in (predict, replicas, scale, drain, preload, unpin, unload):
         app.command(rich_help_panel="Running platform")(function)
 
 
@@ -113,6 +114,25 @@ def scale(
     now = "" if found["wanted"] is None else f"; {found['wanted']} now"
     wish = "" if found["wish"] is None or low == high else f", the load wants {found['wish']}"
     out.print(f"{bounds}{now}{wish}")
+
+
+def drain(
+    replica: Annotated[str, typer.Argument(metavar="REPLICA", help="As flatshare replicas names it.")],
+    url: UrlOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """Empty a replica and have it replaced: others load what it holds first, and no request is lost."""
+    with err.status(f"draining {replica} ..."):
+        path = f"/admin/replicas/{quote(replica, safe='')}/drain"
+        reply = call("POST", f"{platform_url(url)}{path}", timeout=70)
+    done = parsed(reply, Drained)
+    if as_json:
+        print_json(done)
+        return
+    out.print(
+        f"{done['replica']} has ended, {done['waited_s']:.1f} s after its last requests were sent; "
+        f"others had loaded {done['handed_over']} models; its replacement starts"
+    )
 
 
 def print_fleet(fleet: Fleet, *, models: bool) -> None:

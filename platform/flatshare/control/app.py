@@ -21,7 +21,7 @@ from flatshare.control.erasure import Erasing, Erasure, Erasures
 from flatshare.control.erasure_record import Record, Signer
 from flatshare.control.fleet import Fleet, Told
 from flatshare.control.fleet_schemas import FleetReply
-from flatshare.control.scaling import Scaling, ScalingReply, ScalingRequest
+from flatshare.control.scaling import DrainedReply, Scaling, ScalingReply, ScalingRequest
 from flatshare.control.schemas import (
     AliasChange,
     AliasChanged,
@@ -394,6 +394,14 @@ def _add_scaling(app: FastAPI, scaling: Scaling | None) -> None:
     async def set_scaling(body: ScalingRequest) -> ScalingReply:
         """Allow other numbers of replicas, until the platform ends; equal ones fix it."""
         return ScalingReply.of(await known().allow(body.min_replicas, body.max_replicas))
+
+    @app.post("/replicas/{replica}/drain", tags=["fleet"])
+    async def drain(replica: str) -> DrainedReply:
+        """Empty a replica and have it replaced: others load what it holds first, and no request is lost."""
+        done = await known().drain(replica)
+        return DrainedReply(
+            replica=done.replica, handed_over=done.handed_over, waited_s=round(done.waited_s, 3)
+        )
 
 
 def _add_fleet(app: FastAPI, registry: Registry, fleet: Fleet, scaling: Scaling | None) -> None:

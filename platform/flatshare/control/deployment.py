@@ -13,7 +13,7 @@ from flatshare.api.tokens import token_verifier
 from flatshare.control.access import Gate
 from flatshare.control.app import RegistryHeads, create_control_app
 from flatshare.control.fleet import Fleet
-from flatshare.control.keeper import Keeper
+from flatshare.control.keeper import Keeper, Routes
 from flatshare.control.scaling import Scaling
 from flatshare.placement.scaling import Bounds
 from flatshare.pool.controller import read_details
@@ -67,8 +67,8 @@ class ControlPlane:
         if self._keeping.done():
             raise RuntimeError("the fleet's keeper has ended")
 
-    async def copies(self) -> dict[str, tuple[int, ...]]:
-        """Asked by edges: the places of models that do not go by the ring alone."""
+    async def routes(self) -> Routes:
+        """Asked by edges: what does not go by the ring alone."""
         return self._keeper.routes
 
     async def wake(self, waiting: int) -> None:

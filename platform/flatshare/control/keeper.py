@@ -21,9 +21,9 @@ from flatshare.placement.copies import Spread, decide_copies
 from flatshare.placement.handover import after_loss, to_load
 from flatshare.placement.load import Held, ReplicaLoad
 from flatshare.placement.scaling import Bounds, Wish, decide_replicas, wish
-from flatshare_registry.errors import Unavailable
+from flatshare_registry.errors import InvalidInput, NotFound, Unavailable
 
-__all__ = ["Keeper", "Placement", "Scaler"]
+__all__ = ["Drained", "Keeper", "Placement", "Routes", "Scaler"]
 
 logger = logging.getLogger("flatshare.control")
 
@@ -36,6 +36,12 @@ MOVE_TICKS: Final = 3
 
 LEAST_RATE: Final = 20.0
 """Requests a second below which nobody is busy enough for its share to mean anything."""
+
+DRAIN_S: Final = 40.0
+"""Seconds that a replica has to end its requests: more than one may take."""
+
+EDGES_LOOK_S: Final = 1.0
+"""Seconds between two questions to a replica that is drained: edges look twice in it."""
 
 RETRY_COPY_S: Final = 10.0
 """Seconds until a replica that could not load a copy is asked again."""
@@ -65,6 +71,10 @@ class Scaler(Protocol):
         """The replica that Serve would stop first."""
         ...
 
+    def end(self, replica: str) -> None:
+        """End a replica's process; Serve starts another one at its place. Raises as :meth:`wanted`."""
+        ...
+
 
 class AsksFleet(Protocol):
     """What the keeper asks of the fleet."""
@@ -80,6 +90,39 @@ class AsksFleet(Protocol):
     async def warm(self, wanted: Mapping[str, Sequence[str]], within_s: float) -> dict[str, list[str]]:
         """Have replicas load models."""
         ...
+
+
+@dataclass(frozen=True, slots=True)
+class Routes:
+    """What edges must know beside the ring.
+
+    Attributes
+    ----------
+    models
+        Places of models that were moved, or have copies.
+    draining
+        Replicas that get no new request.
+    """
+
+    models: dict[str, tuple[int, ...]]
+    draining: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True, slots=True)
+class Drained:
+    """A replica that was emptied and ended.
+
+    Attributes
+    ----------
+    handed_over
+        Models that others loaded before.
+    waited_s
+        Seconds until its last request had ended.
+    """
+
+    replica: str
+    handed_over: int
+    waited_s: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,6 +183,7 @@ class Keeper:
     _rates: dict[int, float] = field(default_factory=dict)
     _moved: dict[str, int] = field(default_factory=dict)
     remember_moved: Callable[[Mapping[str, int]], None] = lambda _: None
+    _draining: set[str] = field(default_factory=set)
     _bell: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
@@ -155,9 +199,55 @@ class Keeper:
         return Placement(dict(self._copies), self.bounds, self._wanted, latest, imbalance, dict(self._moved))
 
     @property
-    def routes(self) -> dict[str, tuple[int, ...]]:
-        """What edges must know beside the ring: places of models that were moved, or have copies."""
-        return {**{ref: (place,) for ref, place in self._moved.items()}, **self._copies}
+    def routes(self) -> Routes:
+        """What edges must know beside the ring."""
+        moved = {ref: (place,) for ref, place in self._moved.items()}
+        return Routes({**moved, **self._copies}, frozenset(self._draining))
+
+    async def drain(self, replica: str) -> Drained:
+        """Empty a replica and have it replaced: others load what it holds, edges leave it out, then it ends.
+
+        Raises
+        ------
+        NotFound
+            There is no such replica.
+        InvalidInput
+            It is the only one, so nobody could take its requests.
+        FleetUnavailable
+            It did not come to an end of its requests, and goes on; or Serve can't end it.
+        """
+        held = await self.fleet.held()
+        names = {one.place: one.replica for one in held}
+        if replica not in names.values():
+            raise NotFound(f"there is no replica {replica}; flatshare replicas lists them")
+        if len(names) == 1:
+            raise InvalidInput(f"{replica} is the only replica; flatshare scale 2 first")
+        others = {place: name for place, name in names.items() if name != replica}
+        wanted = to_load(held, others, self._moved)
+        ready = await self._warm(wanted)
+        began = self.clock()
+        self._draining.add(replica)
+        try:
+            await self._until_idle(replica, began + DRAIN_S)
+            waited_s = self.clock() - began
+            await asyncio.to_thread(self.scaler.end, replica)
+        except Unavailable as error:
+            raise FleetUnavailable(
+                f"{replica} was emptied and could not be ended: {error.message}"
+            ) from error
+        finally:
+            self._draining.discard(replica)  # a replacement has another name
+        return Drained(replica, sum(map(len, ready.values())), waited_s)
+
+    async def _until_idle(self, replica: str, deadline: float) -> None:
+        """Until a replica has had no request for two looks of the edges."""
+        while self.clock() < deadline:
+            await asyncio.sleep(EDGES_LOOK_S)  # edges ask on their own; nobody tells when they have
+            loads = {load.replica: load for load in await self.fleet.loads()}
+            load = loads.get(replica)
+            if load is None or (load.ongoing == 0 and load.loading == 0 and load.requests_per_s == 0):
+                return
+        raise FleetUnavailable(f"{replica} still had requests after {DRAIN_S:g} s, and goes on")
 
     def begin_with(self, moved: Mapping[str, int]) -> None:
         """Take over what a keeper before this one had moved."""

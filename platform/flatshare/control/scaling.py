@@ -9,10 +9,10 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from flatshare.control.keeper import Keeper, Placement
+from flatshare.control.keeper import Drained, Keeper, Placement
 from flatshare_registry.errors import InvalidInput
 
-__all__ = ["Scaling", "ScalingReply", "ScalingRequest"]
+__all__ = ["DrainedReply", "Scaling", "ScalingReply", "ScalingRequest"]
 
 
 class ScalingRequest(BaseModel):
@@ -58,6 +58,14 @@ class ScalingReply(BaseModel):
         )
 
 
+class DrainedReply(BaseModel):
+    """A replica that was emptied and ended; its replacement starts at its place."""
+
+    replica: str
+    handed_over: int = Field(description="Models that others loaded before.")
+    waited_s: float = Field(description="Seconds until its last request had ended.")
+
+
 class Scaling:
     """What an operator may ask of the keeper.
 
@@ -80,6 +88,10 @@ class Scaling:
     def placement(self) -> Placement:
         """What was decided last."""
         return self._keeper.placement
+
+    async def drain(self, replica: str) -> Drained:
+        """See :meth:`Keeper.drain`."""
+        return await self._keeper.drain(replica)
 
     async def allow(self, minimum: int, maximum: int) -> Placement:
         """Take other bounds; the pool follows within a second.

@@ -23,8 +23,8 @@ from ray.serve.handle import DeploymentHandle
 
 from flatshare.api.identity import OperatorKeys
 from flatshare.control.deployment import CONTROL_APP, CONTROL_DEPLOYMENT, CONTROL_PREFIX, control_application
+from flatshare.control.keeper import Routes
 from flatshare.edge.configuration import EdgeOptions
-from flatshare.edge.copies import Copies
 from flatshare.edge.process import HaproxyProcess
 from flatshare.edge.servers import Server
 from flatshare.edge.supervisor import EdgeSupervisor, EdgeTargets
@@ -188,7 +188,7 @@ def _edge(settings: Settings) -> Iterator[EdgeSupervisor]:
     supervisor = EdgeSupervisor(
         process,
         edge_options(settings, process.admin_socket),
-        lambda: edge_targets(doors, decided.copies()),
+        lambda: edge_targets(doors, decided.routes()),
         decided.wake,
     )
     try:
@@ -240,11 +240,12 @@ def edge_options(settings: Settings, admin_socket: Path) -> EdgeOptions:
     )
 
 
-def edge_targets(doors: Doors, copies: Copies | None = None) -> EdgeTargets:
+def edge_targets(doors: Doors, routes: Routes | None = None) -> EdgeTargets:
     """Where both applications listen now, as seen from this node."""
     details = read_details()
     own_ip = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]  # Ray gives it no types
-    pool = doors.of(replica_states(details, POOL_APP, POOL_DEPLOYMENT))
+    routes = routes or Routes({})
+    pool = doors.of(replica_states(details, POOL_APP, POOL_DEPLOYMENT), routes.draining)
     return EdgeTargets(
         tuple(Server(door.place, door.host, door.port) for door in pool),
         tuple(
@@ -252,7 +253,7 @@ def edge_targets(doors: Doors, copies: Copies | None = None) -> EdgeTargets:
             Server(number, "127.0.0.1" if one.ip == own_ip else one.ip, one.port)
             for number, one in enumerate(targets(details, CONTROL_APP))
         ),
-        copies or {},
+        routes.models,
     )
 
 
@@ -260,15 +261,15 @@ class Decided:
     """What the control plane decides, for an edge: asked at each look, believed while nobody answers."""
 
     def __init__(self) -> None:
-        self._copies: Copies = {}
+        self._routes = Routes({})
 
-    def copies(self) -> Copies:
-        """Models that more than one replica serves. Blocks, for a second at most."""
+    def routes(self) -> Routes:
+        """What does not go by the ring alone. Blocks, for a second at most."""
         try:
-            self._copies = self._handle().copies.remote().result(timeout_s=ASK_S)
+            self._routes = self._handle().routes.remote().result(timeout_s=ASK_S)
         except Exception as error:  # ray raises a dozen kinds while the control plane comes back
             logger.warning("nobody says which models have copies: %s", type(error).__name__)
-        return self._copies
+        return self._routes
 
     def wake(self, waiting: int) -> None:
         """Tell it that so many requests wait for a first replica. Blocks, for a second at most."""

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any, Final
 
 from flatshare.placement.load import Held
@@ -43,11 +43,11 @@ class Doors:
         self._known: dict[str, DoorAddress] = {}
         self._looks = 0
 
-    def of(self, states: Sequence[ReplicaState]) -> tuple[DoorAddress, ...]:
-        """The doors of replicas that take requests, by place; one whose door is not known is left out.
+    def of(self, states: Sequence[ReplicaState], draining: Collection[str] = ()) -> tuple[DoorAddress, ...]:
+        """The doors of replicas that take requests, by place.
 
-        No place is named twice: while two replicas claim one, which Serve mends within a second, the one
-        that was known there first keeps it.
+        One whose door is not known is left out, and one that is being drained. No place is named twice: while
+        two replicas claim one, the one that was known there first keeps it.
         """
         living = {one.replica for one in states if one.state in TAKES_REQUESTS}
         self._known = {name: door for name, door in self._known.items() if name in living}
@@ -57,7 +57,8 @@ class Doors:
             self._known |= {door.replica: door for door in self._ask() if door.replica in living}
         by_place: dict[int, DoorAddress] = {}
         for door in self._known.values():
-            by_place.setdefault(door.place, door)
+            if door.replica not in draining:
+                by_place.setdefault(door.place, door)
         return tuple(by_place[place] for place in sorted(by_place))
 
     def _settled(self, living: set[str]) -> bool:

@@ -11,7 +11,8 @@ from __future__ import annotations
 from typing import Any, Final
 
 import ray
-from ray.serve._private.common import DeploymentID
+from ray.serve._private.common import DeploymentID, ReplicaID
+from ray.serve._private.constants import SERVE_NAMESPACE
 from ray.serve.context import _get_global_client
 
 from flatshare.pool.controller import read_details
@@ -54,6 +55,14 @@ class ServeScaler:
         if not running:
             return None
         return str(max(running, key=lambda one: float(one["start_time_s"]))["replica_id"])
+
+    def end(self, replica: str) -> None:
+        """End a replica's process at once; Serve sees it and starts another one. Raises as :meth:`wanted`."""
+        name = ReplicaID(replica, DeploymentID(name=POOL_DEPLOYMENT, app_name=POOL_APP)).to_full_id_str()
+        try:
+            ray.kill(ray.get_actor(name, namespace=SERVE_NAMESPACE))
+        except Exception as error:  # it may have gone by itself
+            raise Unavailable(f"replica {replica} is not there: {type(error).__name__}") from error
 
     @staticmethod
     def _pool() -> dict[str, Any]:

@@ -6,12 +6,15 @@ import asyncio
 import contextlib
 from collections.abc import Mapping, Sequence
 
+import pytest
+
+from flatshare.control import keeper as keeper_module
 from flatshare.control.keeper import Keeper
 from flatshare.errors import FleetUnavailable
 from flatshare.placement.load import Held, ReplicaLoad
 from flatshare.placement.ring import Ring
 from flatshare.placement.scaling import Bounds
-from flatshare_registry.errors import Unavailable
+from flatshare_registry.errors import InvalidInput, NotFound, Unavailable
 
 
 class World:
@@ -26,6 +29,7 @@ class World:
         self.silent = self.serve_down = False
         self.warmed: list[Mapping[str, Sequence[str]]] = []
         self.told: list[int] = []
+        self.ended: list[str] = []
         self.held_models: dict[str, list[str]] = {}
         self.rates: list[float] = []
         self.popular: list[dict[str, float]] = []
@@ -67,6 +71,11 @@ class World:
     def scale(self, replicas: int) -> None:
         self.told.append(replicas)
         self.names = self.names[:replicas] + [f"r{place}" for place in range(len(self.names), replicas)]
+
+    def end(self, replica: str) -> None:
+        if self.serve_down:
+            raise Unavailable("controller")
+        self.ended.append(replica)
 
     def newest(self) -> str | None:
         return self.names[-1] if self.names else None
@@ -267,7 +276,7 @@ async def test_a_popular_model_is_moved_once_it_is_loaded_and_remembered() -> No
     world.popular = [{"m1": 80.0}, {}]
     await world.seconds(4)
     assert world.keeper.placement.moved == {"m1": 1} == remembered[-1]
-    assert world.keeper.routes == {"m1": (1,)}
+    assert world.keeper.routes.models == {"m1": (1,)}
     assert {"r1": ["m1"]} in world.warmed
 
 
@@ -279,3 +288,53 @@ async def test_a_model_that_can_not_be_loaded_there_is_not_moved() -> None:
     world.keeper.begin_with({"m1": 0})
     await world.seconds(8)
     assert world.keeper.placement.moved == {"m1": 0}, "it stays where it was"
+
+
+@pytest.fixture
+def quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(keeper_module, "EDGES_LOOK_S", 0.001)
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_replica_is_drained_once_others_hold_its_models_and_its_requests_have_ended() -> None:
+    world = World(3)
+    ring = Ring(range(3))
+    models = [f"m{n}" for n in range(20)]
+    world.held_models = {f"r{p}": [m for m in models if ring.home(m) == p] for p in range(3)}
+    world.rates = [9.0, 9.0, 9.0]
+    draining = asyncio.create_task(world.keeper.drain("r1"))
+    while "r1" not in world.keeper.routes.draining:
+        await asyncio.sleep(0)
+    assert world.warmed and "r1" not in world.warmed[0] and not world.ended
+    world.rates = [13.0, 0.0, 13.0]
+    done = await draining
+    assert world.ended == ["r1"] and done.handed_over == len(world.held_models["r1"])
+    assert world.keeper.routes.draining == frozenset()
+
+
+@pytest.mark.usefixtures("quick")
+async def test_one_whose_requests_do_not_end_goes_on() -> None:
+    world = World(2)
+    world.rates = [9.0, 9.0]
+
+    async def loads() -> list[ReplicaLoad]:
+        world.now += 10
+        return await World.loads(world)
+
+    world.loads = loads  # type: ignore[method-assign]
+    with pytest.raises(FleetUnavailable, match="goes on"):
+        await world.keeper.drain("r1")
+    assert world.ended == [] and world.keeper.routes.draining == frozenset()
+
+
+@pytest.mark.usefixtures("quick")
+async def test_what_can_not_be_drained_is_refused() -> None:
+    with pytest.raises(NotFound, match="there is no replica r9"):
+        await World(2).keeper.drain("r9")
+    with pytest.raises(InvalidInput, match="the only replica"):
+        await World(1).keeper.drain("r0")
+    world = World(2)
+    world.serve_down = True
+    with pytest.raises(FleetUnavailable, match="could not be ended"):
+        await world.keeper.drain("r1")
+    assert world.keeper.routes.draining == frozenset()

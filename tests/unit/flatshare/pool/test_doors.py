@@ -82,6 +82,15 @@ def test_two_that_claim_one_place_are_not_both_named() -> None:
     assert world.look(r0="RUNNING", r1="RUNNING") == ["r0", "r1"]
 
 
+def test_one_that_is_drained_gets_nothing_and_comes_back_if_it_is_not() -> None:
+    world = World()
+    world.places = {"r0": 0, "r1": 1}
+    states = [ReplicaState(name, "RUNNING", "") for name in ("r0", "r1")]
+    assert [one.replica for one in world.doors.of(states, {"r1"})] == ["r0"]
+    assert [one.replica for one in world.doors.of(states)] == ["r0", "r1"]
+    assert world.asked == 1
+
+
 def test_places_are_asked_for_again_now_and_then() -> None:
     world = World()
     world.places = {"r0": 0, "r1": 1}
