@@ -61,9 +61,6 @@ HELD_S: Final = 1.0
 """Seconds that a lock is waited for which others hold for milliseconds. A replica that was stopped while it
 had one would else stop every load on its node, until somebody ends it."""
 
-LOCK_RETRY_S: Final = 0.005
-"""How often a lock that another process holds is tried again: flock has no deadline of its own."""
-
 
 @dataclass(frozen=True, slots=True)
 class HostUsage:
@@ -352,13 +349,10 @@ class HostTier:
         while True:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
+                lock_within(handle, fcntl.LOCK_EX, deadline - time.monotonic())
+            except TimeoutError:
                 os.close(handle)
-                if time.monotonic() >= deadline:
-                    return None
-                time.sleep(LOCK_RETRY_S)  # flock waits for ever or not at all: nothing waits until a time
-                continue
+                return None
             if is_still_named(handle, path):
                 return handle
             os.close(handle)  # its owner removed it when it had done: that was another lock
