@@ -371,22 +371,16 @@ class Replica:
         """Requests a second of the models that had most of them since they were loaded."""
         now = time.time()
         rates = [
-            (one.hits / max(now - one.loaded_at, POPULAR_AFTER_S), ModelKey(one.tenant, one.version))
-            for one in self.cache.snapshot()
+            (hits / max(now - loaded_at, POPULAR_AFTER_S), record)
+            for record, hits, loaded_at, _ in self.cache.uses()
         ]
-        found: dict[str, float] = {}
-        for rate, key in heapq.nlargest(MOST_POPULAR, rates):
-            record = self.cache.record_of(key)
-            if record is not None:
-                found[self._called(record)] = rate
-        return found
+        popular = heapq.nlargest(MOST_POPULAR, rates, key=lambda one: one[0])
+        return {self._called(record): rate for rate, record in popular}
 
     def held(self, place: int) -> Held:
         """What it holds, by the refs that requests most likely name; most recently used first."""
-        models = sorted(self.cache.snapshot(), key=lambda one: -one.last_used_at)
-        records = [self.cache.record_of(ModelKey(one.tenant, one.version)) for one in models]
-        named = [self._called(record) for record in records if record is not None]
-        return Held(self.name, place, self.cache.slots, named)
+        latest = sorted(self.cache.uses(), key=lambda one: one[3], reverse=True)
+        return Held(self.name, place, self.cache.slots, [self._called(record) for record, *_ in latest])
 
     def _called(self, record: VersionRecord) -> str:
         """The ref that requests most likely name: the tenant, else an alias, else the number."""

@@ -356,6 +356,13 @@ class ModelCache:
         """Versions that requests hold now, and how many each."""
         return {ModelKey.of(one.record): one.leases for one in self._residency.lendable() if one.leases > 0}
 
+    def uses(self) -> list[tuple[VersionRecord, int, float, float]]:
+        """What can be leased: its record, requests since it was loaded, when it was loaded, and last used.
+
+        For who asks every second: :meth:`snapshot` adds up every model's tensors.
+        """
+        return [(one.record, one.hits, one.loaded_at, one.last_used_at) for one in self._residency.lendable()]
+
     def snapshot(self) -> list[ResidentInfo]:
         """All that is held and why, most recently used first."""
         return self._residency.snapshot()
