@@ -12,8 +12,9 @@ from flatshare.api.identity import Identities, OperatorKeys
 from flatshare.api.tokens import token_verifier
 from flatshare.control.access import Gate
 from flatshare.control.app import RegistryHeads, create_control_app
+from flatshare.control.decided import Routes
 from flatshare.control.fleet import Fleet
-from flatshare.control.keeper import Keeper, Routes
+from flatshare.control.keeper import Keeper
 from flatshare.control.scaling import Scaling
 from flatshare.placement.scaling import Bounds
 from flatshare.pool.controller import read_details

@@ -6,8 +6,8 @@ from dataclasses import asdict
 
 from pydantic import BaseModel, Field
 
+from flatshare.control.decided import Placement
 from flatshare.control.fleet import FleetView
-from flatshare.control.keeper import Placement
 from flatshare.placement.balance import homes_of
 from flatshare.placement.ring import ring_of
 from flatshare.replica.snapshot import ReplicaSnapshot

@@ -9,7 +9,8 @@ from typing import Self
 
 from pydantic import BaseModel, ConfigDict, Field, model_validator
 
-from flatshare.control.keeper import Drained, Keeper, Placement
+from flatshare.control.decided import Drained, Placement
+from flatshare.control.keeper import Keeper
 from flatshare_registry.errors import InvalidInput
 
 __all__ = ["DrainedReply", "Scaling", "ScalingReply", "ScalingRequest"]

@@ -22,8 +22,8 @@ from ray import serve
 from ray.serve.handle import DeploymentHandle
 
 from flatshare.api.identity import OperatorKeys
+from flatshare.control.decided import Routes
 from flatshare.control.deployment import CONTROL_APP, CONTROL_DEPLOYMENT, CONTROL_PREFIX, control_application
-from flatshare.control.keeper import Routes
 from flatshare.edge.configuration import EdgeOptions
 from flatshare.edge.process import HaproxyProcess
 from flatshare.edge.servers import Server
