@@ -174,17 +174,17 @@ class ClassifierPool:
     # -- control plane, by broadcast: ``Replica`` says what each promises
 
     async def load(self) -> ReplicaLoad:
-        """See :meth:`Replica.load`."""
-        return self._replica.load(_place())
+        """See :meth:`Holdings.load`."""
+        return self._replica.holdings.load(_place())
 
     async def held(self) -> Held:
-        """See :meth:`Replica.held`."""
-        return self._replica.held(_place())
+        """See :meth:`Holdings.held`."""
+        return self._replica.holdings.held(_place())
 
     async def warm(self, wanted: dict[str, list[str]], within_s: float) -> tuple[str, list[str]]:
         """Load what is asked of this replica by name; its name, and those that are here now."""
         refs = wanted.get(self._replica.name, [])
-        return self._replica.name, await self._replica.warm(refs, within_s)
+        return self._replica.name, await self._replica.holdings.warm(refs, within_s)
 
     async def _warm_up(self) -> None:
         """Load what this replica is going to be home to, of what the others hold. Raises nothing."""
@@ -192,10 +192,10 @@ class ClassifierPool:
             return
         try:
             held = await ask_held()
-            me = self._replica.held(_place())
+            me = self._replica.holdings.held(_place())
             names = {one.place: one.replica for one in held} | {me.place: me.replica}
             refs = to_load([*held, me], names).get(me.replica, [])
-            done = await self._replica.warm(refs, self._replica.settings.warm_up_s)
+            done = await self._replica.holdings.warm(refs, self._replica.settings.warm_up_s)
         except Exception as error:  # it is only slower without
             logger.warning("replica %s starts cold: %s", self._replica.name, error)
         else:

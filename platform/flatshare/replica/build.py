@@ -11,11 +11,10 @@ import asyncio
 import contextlib
 import dataclasses
 import functools
-import heapq
 import logging
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Final
@@ -29,8 +28,7 @@ from flatshare.engine.inference import Inference
 from flatshare.engine.quotas import BytesLimit, QuotaKeeper
 from flatshare.engine.stacked import Stacks
 from flatshare.models.architecture import architecture
-from flatshare.placement.homes import canonical
-from flatshare.placement.load import Held, ReplicaLoad
+from flatshare.replica.holdings import Holdings
 from flatshare.replica.identity import ReplicaIdentity
 from flatshare.replica.key_use import KeyUse
 from flatshare.replica.load import LoadMeter, Reading
@@ -59,7 +57,7 @@ from flatshare_registry.catalog import Registry
 from flatshare_registry.errors import Unavailable
 from flatshare_registry.heads import decode_head
 from flatshare_registry.ids import ModelRef, TenantId
-from flatshare_registry.records import TenantHead, VersionRecord
+from flatshare_registry.records import TenantHead
 from flatshare_registry.stores.base import BlobStore
 
 __all__ = ["Replica"]
@@ -77,12 +75,6 @@ FENCE_S: Final = 60.0
 
 ERASE_WAIT_S: Final = 8.0
 """Seconds that one ``erase`` waits for leases and loads to end; the control plane asks again."""
-
-MOST_POPULAR: Final = 16
-POPULAR_AFTER_S: Final = 20.0
-"""Of how many models a replica says their rates, and the seconds over which a young one's requests are
-counted.
-"""
 
 DRAIN_S: Final = 5.0
 """Seconds that a stopping replica waits for leases to end."""
@@ -342,75 +334,10 @@ class Replica:
         """Every ref that can be answered from a resident: versions by number, and aliases that mean them."""
         return {ref for record in self.cache.resident_records() for ref in self.resolver.refs_of(record)}
 
-    def load(self, place: int) -> ReplicaLoad:
-        """How busy it was in the last seconds.
-
-        Parameters
-        ----------
-        place
-            Its number on the ring.
-        """
-        seen = self.meter.measured()
-        models: dict[str, float] = {}
-        for key, ongoing in seen.models.items():
-            record = self.cache.record_of(key)
-            if record is not None:
-                models[self._called(record)] = ongoing
-        return ReplicaLoad(
-            self.name,
-            place,
-            seen.ongoing,
-            seen.loading,
-            seen.requests_per_s,
-            seen.idle_s,
-            models,
-            self._popular(),
-        )
-
-    def _popular(self) -> dict[str, float]:
-        """Requests a second of the models that had most of them since they were loaded."""
-        now = time.time()
-        rates = [
-            (hits / max(now - loaded_at, POPULAR_AFTER_S), record)
-            for record, hits, loaded_at, _ in self.cache.uses()
-        ]
-        popular = heapq.nlargest(MOST_POPULAR, rates, key=lambda one: one[0])
-        return {self._called(record): rate for rate, record in popular}
-
-    def held(self, place: int) -> Held:
-        """What it holds, by the refs that requests most likely name; most recently used first."""
-        latest = sorted(self.cache.uses(), key=lambda one: one[3], reverse=True)
-        return Held(self.name, place, self.cache.slots, [self._called(record) for record, *_ in latest])
-
-    def _called(self, record: VersionRecord) -> str:
-        """The ref that requests most likely name: the tenant, else an alias, else the number."""
-        refs = {canonical(ref) for ref in self.resolver.refs_of(record)}
-        return min(refs, key=lambda ref: ("@" in ref, ":" in ref, ref))
-
-    async def warm(self, refs: Sequence[str], within_s: float) -> list[str]:
-        """Load models before their requests come, as far as there is time and room; those that are here.
-
-        Parameters
-        ----------
-        refs
-            Most recently used first; the first is loaded last, and evicted last.
-        """
-
-        async def one(ref: str) -> str | None:
-            try:
-                await self.preload(ref)
-            except Exception as error:  # one that fails must not cost the others
-                logger.info("%s was not loaded in advance: %s", ref, error)
-                return None
-            return ref
-
-        tasks = [asyncio.create_task(one(ref)) for ref in reversed(refs)]
-        if tasks:
-            _, late = await asyncio.wait(tasks, timeout=within_s)
-            for task in late:
-                task.cancel()
-            await asyncio.gather(*late, return_exceptions=True)
-        return [ref for task in tasks if not task.cancelled() and (ref := task.result()) is not None]
+    @property
+    def holdings(self) -> Holdings:
+        """What others ask of it to place models: its load, what it holds, and to load some in advance."""
+        return Holdings(self.name, self.cache, self.resolver, self.meter, self.preload)
 
     async def _device_memory(self) -> DeviceMemory:
         """In a thread: it may wait for a lock of the driver. A broken device says nothing."""

@@ -1,4 +1,4 @@
-"""``replica/build.py``: a replica without Ray, and what the control plane may ask of it."""
+"""``replica/build.py`` and ``holdings.py``: a replica without Ray, and what the control plane may ask of it."""
 
 from __future__ import annotations
 
@@ -122,3 +122,28 @@ async def test_pins_of_the_fleet_are_restored_at_the_start(registry: Registry) -
     await replica._restoring
     assert [(one.version, one.pinned) for one in replica.cache.snapshot()] == [(2, True)]
     await replica.close()
+
+
+async def test_holdings_are_by_the_refs_that_requests_name_latest_first(replica: Replica) -> None:
+    await labels(replica, "acme@2")
+    await labels(replica, "acme")
+    held = replica.holdings.held(3)
+    assert (held.replica, held.place, held.slots) == ("r1", 3, 2)
+    assert held.models == ["acme", "acme@2"]
+
+
+async def test_its_load_says_what_is_popular_and_that_requests_came(replica: Replica) -> None:
+    replica.meter.look()
+    await labels(replica, "acme")
+    for _ in range(3):
+        await labels(replica, "acme@2")
+    load = replica.holdings.load(1)
+    assert (load.replica, load.place) == ("r1", 1)
+    assert list(load.popular) == ["acme@2", "acme"] and load.popular["acme@2"] > load.popular["acme"] > 0
+    assert load.requests_per_s > 0 and load.idle_s < 5
+
+
+async def test_warming_loads_what_it_can_and_the_first_is_evicted_last(replica: Replica) -> None:
+    assert set(await replica.holdings.warm(["acme", "nobody", "acme@2"], 10)) == {"acme", "acme@2"}
+    assert await replica.holdings.warm([], 10) == []
+    assert {record.version for record in replica.cache.resident_records()} == {1, 2}

@@ -1,0 +1,115 @@
+"""What a replica tells those who place models: its load, what it holds; and loading some in advance."""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+from flatshare.placement.homes import canonical
+from flatshare.placement.load import Held, ReplicaLoad
+from flatshare.replica.load import LoadMeter
+from flatshare.residency.model_cache import ModelCache
+from flatshare.resolution.resolver import Resolver
+from flatshare_registry.records import VersionRecord
+
+__all__ = ["Holdings"]
+
+logger = logging.getLogger("flatshare.replica")
+
+MOST_POPULAR: Final = 16
+POPULAR_AFTER_S: Final = 20.0
+"""Of how many models a replica says their rates, and the seconds over which a young one's requests are
+counted.
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Holdings:
+    """One replica, as the fleet sees it. To be used on its event loop.
+
+    Attributes
+    ----------
+    preload
+        Makes what a ref means resident; raises when it can't.
+    """
+
+    replica: str
+    cache: ModelCache
+    resolver: Resolver
+    meter: LoadMeter
+    preload: Callable[[str], Awaitable[object]]
+
+    def load(self, place: int) -> ReplicaLoad:
+        """How busy it was in the last seconds.
+
+        Parameters
+        ----------
+        place
+            Its number on the ring.
+        """
+        seen = self.meter.measured()
+        models: dict[str, float] = {}
+        for key, ongoing in seen.models.items():
+            record = self.cache.record_of(key)
+            if record is not None:
+                models[self._called(record)] = ongoing
+        return ReplicaLoad(
+            self.replica,
+            place,
+            seen.ongoing,
+            seen.loading,
+            seen.requests_per_s,
+            seen.idle_s,
+            models,
+            self._popular(),
+        )
+
+    def _popular(self) -> dict[str, float]:
+        """Requests a second of the models that had most of them since they were loaded."""
+        now = time.time()
+        rates = [
+            (hits / max(now - loaded_at, POPULAR_AFTER_S), record)
+            for record, hits, loaded_at, _ in self.cache.uses()
+        ]
+        popular = heapq.nlargest(MOST_POPULAR, rates, key=lambda one: one[0])
+        return {self._called(record): rate for rate, record in popular}
+
+    def held(self, place: int) -> Held:
+        """What it holds, by the refs that requests most likely name; most recently used first."""
+        latest = sorted(self.cache.uses(), key=lambda one: one[3], reverse=True)
+        return Held(self.replica, place, self.cache.slots, [self._called(record) for record, *_ in latest])
+
+    def _called(self, record: VersionRecord) -> str:
+        """The ref that requests most likely name: the tenant, else an alias, else the number."""
+        refs = {canonical(ref) for ref in self.resolver.refs_of(record)}
+        return min(refs, key=lambda ref: ("@" in ref, ":" in ref, ref))
+
+    async def warm(self, refs: Sequence[str], within_s: float) -> list[str]:
+        """Load models before their requests come, as far as there is time and room; those that are here.
+
+        Parameters
+        ----------
+        refs
+            Most recently used first; the first is loaded last, and evicted last.
+        """
+
+        async def one(ref: str) -> str | None:
+            try:
+                await self.preload(ref)
+            except Exception as error:  # one that fails must not cost the others
+                logger.info("%s was not loaded in advance: %s", ref, error)
+                return None
+            return ref
+
+        tasks = [asyncio.create_task(one(ref)) for ref in reversed(refs)]
+        if tasks:
+            _, late = await asyncio.wait(tasks, timeout=within_s)
+            for task in late:
+                task.cancel()
+            await asyncio.gather(*late, return_exceptions=True)
+        return [ref for task in tasks if not task.cancelled() and (ref := task.result()) is not None]
