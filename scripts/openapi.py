@@ -17,6 +17,8 @@ from flatshare.api.app import create_app
 from flatshare.api.identity import Identities, OperatorKeys
 from flatshare.control.app import RegistryHeads, create_control_app
 from flatshare.control.fleet import Fleet
+from flatshare.control.settings import RunningSettings
+from flatshare.settings import Settings
 from flatshare_registry import Registry
 from flatshare_registry.stores.memory import MemoryStore
 
@@ -27,7 +29,10 @@ def planes() -> dict[str, tuple[ASGIApp, str]]:
     identities = Identities(RegistryHeads(registry), OperatorKeys({}))
     return {
         "data-plane": (create_app(nothing, identities, replica="none", max_body_bytes=1, max_rows=1), ""),
-        "control-plane": (create_control_app(registry, Fleet(nothing, list), identities), "/admin"),
+        "control-plane": (
+            create_control_app(registry, Fleet(nothing, list), identities, RunningSettings(Settings())),
+            "/admin",
+        ),
     }
 
 

@@ -20,6 +20,7 @@ from flatshare.control.app import RegistryHeads, create_control_app
 from flatshare.control.fleet import Fleet
 from flatshare.control.keeper import Keeper
 from flatshare.control.scaling import Scaling
+from flatshare.control.settings import RunningSettings
 from flatshare.models.architecture import architecture
 from flatshare.placement.scaling import Bounds
 from flatshare.pool.details import ReplicaState
@@ -157,6 +158,7 @@ class Control:
         operators = self.keys.operators if auth else None
         self.app = create_control_app(
             self.registry, fleet, Identities(RegistryHeads(self.registry), operators, clock=clock),
+            RunningSettings(Settings()),
             erasure_key_file=folder / "erasure.key", scaling=Scaling(
                 Keeper(fleet, OneReplica(), Bounds(1, 1), 4.0), lambda *_: None
             ),

@@ -85,6 +85,13 @@ kept.remember_deployed(deployed)
 found["recalled"] = kept.recall_bounds()
 found["moved"] = [kept.recall_moved(), kept.remember_moved({"acme": 1}), kept.recall_moved()]
 found["same"] = kept.recall_deployed() == deployed
+kept.change_deployed(lambda now: now.model_copy(update={"tenant_share": 0.5}))
+changed = kept.recall_deployed()
+found["changed"] = [changed.revision, changed.settings.tenant_share, changed.settings.slots]
+end_of = where()[0]
+scaler.end(end_of[2])
+until(lambda: settled(1) and where()[0][2] != end_of[2])
+found["ended"] = where()[0][0]
 serve.shutdown()
 ray.shutdown()
 print(json.dumps(found))
@@ -114,7 +121,12 @@ def test_the_number_is_set_from_outside_down_to_none_and_back(found: dict[str, A
     assert found["from_zero_s"] < 20
 
 
+def test_a_replica_is_ended_by_its_name_and_replaced(found: dict[str, Any]) -> None:
+    assert found["ended"] == 0, "at its place"
+
+
 def test_what_an_operator_allowed_is_kept_by_the_cluster(found: dict[str, Any]) -> None:
     assert (found["recalled_before"], found["recalled"]) == ([None, None], [1, 6])
     assert found["same"] is True
+    assert found["changed"] == [1, 0.5, 7], "what was not named stays"
     assert found["moved"] == [{}, None, {"acme": 1}]

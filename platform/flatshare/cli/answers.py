@@ -22,6 +22,7 @@ __all__ = [
     "Erasing",
     "Fleet",
     "Labels",
+    "LiveSettings",
     "Plans",
     "Problem",
     "QuotasShown",
@@ -166,6 +167,7 @@ class _Replica(TypedDict):
     state: str
     slots: int
     slots_used: int
+    settings_revision: int
     ongoing: int
     queued: int
     held_bytes: int
@@ -218,8 +220,19 @@ class Drained(TypedDict):
     waited_s: float
 
 
+class LiveSettings(TypedDict):
+    """Settings that can change in place, and which replicas go by a change."""
+
+    revision: int
+    settings: dict[str, Any]
+    refreshed: list[str]
+    missed: list[str] | None
+
+
 class Fleet(TypedDict):
     """Every replica, the models in it, and totals."""
+
+    settings_revision: int
 
     replicas: list[_Replica]
     not_answering: list[_Pending]

@@ -195,6 +195,11 @@ def print_fleet(fleet: Fleet, *, models: bool) -> None:
     for one in fleet["replicas"]:
         if one["host"] is None:
             out.print(f"{one['replica']}: no host tier, every load comes from the store", soft_wrap=True)
+    behind = [
+        one["replica"] for one in fleet["replicas"] if one["settings_revision"] < fleet["settings_revision"]
+    ]
+    if behind:
+        out.print(f"not yet by the settings as they were changed: {', '.join(behind)}", soft_wrap=True)
     totals = fleet["totals"]
     rates = ", ".join(f"{tier} {rate:.1%}" for tier, rate in totals["hit_rate"].items())
     loads = f"{totals['loads']} loads"

@@ -14,6 +14,7 @@ from flatshare.cli import (
     fleet,
     platform_verbs,
     registry_verbs,
+    settings_verbs,
     tenancy_verbs,
     training_verbs,
 )
@@ -47,6 +48,7 @@ def before() -> None:
 
 platform_verbs.add_to(app)
 fleet.add_to(app)
+settings_verbs.add_to(app)
 bench_verb.add_to(app)
 registry_verbs.add_to(app)
 audit_verbs.add_to(app)

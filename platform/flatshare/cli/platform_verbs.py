@@ -19,6 +19,7 @@ import typer
 from flatshare.cli.context import StoreOption, need_serve_extra
 from flatshare.cli.output import err, out
 from flatshare.cli.running_verbs import STOP_TIMEOUT_S, PortOption, down, status
+from flatshare.cli.settings_verbs import named_values
 from flatshare.errors import LocalError, SettingsError
 from flatshare.settings import Settings, load_settings
 from flatshare_registry.errors import Unavailable
@@ -340,12 +341,7 @@ def rollout(
     not named stays as it was. If new replicas do not start, the old ones stay.
     """
     need_serve_extra()
-    given: dict[str, object] = {}
-    for change in changes or ():
-        name, equals, value = change.partition("=")
-        if not equals:
-            raise SettingsError(f"--set {change}: say NAME=VALUE")
-        given[name.strip().lower().removeprefix("flatshare_")] = value.strip()
+    given = named_values(changes or [])
 
     from flatshare.local.state import PlatformState
 

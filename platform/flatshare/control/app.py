@@ -6,7 +6,6 @@ Long, because it is a table: all routes with what the OpenAPI says of them, and 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
 from functools import partial
 from pathlib import Path
 from typing import Annotated, Any, Final
@@ -47,6 +46,7 @@ from flatshare.control.schemas import (
     VersionReply,
     told,
 )
+from flatshare.control.settings import RunningSettings, SettingsChange, SettingsReply
 from flatshare.engine.quotas import effective_quotas
 from flatshare.errors import FleetUnavailable, ServeError, TooManyAtOnce
 from flatshare_registry.catalog import Registry
@@ -94,10 +94,9 @@ def create_control_app(
     registry: Registry,
     fleet: Fleet,
     identities: Identities,
-    plans: Mapping[str, Quotas] | None = None,
+    running: RunningSettings,
     erasure_key_file: Path | None = None,
     *,
-    default_quotas: Quotas | None = None,
     scaling: Scaling | None = None,
 ) -> Gate:
     """Build the control plane over a registry and a fleet; mounted under ``/admin``.
@@ -106,12 +105,10 @@ def create_control_app(
     ----------
     identities
         Tells who calls; :mod:`flatshare.control.access` says who may.
-    plans
-        Limits by plan, to check names against.
+    running
+        Plans and what else can change in place.
     erasure_key_file
         Where the key that signs erasure records is, or will be; None: nothing can be erased.
-    default_quotas
-        What replicas hold a tenant to where neither its quotas nor its plan say.
     scaling
         Decides copies and replicas; None: nobody does.
     """
@@ -124,12 +121,12 @@ def create_control_app(
     _add_tenants(app, registry, fleet)
     _add_leaving(app, registry, fleet, erasure_key_file)
     _add_keys(app, registry, fleet)
-    _add_quotas(app, registry, fleet, plans or {}, default_quotas)
+    _add_quotas(app, registry, fleet, running)
     _add_versions(app, registry, fleet)
     _add_aliases(app, registry, fleet)
-    _add_fleet(app, registry, fleet, scaling)
+    _add_fleet(app, registry, fleet, scaling, running)
     _add_scaling(app, scaling)
-    _add_plans(app, plans or {})
+    _add_settings(app, fleet, running)
     documented(app)
     return Gate(app, identities, StoreIdentity(registry.store))
 
@@ -302,11 +299,10 @@ def _add_keys(app: FastAPI, registry: Registry, fleet: Fleet) -> None:
         return Refreshed.of(await fleet.refresh(parsed))
 
 
-def _add_quotas(
-    app: FastAPI, registry: Registry, fleet: Fleet, plans: Mapping[str, Quotas], default: Quotas | None
-) -> None:
+def _add_quotas(app: FastAPI, registry: Registry, fleet: Fleet, running: RunningSettings) -> None:
     def reply(head: TenantHead, now: Told = NOBODY_TOLD) -> QuotasReply:
-        effective = effective_quotas(head, plans, default)
+        settings = running.settings
+        effective = effective_quotas(head, settings.plans, settings.default_quotas)
         return QuotasReply(plan=head.plan, own=head.quotas, effective=effective, **told(now))
 
     @app.get("/tenants/{tenant}/quotas", tags=["quotas"])
@@ -317,10 +313,9 @@ def _add_quotas(
     @app.put("/tenants/{tenant}/quotas", tags=["quotas"])
     async def set_quotas(tenant: str, body: QuotasRequest, request: Request) -> QuotasReply:
         """Set the plan, and all that is different from it."""
-        if body.plan is not None and body.plan not in {DEFAULT_PLAN, *plans}:
-            raise InvalidInput(
-                f"there is no plan {body.plan[:80]!a}; there are {sorted({DEFAULT_PLAN, *plans})}"
-            )
+        plans = {DEFAULT_PLAN, *running.settings.plans}
+        if body.plan is not None and body.plan not in plans:
+            raise InvalidInput(f"there is no plan {body.plan[:80]!a}; there are {sorted(plans)}")
         parsed = TenantId(tenant)
         head = await asyncio.to_thread(
             _for(registry, request).tenancy.set_quotas, parsed, body.quotas, plan=body.plan
@@ -372,11 +367,22 @@ def _add_aliases(app: FastAPI, registry: Registry, fleet: Fleet) -> None:
         return await changed(TenantId(tenant), back, AliasName(alias))
 
 
-def _add_plans(app: FastAPI, plans: Mapping[str, Quotas]) -> None:
+def _add_settings(app: FastAPI, fleet: Fleet, running: RunningSettings) -> None:
     @app.get("/plans", tags=["quotas"])
     def list_plans() -> PlansReply:
         """The plans that a tenant can be on, and their limits."""
-        return PlansReply(plans={DEFAULT_PLAN: Quotas(), **plans})
+        return PlansReply(plans={DEFAULT_PLAN: Quotas(), **running.settings.plans})
+
+    @app.get("/settings", tags=["fleet"])
+    async def get_settings() -> SettingsReply:
+        """The settings that can change in place. `GET /replicas` says which replica goes by them."""
+        return SettingsReply.now(running, NOBODY_TOLD)
+
+    @app.patch("/settings", tags=["fleet"])
+    async def change_settings(body: SettingsChange) -> SettingsReply:
+        """Change some of them in the control plane and in every replica, until the platform ends."""
+        who = await running.change(body.settings, fleet)
+        return SettingsReply.now(running, who)
 
 
 def _add_scaling(app: FastAPI, scaling: Scaling | None) -> None:
@@ -404,7 +410,9 @@ def _add_scaling(app: FastAPI, scaling: Scaling | None) -> None:
         )
 
 
-def _add_fleet(app: FastAPI, registry: Registry, fleet: Fleet, scaling: Scaling | None) -> None:
+def _add_fleet(
+    app: FastAPI, registry: Registry, fleet: Fleet, scaling: Scaling | None, running: RunningSettings
+) -> None:
     async def noted(request: Request, model: str, action: Action, **detail: str) -> str:
         """The ref, once the tenant's log says what is going to be done with it."""
         ref = ModelRef.parse(model)
@@ -415,7 +423,8 @@ def _add_fleet(app: FastAPI, registry: Registry, fleet: Fleet, scaling: Scaling 
     @app.get("/replicas", tags=["fleet"])
     async def replicas() -> FleetReply:
         """Every replica, the models in it, and fleet totals."""
-        return FleetReply.of(await fleet.view(), scaling.placement if scaling is not None else None)
+        placement = scaling.placement if scaling is not None else None
+        return FleetReply.of(await fleet.view(), placement, running.revision)
 
     @app.post("/preload", tags=["fleet"])
     async def preload(body: PreloadRequest, request: Request) -> Refreshed:

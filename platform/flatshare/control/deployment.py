@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -16,11 +17,20 @@ from flatshare.control.decided import Routes
 from flatshare.control.fleet import Fleet
 from flatshare.control.keeper import Keeper
 from flatshare.control.scaling import Scaling
+from flatshare.control.settings import RunningSettings
+from flatshare.live_settings import with_live
 from flatshare.placement.scaling import Bounds
 from flatshare.pool.controller import read_details
 from flatshare.pool.details import ReplicaState, replica_states
 from flatshare.pool.handle import POOL_APP, POOL_DEPLOYMENT, pool_handle
-from flatshare.pool.kept import recall_bounds, recall_moved, remember_bounds, remember_moved
+from flatshare.pool.kept import (
+    change_deployed,
+    recall_bounds,
+    recall_deployed,
+    recall_moved,
+    remember_bounds,
+    remember_moved,
+)
 from flatshare.pool.scaling import ServeScaler
 from flatshare.settings import Settings
 from flatshare_registry.catalog import Registry
@@ -47,6 +57,9 @@ class ControlPlane:
     def __serve_build_asgi_app__(self) -> Gate:
         """Called by Serve after the constructor."""
         registry = Registry(self._settings.open_store(), actor="control-plane")
+        deployed = recall_deployed()  # what was changed in place before this process was there
+        if deployed is not None:
+            self._settings = with_live(self._settings, deployed.settings)
         fleet = Fleet(pool_handle(), _pool_states, registry.any_head)
         self._keeper = Keeper(
             fleet, ServeScaler(), _bounds(self._settings), self._settings.target_ongoing_requests,
@@ -54,9 +67,11 @@ class ControlPlane:
         )  # fmt: skip
         self._keeper.begin_with(recall_moved())
         identities = Identities(RegistryHeads(registry), self._operators, token_verifier(self._settings))
+        running = RunningSettings(
+            self._settings, deployed.revision if deployed else 0, _keep, self._keeper.take_settings
+        )
         return create_control_app(
-            registry, fleet, identities, self._settings.plans, Path(self._settings.erasure_key_file),
-            default_quotas=self._settings.default_quotas, scaling=Scaling(
+            registry, fleet, identities, running, Path(self._settings.erasure_key_file), scaling=Scaling(
                 self._keeper, remember_bounds, can_wake=self._settings.edge == "haproxy"
             ),
         )  # fmt: skip
@@ -75,6 +90,11 @@ class ControlPlane:
     async def wake(self, waiting: int) -> None:
         """Told by edges: so many requests wait, and there is no replica."""
         self._keeper.wake(waiting)
+
+
+def _keep(change: Callable[[Settings], Settings]) -> tuple[Settings, int]:
+    deployed = change_deployed(change)
+    return deployed.settings, deployed.revision
 
 
 def _bounds(settings: Settings) -> Bounds:

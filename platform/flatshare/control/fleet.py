@@ -131,6 +131,10 @@ class Fleet:
                 logger.warning("replicas are not told what %s is now: %s", tenant, error.message)
         return await self._tell("refresh", tenant, *facts)
 
+    async def follow_settings(self) -> Told:
+        """Have every replica take over changed settings. Never fails: each looks now and then, too."""
+        return await self._tell("follow_settings")
+
     async def fence(self, tenant: str) -> Told:
         """Have every replica refuse a tenant for a while, requests under way included. Never fails."""
         return await self._tell("fence", tenant)
@@ -217,11 +221,11 @@ class Fleet:
         answers = await self._broadcast("warm", told, within_s)
         return dict(one for one in answers if isinstance(one, tuple))
 
-    async def _tell(self, method: str, tenant: str, *facts: str) -> Told:
+    async def _tell(self, method: str, *facts: str) -> Told:
         try:
-            answers = await self._broadcast(method, tenant, *facts)
+            answers = await self._broadcast(method, *facts)
         except FleetUnavailable as error:
-            logger.warning("%s of %s: %s", method, tenant, error.message)
+            logger.warning("%s %s: %s", method, "".join(facts[:1]), error.message)
             answers = []
         return await self._told(answers)
 

@@ -78,6 +78,9 @@ class ReplicaReply(BaseModel):
     passes: int = Field(description="Forward passes since the start.")
     rows: int = Field(description="Images in them.")
     started_at: float
+    settings_revision: int = Field(
+        description="Of the settings that it goes by; less than the fleet's until it has taken over a change."
+    )
     ongoing: int = Field(description="Requests worked on now.")
     queued: int = Field(description="Requests waiting now.")
     refused: int = Field(description="Requests refused since the start.")
@@ -185,9 +188,12 @@ class FleetReply(BaseModel):
     not_answering: list[PendingReplica]
     totals: TotalsReply
     placement: PlacementReply
+    settings_revision: int = Field(description="How often settings were changed in place since the start.")
 
     @classmethod
-    def of(cls, view: FleetView, placement: Placement | None = None) -> FleetReply:
+    def of(
+        cls, view: FleetView, placement: Placement | None = None, settings_revision: int = 0
+    ) -> FleetReply:
         """From what everybody said, and what was decided."""
         answered = {one.replica for one in view.snapshots}
         return cls(
@@ -204,4 +210,5 @@ class FleetReply(BaseModel):
             ],
             totals=TotalsReply.of(view.totals),
             placement=PlacementReply.of(view, placement),
+            settings_revision=settings_revision,
         )

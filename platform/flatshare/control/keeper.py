@@ -8,6 +8,7 @@ plane that dies costs the fleet nothing but the decisions of these seconds. What
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -19,8 +20,9 @@ from flatshare.errors import FleetUnavailable
 from flatshare.placement.balance import decide_moves
 from flatshare.placement.copies import Spread, decide_copies
 from flatshare.placement.handover import after_loss, to_load
-from flatshare.placement.load import ReplicaLoad
+from flatshare.placement.load import Held, ReplicaLoad
 from flatshare.placement.scaling import Bounds, Wish, decide_replicas, wish
+from flatshare.settings import Settings
 from flatshare_registry.errors import InvalidInput, NotFound, Unavailable
 
 __all__ = ["Keeper"]
@@ -39,6 +41,12 @@ LEAST_RATE: Final = 20.0
 
 DRAIN_S: Final = 40.0
 """Seconds that a replica has to end its requests: more than one may take."""
+
+HELD_TICKS: Final = 5
+"""Ticks between two questions what replicas hold: one that is killed can't be asked any more."""
+
+REMEMBER_S: Final = 60.0
+"""Seconds for which it is remembered what a replica held that has gone: longer than a replacement takes."""
 
 EDGES_LOOK_S: Final = 1.0
 """Seconds between two questions to a replica that is drained: edges look twice in it."""
@@ -76,6 +84,9 @@ class Keeper:
     _asked_at: float = 0.0
     _loads: Sequence[ReplicaLoad] = ()
     _names: Mapping[int, str] = field(default_factory=dict)
+    _also: dict[str, Sequence[str]] = field(default_factory=dict)
+    _held: dict[str, tuple[float, Held]] = field(default_factory=dict)
+    _looks: int = 0
     _steady: int = 0
     _rates: dict[int, float] = field(default_factory=dict)
     _moved: dict[str, int] = field(default_factory=dict)
@@ -98,8 +109,11 @@ class Keeper:
     @property
     def routes(self) -> Routes:
         """What edges must know beside the ring."""
-        moved = {ref: (place,) for ref, place in self._moved.items()}
-        return Routes({**moved, **self._copies}, frozenset(self._draining))
+        found = {ref: (place,) for ref, place in self._moved.items()} | self._copies
+        for ref in tuple(found):
+            # Whoever names the same version otherwise goes where it is, or it would not be of any use to him.
+            found |= {other: found[ref] for other in self._also.get(ref, ()) if other not in found}
+        return Routes(found, frozenset(self._draining))
 
     async def drain(self, replica: str) -> Drained:
         """Empty a replica and have it replaced: others load what it holds, edges leave it out, then it ends.
@@ -156,6 +170,19 @@ class Keeper:
         self._wishes = ()
         self._bell.set()
 
+    def take_settings(self, settings: Settings) -> None:
+        """Decide by other targets and delays from now on."""
+        self.copies_target = settings.target_ongoing_requests
+        self.allow(
+            dataclasses.replace(
+                self.bounds,
+                target_ongoing_requests=settings.target_ongoing_requests,
+                upscale_delay_s=settings.upscale_delay_s,
+                downscale_delay_s=settings.downscale_delay_s,
+                idle_s=settings.downscale_to_zero_delay_s,
+            )
+        )
+
     def wake(self, waiting: int) -> None:
         """Be told that so many requests wait before a pool without a replica."""
         self._waiting = max(waiting, 1)
@@ -188,9 +215,13 @@ class Keeper:
             asking = any(load.requests_per_s > 0 for load in loads)
             self._asked_at = max(self._asked_at, self.clock() - (0.0 if asking else idle_s))
         if loads:
+            self._also = {ref: others for load in loads for ref, others in load.also.items()}
             await self._follow({load.place: load.replica for load in loads})
             await self._balance(loads)
             await self._keep_copies(loads)
+            self._looks += 1
+            if self._looks % HELD_TICKS == 0:
+                await self._ask_held()
         await self._keep_replicas(loads)
 
     async def _keep_copies(self, loads: Sequence[ReplicaLoad]) -> None:
@@ -259,10 +290,22 @@ class Keeper:
         self._copies = {
             ref: tuple(place for place in places if place in same) for ref, places in self._copies.items()
         }
+        await self._ask_held()
+        await self._warm(to_load([held for _, held in self._held.values()], names, self._moved))
+
+    async def _ask_held(self) -> None:
+        """Note what replicas hold; what one held that has gone is remembered for a while."""
+        now = self.clock()
         try:
-            await self._warm(to_load(await self.fleet.held(), names, self._moved))
+            new = {held.replica: (now, held) for held in await self.fleet.held()}
         except FleetUnavailable as error:
-            logger.warning("models were not moved in advance: %s", error.message)
+            logger.warning("replicas did not say what they hold: %s", error.message)
+            new = {}
+        self._held = new | {
+            name: known
+            for name, known in self._held.items()
+            if name not in new and now - known[0] < REMEMBER_S
+        }
 
     async def _keep_replicas(self, loads: Sequence[ReplicaLoad]) -> None:
         now = self.clock()

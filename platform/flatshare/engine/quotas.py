@@ -33,6 +33,9 @@ COLD_BURST: Final = 10
 """Loads that a tenant may do at once, whatever its rate a minute: a replica that just started needs some."""
 
 
+NEVER_READ: Final = -1
+"""Revision of an account whose limits must be worked out anew."""
+
 FREE_BYTES: Final = 64 * 1024
 """Bytes of a request that are not counted: all places of a replica full of such requests hold little."""
 
@@ -141,6 +144,16 @@ class QuotaKeeper:
         self._clock = clock
         self._accounts: LRUCache[str, _Account] = LRUCache(MAX_ACCOUNTS)
         self.refused = 0
+
+    def change(
+        self, plans: Mapping[str, Quotas], *, concurrent_requests: int | None, bytes_limit: BytesLimit
+    ) -> None:
+        """Take other plans and limits, from each tenant's next request on; what is under way goes on."""
+        self._plans = dict(plans)
+        self._default = Quotas(concurrent_requests=concurrent_requests)
+        self.bytes_limit = bytes_limit
+        for account in self._accounts.values():
+            account.revision = NEVER_READ
 
     def limits(self, head: TenantHead) -> Quotas:
         """What holds for a tenant now: its own limits over its plan's."""

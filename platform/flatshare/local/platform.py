@@ -152,9 +152,10 @@ def _applications(
     from flatshare.pool.deployment import pool_application
 
     try:
-        deploy(pool_application(settings, operators, environment), POOL_APP, "/", scaled=True)
+        # First: replicas and the control plane look there for what was changed in place.
         forget()
         remember_deployed(Deployed(settings, operators, environment))
+        deploy(pool_application(settings, operators, environment), POOL_APP, "/", scaled=True)
         deploy(control_application(settings, operators, environment), CONTROL_APP, CONTROL_PREFIX)
         yield
     finally:

@@ -10,15 +10,14 @@ import threading
 from collections.abc import Mapping
 from typing import Final
 
-from pydantic import ValidationError
-
 from flatshare.errors import LocalError, SettingsError
+from flatshare.live_settings import LIVE, changed
 from flatshare.local.cluster import joined_cluster
 from flatshare.local.platform import Report, deploy
 from flatshare.pool.controller import read_details
 from flatshare.pool.details import replica_states
 from flatshare.pool.handle import POOL_APP, POOL_DEPLOYMENT
-from flatshare.pool.kept import Deployed, recall_deployed, remember_deployed
+from flatshare.pool.kept import change_deployed, recall_deployed
 from flatshare.pool.scaling import ServeScaler
 from flatshare.settings import Settings
 from flatshare_registry.errors import Unavailable
@@ -95,8 +94,8 @@ def roll_out(ray_address: str, changes: Mapping[str, object], *, surge: bool, re
         finally:
             done.set()
             watcher.join()
-        remember_deployed(Deployed(settings, deployed.operators, deployed.environment))
-        return settings
+        # What was changed in place meanwhile stays changed.
+        return change_deployed(lambda now: changed_settings(now, changes)).settings
 
 
 def changed_settings(settings: Settings, changes: Mapping[str, object]) -> Settings:
@@ -108,16 +107,7 @@ def changed_settings(settings: Settings, changes: Mapping[str, object]) -> Setti
         One can't change in a rollout, or what comes out contradicts itself.
     """
     for name in changes:
-        if name not in Settings.model_fields:
-            raise SettingsError(f"there is no setting {name}")
-        if name not in ROLLED_OUT:
-            raise SettingsError(
-                f"{name} can't change while the platform runs: end it, and start it with the new value"
-            )
-    try:
-        return Settings(**{**settings.model_dump(), **changes})
-    except ValidationError as error:
-        problems = [
-            problem["msg"].removeprefix("Value error, ") for problem in error.errors(include_input=False)
-        ]
-        raise SettingsError(f"{', '.join(changes)}: {'; '.join(problems)}") from None
+        if name in LIVE:
+            raise SettingsError(f"{name} needs no rollout: flatshare settings set {name}=...")
+    otherwise = "while the platform runs: end it, and start it with the new value"
+    return changed(settings, changes, ROLLED_OUT, otherwise)

@@ -28,6 +28,8 @@ class ReplicaLoad:
         By model ref, the mean number of ``ongoing`` that were its; only of models that had some.
     popular
         Requests a second of the models that had most since they were loaded; a few.
+    also
+        Of these models, by ref: the other refs that mean the same version now.
     """
 
     replica: str
@@ -38,6 +40,7 @@ class ReplicaLoad:
     idle_s: float
     models: Mapping[str, float] = field(default_factory=dict)
     popular: Mapping[str, float] = field(default_factory=dict)
+    also: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import os
 from collections.abc import Awaitable
@@ -26,6 +27,7 @@ from flatshare.placement.handover import to_load
 from flatshare.placement.load import Held, ReplicaLoad
 from flatshare.pool.details import DoorAddress
 from flatshare.pool.doors import ask_held
+from flatshare.pool.following import SettingsFollower
 from flatshare.pool.gpus import allocator_variables, check_visible
 from flatshare.pool.handle import POOL_DEPLOYMENT
 from flatshare.pool.multiplex import NEVER_EVICT, Advertiser
@@ -69,6 +71,7 @@ class ClassifierPool:
         self._replica = Replica.build(
             settings, settings.open_store(), identity=identity, on_change=self._advertiser.changed
         )
+        self._settings = SettingsFollower(self._replica.take_settings)
         self._decoding = DecodeRoom()
         self._data_plane = create_app(
             self._replica.service,
@@ -114,6 +117,7 @@ class ClassifierPool:
         The first call waits for :meth:`_warm_up`: Serve sends a replica no request before it has succeeded.
         """
         await asyncio.shield(self._warm)
+        self._settings.follow()  # who was not reached by a change, or started meanwhile, sees it here
         self._replica.check_health()
 
     async def __del__(self) -> None:
@@ -187,7 +191,12 @@ class ClassifierPool:
         return self._replica.name, await self._replica.holdings.warm(refs, within_s)
 
     async def _warm_up(self) -> None:
-        """Load what this replica is going to be home to, of what the others hold. Raises nothing."""
+        """Take over changed settings; load what this replica is going to be home to, of what the others hold.
+
+        Raises nothing.
+        """
+        with contextlib.suppress(Exception):  # it is logged, and looked for again
+            await self._settings.now()
         if self._replica.settings.warm_up_s == 0:
             return
         try:
@@ -205,6 +214,11 @@ class ClassifierPool:
     async def snapshot(self) -> ReplicaSnapshot:
         """See :meth:`Replica.snapshot`."""
         return await self._replica.snapshot(self._advertiser.advertised(), _place())
+
+    async def follow_settings(self) -> str:
+        """Take over settings that were changed in place; this replica's name."""
+        await self._settings.now()
+        return self._replica.name
 
     async def refresh(self, tenant: str, told: str | None = None) -> str:
         """See :meth:`Replica.refresh`."""

@@ -8,8 +8,9 @@ calls.
 
 from __future__ import annotations
 
+import dataclasses
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Final
 
@@ -17,9 +18,11 @@ from ray.experimental import internal_kv
 
 from flatshare.api.identity import OperatorKeys
 from flatshare.settings import Settings
+from flatshare_registry.errors import Unavailable
 
 __all__ = [
     "Deployed",
+    "change_deployed",
     "forget",
     "recall_bounds",
     "recall_deployed",
@@ -44,11 +47,14 @@ class Deployed:
         Digests of operators' keys; None when authentication is off.
     environment
         Variables of Serve's processes.
+    revision
+        How often settings were changed since.
     """
 
     settings: Settings
     operators: OperatorKeys | None
     environment: dict[str, str]
+    revision: int = 0
 
 
 def remember_deployed(deployed: Deployed) -> None:
@@ -58,6 +64,7 @@ def remember_deployed(deployed: Deployed) -> None:
         "settings": deployed.settings.model_dump(mode="json"),
         "operators": None if operators is None else dict(operators.digests),
         "environment": deployed.environment,
+        "revision": deployed.revision,
     }
     _put(b"deployed", json.dumps(document).encode())
 
@@ -73,7 +80,24 @@ def recall_deployed() -> Deployed | None:
         Settings(**document["settings"]),
         None if operators is None else OperatorKeys(operators),
         document["environment"],
+        document["revision"],
     )
+
+
+def change_deployed(change: Callable[[Settings], Settings]) -> Deployed:
+    """Keep other settings than were deployed; what is kept now. One caller at a time.
+
+    Raises
+    ------
+    Unavailable
+        Nothing was deployed on this cluster.
+    """
+    deployed = recall_deployed()
+    if deployed is None:
+        raise Unavailable("this cluster does not know what was deployed")
+    new = dataclasses.replace(deployed, settings=change(deployed.settings), revision=deployed.revision + 1)
+    remember_deployed(new)
+    return new
 
 
 def remember_bounds(minimum: int, maximum: int) -> None:

@@ -27,6 +27,7 @@ from flatshare.device.protocol import Device
 from flatshare.engine.inference import Inference
 from flatshare.engine.quotas import BytesLimit, QuotaKeeper
 from flatshare.engine.stacked import Stacks
+from flatshare.live_settings import with_live
 from flatshare.models.architecture import architecture
 from flatshare.replica.holdings import Holdings
 from flatshare.replica.identity import ReplicaIdentity
@@ -92,6 +93,8 @@ class Replica:
         Notes which keys were used.
     meter
         How busy it was lately.
+    settings_revision
+        How often the settings had been changed that it goes by.
     """
 
     identity: ReplicaIdentity
@@ -112,6 +115,7 @@ class Replica:
     _view_threads: ThreadPoolExecutor
     _started_at: float
     _restoring: asyncio.Task[None] | None = None
+    settings_revision: int = 0
     _scrubber: HostScrubber | None = None
     _reloads: set[asyncio.Task[str]] = field(default_factory=set)
 
@@ -314,6 +318,26 @@ class Replica:
         for threads in self._threads:
             threads.shutdown(wait=False, cancel_futures=True)
 
+    def take_settings(self, latest: Settings, revision: int) -> None:
+        """Go by other plans and limits from now on; requests under way end by those that they began with.
+
+        Parameters
+        ----------
+        latest
+            Of these only what can change in place (``live_settings``) is taken.
+        revision
+            How often settings were changed; what is not newer than what is known changes nothing.
+        """
+        if revision <= self.settings_revision:
+            return
+        self.settings, self.settings_revision = with_live(self.settings, latest), revision
+        self.service.quotas.change(
+            self.settings.plans,
+            concurrent_requests=self.settings.default_quotas.concurrent_requests,
+            bytes_limit=bytes_limit(self.settings),
+        )
+        logger.warning("replica %s goes by settings %d", self.name, revision)
+
     # -- what it holds
 
     def distrust(self, digest: str) -> None:
@@ -375,6 +399,7 @@ class Replica:
             passes=self.inference.passes,
             rows=self.inference.rows,
             started_at=self._started_at,
+            settings_revision=self.settings_revision,
             ongoing=self.service.admission.ongoing,
             queued=self.service.admission.queued,
             refused=self.service.admission.refused,

@@ -54,10 +54,16 @@ class Holdings:
         """
         seen = self.meter.measured()
         models: dict[str, float] = {}
+        also: dict[str, list[str]] = {}
         for key, ongoing in seen.models.items():
             record = self.cache.record_of(key)
             if record is not None:
-                models[self._called(record)] = ongoing
+                ref, *others = self._refs(record)
+                models[ref], also[ref] = ongoing, others
+        popular: dict[str, float] = {}
+        for rate, record in self._most_asked():
+            ref, *others = self._refs(record)
+            popular[ref], also[ref] = rate, others
         return ReplicaLoad(
             self.replica,
             place,
@@ -66,28 +72,28 @@ class Holdings:
             seen.requests_per_s,
             seen.idle_s,
             models,
-            self._popular(),
+            popular,
+            {ref: others for ref, others in also.items() if others},
         )
 
-    def _popular(self) -> dict[str, float]:
+    def _most_asked(self) -> list[tuple[float, VersionRecord]]:
         """Requests a second of the models that had most of them since they were loaded."""
         now = time.time()
         rates = [
             (hits / max(now - loaded_at, POPULAR_AFTER_S), record)
             for record, hits, loaded_at, _ in self.cache.uses()
         ]
-        popular = heapq.nlargest(MOST_POPULAR, rates, key=lambda one: one[0])
-        return {self._called(record): rate for rate, record in popular}
+        return heapq.nlargest(MOST_POPULAR, rates, key=lambda one: one[0])
 
     def held(self, place: int) -> Held:
         """What it holds, by the refs that requests most likely name; most recently used first."""
         latest = sorted(self.cache.uses(), key=lambda one: one[3], reverse=True)
-        return Held(self.replica, place, self.cache.slots, [self._called(record) for record, *_ in latest])
+        return Held(self.replica, place, self.cache.slots, [self._refs(record)[0] for record, *_ in latest])
 
-    def _called(self, record: VersionRecord) -> str:
-        """The ref that requests most likely name: the tenant, else an alias, else the number."""
+    def _refs(self, record: VersionRecord) -> list[str]:
+        """What a version is called, the likeliest first: the tenant, an alias, the number."""
         refs = {canonical(ref) for ref in self.resolver.refs_of(record)}
-        return min(refs, key=lambda ref: ("@" in ref, ":" in ref, ref))
+        return sorted(refs, key=lambda ref: ("@" in ref, ":" in ref, ref))
 
     async def warm(self, refs: Sequence[str], within_s: float) -> list[str]:
         """Load models before their requests come, as far as there is time and room; those that are here.

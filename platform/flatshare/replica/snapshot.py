@@ -35,6 +35,8 @@ class ReplicaSnapshot:
         Aliases that are not yet where they were moved to.
     passes, rows
         Forward passes since the start, and the rows in them.
+    settings_revision
+        How often the settings had been changed that it goes by.
     ongoing, queued, refused
         Requests worked on now, waiting now, and refused since the start.
     advertised
@@ -61,6 +63,7 @@ class ReplicaSnapshot:
     passes: int
     rows: int
     started_at: float
+    settings_revision: int
     ongoing: int
     queued: int
     refused: int

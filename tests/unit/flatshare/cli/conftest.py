@@ -21,7 +21,9 @@ from starlette.routing import Mount, Route
 from flatshare.api.identity import Identities, OperatorKeys, Role
 from flatshare.control.app import RegistryHeads, create_control_app
 from flatshare.control.fleet import Fleet
+from flatshare.control.settings import RunningSettings
 from flatshare.pool.details import ReplicaState
+from flatshare.settings import Settings
 from flatshare_registry import Registry
 from flatshare_registry.keys import new_key
 from flatshare_registry.records import Quotas
@@ -93,7 +95,11 @@ class Replicas:
 
     def broadcast(self, method: str, *arguments: object) -> Any:
         self.calls.append(" ".join([method, *map(str, arguments)]))
-        found = {"refresh": self.refreshed, "preload": self.preloaded}.get(method, [])
+        found = {
+            "refresh": self.refreshed,
+            "follow_settings": self.refreshed,
+            "preload": self.preloaded,
+        }.get(method, [])
 
         class Answers:
             async def results_async(self, *, return_exceptions: bool) -> list[Any]:
@@ -133,7 +139,9 @@ def control(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Control
         registry,
         Fleet(replicas, lambda: states),
         Identities(RegistryHeads(registry), operators),
-        {"gold": Quotas(requests_per_s=100), "silver": Quotas(requests_per_s=10)},
+        RunningSettings(
+            Settings(plans={"gold": Quotas(requests_per_s=100), "silver": Quotas(requests_per_s=10)})
+        ),
     )
     plane = ControlPlane("", admin.text, viewer.text, replicas, states, registry)
 

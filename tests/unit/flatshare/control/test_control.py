@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 from typing import Any
 
 import httpx
@@ -13,6 +13,7 @@ import pytest
 from flatshare.api.identity import Identities
 from flatshare.control import fleet as fleet_module
 from flatshare.control.app import RegistryHeads, create_control_app
+from flatshare.control.settings import RunningSettings
 from flatshare.device.memory import DeviceMemory
 from flatshare.engine.quotas import QuotaKeeper
 from flatshare.pool.details import ReplicaState
@@ -22,6 +23,7 @@ from flatshare.settings import Settings
 from flatshare.weights.host_tier import HostUsage
 from flatshare.weights.tiers import ResidentInfo, State, SwapInfo, Tier
 from flatshare_registry.catalog import Registry
+from flatshare_registry.errors import Unavailable
 from flatshare_registry.ids import TenantId
 from flatshare_registry.records import Action, Quotas
 from flatshare_registry.stores.memory import MemoryStore
@@ -53,7 +55,7 @@ class Replicas:
             "acme", 1, "d" * 64, "tiny", 16, 8, Tier.STORE, State.RESIDENT, False, 1, 8, 1, 2.0, 1.0
         )
         self.snapshot = ReplicaSnapshot(
-            replica="r1", place=0, node="n", node_id="id", pid=1, device="cpu", slots=3, slots_used=1, started_at=0.0,
+            replica="r1", place=0, node="n", node_id="id", pid=1, device="cpu", slots=3, slots_used=1, started_at=0.0, settings_revision=0,
             budget_bytes=None, held_bytes=16, reserved_bytes=0, device_memory=DeviceMemory(),
             host=HostUsage("/dev/shm/x", 100, 16, 0), loading=[], passes=5, rows=8,
             swaps=[SwapInfo("acme", "canary", 1, 2, "")],
@@ -80,6 +82,7 @@ class World:
             self.registry,
             fleet_module.Fleet(self.replicas, lambda: states),
             Identities(RegistryHeads(self.registry), None),
+            RunningSettings(Settings()),
         )
 
     def register(self, value: float) -> None:
@@ -286,8 +289,7 @@ async def test_quotas_show_what_replicas_hold_a_tenant_to(world: World) -> None:
         world.registry,
         fleet_module.Fleet(world.replicas, lambda: []),
         Identities(RegistryHeads(world.registry), None),
-        settings.plans,
-        default_quotas=settings.default_quotas,
+        RunningSettings(settings),
     )
     keeper = QuotaKeeper(settings.plans, concurrent_requests=settings.default_quotas.concurrent_requests)
     acme = TenantId("acme")
@@ -302,6 +304,51 @@ async def test_quotas_show_what_replicas_hold_a_tenant_to(world: World) -> None:
             assert answer.json()["effective"] == shown
             assert shown["concurrent_requests"] == wanted
             assert Quotas(**shown) == keeper.limits(world.registry.head(acme))
+
+
+async def test_settings_change_in_place_and_what_can_not_is_refused_whole(
+    world: World, client: httpx.AsyncClient
+) -> None:
+    world.registry.create_tenant(TenantId("acme"))
+    new = {"plans": {"gold": {"requests_per_s": 50}}, "tenant_share": "0.5"}
+    reply = await client.patch("/settings", json={"settings": new})
+    assert (reply.json()["revision"], reply.json()["settings"]["tenant_share"]) == (1, 0.5)
+    assert reply.json()["missed"] == ["r9"], "it starts, and looks by itself"
+    assert "gold" in (await client.get("/plans")).json()["plans"]
+    put = await client.put("/tenants/acme/quotas", json={"quotas": {}, "plan": "gold"})
+    assert put.json()["effective"]["requests_per_s"] == 50
+    shown = (await client.get("/settings")).json()
+    for wrong, message in (
+        ({"tenant_share": 0.7, "slots": 3}, "slots can't change in place: flatshare rollout"),
+        ({"tenant_share": 0.7, "nothing": 3}, "there is no setting nothing"),
+        ({"tenant_share": 2}, "less than or equal to 1"),
+        ({"plans": {"gold": {"requests_per_s": -1}}}, "gold.requests_per_s: "),
+        ({"plans": "no JSON"}, "plans: "),
+    ):
+        refused = await client.patch("/settings", json={"settings": wrong})
+        assert refused.status_code == 400
+        assert message in refused.json()["error"]["message"]
+    assert (await client.get("/settings")).json() == shown
+    fleet = (await client.get("/replicas")).json()
+    assert fleet["settings_revision"] == 1
+    assert [one["settings_revision"] for one in fleet["replicas"]] == [0], "the test's replica never follows"
+
+
+async def test_a_change_that_can_not_be_kept_is_none(world: World) -> None:
+    told: list[float] = []
+
+    def keep(change: Callable[[Settings], Settings]) -> tuple[Settings, int]:
+        if change(Settings()).tenant_share > 0.5:
+            raise Unavailable("the cluster does not answer")
+        return change(Settings()), 7
+
+    running = RunningSettings(Settings(), 6, keep, lambda new: told.append(new.tenant_share))
+    fleet = fleet_module.Fleet(world.replicas, lambda: [])
+    with pytest.raises(Unavailable):
+        await running.change({"tenant_share": 0.9}, fleet)
+    assert (running.revision, running.settings, told) == (6, Settings(), [])
+    await running.change({"tenant_share": 0.4}, fleet)
+    assert (running.revision, running.settings.tenant_share, told) == (7, 0.4, [0.4])
 
 
 async def test_a_rollback_that_is_sent_again_does_not_undo_itself(

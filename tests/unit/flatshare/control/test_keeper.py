@@ -33,6 +33,7 @@ class World:
         self.held_models: dict[str, list[str]] = {}
         self.rates: list[float] = []
         self.popular: list[dict[str, float]] = []
+        self.also: dict[str, list[str]] = {}
         self.now = -1000.0  # it was made long ago
         self.keeper = Keeper(self, self, bounds or Bounds(replicas, replicas), 4.0, lambda: self.now)
         self.now = 0.0
@@ -47,7 +48,7 @@ class World:
             ReplicaLoad(
                 name, place, sum(share.values()), 0,
                 self.rates[place] if self.rates else self.rate / len(self.names), self.idle_s, share,
-                self.popular[place] if self.popular else {},
+                self.popular[place] if self.popular else {}, self.also,
             )
             for place, name in enumerate(self.names)
         ]  # fmt: skip
@@ -266,6 +267,38 @@ async def test_a_replacement_loads_a_copy_before_it_counts_again() -> None:
     world.refuse = {"new"}
     await world.seconds(1)
     assert world.keeper.placement.copies == {}
+
+
+async def test_a_replacement_loads_what_the_killed_one_held() -> None:
+    """Nobody else holds it, and an idle fleet has no requests that would bring it back."""
+    world = World(3)
+    ring = Ring(range(3))
+    models = [f"m{n}" for n in range(30)]
+    mine = {f"r{p}": [m for m in models if ring.home(m) == p] for p in range(3)}
+    world.held_models = dict(mine)
+    await world.seconds(keeper_module.HELD_TICKS)
+    world.names[1] = "new"
+    del world.held_models["r1"]
+    await world.seconds(1)
+    assert world.warmed == [{"new": mine["r1"]}]
+    await world.seconds(int(keeper_module.REMEMBER_S) + keeper_module.HELD_TICKS)
+    world.names[1] = "newer"
+    world.held_models = {"r0": [], "r2": []}
+    await world.seconds(1)
+    assert len(world.warmed) == 1, "what nobody has held for a minute is forgotten"
+
+
+async def test_other_refs_of_a_copied_or_moved_version_go_where_it_is() -> None:
+    world = World(2)
+    world.ongoing = {"acme": 12}
+    world.also = {"acme": ["acme:canary", "acme@7"], "m1": ["m1@3"]}
+    world.keeper.begin_with({"m1": 1, "acme:canary": 0})
+    await world.seconds(1)
+    copies = world.keeper.placement.copies["acme"]
+    assert world.keeper.routes.models == {
+        "acme": copies, "acme@7": copies, "acme:canary": (0,), "m1": (1,), "m1@3": (1,),
+    }  # fmt: skip
+    assert set(world.keeper.placement.copies) == {"acme"}, "one model is shown once"
 
 
 async def test_a_popular_model_is_moved_once_it_is_loaded_and_remembered() -> None:

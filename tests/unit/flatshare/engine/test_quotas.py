@@ -6,7 +6,7 @@ import contextlib
 
 import pytest
 
-from flatshare.engine.quotas import COLD_BURST, BytesLimit, QuotaKeeper
+from flatshare.engine.quotas import COLD_BURST, FREE_BYTES, BytesLimit, QuotaKeeper
 from flatshare.errors import (
     Overloaded,
     TooManyAtOnce,
@@ -304,3 +304,22 @@ def test_a_request_that_came_before_a_change_does_not_undo_it(registry: Registry
     assert allowed(keeper, after, 5) == 2
     assert allowed(keeper, before, 5) == 0
     assert keeper.limits(before).rows_per_request == 4
+
+
+def test_other_plans_hold_from_the_next_request_on(registry: Registry, clock: ManualClock) -> None:
+    keeper = QuotaKeeper({"gold": Quotas(requests_per_s=2)}, clock, concurrent_requests=5)
+    of = head(registry, plan="gold")
+    with keeper.request(of) as under_way:
+        under_way.hold_bytes(100_000 + FREE_BYTES)
+        keeper.change(
+            {"gold": Quotas(requests_per_s=4)}, concurrent_requests=1, bytes_limit=BytesLimit(tenant=150_000)
+        )
+        assert keeper.held_bytes == 100_000, "what is under way goes on counting"
+        with pytest.raises(TooManyAtOnce):
+            keeper.request(of)
+        with pytest.raises(TooManyBytesAtOnce):
+            under_way.hold_bytes(200_000 + FREE_BYTES)
+    assert keeper.held_bytes == 0
+    assert allowed(keeper, of, 10) == 4
+    keeper.change({"gold": Quotas(requests_per_s=4)}, concurrent_requests=1, bytes_limit=BytesLimit())
+    assert allowed(keeper, of, 10) == 0, "a change that changes nothing of it fills no bucket"

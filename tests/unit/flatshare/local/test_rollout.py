@@ -9,6 +9,7 @@ import pytest
 
 from flatshare.control import deployment as control_deployment
 from flatshare.errors import SettingsError
+from flatshare.live_settings import LIVE
 from flatshare.local.platform import edge_options
 from flatshare.local.rollout import ROLLED_OUT, changed_settings
 from flatshare.settings import Settings
@@ -31,6 +32,15 @@ def test_a_value_is_read_as_the_setting_is() -> None:
 @pytest.mark.parametrize("name", ["port", "store", "edge", "replicas", "min_replicas", "auth", "device"])
 def test_what_others_have_read_can_not_change(name: str) -> None:
     with pytest.raises(SettingsError, match=f"{name} can't change while the platform runs"):
+        changed_settings(DEPLOYED, {name: "x"})
+
+
+@pytest.mark.parametrize("name", LIVE)
+def test_what_changes_in_place_needs_no_rollout(name: str) -> None:
+    """Else a replica that starts in it would take over what was kept, and not what it was given."""
+    assert name not in ROLLED_OUT
+    assert name in Settings.model_fields
+    with pytest.raises(SettingsError, match=f"flatshare settings set {name}="):
         changed_settings(DEPLOYED, {name: "x"})
 
 

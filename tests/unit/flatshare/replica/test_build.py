@@ -20,6 +20,7 @@ from flatshare.settings import Settings
 from flatshare_registry.catalog import Registry
 from flatshare_registry.errors import NotFound
 from flatshare_registry.ids import PRODUCTION, ModelRef, TenantId
+from flatshare_registry.records import Quotas
 from flatshare_registry.stores.memory import MemoryStore
 
 NETWORK = architecture("mnist-cnn")
@@ -139,6 +140,7 @@ async def test_its_load_says_what_is_popular_and_that_requests_came(replica: Rep
         await labels(replica, "acme@2")
     load = replica.holdings.load(1)
     assert (load.replica, load.place) == ("r1", 1)
+    assert load.also == {"acme": ["acme@1"]}
     assert list(load.popular) == ["acme@2", "acme"] and load.popular["acme@2"] > load.popular["acme"] > 0
     assert load.requests_per_s > 0 and load.idle_s < 5
 
@@ -147,3 +149,16 @@ async def test_warming_loads_what_it_can_and_the_first_is_evicted_last(replica: 
     assert set(await replica.holdings.warm(["acme", "nobody", "acme@2"], 10)) == {"acme", "acme@2"}
     assert await replica.holdings.warm([], 10) == []
     assert {record.version for record in replica.cache.resident_records()} == {1, 2}
+
+
+async def test_changed_settings_hold_from_the_next_request_on_and_older_news_changes_nothing(
+    replica: Replica,
+) -> None:
+    before = replica.settings
+    plans = {"default": Quotas(concurrent_requests=1)}
+    replica.take_settings(Settings(plans=plans, slots=99, tenant_share=0.5), 2)
+    assert replica.settings == before.model_copy(update={"plans": plans, "tenant_share": 0.5}), "and no slots"
+    replica.take_settings(Settings(), 1)
+    assert (await replica.snapshot(set())).settings_revision == 2
+    head = await replica.heads.head(TenantId("acme"))
+    assert replica.service.quotas.limits(head).concurrent_requests == 1
