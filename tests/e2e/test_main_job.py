@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import threading
 import time
 from pathlib import Path
 
+import httpx
 import numpy as np
 import psutil
 import requests
@@ -230,6 +232,31 @@ def test_a_replica_killed_under_load_costs_no_request(platform: Platform) -> Non
     assert pins(platform) == [set(), set()]
 
 
+def test_settings_change_in_place_and_hold_in_what_starts_later(platform: Platform) -> None:
+    platform.add("metered", 700)
+    rows = random_rows(1)
+    changed = platform.cli_json("settings", "set", 'plans={"slow": {"requests_per_s": 0.001, "burst": 2}}')
+    assert len(changed["refreshed"]) == 2 and changed["missed"] == []
+    platform.cli("quotas", "set", "metered", "--plan", "slow")
+    codes = [platform.predict("metered", rows).status_code for _ in range(4)]
+    assert codes == [200, 200, 429, 429]
+    victims = [one["pid"] for one in platform.fleet()["replicas"]]
+    victims += [one.pid for one in processes_of(platform) if "ControlPlane" in " ".join(one.cmdline())]
+    assert len(victims) == 3
+    for pid in victims:
+        psutil.Process(pid).kill()
+    wait_for_replicas(platform, 2)
+    fleet = platform.fleet()
+    assert (
+        [one["settings_revision"] for one in fleet["replicas"]] == [fleet["settings_revision"]] * 2 != [0, 0]
+    )
+    assert not set(victims) & {one["pid"] for one in fleet["replicas"]}
+    codes = [platform.predict("metered", rows).status_code for _ in range(4)]
+    assert codes == [200, 200, 429, 429], "its buckets are new, and as large as the plan says"
+    platform.cli("settings", "set", "plans={}")
+    assert platform.predict("metered", rows).status_code == 200
+
+
 def pins(platform: Platform) -> list[set[str]]:
     """Tenants whose models are pinned, by replica."""
     return [
@@ -242,10 +269,11 @@ def wait_for_replicas(platform: Platform, count: int) -> None:
     """Until so many run again (Serve replaces a dead one at its next health check)."""
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline:
-        reply = platform.http.get(f"{platform.url}/admin/replicas", timeout=30)
-        if reply.status_code == 200:
-            running = [one for one in reply.json()["replicas"] if one["state"] == "RUNNING"]
-            if len(running) == count and not reply.json()["not_answering"]:
-                return
+        with contextlib.suppress(httpx.TransportError):  # the control plane may have been killed, too
+            reply = platform.http.get(f"{platform.url}/admin/replicas", timeout=30)
+            if reply.status_code == 200:
+                running = [one for one in reply.json()["replicas"] if one["state"] == "RUNNING"]
+                if len(running) == count and not reply.json()["not_answering"]:
+                    return
         threading.Event().wait(0.2)  # readiness shows only by asking
     raise AssertionError(f"no {count} replicas after 60 s")

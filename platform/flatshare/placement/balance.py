@@ -26,6 +26,9 @@ GAIN: Final = 0.9
 ever.
 """
 
+WORTH: Final = 0.05
+"""It must be this part of what may move, or the load that it costs is for nothing."""
+
 MOST_MOVED: Final = 256
 """Models that have a home other than the ring's: each is a row in every edge's map."""
 
@@ -73,7 +76,7 @@ def decide_moves(
         return kept
     popular = next(load.popular for load in loads if load.place == busiest)
     room = (rates[busiest] - rates[calmest]) / 2 * GAIN
-    fitting = [(rate, ref) for ref, rate in popular.items() if 0 < rate <= room]
+    fitting = [(rate, ref) for ref, rate in popular.items() if WORTH * room <= rate <= room]
     if fitting:
         kept[max(fitting)[1]] = calmest
     return kept

@@ -125,3 +125,12 @@ def test_the_moved_home_comes_first_and_no_place_twice() -> None:
         assert found[0] == place and sorted(found) == [0, 1, 2, 3]
     assert homes_of(ring, {"acme": 9}, "acme", 2) == ring.homes("acme", 2)
     assert homes_of(Ring(()), {"acme": 0}, "acme", 1) == []
+
+
+def test_a_model_that_would_not_be_felt_stays() -> None:
+    """The mean of rates still tells of a load that has ended; to move what is left gains nothing."""
+    pool = [
+        ReplicaLoad("r0", 0, 0, 0, 100, 0, {}, {"quiet": 0.05}),
+        ReplicaLoad("r1", 1, 0, 0, 10, 0, {}, {}),
+    ]
+    assert decide_moves(pool, {0: 100.0, 1: 10.0}, {}) == {}
