@@ -25,6 +25,9 @@
     ├── DeadlineExceeded        it was accepted but not answered in time; retry
     ├── OtherStore              the call is about another store than this platform's
     ├── FleetUnavailable        not all replicas answered in time; retry
+    ├── NoSuchPipeline          no pipeline of this name is served here
+    ├── StepFailed              a pipeline's step failed on a request; tell an operator
+    ├── StepUnavailable         a pipeline's step does not answer; retry
     ├── ModelFailed             this version can't be served (corrupt, or does not load); tell an operator
     │   ├── NeverFits           it is larger than the whole budget of a replica; no waiting helps
     │   └── ProbeFailed         it does not answer its probe as it did when it was registered
@@ -52,6 +55,7 @@ __all__ = [
     "ModelFailed",
     "NeverFits",
     "NoRoom",
+    "NoSuchPipeline",
     "NotLocal",
     "OtherStore",
     "OverQuota",
@@ -61,6 +65,8 @@ __all__ = [
     "RowsOverQuota",
     "ServeError",
     "SettingsError",
+    "StepFailed",
+    "StepUnavailable",
     "Suspended",
     "TooLarge",
     "TooManyAtOnce",
@@ -204,6 +210,18 @@ class FleetUnavailable(ServeError):
     """The replicas did not all answer in time."""
 
     retry_after_s = 1
+
+
+class NoSuchPipeline(ServeError):
+    """No pipeline of this name is served beside this pool."""
+
+
+class StepFailed(ServeError):
+    """A pipeline's step failed on a request, or made what no model takes; it is not asked again."""
+
+
+class StepUnavailable(ServeError):
+    """A pipeline's step died each time that it was asked, or there is none now."""
 
 
 class ModelFailed(ServeError):

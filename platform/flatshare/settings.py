@@ -12,17 +12,55 @@ from collections.abc import Iterable, Mapping
 from ipaddress import ip_network
 from typing import Any, Final, Literal, Self
 
-from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    SecretStr,
+    ValidationError,
+    field_validator,
+    model_validator,
+)
 from pydantic_settings import SettingsError as BadSource
 
 from flatshare.errors import SettingsError
 from flatshare_registry.records import Quotas
 from flatshare_registry.settings import RegistrySettings
 
-__all__ = ["LOOPBACK_HOSTS", "Settings", "load_settings", "unknown_variables"]
+__all__ = ["LOOPBACK_HOSTS", "Settings", "StepSettings", "load_settings", "unknown_variables"]
 
 LOOPBACK_HOSTS: Final = frozenset({"127.0.0.1", "localhost", "::1"})
+_NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,39}", re.ASCII)
 _IN_A_HEADER: Final = re.compile(r"[!-~]*", re.ASCII)
+
+
+class StepSettings(BaseModel):
+    """How one pipeline's step is served; frozen."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    step: str = Field(
+        default="", description='Its class, "module:Class"; empty: the installed one of the pipeline\'s name.'
+    )
+    min_replicas: int = Field(default=1, ge=0, le=1000)
+    max_replicas: int = Field(default=1, ge=1, le=1000)
+    target_ongoing_requests: float = Field(default=2.0, gt=0)
+    upscale_delay_s: float = Field(default=2.0, ge=0)
+    downscale_delay_s: float = Field(default=60.0, ge=0)
+    cpus_per_replica: float = Field(default=0.5, ge=0)
+    gpus_per_replica: float = Field(default=0.0, ge=0)
+    max_ongoing_requests: int = Field(default=16, ge=1)
+    max_queued_requests: int = Field(
+        default=256, ge=-1, description="In each replica of the pool; beyond it 503. -1: no bound."
+    )
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        if self.min_replicas > self.max_replicas:
+            raise ValueError(
+                f"min_replicas ({self.min_replicas}) is above max_replicas ({self.max_replicas})"
+            )
+        return self
 
 
 class Settings(RegistrySettings):
@@ -245,6 +283,12 @@ class Settings(RegistrySettings):
         "control plane is seen at once.",
     )
 
+    pipelines: dict[str, StepSettings] = Field(
+        default_factory=dict,
+        description="Pipelines that are served beside the pool, by name, as JSON: "
+        '{"images": {"max_replicas": 3}}. Each has a step of its own resources that runs before the model.',
+    )
+
     # -- limits on what comes in
     max_body_bytes: int = Field(
         default=8 * 1024**2, ge=1024, description="Longest request body, in bytes; beyond it 413."
@@ -318,6 +362,9 @@ class Settings(RegistrySettings):
             raise ValueError(
                 "min_replicas=0 needs edge=haproxy: nothing else sees the request that wakes the pool"
             )
+        for name in self.pipelines:
+            if _NAME.fullmatch(name) is None:
+                raise ValueError(f"pipeline {name[:80]!a}: a name is 1 to 40 of a-z, 0-9 and -")
         if self.retry_body_bytes > self.max_body_bytes:
             raise ValueError("retry_body_bytes is larger than max_body_bytes")
         if self.body_memory_bytes < 4 * self.max_body_bytes:

@@ -13,9 +13,6 @@ nothing. ``left`` counts processes that were killed or stopped and are still the
 
 Ends with 1 when an answer was wrong or cut, something was lost, the platform did not become whole, or a
 request failed under a fault that must cost none.
-
-Steps of the clock are left out: the machine's clock is everybody's, and Linux has no namespace for the wall
-clock.
 """
 
 from __future__ import annotations
@@ -49,6 +46,7 @@ import psutil
 import torch
 import uvloop
 from contenders import CONTENDERS, Capacity
+from odd_times import Clock, Wedge
 from pool import s3_server
 from safetensors.torch import save
 
@@ -102,6 +100,9 @@ LEFT_S = 45.0
 SLOW_S = 2.0
 """What a slow store takes for a GET."""
 
+REQUEST_TIMEOUT_S = 15
+"""What a request may take here, and so a pass: half of what it is otherwise, so that a hanging one shows."""
+
 DISK_BYTES = 24 * 1024**2
 ROOM_BYTES = 3 * 1024**2
 """What the full disk still takes: less than a model, so that a file is begun and can't be ended."""
@@ -118,7 +119,9 @@ def main() -> int:
     parser.add_argument("--concurrency", type=int, default=8)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--json", metavar="FILE", help="write the rows as a document")
+    parser.add_argument("--faketime", metavar="FILE", help="libfaketime, where it is not installed")
     arguments = parser.parse_args()
+    names = arguments.only or list(FAULTS)
     capacity = Capacity(arguments.replicas, arguments.slots)
     os.environ |= CREDENTIALS
     with contextlib.ExitStack() as stack:
@@ -126,13 +129,20 @@ def main() -> int:
         behind = stack.enter_context(s3_server())
         store = stack.enter_context(FaultyS3.started(behind))
         models = Models(behind, capacity.replicas * capacity.slots + EXTRA_TENANTS)
+        aside = Path(stack.enter_context(tempfile.TemporaryDirectory()))
+        wedge, clock = Wedge(aside), None
+        wedge.register(models.registry)
+        if CLOCK_STEPS in names:
+            with contextlib.suppress(FileNotFoundError):
+                clock = Clock(aside / "clock", arguments.faketime)
+        os.environ["FLATSHARE_REQUEST_TIMEOUT_S"] = str(REQUEST_TIMEOUT_S)
         os.environ["FLATSHARE_STORE"] = STORE
         os.environ["FLATSHARE_S3_ENDPOINT_URL"] = store.url
         os.environ["FLATSHARE_HOST_BYTES"] = str(HOST_MODELS * models.size_bytes)
         say("starting a platform")
         url = stack.enter_context(CONTENDERS["flatshare"].start(capacity))
-        stage = stack.enter_context(Stage.opened(url, models, store, capacity, arguments))
-        rows = run(stage, arguments.only or list(FAULTS))
+        stage = stack.enter_context(Stage.opened(url, models, store, capacity, arguments, Odd(wedge, clock)))
+        rows = run(stage, names)
     columns = ("requests", "failed", "refused", "wrong", "cut", "lost", "whole_after_s", "met", "left")
     print_table(
         "", ["fault", *(f"{name}#" for name in columns), "clients saw"],
@@ -236,6 +246,14 @@ Inject = Callable[["Stage"], contextlib.AbstractContextManager[list[psutil.Proce
 
 
 @dataclass(frozen=True)
+class Odd:
+    """What two faults need; the clock is None where nothing can fake it."""
+
+    wedge: Wedge
+    clock: Clock | None
+
+
+@dataclass(frozen=True)
 class Fault:
     """A fault; ``free`` when no request may fail."""
 
@@ -324,6 +342,34 @@ def unmount(folder: str) -> None:
     subprocess.run(["umount", "--lazy", folder], check=True)
 
 
+@contextlib.contextmanager
+def pass_wedged(stage: Stage) -> Iterator[list[psutil.Process]]:
+    """One tenant's pass never ends: its thread can't be ended, so the process must be replaced."""
+    stage.odd.wedge.arm()
+    asking = threading.Thread(target=stage.post, args=(stage.odd.wedge.tenant, WEDGING), daemon=True)
+    asking.start()
+    while stage.odd.wedge.is_armed:
+        if not asking.is_alive():
+            raise LookupError("the pass that was to hang was answered")
+        time.sleep(0.02)  # a file that goes shows only by looking
+    yield []
+
+
+@contextlib.contextmanager
+def clock_steps(stage: Stage) -> Iterator[list[psutil.Process]]:
+    """The wall clock of every process of the platform jumps an hour on, two back, and to where it was."""
+    clock = stage.odd.clock
+    if clock is None:
+        raise Skipped("no libfaketime: apt-get install libfaketime, or --faketime FILE")
+    try:
+        for seconds in (3600, -3600):
+            clock.step(seconds)
+            stage.wait()
+    finally:
+        clock.step(0)
+    yield []
+
+
 def one_replica(stage: Stage) -> list[psutil.Process]:
     return [psutil.Process(stage.fleet()["replicas"][0]["pid"])]
 
@@ -331,6 +377,9 @@ def one_replica(stage: Stage) -> list[psutil.Process]:
 def role(name: str) -> Callable[[Stage], list[psutil.Process]]:
     return lambda stage: stage.processes()[name]
 
+
+CLOCK_STEPS = "clock-steps"
+WEDGING = encode_json(np.zeros((1, 4), np.float32))
 
 FAULTS: dict[str, Fault] = {
     "replica-killed": Fault(killed(one_replica), free=True),
@@ -346,6 +395,8 @@ FAULTS: dict[str, Fault] = {
     "store-throttling": Fault(store_is("throttling")),
     "store-corrupting": Fault(store_is("corrupting")),
     "host-disk-full": Fault(host_disk_full),
+    "pass-wedged": Fault(pass_wedged),
+    CLOCK_STEPS: Fault(clock_steps, free=True),
 }
 
 TITLES = {
@@ -390,8 +441,15 @@ class Stage:
     """A platform under load, and what can be seen of it."""
 
     def __init__(
-        self, url: str, models: Models, store: FaultyS3, capacity: Capacity, arguments: argparse.Namespace
+        self,
+        url: str,
+        models: Models,
+        store: FaultyS3,
+        capacity: Capacity,
+        arguments: argparse.Namespace,
+        odd: Odd,
     ) -> None:
+        self.odd = odd
         self.models = models
         self.store = store
         self.met_disk = 0
@@ -482,12 +540,18 @@ class Stage:
             return f"replicas {running} run of {self._replicas}; not answering: {fleet['not_answering']}"
         return next((f"{name} does not answer" for name in self.models.tenants if not self.answers(name)), "")
 
-    def answers(self, tenant: str) -> bool:
-        """Whether it gets its right answer now."""
+    def post(self, tenant: str, body: bytes) -> httpx.Response | None:
+        """One request beside the load; None without an answer in time."""
         headers = {MODEL_ID_HEADER: tenant, "content-type": "application/json"}
         try:
-            reply = self._client.post(self._url, content=self.models.bodies[0], headers=headers)
+            return self._client.post(self._url, content=body, headers=headers)
         except httpx.HTTPError:
+            return None
+
+    def answers(self, tenant: str) -> bool:
+        """Whether it gets its right answer now."""
+        reply = self.post(tenant, self.models.bodies[0])
+        if reply is None:
             return False
         return reply.status_code == 200 and reply.json()["predicted_label"] == [
             self.models.expected[tenant][0]

@@ -21,7 +21,9 @@ from flatshare.control.fleet import Fleet
 from flatshare.control.keeper import Keeper
 from flatshare.control.scaling import Scaling
 from flatshare.control.settings import RunningSettings
+from flatshare.errors import NoSuchPipeline
 from flatshare.models.architecture import architecture
+from flatshare.pipelines.steps import batch_of, step_class
 from flatshare.placement.scaling import Bounds
 from flatshare.pool.details import ReplicaState
 from flatshare.replica.build import Replica
@@ -93,6 +95,19 @@ class Keys:
         return {"authorization": f"Bearer {text}"} if style == "bearer" else {"x-api-key": text}
 
 
+class Here:
+    """The pipeline ``images``, whose step runs in this process."""
+
+    names = ("images",)
+
+    def check(self, name: str) -> None:
+        if name not in self.names:
+            raise NoSuchPipeline(f"there is no pipeline {name}")
+
+    async def arrays(self, name: str, body: bytes, request_id: str, tenant: str) -> dict[str, Any]:
+        return dict(step_class(name)().run(batch_of(body)))  # type: ignore[arg-type]  # this one is no coroutine
+
+
 @dataclass
 class Data:
     """A data plane with two tenants."""
@@ -116,7 +131,7 @@ def data_plane(auth: bool = True) -> Iterator[Data]:
     replica = Replica.build(settings, store, identity=ReplicaIdentity("r1"))
     app = create_app(
         replica.service, Identities(replica.heads, keys.operators if auth else None, clock=clock),
-        replica=replica.name, max_body_bytes=10**6, max_rows=8,
+        replica=replica.name, max_body_bytes=10**6, max_rows=8, pipelines=Here(),
     )  # fmt: skip
     yield Data(app, keys, replica.service)
     # In a loop of its own: who uses this may be within one that runs.

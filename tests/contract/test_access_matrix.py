@@ -70,12 +70,15 @@ _LINES = {
     "content": json.dumps({"image": np.zeros((28, 28)).tolist()}),
     "headers": {MODEL: "acme", "content-type": "application/x-ndjson"},
 }
+_PIXELS = {"json": {"image": [[[0] * 28] * 28]}, "headers": {MODEL: "acme"}}
 _TENSOR = {"inputs": [{"name": "image", "datatype": "FP32", "shape": [1, 1, 28, 28], "data": [0.0] * 784}]}
 DATA: dict[tuple[str, str], Row] = {
     ("POST", "/predict"): Row(**PREDICT, request=_OCTETS),
     ("POST", "/"): Row(**PREDICT, request=_OCTETS),
     ("POST", "/classify"): Row(**PREDICT, request=_OCTETS),
     ("POST", "/predict/stream"): Row(**PREDICT, request=_LINES),
+    ("GET", "/pipelines"): Row(200, 200, 200, 200, 200, 200, {}),  # names of what is installed, no tenant's
+    ("POST", "/pipelines/{name}"): Row(**PREDICT, request=_PIXELS),
     ("GET", "/v2/models/{ref}"): Row(**PREDICT, request={}),
     ("GET", "/v2/models/{ref}/ready"): Row(**PREDICT, request={}),
     ("POST", "/v2/models/{ref}/infer"): Row(**PREDICT, request={"json": _TENSOR}),
@@ -176,7 +179,7 @@ async def test_data_plane(data: Data, route: tuple[str, str], who: str) -> None:
                 **row.request,
                 "headers": {**row.request.get("headers", {}), **keys.headers(who, style)},
             }
-            reply = await client.request(method, path.format(ref="acme", version=1), **request)
+            reply = await client.request(method, path.format(ref="acme", version=1, name="images"), **request)
             assert reply.status_code == row.expected(who), reply.text
             if reply.status_code == 401:
                 assert reply.headers["www-authenticate"] == "Bearer"
@@ -272,7 +275,7 @@ OWN = [{}, {"origin": "http://localhost:8000", "sec-fetch-site": "same-origin"},
 async def ask_page(app: Any, route: tuple[str, str], page: dict[str, str], **request: Any) -> httpx.Response:
     method, path = route
     url = path.format(
-        tenant="acme", version=1, alias="canary", key_id="acme.none", ref="acme", replica="none"
+        tenant="acme", version=1, name="images", alias="canary", key_id="acme.none", ref="acme", replica="none"
     )
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8000") as client:

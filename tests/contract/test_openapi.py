@@ -171,6 +171,9 @@ async def call(package: ModuleType, module: ModuleType, app: Any, key: str | Non
         return await module.asyncio_detailed(client=client, **arguments)
 
 
+BATCH = {"image": [[[0] * 28] * 28]}
+
+
 async def test_a_generated_client_calls_every_route_of_the_data_plane(data: Data, tmp_path: Path) -> None:
     package = generated(await document_of(data.app), tmp_path, "data_client")
     models = importlib.import_module("data_client.models")
@@ -184,6 +187,8 @@ async def test_a_generated_client_calls_every_route_of_the_data_plane(data: Data
         "predict_at_root": {"body": models.PredictRequest.from_dict(IMAGE), **header},
         "classify": {"body": octets, **header},
         "predict_stream": {"body": lines, **header},
+        "list_pipelines": {},
+        "run_pipeline": {"name": "images", "body": models.RunPipelineBody.from_dict(BATCH), **header},
         "oip_server": {}, "oip_live": {}, "oip_ready": {},
         "oip_metadata": {"ref": "acme"},
         "oip_model_ready": {"ref": "acme:production"},

@@ -32,7 +32,9 @@ try:
     refused = ""
 except NotFound as error:
     refused = error.cause.message
-print(json.dumps({"labels": [one["predicted_label"].tolist() for one in answers],
+streaming = handle.options(multiplexed_model_id="two", stream=True)
+streamed = [one["predicted_label"].tolist() for one in streaming.predict_each.remote([{"image": rows[:1]}, {"image": rows}])]
+print(json.dumps({"streamed": streamed, "labels": [one["predicted_label"].tolist() for one in answers],
                   "keys": sorted(answers[0]), "refused": refused}))
 """
 
@@ -109,5 +111,6 @@ def test_the_handle_form(portable: Platform, tmp_path: Path) -> None:
     answer = json.loads(done.stdout.splitlines()[-1])
     one, two = portable.right("one@1", rows), portable.right("two@1", rows)
     assert answer["labels"] == [one, two, one]
+    assert answer["streamed"] == [two[:1], two]
     assert answer["keys"] == ["image", "predicted_label"]
     assert answer["refused"] == "there is no tenant nobody"

@@ -30,6 +30,7 @@ from flatshare.api.local_only import LocalOnly
 from flatshare.api.oip import OPEN_PATHS, add_oip_routes, error_form, infer_route, is_infer_path
 from flatshare.api.oip_schemas import InferRequest
 from flatshare.api.openapi import documented
+from flatshare.api.pipelines import NoPipelines, Pipelines, add_pipeline_routes
 from flatshare.api.schemas import MODEL_ID_HEADER, PredictReply, PredictRequest
 from flatshare.api.stream import LinesResponse, lines_of
 from flatshare.api.stream import answers as answers_of
@@ -74,6 +75,7 @@ def create_app(
     max_body_bytes: int,
     max_rows: int,
     room: DecodeRoom | None = None,
+    pipelines: Pipelines | None = None,
 ) -> HotRoutes:
     """Build the data plane of one replica, an ASGI app.
 
@@ -87,6 +89,8 @@ def create_app(
         Named in the ``x-flatshare-replica`` reply header.
     max_body_bytes, max_rows
         Limits of one request; beyond them 413.
+    pipelines
+        Served beside it; none by default.
     """
     # A redirect by slash would name http:// behind TLS, and send the key after it in clear.
     app = FastAPI(
@@ -238,6 +242,11 @@ def create_app(
             media_type=NDJSON,
         )
 
+    add_pipeline_routes(
+        app, service, identities, pipelines or NoPipelines(), enter,
+        lambda prediction: _reply(prediction, replica), bodies, decoding,
+        max_rows=max_rows, described=described, parameters=[_model_id_parameter(), _request_id_parameter()],
+    )  # fmt: skip
     add_oip_routes(app, service, identities, answers, infer)
     documented(app, open_paths=OPEN_PATHS, bodies=[PredictRequest, InferRequest])
     # The hot routes ask ``identities``, which looks at the same; of the others some need no key.

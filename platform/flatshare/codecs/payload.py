@@ -107,7 +107,8 @@ def _checked(rows: NDArray[np.float32], spec: InputSpec, *, ready: bool) -> NDAr
     if rows.min() >= 0 and rows.max() <= 255 and (rows == np.rint(rows)).all():
         raise BadInput(
             f'"{spec.name}" holds whole numbers of 0 to 255: raw pixels, which go to /classify (as files or '
-            f"as bytes). If they are what the model wants, say so with the header {READY_HEADER}: {READY}"
+            "as bytes) or, as they are, to /pipelines/images. If they are what the model wants, say so with "
+            f"the header {READY_HEADER}: {READY}"
         )
     return rows
 

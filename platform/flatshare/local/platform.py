@@ -149,9 +149,13 @@ def _applications(
         },
     )
     # The pool's classes, and torch with them: only who deploys them needs these, not an edge of its own.
+    from flatshare.pipelines.deployment import step_application
     from flatshare.pool.deployment import pool_application
+    from flatshare.pool.steps import step_app
 
     try:
+        for name, step in settings.pipelines.items():
+            deploy(step_application(name, step, environment), step_app(name), None)
         # First: replicas and the control plane look there for what was changed in place.
         forget()
         remember_deployed(Deployed(settings, operators, environment))
@@ -163,7 +167,7 @@ def _applications(
             serve.shutdown()  # type: ignore[no-untyped-call]  # Ray gives it no types
 
 
-def deploy(application: serve.Application, name: str, prefix: str, *, scaled: bool = False) -> None:
+def deploy(application: serve.Application, name: str, prefix: str | None, *, scaled: bool = False) -> None:
     """Deploy and wait until it runs.
 
     Parameters

@@ -6,7 +6,7 @@ import asyncio
 import contextlib
 import logging
 import os
-from collections.abc import Awaitable
+from collections.abc import AsyncGenerator, Awaitable
 from typing import Any, Final, cast
 
 import numpy as np
@@ -32,6 +32,7 @@ from flatshare.pool.gpus import allocator_variables, check_visible
 from flatshare.pool.handle import POOL_DEPLOYMENT
 from flatshare.pool.multiplex import NEVER_EVICT, Advertiser
 from flatshare.pool.router import PLACE, HomeReplicaRouter
+from flatshare.pool.steps import Steps
 from flatshare.replica.build import Replica
 from flatshare.replica.identity import ReplicaIdentity
 from flatshare.replica.receipt import EraseReceipt, HostReceipt
@@ -85,6 +86,7 @@ class ClassifierPool:
             max_body_bytes=settings.max_body_bytes,
             max_rows=settings.max_rows,
             room=self._decoding,
+            pipelines=Steps(settings.pipelines),
         )
         self._door = Door(self._data_plane, DOOR_HOST)
         self._warm = asyncio.get_running_loop().create_task(self._warm_up(), name="warm up")
@@ -144,14 +146,22 @@ class ClassifierPool:
         dict
             The batch and ``predicted_label``, int64 ``(N,)``.
         """
-        model_ref = serve.get_multiplexed_model_id()
-        if not model_ref:
-            raise BadInput("name the model: handle.options(multiplexed_model_id='acme')")
+        return await self._predict(_named_model(), batch)
 
+    async def predict_each(self, batches: list[dict[str, Any]]) -> AsyncGenerator[dict[str, Any], None]:
+        """The streaming form: an answer for each batch, as it is ready, in order; the first error ends it.
+
+        ``handle.options(stream=True, multiplexed_model_id="acme").predict_each.remote(batches)``. Each batch
+        is a request of its own.
+        """
+        model_ref = _named_model()
+        for batch in batches:
+            yield await self._predict(model_ref, batch)
+
+    async def _predict(self, model_ref: ModelRef, batch: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(cast("object", batch), dict):  # a handle passes on whatever it was given
             raise BadInput("the batch must be a dict")
 
-        ref = ModelRef.parse(model_ref)
         service = self._replica.service
         max_rows = self._replica.settings.max_rows
 
@@ -162,11 +172,11 @@ class ClassifierPool:
             ready = batch.get("values") == READY
             size = values.nbytes if isinstance(values, np.ndarray) else INLINE_BYTES + 1
             return self._decoding.here_or_there(
-                ref.tenant, size, lambda: decode_array(values, network.input, max_rows, ready=ready)
+                model_ref.tenant, size, lambda: decode_array(values, network.input, max_rows, ready=ready)
             )
 
         # Who has a handle is inside the cluster, which is one trust domain: the operator's.
-        with await service.enter(LOCAL_OPERATOR, ref) as ticket:
+        with await service.enter(LOCAL_OPERATOR, model_ref) as ticket:
             prediction = await service.predict(ticket, decode)
         return {**batch, "predicted_label": prediction.labels}
 
@@ -247,6 +257,14 @@ class ClassifierPool:
     async def erase_host(self, digests: list[str]) -> HostReceipt:
         """See :meth:`Replica.erase_host`."""
         return await self._replica.erase_host(digests)
+
+
+def _named_model() -> ModelRef:
+    """The model that a handle's call names."""
+    model_ref = serve.get_multiplexed_model_id()
+    if not model_ref:
+        raise BadInput("name the model: handle.options(multiplexed_model_id='acme')")
+    return ModelRef.parse(model_ref)
 
 
 def _place() -> int:

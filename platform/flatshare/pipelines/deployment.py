@@ -1,0 +1,120 @@
+"""A pipeline's step as a Serve application of its own: it scales, and is replaced, apart from the pool."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import logging
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Final, TypeVar, cast
+
+from numpy.typing import NDArray
+from ray import serve
+
+from flatshare.errors import ServeError, StepFailed
+from flatshare.pipelines.steps import arrays_of, batch_of, step_class
+from flatshare.pool.steps import STEP_DEPLOYMENT, StepRequest
+from flatshare.settings import StepSettings
+from flatshare_registry.errors import RegistryError
+
+__all__ = ["step_application"]
+
+logger = logging.getLogger("flatshare.pipelines")
+
+T = TypeVar("T")
+
+LOOK_BACK_S: Final = 2.0
+"""Seconds over which Serve takes the mean of requests under way: its default of thirty sees no step of
+load.
+"""
+
+
+class StepReplica:
+    """One replica of a step, as Serve starts it.
+
+    Parameters
+    ----------
+    name
+        The pipeline's.
+    path
+        Of the step's class; see :func:`flatshare.pipelines.steps.step_class`.
+    """
+
+    def __init__(self, name: str, path: str) -> None:
+        self._name = name
+        self._step = step_class(name, path)()
+        # One: what a body expands to is in memory once, and more work at a time is a matter of replicas.
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="step")
+
+    async def run(self, request: StepRequest) -> dict[str, NDArray[Any]]:
+        """Arrays by name, made of a request's body.
+
+        Raises
+        ------
+        BadInput
+            The caller's mistake.
+        StepFailed
+            The step's.
+        """
+        try:
+            if inspect.iscoroutinefunction(self._step.run):
+                batch = await self._in_thread(lambda: batch_of(request.body))
+                return arrays_of(await self._step.run(batch))
+            return await self._in_thread(lambda: arrays_of(self._step.run(batch_of(request.body))))
+        except (ServeError, RegistryError):
+            raise
+        except Exception:
+            # Its words may be of anything; they are the operator's to read, by the request's id.
+            logger.exception("pipeline %s, tenant %s, request %s", self._name, request.tenant, request.id)
+            raise StepFailed(f"the step of pipeline {self._name} failed") from None
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+
+
+def step_application(name: str, step: StepSettings, environment: dict[str, str]) -> serve.Application:
+    """A pipeline's step as a Serve application.
+
+    Serve's own autoscaling counts the calls that handles have under way, which is right here: nobody reaches
+    a step but by a handle, and a step takes milliseconds at least.
+
+    Raises
+    ------
+    SettingsError
+        There is no such step.
+    """
+    step_class(name, step.step)  # here, where the operator reads it, rather than in a replica
+    autoscaling = {
+        "min_replicas": step.min_replicas,
+        "initial_replicas": step.min_replicas,
+        "max_replicas": step.max_replicas,
+        "target_ongoing_requests": step.target_ongoing_requests,
+        "upscale_delay_s": step.upscale_delay_s,
+        "downscale_delay_s": step.downscale_delay_s,
+        "look_back_period_s": LOOK_BACK_S,
+        "metrics_interval_s": 1.0,
+    }
+    variables = dict(environment)
+    if step.gpus_per_replica == 0:
+        variables["CUDA_VISIBLE_DEVICES"] = ""
+    # serve.deployment is typed for use as a decorator only.
+    deployment = cast("Any", serve.deployment)(
+        StepReplica,
+        name=STEP_DEPLOYMENT,
+        autoscaling_config=autoscaling,
+        ray_actor_options={
+            "num_cpus": step.cpus_per_replica,
+            "num_gpus": step.gpus_per_replica,
+            "runtime_env": {"env_vars": variables},
+        },
+        max_ongoing_requests=step.max_ongoing_requests,
+        max_queued_requests=step.max_queued_requests,
+        logging_config={"enable_access_log": False, "log_level": "WARNING"},
+        health_check_period_s=2,
+        health_check_timeout_s=5,
+        graceful_shutdown_wait_loop_s=0.5,
+        graceful_shutdown_timeout_s=20,
+    )
+    application: serve.Application = deployment.bind(name, step.step)
+    return application
