@@ -275,7 +275,13 @@ OWN = [{}, {"origin": "http://localhost:8000", "sec-fetch-site": "same-origin"},
 async def ask_page(app: Any, route: tuple[str, str], page: dict[str, str], **request: Any) -> httpx.Response:
     method, path = route
     url = path.format(
-        tenant="acme", version=1, name="images", alias="canary", key_id="acme.none", ref="acme", replica="none"
+        tenant="acme",
+        version=1,
+        name="images",
+        alias="canary",
+        key_id="acme.none",
+        ref="acme",
+        replica="none",
     )
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8000") as client:
