@@ -158,6 +158,7 @@ class Action(StrEnum):
     FLEET_PRELOAD = "fleet.preload"
     FLEET_UNPIN = "fleet.unpin"
     FLEET_UNLOAD = "fleet.unload"
+    BATCH_RUN = "batch.run"
 
 
 class AuditEntry(_Record):

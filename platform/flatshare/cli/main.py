@@ -10,6 +10,7 @@ import typer
 
 from flatshare.cli import (
     audit_verbs,
+    batch_verb,
     bench_verb,
     fleet,
     platform_verbs,
@@ -54,6 +55,7 @@ registry_verbs.add_to(app)
 audit_verbs.add_to(app)
 tenancy_verbs.add_to(app, registry_verbs.tenants_app)
 training_verbs.add_to(app)
+batch_verb.add_to(app)
 
 
 def main() -> None:

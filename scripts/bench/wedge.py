@@ -1,9 +1,6 @@
-"""Two faults that need more than a signal: a pass that never ends, and a clock that jumps.
+"""A pass that never ends: a network of our own, put before a platform's processes as a plug-in.
 
-A pass hangs by a network of our own, put before the platform's processes as a plug-in: its first pass after
-:meth:`Wedge.arm` sleeps in its thread for ever. The clock jumps by libfaketime (Debian's ``libfaketime``): Linux
-has no namespace for the wall clock, and the machine's own is everybody's. Monotonic clocks go on as they are, as
-they do under NTP or an operator's ``date -s``.
+Its first pass after :meth:`Wedge.arm` sleeps in its thread for ever.
 """
 
 from __future__ import annotations
@@ -18,7 +15,7 @@ from safetensors.torch import save
 from flatshare_registry import Registry, TenantId
 from flatshare_registry.weights import TensorSpec
 
-__all__ = ["Clock", "Wedge"]
+__all__ = ["Wedge"]
 
 PLUG_IN: Final = """
 import os, time
@@ -36,15 +33,10 @@ class Wedge(nn.Module):
             time.sleep(3600)
 
 ARCHITECTURE = Architecture(
-    name="wedge", input=InputSpec("image", (4,)), classes=2, tensors={{"1.weight": TensorSpec("F32", (2, 4))}},
+    name="wedge", input=InputSpec("image", (4,)), classes=2, preprocess=lambda pixels: pixels.astype("float32"), tensors={{"1.weight": TensorSpec("F32", (2, 4))}},
     build=lambda: nn.Sequential(Wedge(), nn.Linear(4, 2, bias=False)).eval(),
 )
 """
-
-LIBRARIES: Final = (
-    "/usr/lib/x86_64-linux-gnu/faketime/libfaketimeMT.so.1",
-    "/usr/lib/aarch64-linux-gnu/faketime/libfaketimeMT.so.1",
-)
 
 
 class Wedge:
@@ -84,39 +76,3 @@ class Wedge:
     def is_armed(self) -> bool:
         """Whether no pass has hung since."""
         return self._armed.exists()
-
-
-class Clock:
-    """The wall clock of a platform that starts after this was made.
-
-    Parameters
-    ----------
-    file
-        From which its processes read how far their clock is off.
-    library
-        libfaketime; None: where Debian puts it.
-
-    Raises
-    ------
-    FileNotFoundError
-        There is no libfaketime.
-    """
-
-    def __init__(self, file: Path, library: str | None = None) -> None:
-        found = next((path for path in (library, *LIBRARIES) if path and Path(path).exists()), None)
-        if found is None:
-            raise FileNotFoundError(
-                "clock steps need libfaketime: apt-get install libfaketime, or --faketime FILE"
-            )
-        self._file = file
-        self.step(0)
-        os.environ |= {
-            "LD_PRELOAD": found, "FAKETIME_TIMESTAMP_FILE": str(file), "FAKETIME_NO_CACHE": "1",
-            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-        }  # fmt: skip
-
-    def step(self, seconds: int) -> None:
-        """Have the clock be so far off from now on."""
-        new = self._file.with_suffix(".new")
-        new.write_text(f"{seconds:+d}s\n")
-        new.replace(self._file)

@@ -1,0 +1,143 @@
+"""A replica's core in a process of Ray Data: the cache, the host tier and the engine, without a door.
+
+Who runs a batch has the store's own credentials, which is an operator's right: no key is asked for, no quota
+is spent, and the tenants' logs have an entry of the batch as a whole (``batch/job.py``). What a tenant may
+keep on a device holds here, too, and a suspended tenant is refused.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from types import TracebackType
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from flatshare.codecs.images import decode_images
+from flatshare.codecs.payload import decode_array
+from flatshare.errors import BadInput, ModelFailed, Suspended
+from flatshare.models.architecture import Architecture, architecture
+from flatshare.replica.build import Replica
+from flatshare.settings import Settings
+from flatshare_registry.errors import InvalidInput
+from flatshare_registry.ids import ModelRef
+from flatshare_registry.records import TenantState, VersionRecord
+
+__all__ = ["OfflineCore", "Rows", "rows_of"]
+
+Rows = NDArray[np.float32] | NDArray[np.uint8] | list[bytes]
+"""What a batch gives: what the model takes ``(N, *shape)``, raw pixels ``(N, H, W)`` or image files."""
+
+WAIT_S: Final = 300.0
+"""Seconds that a load or a pass may take here: nobody waits for a single one."""
+
+FILES_AT_ONCE: Final = 64
+"""Image files decoded in one call: their decoder has a budget of seconds for each."""
+
+
+class OfflineCore:
+    """One process's models and passes. Methods may be called from any thread, one at a time.
+
+    Parameters
+    ----------
+    settings
+        As of a replica of the pool: store, slots, device, host tier.
+    """
+
+    def __init__(self, settings: Settings) -> None:
+        self._loop = asyncio.new_event_loop()
+        self._thread = threading.Thread(target=self._loop.run_forever, name="offline", daemon=True)
+        self._thread.start()
+        self._replica = asyncio.run_coroutine_threadsafe(self._build(settings), self._loop).result()
+
+    async def _build(self, settings: Settings) -> Replica:
+        replica = Replica.build(settings, settings.open_store())
+        replica.inference.ready()
+        return replica
+
+    def predict(self, version: str, rows: Rows) -> tuple[NDArray[np.int64], VersionRecord]:
+        """Labels ``(N,)`` of rows, and exactly what ran.
+
+        Parameters
+        ----------
+        version
+            ``acme@7``, or another ref.
+
+        Raises
+        ------
+        BadInput
+            The rows are none of this model's.
+        NotFound, Suspended, Unavailable, Corrupt, ModelFailed
+            The version can't be served.
+        """
+        return asyncio.run_coroutine_threadsafe(self._predict(version, rows), self._loop).result()
+
+    async def _predict(self, version: str, rows: Rows) -> tuple[NDArray[np.int64], VersionRecord]:
+        ref = ModelRef.parse(version)
+        replica = self._replica
+        record = await replica.resolver.said(ref, WAIT_S)
+        if (await replica.heads.head(ref.tenant)).state is TenantState.SUSPENDED:
+            raise Suspended(f"tenant {ref.tenant} is suspended")
+        try:
+            network = architecture(record.architecture)
+        except InvalidInput as error:
+            raise ModelFailed(f"{record.name}: its architecture is not installed here") from error
+        ready = rows_of(rows, network)
+        with await replica.cache.lease(record, WAIT_S) as lease:
+            logits = await replica.inference.run(lease, ready)
+        return logits.argmax(axis=1), record
+
+    @property
+    def loads(self) -> int:
+        """Models loaded so far."""
+        return self._replica.cache.stats.loads
+
+    def close(self) -> None:
+        """End its threads and free its models."""
+        asyncio.run_coroutine_threadsafe(self._replica.close(), self._loop).result()
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join()
+        self._loop.close()
+
+    def __enter__(self) -> OfflineCore:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def rows_of(rows: Rows, network: Architecture) -> NDArray[np.float32]:
+    """What a model takes, made of rows as the service makes it of the same in a request.
+
+    Files go the way of ``/classify``, unsigned bytes that of its raw pixels, all other numbers that of
+    ``/predict``.
+
+    Raises
+    ------
+    BadInput
+        They are none of this model's.
+    """
+    if isinstance(rows, list):
+        parts = [
+            decode_images(rows[start : start + FILES_AT_ONCE], network, FILES_AT_ONCE)
+            for start in range(0, len(rows), FILES_AT_ONCE)
+        ]
+        return np.concatenate(parts)
+    if rows.shape[1:] == (network.input.row_values,):  # Parquet knows no shapes
+        rows = rows.reshape(-1, *(_pixel_shape(network) if rows.dtype == np.uint8 else network.input.shape))
+    if rows.dtype == np.uint8:
+        wanted = _pixel_shape(network)
+        if rows.shape[1:] not in {wanted, (1, *wanted)}:
+            raise BadInput(f"raw pixels have shape {rows.shape}; they must be {('N', *wanted)}")
+        pixels: NDArray[np.uint8] = np.ascontiguousarray(rows, np.uint8)
+        return network.preprocess(pixels.reshape(-1, *wanted))
+    return decode_array(rows, network.input, len(rows))
+
+
+def _pixel_shape(network: Architecture) -> tuple[int, ...]:
+    channels, height, width = network.input.shape
+    return (height, width) if channels == 1 else (height, width, channels)

@@ -1,0 +1,224 @@
+"""What a batch reads: an array file, Parquet, or a folder of images; here or in S3.
+
+An input has rows, numbered from 0, in an order that does not depend on who reads it: files by name, then rows
+as they lie in them. So a row's number is its name, and a batch that was cut off goes on where it was.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+from dataclasses import dataclass
+from typing import Any, Final, Protocol
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.fs as pafs
+import pyarrow.parquet as pq
+from numpy.typing import NDArray
+
+from flatshare.batch.core import Rows
+from flatshare.errors import BadInput
+from flatshare_registry.errors import InvalidInput
+
+__all__ = ["Input", "open_input"]
+
+IMAGE_ENDINGS: Final = (".png", ".jpg", ".jpeg")
+MAX_KEPT: Final = 4
+"""Files that one process keeps open, or read, at a time."""
+
+
+class Input(Protocol):
+    """Numbered rows; a plain value, which goes to other processes."""
+
+    @property
+    def files(self) -> tuple[tuple[str, int], ...]:
+        """Files in order, and how many rows each has."""
+        ...
+
+    def models(self) -> NDArray[Any] | None:
+        """The ref of each row, where a column names it."""
+        ...
+
+    def rows(self, file: int, numbers: NDArray[np.int64]) -> Rows:
+        """Rows of one file, by their numbers in it, ascending. Raises ``BadInput``."""
+        ...
+
+
+def open_input(path: str, image_column: str = "image", model_column: str = "") -> Input:
+    """An input by its path: ``file.npy``, ``file.parquet``, a folder of either or of images, or ``s3://...``.
+
+    Parameters
+    ----------
+    image_column, model_column
+        Of Parquet: what goes to the model, and which model it goes to.
+
+    Raises
+    ------
+    InvalidInput
+        There is nothing there that can be read.
+    """
+    files = _files(path)
+    endings = {os.path.splitext(name)[1].lower() for name in files}
+    if endings and endings <= set(IMAGE_ENDINGS):
+        if model_column:
+            return _Images(tuple(files), by_folder=True)
+        return _Images(tuple(files), by_folder=False)
+    if endings == {".npy"}:
+        if model_column:
+            raise InvalidInput(f"{path} has no columns: --model names the model of all its rows")
+        return _Arrays(tuple((name, len(_array(name))) for name in files))
+    if endings == {".parquet"}:
+        counted = tuple((name, _parquet(name).metadata.num_rows) for name in files)
+        for column in filter(None, (image_column, model_column)):
+            known = _parquet(files[0]).schema_arrow.names
+            if column not in known:
+                raise InvalidInput(f"{path} has no column {column}; it has {', '.join(known)}")
+        return _Tables(counted, image_column, model_column)
+    raise InvalidInput(
+        f"{path} holds no .npy, .parquet, .png or .jpg files"
+        if not endings
+        else f"{path} holds files of several kinds, or of none that is read: {', '.join(sorted(endings))}"
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class _Arrays:
+    files: tuple[tuple[str, int], ...]
+
+    def models(self) -> None:
+        return None
+
+    def rows(self, file: int, numbers: NDArray[np.int64]) -> Rows:
+        array = _array(self.files[file][0])
+        if len(numbers) and numbers[-1] - numbers[0] + 1 == len(numbers):
+            return np.asarray(array[numbers[0] : numbers[-1] + 1])
+        return np.asarray(array[numbers])
+
+
+@dataclass(frozen=True, slots=True)
+class _Tables:
+    files: tuple[tuple[str, int], ...]
+    image_column: str
+    model_column: str
+
+    def models(self) -> NDArray[Any] | None:
+        if not self.model_column:
+            return None
+        columns = [
+            _parquet(name).read([self.model_column]).column(0).cast(pa.string()).to_numpy()
+            for name, _ in self.files
+        ]
+        found: NDArray[Any] = np.concatenate(columns)
+        return found
+
+    def rows(self, file: int, numbers: NDArray[np.int64]) -> Rows:
+        column = _column(self.files[file][0], self.image_column).take(pa.array(numbers))
+        return _rows_of_column(column, self.image_column)
+
+
+@dataclass(frozen=True, slots=True)
+class _Images:
+    paths: tuple[str, ...]
+    by_folder: bool
+
+    @property
+    def files(self) -> tuple[tuple[str, int], ...]:
+        """All of them as one: an image is a row."""
+        return (("images", len(self.paths)),)
+
+    def models(self) -> NDArray[Any] | None:
+        """With a model column: the folder that an image lies in."""
+        if not self.by_folder:
+            return None
+        return np.array([os.path.basename(os.path.dirname(path)) for path in self.paths], object)
+
+    def rows(self, file: int, numbers: NDArray[np.int64]) -> Rows:
+        return [_read(self.paths[number]) for number in numbers.tolist()]
+
+
+def _rows_of_column(column: pa.Array, name: str) -> Rows:
+    """Rows of a column of numbers in lists, of tensors, of raw pixels or of image files."""
+    if isinstance(column, pa.ChunkedArray):
+        column = column.combine_chunks()
+    if isinstance(column, pa.ExtensionArray):  # what Ray writes arrays as
+        column = column.storage
+    if column.null_count:
+        raise BadInput(f"column {name} has {column.null_count} rows without a value")
+    if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
+        return [bytes(value) for value in column.to_pylist()]
+    shape: list[int] = [len(column)]
+    values: Any = column
+    while pa.types.is_nested(values.type) and not pa.types.is_struct(values.type):
+        lengths = set(pc.list_value_length(values).to_pylist())
+        if len(lengths) != 1:
+            raise BadInput(f"column {name} holds lists of different lengths")
+        shape.append(int(lengths.pop() or 0))
+        values = values.flatten()
+    if not (pa.types.is_integer(values.type) or pa.types.is_floating(values.type)):
+        raise BadInput(f"column {name} holds {values.type}, and no numbers or images")
+    found: NDArray[Any] = values.to_numpy(zero_copy_only=False).reshape(shape)
+    return found
+
+
+def _filesystem(path: str) -> tuple[pafs.FileSystem, str]:
+    if "://" in path:
+        found: tuple[pafs.FileSystem, str] = pafs.FileSystem.from_uri(path)
+        return found
+    return pafs.LocalFileSystem(), os.path.abspath(path)
+
+
+def _files(path: str) -> list[str]:
+    """Paths below a folder, or the one file, by name."""
+    try:
+        system, inner = _filesystem(path)
+        info = system.get_file_info(inner)
+        if info.type == pafs.FileType.File:
+            return [path]
+        if info.type != pafs.FileType.Directory:
+            raise InvalidInput(f"there is no {path}")
+        scheme = path.partition("://")[0] + "://" if "://" in path else ""
+        found = system.get_file_info(pafs.FileSelector(inner, recursive=True))
+    except (OSError, pa.ArrowException, ValueError) as error:
+        raise InvalidInput(f"{path} can't be read: {error}") from error
+    names = [scheme + one.path for one in found if one.type == pafs.FileType.File]
+    return sorted(name for name in names if not os.path.basename(name).startswith((".", "_")))
+
+
+@functools.lru_cache(MAX_KEPT)
+def _array(path: str) -> NDArray[Any]:
+    """Mapped where it is a file of this machine: who reads some rows reads those only."""
+    try:
+        if "://" in path:
+            system, inner = _filesystem(path)
+            with system.open_input_file(inner) as file:
+                remote: NDArray[Any] = np.load(file, allow_pickle=False)
+                return remote
+        mapped: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError) as error:
+        raise InvalidInput(f"{path} can't be read as an array: {error}") from error
+    if mapped.ndim < 2:
+        raise InvalidInput(f"{path} holds an array of shape {mapped.shape}: no rows of images")
+    return mapped
+
+
+@functools.lru_cache(MAX_KEPT)
+def _parquet(path: str) -> pq.ParquetFile:
+    system, inner = _filesystem(path)
+    try:
+        return pq.ParquetFile(inner, filesystem=system)
+    except (OSError, pa.ArrowException) as error:
+        raise InvalidInput(f"{path} can't be read as Parquet: {error}") from error
+
+
+@functools.lru_cache(MAX_KEPT)
+def _column(path: str, name: str) -> pa.ChunkedArray:
+    return _parquet(path).read([name]).column(0)
+
+
+def _read(path: str) -> bytes:
+    system, inner = _filesystem(path)
+    with system.open_input_file(inner) as file:
+        data: bytes = file.read()
+        return data

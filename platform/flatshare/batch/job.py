@@ -1,0 +1,321 @@
+"""A batch from end to end: what there is to do, the actors that do it, and the results as they come.
+
+Ray Data's actors read rows themselves, by number: only numbers, labels and digests travel. Rows of one model
+are one unit after the other, so that a model is loaded about once, and fetched from the store once a node.
+
+Imports ray, so it must be imported only after ``pool.environment.prepare``.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import numpy as np
+import ray
+from numpy.typing import NDArray
+
+from flatshare.batch.core import OfflineCore
+from flatshare.batch.inputs import Input, open_input
+from flatshare.batch.results import Manifest, Results
+from flatshare.batch.units import MOST_ROWS, Unit, units_of
+from flatshare.errors import ServeError
+from flatshare.settings import Settings
+from flatshare_registry.catalog import Registry
+from flatshare_registry.errors import InvalidInput, RegistryError
+from flatshare_registry.ids import ModelRef, TenantId
+from flatshare_registry.records import Action
+
+__all__ = ["Batch", "BatchPlan", "BatchReport"]
+
+logger = logging.getLogger("flatshare.batch")
+
+CALL_ROWS: Final = 1024
+"""Rows that are read and made ready at a time: a few passes."""
+
+PART_ROWS: Final = 1_000_000
+PART_S: Final = 2.0
+PART_SHARE: Final = 0.05
+"""Results are written when there are so many, or when they are so old and have taken this part of the batch's
+time so far: what one that is killed has to do again.
+"""
+
+LOOK_UPS: Final = 16
+"""Refs resolved, and audit entries written, at a time."""
+
+
+@dataclass(frozen=True, slots=True)
+class BatchPlan:
+    """What to do.
+
+    Attributes
+    ----------
+    input, output
+        A path to read from, and a folder of this machine to write to.
+    model, model_column
+        The model of all rows, or what names each row's: a column of Parquet, or, for images, the folder that
+        one lies in (any name for the column).
+    actors
+        Processes that work at a time; 0 for one a core, or one a GPU.
+    gpus_per_actor
+        Of each: a fraction shares one.
+    """
+
+    input: str
+    output: str
+    model: str = ""
+    model_column: str = ""
+    image_column: str = "image"
+    actors: int = 0
+    gpus_per_actor: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class BatchReport:
+    """What was done.
+
+    Attributes
+    ----------
+    rows
+        Labelled by this run.
+    done_before
+        Labelled by runs before it.
+    failed
+        Rows without a label, by why.
+    models
+        Versions that this run used.
+    loads
+        Models that actors loaded; more than ``models`` where two actors had rows of one.
+    seconds
+        From the first row that an actor took to the last result.
+    start_s
+        Until then: reading what there is, and starting actors.
+    """
+
+    rows: int
+    done_before: int
+    failed: dict[str, int]
+    models: int
+    loads: int
+    seconds: float
+    start_s: float
+
+    @property
+    def rows_per_s(self) -> float:
+        """Of ``seconds``."""
+        return self.rows / self.seconds if self.seconds else 0.0
+
+
+@dataclass(slots=True)
+class _Counts:
+    rows: int = 0
+    loads: int = 0
+    began: float = float("inf")
+    failed: Counter[str] = field(default_factory=Counter)
+
+    def add(self, columns: dict[str, NDArray[Any]]) -> None:
+        """Count what came, and take away what is not to be written."""
+        errors = columns["error"]
+        self.rows += int((errors == "").sum())
+        self.failed.update(str(error) for error in errors if error)
+        self.loads += int(columns.pop("loads").sum())
+        self.began = min(self.began, float(columns.pop("began").min()))
+
+
+class Batch:
+    """A batch that is ready to run: its input was looked at, and its versions are resolved.
+
+    One that was cut off goes on when it is made again with the same input and folder.
+
+    Parameters
+    ----------
+    settings
+        As of a replica of the pool: store, slots, host tier.
+    actor
+        Who does it, for the tenants' audit logs: an entry each, before the first row.
+
+    Raises
+    ------
+    InvalidInput
+        The input can't be read, or the folder holds something else's results.
+    NotFound
+        There is no such model.
+    """
+
+    def __init__(self, plan: BatchPlan, settings: Settings, actor: str) -> None:
+        self._began = time.time()
+        if bool(plan.model) == bool(plan.model_column):
+            raise InvalidInput("give --model, or --model-column")
+        self._plan = plan
+        self._settings = settings
+        self._source = open_input(plan.input, plan.image_column, plan.model_column)
+        counts = [rows for _, rows in self._source.files]
+        self.total = sum(counts)
+        if not self.total:
+            raise InvalidInput(f"{plan.input} holds no row")
+        refs = self._source.models()
+        self._results = Results(plan.output)
+        self._registry = Registry(settings.open_store(), actor=actor)
+        manifest = _manifest(plan, self._source, refs, self._results, self._registry)
+        done = self._results.done(self.total)
+        self.done_before = int(done.sum())
+        versions = manifest.versions[plan.model] if refs is None else (refs, manifest.versions)
+        self._units = units_of(counts, versions, done)
+
+    def run(self, report: Callable[[int, int], None] = lambda done, total: None) -> BatchReport:
+        """Label every row that has no label yet, within a Ray cluster that this process is connected to.
+
+        Parameters
+        ----------
+        report
+            Called with how many rows are done, and how many there are.
+        """
+        _note(self._registry, self._plan, self._units)
+        report(self.done_before, self.total)
+        found = _Counts()
+        kept: list[dict[str, NDArray[Any]]] = []
+        started_at = written_at = time.monotonic()
+        for columns in _labelled(self._plan, self._settings, self._source, self._units):
+            found.add(columns)
+            kept.append(columns)
+            now = time.monotonic()
+            due = now - written_at > max(PART_S, PART_SHARE * (now - started_at))
+            if due or sum(len(one["row"]) for one in kept) >= PART_ROWS:
+                self._results.add(kept)
+                kept, written_at = [], now
+            report(self.done_before + found.rows, self.total)
+        self._results.add(kept)
+        ended = time.time()
+        first = min(found.began, ended)
+        models = len({unit.version for unit in self._units})
+        return BatchReport(
+            found.rows, self.done_before, dict(found.failed), models, found.loads, ended - first,
+            first - self._began,
+        )  # fmt: skip
+
+
+def _manifest(
+    plan: BatchPlan, source: Input, refs: NDArray[Any] | None, results: Results, registry: Registry
+) -> Manifest:
+    """What the folder's results are of: as it was begun, or begun now."""
+    known = results.manifest()
+    asked = (plan.input, source.files, plan.model, plan.model_column)
+    if known is not None:
+        if (known.input, known.files, known.model, known.model_column) != asked:
+            raise InvalidInput(
+                f"{plan.output} holds results of {known.input} as it was, with "
+                f"{known.model or known.model_column}; name a new folder"
+            )
+        return known
+    names = [plan.model] if refs is None else sorted(str(ref) for ref in np.unique(refs))
+    with ThreadPoolExecutor(LOOK_UPS) as threads:
+        resolved = threads.map(lambda name: registry.resolve(ModelRef.parse(name)).name, names)
+        manifest = Manifest(*asked, dict(zip(names, resolved, strict=True)))
+    results.begin(manifest)
+    return manifest
+
+
+def _note(registry: Registry, plan: BatchPlan, units: Sequence[Unit]) -> None:
+    """An entry in the log of each tenant whose model is going to be used."""
+    rows: Counter[str] = Counter()
+    for unit in units:
+        rows[unit.version] += len(unit.numbers)
+
+    def note(version: str) -> None:
+        detail = {"version": version, "rows": str(rows[version]), "input": plan.input}
+        registry.note(TenantId(ModelRef.parse(version).tenant), Action.BATCH_RUN, detail)
+
+    with ThreadPoolExecutor(LOOK_UPS) as threads:
+        list(threads.map(note, rows))
+
+
+def _labelled(
+    plan: BatchPlan, settings: Settings, source: Input, units: Sequence[Unit]
+) -> Iterator[dict[str, NDArray[Any]]]:
+    """Results of units, in the order in which they are done."""
+    if not units:
+        return
+    import ray.data
+
+    actors = min(plan.actors or _actors(plan.gpus_per_actor), len(units))
+    blocks = max(sum(len(unit.numbers) for unit in units) // MOST_ROWS, 4 * actors)
+    context = ray.data.DataContext.get_current()
+    context.enable_progress_bars = False
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
+    labelled = ray.data.from_items(
+        [
+            {"version": one.version, "file": one.file, "first": one.first, "numbers": one.numbers.tobytes()}
+            for one in units
+        ],
+        override_num_blocks=min(blocks, len(units)),
+    ).map_batches(
+        UnitRunner,
+        fn_constructor_args=(source, settings),
+        batch_size=None,
+        compute=ray.data.ActorPoolStrategy(size=actors),
+        num_cpus=1,
+        num_gpus=plan.gpus_per_actor or None,
+        batch_format="numpy",
+    )
+    for batch in labelled.iter_batches(batch_size=None, batch_format="numpy"):
+        yield dict(batch)
+
+
+def _actors(gpus_per_actor: float) -> int:
+    """One a core of this cluster's nodes, or as many as its GPUs have room for."""
+    if gpus_per_actor:
+        resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray's
+        return max(int(resources.get("GPU", 0) / gpus_per_actor), 1)
+    return os.cpu_count() or 1
+
+
+class UnitRunner:
+    """An actor of Ray Data: labels units."""
+
+    def __init__(self, source: Input, settings: Settings) -> None:
+        self._source = source
+        self._core = OfflineCore(settings)
+
+    def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
+        """Columns of :data:`flatshare.batch.results.SCHEMA`, and when this began and what it loaded."""
+        began, loads = time.time(), self._core.loads
+        units = [
+            Unit(str(version), int(file), int(first), np.frombuffer(numbers, np.int64))
+            for version, file, first, numbers in zip(
+                batch["version"], batch["file"], batch["first"], batch["numbers"], strict=True
+            )
+        ]
+        parts = [
+            self._labelled(unit, start) for unit in units for start in range(0, len(unit.numbers), CALL_ROWS)
+        ]
+        found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+        count = len(found["row"])
+        found["began"] = np.full(count, began)
+        found["loads"] = np.zeros(count, np.int64)
+        found["loads"][0] = self._core.loads - loads
+        return found
+
+    def _labelled(self, unit: Unit, start: int) -> dict[str, NDArray[Any]]:
+        numbers = unit.numbers[start : start + CALL_ROWS]
+        count = len(numbers)
+        labels: NDArray[np.int64] = np.full(count, -1)
+        digest, error = "", ""
+        try:
+            labels, record = self._core.predict(unit.version, self._source.rows(unit.file, numbers))
+            digest = record.digest
+        except (ServeError, RegistryError) as failure:  # of these rows: the others have their labels
+            error = failure.message
+        return {
+            "row": numbers + unit.first,
+            "file": np.full(count, self._source.files[unit.file][0], object),
+            "predicted_label": labels,
+            "model": np.full(count, unit.version, object),
+            "digest": np.full(count, digest, object),
+            "error": np.full(count, error, object),
+        }
