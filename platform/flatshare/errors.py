@@ -15,6 +15,7 @@
     │   ├── TooManyRequests     requests_per_s
     │   ├── TooManyAtOnce       concurrent_requests
     │   ├── TooManyBytesAtOnce  bytes of bodies that are held at a time
+    │   ├── TooManyTasks        too many wait to be run
     │   ├── TooManyColdLoads    cold_loads_per_min
     │   └── ResidentOverQuota   resident_bytes: all that the tenant may keep on a device is in use
     ├── Overloaded              no room now; retry after ``retry_after_s``
@@ -25,6 +26,7 @@
     ├── DeadlineExceeded        it was accepted but not answered in time; retry
     ├── OtherStore              the call is about another store than this platform's
     ├── FleetUnavailable        not all replicas answered in time; retry
+    ├── NoTasks                 no tasks are taken here
     ├── NoSuchPipeline          no pipeline of this name is served here
     ├── StepFailed              a pipeline's step failed on a request; tell an operator
     ├── StepUnavailable         a pipeline's step does not answer; retry
@@ -56,6 +58,7 @@ __all__ = [
     "NeverFits",
     "NoRoom",
     "NoSuchPipeline",
+    "NoTasks",
     "NotLocal",
     "OtherStore",
     "OverQuota",
@@ -73,6 +76,7 @@ __all__ = [
     "TooManyBytesAtOnce",
     "TooManyColdLoads",
     "TooManyRequests",
+    "TooManyTasks",
     "TooSlow",
     "Unauthenticated",
     "UnsupportedEncoding",
@@ -154,6 +158,10 @@ class TooManyBytesAtOnce(OverQuota):
     """The bodies of the tenant's requests take more memory together than it may have."""
 
 
+class TooManyTasks(OverQuota):
+    """The tenant has too many tasks waiting."""
+
+
 class TooManyColdLoads(OverQuota):
     """More loads than ``cold_loads_per_min``."""
 
@@ -210,6 +218,10 @@ class FleetUnavailable(ServeError):
     """The replicas did not all answer in time."""
 
     retry_after_s = 1
+
+
+class NoTasks(ServeError):
+    """No tasks are taken here."""
 
 
 class NoSuchPipeline(ServeError):

@@ -289,6 +289,27 @@ class Settings(RegistrySettings):
         '{"images": {"max_replicas": 3}}. Each has a step of its own resources that runs before the model.',
     )
 
+    # -- tasks
+    tasks: Literal["off", "embedded"] = Field(
+        default="off",
+        description="embedded: take requests to be answered later (`POST /tasks`), with a queue in a file of "
+        "this machine. off: none.",
+    )
+    tasks_file: str = Field(
+        default="",
+        description="The embedded queue's file. Empty: beside the admin key. What it loses is in the store.",
+    )
+    tasks_at_a_time: int = Field(default=4, ge=1, le=1000, description="Tasks that are run at a time.")
+    tasks_queued: int = Field(default=10_000, ge=1, description="Tasks that may wait; beyond it 503.")
+    tasks_queued_per_tenant: int = Field(
+        default=1000, ge=1, description="Tasks of one tenant that may wait; beyond it 429."
+    )
+    tasks_keep_s: float = Field(
+        default=24 * 3600.0,
+        gt=0,
+        description="Seconds after which a task that has ended is removed, with its answer.",
+    )
+
     # -- limits on what comes in
     max_body_bytes: int = Field(
         default=8 * 1024**2, ge=1024, description="Longest request body, in bytes; beyond it 413."

@@ -11,9 +11,13 @@
     erasures/<tenant>/plan.json                 what is to be erased, while that is under way
     changes/<ulid>.<tenant>.<revision>          empty: this tenant's head is about to get this revision
     clock/<ulid>                                empty, for a moment: what time it is by the store's clock
+    tasks/<tenant>/<ulid>/record.json           a task taken from a tenant, changed only by compare-and-swap
+    tasks/<tenant>/<ulid>/input                 what was sent
+    tasks/<tenant>/<ulid>/answer-<ulid>         what a run answered
+    open-tasks/<tenant>.<ulid>                  empty: this task has not ended
     blobs/sha256/<ab>/<digest>.safetensors      weights, named by content, shared by equal versions
-    held/<digest>.safetensors                   weights that are being removed, until nobody can have come to
-    name them store.json                                  the store's identity
+    held/<digest>.safetensors                   weights that are being removed, until nobody can name them
+    store.json                                  the store's identity
 """
 
 from __future__ import annotations
@@ -30,11 +34,14 @@ BLOBS: Final = "blobs/sha256/"
 PINS: Final = "pins/"
 HELD: Final = "held/"
 CHANGES: Final = "changes/"
+TASKS: Final = "tasks/"
+OPEN_TASKS: Final = "open-tasks/"
 
 _HEAD: Final = re.compile(r"tenants/([^/]+)/head\.json")
 _VERSION: Final = re.compile(r"tenants/([^/]+)/versions/([0-9]{8})\.json")
 _BLOB: Final = re.compile(r"blobs/sha256/[0-9a-f]{2}/([0-9a-f]{64})\.safetensors")
 _CHANGE: Final = re.compile(r"changes/([0-9A-Z]{26})\.([^/.]+)\.([0-9]{1,15})", re.ASCII)
+_OPEN_TASK: Final = re.compile(r"open-tasks/([^/.]+)\.([0-9A-Z]{26})", re.ASCII)
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 
 
@@ -116,6 +123,32 @@ def clock_key(ulid: str) -> str:
 def change_key(ulid: str, tenant: TenantId, revision: int) -> str:
     """Key of the announcement that a tenant's head is about to get a revision."""
     return f"{CHANGES}{ulid}.{tenant}.{revision}"
+
+
+def tasks_prefix(tenant: TenantId) -> str:
+    """Prefix of a tenant's tasks."""
+    return f"{TASKS}{tenant}/"
+
+
+def task_prefix(tenant: TenantId, ulid: str) -> str:
+    """Prefix of one task."""
+    return f"{tasks_prefix(tenant)}{ulid}/"
+
+
+def task_key(tenant: TenantId, ulid: str, name: str) -> str:
+    """Key of a task's record, input or answer."""
+    return f"{task_prefix(tenant, ulid)}{name}"
+
+
+def open_task_key(tenant: TenantId, ulid: str) -> str:
+    """Key of the note that a task has not ended."""
+    return f"{OPEN_TASKS}{tenant}.{ulid}"
+
+
+def open_task_of(key: str) -> tuple[str, str] | None:
+    """Tenant text and id of a note that a task has not ended; None for any other key."""
+    match = _OPEN_TASK.fullmatch(key)
+    return (match[1], match[2]) if match else None
 
 
 def blob_key(digest: str) -> str:

@@ -16,6 +16,7 @@ from safetensors.torch import save
 from flatshare.api.app import create_app
 from flatshare.api.hot import HotRoutes
 from flatshare.api.identity import Identities, OperatorKeys, Role
+from flatshare.api.tasks import Tasks
 from flatshare.control.app import RegistryHeads, create_control_app
 from flatshare.control.fleet import Fleet
 from flatshare.control.keeper import Keeper
@@ -31,6 +32,8 @@ from flatshare.replica.identity import ReplicaIdentity
 from flatshare.replica.receipt import EraseReceipt, HostReceipt
 from flatshare.replica.request import InferenceService
 from flatshare.settings import Settings
+from flatshare.tasks.records import Answered, TaskId
+from flatshare.tasks.store import TaskStore
 from flatshare_registry import Registry, Scope, TenantId
 from flatshare_registry.ids import AliasName
 from flatshare_registry.keys import new_key
@@ -108,6 +111,16 @@ class Here:
         return dict(step_class(name)().run(batch_of(body)))  # type: ignore[arg-type]  # this one is no coroutine
 
 
+class Nowhere:
+    """A queue that nobody works on."""
+
+    def put(self, task: TaskId) -> None:
+        """It waits."""
+
+    def check_room(self, tenant: TenantId) -> None:
+        """There is room."""
+
+
 @dataclass
 class Data:
     """A data plane with two tenants."""
@@ -115,6 +128,7 @@ class Data:
     app: HotRoutes
     keys: Keys
     service: InferenceService
+    task: str = ""
 
 
 @contextlib.contextmanager
@@ -129,11 +143,17 @@ def data_plane(auth: bool = True) -> Iterator[Data]:
     keys = Keys(registry, clock)
     settings = Settings(slots=4, view_ttl_s=60, host_dir="off", max_ongoing_requests=8, max_queued_requests=8)
     replica = Replica.build(settings, store, identity=ReplicaIdentity("r1"))
+    tasks = TaskStore(store, clock=clock)
+    done = TaskId.new(ACME)
+    tasks.take(done, "/predict", ACME, {}, b"{}", "operator", None)
+    tasks.begin(done, "f")
+    tasks.finish(done, "f", Answered(status=200, content_type="application/json", fence="f"), b"{}")
     app = create_app(
         replica.service, Identities(replica.heads, keys.operators if auth else None, clock=clock),
         replica=replica.name, max_body_bytes=10**6, max_rows=8, pipelines=Here(),
+        tasks=Tasks(tasks, Nowhere()),
     )  # fmt: skip
-    yield Data(app, keys, replica.service)
+    yield Data(app, keys, replica.service, str(done))
     # In a loop of its own: who uses this may be within one that runs.
     with ThreadPoolExecutor(1) as other:
         other.submit(lambda: asyncio.run(replica.close())).result()

@@ -70,6 +70,7 @@ _LINES = {
     "content": json.dumps({"image": np.zeros((28, 28)).tolist()}),
     "headers": {MODEL: "acme", "content-type": "application/x-ndjson"},
 }
+_OCTETS_OF_A_TASK = {"content": IMAGE, "headers": {**_OCTETS["headers"], "x-task-path": "/classify"}}
 _PIXELS = {"json": {"image": [[[0] * 28] * 28]}, "headers": {MODEL: "acme"}}
 _TENSOR = {"inputs": [{"name": "image", "datatype": "FP32", "shape": [1, 1, 28, 28], "data": [0.0] * 784}]}
 DATA: dict[tuple[str, str], Row] = {
@@ -77,6 +78,16 @@ DATA: dict[tuple[str, str], Row] = {
     ("POST", "/"): Row(**PREDICT, request=_OCTETS),
     ("POST", "/classify"): Row(**PREDICT, request=_OCTETS),
     ("POST", "/predict/stream"): Row(**PREDICT, request=_LINES),
+    ("POST", "/tasks"): Row(
+        stranger=404, predict=202, manage=403, both=202, admin=202, viewer=403, request=_OCTETS_OF_A_TASK
+    ),
+    ("GET", "/tasks"): Row(**PREDICT, request={"params": {"tenant": "acme"}}),
+    ("GET", "/tasks/{task_id}"): Row(**PREDICT, request={}),
+    ("GET", "/tasks/{task_id}/result"): Row(**PREDICT, request={}),
+    ("POST", "/tasks/{task_id}/replay"): Row(
+        stranger=404, predict=400, manage=403, both=400, admin=400, viewer=403, request={}
+    ),
+    ("DELETE", "/tasks/{task_id}"): Row(**PREDICT, request={}),
     ("GET", "/pipelines"): Row(200, 200, 200, 200, 200, 200, {}),  # names of what is installed, no tenant's
     ("POST", "/pipelines/{name}"): Row(**PREDICT, request=_PIXELS),
     ("GET", "/v2/models/{ref}"): Row(**PREDICT, request={}),
@@ -179,7 +190,9 @@ async def test_data_plane(data: Data, route: tuple[str, str], who: str) -> None:
                 **row.request,
                 "headers": {**row.request.get("headers", {}), **keys.headers(who, style)},
             }
-            reply = await client.request(method, path.format(ref="acme", version=1, name="images"), **request)
+            reply = await client.request(
+                method, path.format(ref="acme", version=1, name="images", task_id=data.task), **request
+            )
             assert reply.status_code == row.expected(who), reply.text
             if reply.status_code == 401:
                 assert reply.headers["www-authenticate"] == "Bearer"
@@ -272,12 +285,16 @@ PAGES = {
 OWN = [{}, {"origin": "http://localhost:8000", "sec-fetch-site": "same-origin"}, {"sec-fetch-site": "none"}]
 
 
+TASK = "acme.01JD8ZQ6E4W7YB1R2N9K3M5T0V"
+
+
 async def ask_page(app: Any, route: tuple[str, str], page: dict[str, str], **request: Any) -> httpx.Response:
     method, path = route
     url = path.format(
         tenant="acme",
         version=1,
         name="images",
+        task_id=TASK,
         alias="canary",
         key_id="acme.none",
         ref="acme",
@@ -299,13 +316,15 @@ def open_data() -> Iterator[Data]:
 async def test_without_keys_no_page_of_another_site_reaches_the_data_plane(
     open_data: Data, route: tuple[str, str]
 ) -> None:
-    request = DATA[route].request if route in DATA else {}
+    request, wanted = (DATA[route].request, DATA[route].predict) if route in DATA else ({}, 200)
+    if "{task_id}" in route[1]:
+        wanted = 404  # there is none of this id
     for page in PAGES.values():
         reply = await ask_page(open_data.app, route, page, **request)
         assert (reply.status_code, "not_local" in reply.text) == (403, True)
     for own in OWN:
         reply = await ask_page(open_data.app, route, own, **request)
-        assert reply.status_code == 200, reply.text
+        assert reply.status_code == wanted, reply.text
 
 
 @pytest.mark.parametrize("route", sorted(RULES), ids=" ".join)

@@ -34,6 +34,7 @@ from flatshare.api.pipelines import NoPipelines, Pipelines, add_pipeline_routes
 from flatshare.api.schemas import MODEL_ID_HEADER, PredictReply, PredictRequest
 from flatshare.api.stream import LinesResponse, lines_of
 from flatshare.api.stream import answers as answers_of
+from flatshare.api.tasks import TASK_PATH_HEADER, Tasks, add_task_routes
 from flatshare.codecs.images import decode_images
 from flatshare.codecs.payload import READY, READY_HEADER, decode_json, decode_pixels
 from flatshare.codecs.tensors import DTYPE_HEADER, SHAPE_HEADER, decode_npy, decode_octets, is_ready
@@ -76,6 +77,7 @@ def create_app(
     max_rows: int,
     room: DecodeRoom | None = None,
     pipelines: Pipelines | None = None,
+    tasks: Tasks | None = None,
 ) -> HotRoutes:
     """Build the data plane of one replica, an ASGI app.
 
@@ -91,6 +93,8 @@ def create_app(
         Limits of one request; beyond them 413.
     pipelines
         Served beside it; none by default.
+    tasks
+        Where requests are taken to be answered later; None: nowhere.
     """
     # A redirect by slash would name http:// behind TLS, and send the key after it in clear.
     app = FastAPI(
@@ -246,6 +250,12 @@ def create_app(
         app, service, identities, pipelines or NoPipelines(), enter,
         lambda prediction: _reply(prediction, replica), bodies, decoding,
         max_rows=max_rows, described=described, parameters=[_model_id_parameter(), _request_id_parameter()],
+    )  # fmt: skip
+    add_task_routes(
+        app, identities, tasks, enter, bodies, parameters=[
+            _model_id_parameter(), _request_id_parameter(),
+            _header_parameter(TASK_PATH_HEADER, "Which route the task is for.", "/predict"),
+        ],
     )  # fmt: skip
     add_oip_routes(app, service, identities, answers, infer)
     documented(app, open_paths=OPEN_PATHS, bodies=[PredictRequest, InferRequest])

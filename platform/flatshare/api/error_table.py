@@ -70,6 +70,8 @@ TABLE: Final[Mapping[type[Exception], HttpError]] = {
     errors.FleetUnavailable: HttpError(503, "fleet_unavailable", retry_after_s=1),
     errors.NeverFits: HttpError(507, "model_too_large"),
     errors.ProbeFailed: HttpError(500, "probe_failed"),
+    errors.NoTasks: HttpError(404, "no_tasks"),
+    errors.TooManyTasks: HttpError(429, "over_queued_tasks", retry_after_s=5),
     errors.NoSuchPipeline: HttpError(404, "no_such_pipeline"),
     errors.StepFailed: HttpError(500, "step_failed"),
     errors.StepUnavailable: HttpError(503, "step_unavailable", retry_after_s=1),

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+from concurrent.futures import Future
 from types import TracebackType
 from typing import Final
 
@@ -38,7 +39,7 @@ FILES_AT_ONCE: Final = 64
 
 
 class OfflineCore:
-    """One process's models and passes. Methods may be called from any thread, one at a time.
+    """One process's models and passes. Methods may be called from any thread.
 
     Parameters
     ----------
@@ -72,7 +73,11 @@ class OfflineCore:
         NotFound, Suspended, Unavailable, Corrupt, ModelFailed
             The version can't be served.
         """
-        return asyncio.run_coroutine_threadsafe(self._predict(version, rows), self._loop).result()
+        return self.start(version, rows).result()
+
+    def start(self, version: str, rows: Rows) -> Future[tuple[NDArray[np.int64], VersionRecord]]:
+        """As :meth:`predict`, without waiting: a model is loaded while another one computes."""
+        return asyncio.run_coroutine_threadsafe(self._predict(version, rows), self._loop)
 
     async def _predict(self, version: str, rows: Rows) -> tuple[NDArray[np.int64], VersionRecord]:
         ref = ModelRef.parse(version)

@@ -193,9 +193,9 @@ def _array(path: str) -> NDArray[Any]:
         if "://" in path:
             system, inner = _filesystem(path)
             with system.open_input_file(inner) as file:
-                remote: NDArray[Any] = np.load(file, allow_pickle=False)
+                remote: NDArray[Any] = np.lib.format.read_array(file, allow_pickle=False)
                 return remote
-        mapped: NDArray[Any] = np.load(path, mmap_mode="r", allow_pickle=False)
+        mapped: NDArray[Any] = np.lib.format.open_memmap(path, mode="r")  # takes no objects
     except (OSError, ValueError) as error:
         raise InvalidInput(f"{path} can't be read as an array: {error}") from error
     if mapped.ndim < 2:

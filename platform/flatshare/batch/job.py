@@ -11,9 +11,9 @@ from __future__ import annotations
 import logging
 import os
 import time
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -30,7 +30,7 @@ from flatshare.settings import Settings
 from flatshare_registry.catalog import Registry
 from flatshare_registry.errors import InvalidInput, RegistryError
 from flatshare_registry.ids import ModelRef, TenantId
-from flatshare_registry.records import Action
+from flatshare_registry.records import Action, VersionRecord
 
 __all__ = ["Batch", "BatchPlan", "BatchReport"]
 
@@ -38,6 +38,9 @@ logger = logging.getLogger("flatshare.batch")
 
 CALL_ROWS: Final = 1024
 """Rows that are read and made ready at a time: a few passes."""
+
+AHEAD: Final = 4
+"""Calls under way at a time in one process: the next models are loaded while rows of one are computed."""
 
 PART_ROWS: Final = 1_000_000
 PART_S: Final = 2.0
@@ -291,9 +294,14 @@ class UnitRunner:
                 batch["version"], batch["file"], batch["first"], batch["numbers"], strict=True
             )
         ]
-        parts = [
-            self._labelled(unit, start) for unit in units for start in range(0, len(unit.numbers), CALL_ROWS)
-        ]
+        under_way: deque[_Call] = deque()
+        parts: list[dict[str, NDArray[Any]]] = []
+        for unit in units:
+            for start in range(0, len(unit.numbers), CALL_ROWS):
+                if len(under_way) == AHEAD:
+                    parts.append(under_way.popleft().labelled())
+                under_way.append(_Call(self._core, self._source, unit, start))
+        parts += [one.labelled() for one in under_way]
         found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         count = len(found["row"])
         found["began"] = np.full(count, began)
@@ -301,21 +309,35 @@ class UnitRunner:
         found["loads"][0] = self._core.loads - loads
         return found
 
-    def _labelled(self, unit: Unit, start: int) -> dict[str, NDArray[Any]]:
-        numbers = unit.numbers[start : start + CALL_ROWS]
-        count = len(numbers)
+
+class _Call:
+    """Some rows of a unit on their way to labels; begun when it is made."""
+
+    def __init__(self, core: OfflineCore, source: Input, unit: Unit, start: int) -> None:
+        self._unit = unit
+        self._file = source.files[unit.file][0]
+        self._numbers = unit.numbers[start : start + CALL_ROWS]
+        self._answer: Future[tuple[NDArray[np.int64], VersionRecord]] = Future()
+        try:
+            self._answer = core.start(unit.version, source.rows(unit.file, self._numbers))
+        except (ServeError, RegistryError) as failure:
+            self._answer.set_exception(failure)
+
+    def labelled(self) -> dict[str, NDArray[Any]]:
+        """Columns of the results; waits for them."""
+        count = len(self._numbers)
         labels: NDArray[np.int64] = np.full(count, -1)
         digest, error = "", ""
         try:
-            labels, record = self._core.predict(unit.version, self._source.rows(unit.file, numbers))
+            labels, record = self._answer.result()
             digest = record.digest
         except (ServeError, RegistryError) as failure:  # of these rows: the others have their labels
             error = failure.message
         return {
-            "row": numbers + unit.first,
-            "file": np.full(count, self._source.files[unit.file][0], object),
+            "row": self._numbers + self._unit.first,
+            "file": np.full(count, self._file, object),
             "predicted_label": labels,
-            "model": np.full(count, unit.version, object),
+            "model": np.full(count, self._unit.version, object),
             "digest": np.full(count, digest, object),
             "error": np.full(count, error, object),
         }

@@ -6,7 +6,7 @@ The shapes name what the commands read; a newer platform may say more.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, TypeVar, cast
+from typing import Any, NotRequired, TypeVar, cast
 
 import httpx
 from pydantic import TypeAdapter, ValidationError
@@ -28,6 +28,8 @@ __all__ = [
     "QuotasShown",
     "Refreshed",
     "Scaling",
+    "Task",
+    "TaskPage",
     "Tenant",
     "Unloaded",
     "Unpinned",
@@ -218,6 +220,25 @@ class Drained(TypedDict):
     replica: str
     handed_over: int
     waited_s: float
+
+
+class Task(TypedDict):
+    """A task."""
+
+    id: str
+    state: str
+    path: str
+    model: str
+    created_at: str
+    attempts: int
+    error: NotRequired[str | None]
+
+
+class TaskPage(TypedDict):
+    """A page of tasks."""
+
+    tasks: list[Task]
+    next: str | None
 
 
 class LiveSettings(TypedDict):

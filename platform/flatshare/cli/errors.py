@@ -31,6 +31,7 @@ EXIT_CODES: Final[Mapping[type[Exception], int]] = {
     errors.Overloaded: 5,
     errors.DeadlineExceeded: 5,
     errors.FleetUnavailable: 5,
+    errors.NoTasks: 3,
     errors.NoSuchPipeline: 3,
     errors.StepFailed: 6,
     errors.StepUnavailable: 5,

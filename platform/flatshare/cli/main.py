@@ -16,6 +16,7 @@ from flatshare.cli import (
     platform_verbs,
     registry_verbs,
     settings_verbs,
+    task_verbs,
     tenancy_verbs,
     training_verbs,
 )
@@ -50,6 +51,7 @@ def before() -> None:
 platform_verbs.add_to(app)
 fleet.add_to(app)
 settings_verbs.add_to(app)
+task_verbs.add_to(app)
 bench_verb.add_to(app)
 registry_verbs.add_to(app)
 audit_verbs.add_to(app)

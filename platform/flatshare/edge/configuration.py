@@ -230,6 +230,12 @@ frontend edge
     # Not a stream of lines: these are answered while more of them come.
     http-request wait-for-body time 15s unless {{ path /predict/stream }}
     {_refuse(413, options)} if {{ req.body_size gt {options.max_body_bytes} }}
+    # Prefer: respond-async makes a task of a request; one that was taken twice would be two.
+    http-request set-var(txn.later) bool(true) if {{ method POST }} {{ req.hdr(prefer) -m sub -i respond-async }} {{ path /predict /classify }}
+    http-request set-var(txn.later) bool(true) if {{ method POST }} {{ req.hdr(prefer) -m sub -i respond-async }} {{ path_beg /pipelines/ }}
+    http-request set-header x-task-path %[path] if {{ var(txn.later) -m found }}
+    http-request set-path /tasks if {{ var(txn.later) -m found }}
+    http-request disable-l7-retry if {{ path /tasks }} or {{ path_beg /tasks/ }}
     # '-' and '_' are the same in this header, and acme:production is acme: one home for each model.
     http-request set-header serve_multiplexed_model_id %[req.hdr(serve-multiplexed-model-id)] if {{ req.hdr(serve-multiplexed-model-id) -m found }} !{{ req.hdr(serve_multiplexed_model_id) -m found }}
     # The Open Inference Protocol names the model in its path.

@@ -9,6 +9,7 @@ from pydantic import SecretStr
 from flatshare.api.identity import OperatorKeys, Role
 from flatshare.errors import SettingsError
 from flatshare.local.keys import key_file, make_key
+from flatshare.local.state import state_folder
 from flatshare.settings import Settings
 from flatshare_registry.errors import InvalidInput
 
@@ -37,6 +38,7 @@ def operators_of(settings: Settings) -> tuple[Settings, OperatorKeys | None]:
             "viewer_key": empty,
             "api_key": empty,
             "erasure_key_file": settings.erasure_key_file or str(key_file("erasure")),
+            "tasks_file": settings.tasks_file or str(state_folder() / f"tasks-{settings.port}.sqlite"),
         }
     )
     if settings.auth == "off":

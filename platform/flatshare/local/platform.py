@@ -150,6 +150,7 @@ def _applications(
     )
     # The pool's classes, and torch with them: only who deploys them needs these, not an edge of its own.
     from flatshare.pipelines.deployment import step_application
+    from flatshare.pool.consumer import TASKS_APP, consumer_application
     from flatshare.pool.deployment import pool_application
     from flatshare.pool.steps import step_app
 
@@ -160,6 +161,8 @@ def _applications(
         forget()
         remember_deployed(Deployed(settings, operators, environment))
         deploy(pool_application(settings, operators, environment), POOL_APP, "/", scaled=True)
+        if settings.tasks != "off":
+            deploy(consumer_application(settings, environment), TASKS_APP, None)
         deploy(control_application(settings, operators, environment), CONTROL_APP, CONTROL_PREFIX)
         yield
     finally:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
 import inspect
 from collections.abc import Awaitable, Callable, Mapping
-from importlib.metadata import entry_points
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Final, Protocol, cast
 
 import numpy as np
@@ -63,10 +62,11 @@ def step_class(name: str, path: str = "") -> Callable[[], Step]:
                 f'your own is named by "step": "module:Class"'
             )
         path = found
-    module, _, attribute = path.partition(":")
+    if ":" not in path:
+        raise SettingsError(f"the step of pipeline {name}, {path}, is not named as module:Class")
     try:
-        made = getattr(importlib.import_module(module), attribute or "")
-    except (ImportError, AttributeError) as error:
+        made = EntryPoint(name, path, ENTRY_POINTS).load()
+    except (ImportError, AttributeError, ValueError) as error:
         raise SettingsError(f"the step of pipeline {name} can't be imported from {path}: {error}") from error
     if not inspect.isclass(made) or not callable(getattr(made, "run", None)):
         raise SettingsError(f"the step of pipeline {name}, {path}, is no class with a method run(batch)")

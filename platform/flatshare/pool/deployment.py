@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 from collections.abc import AsyncGenerator, Awaitable
+from pathlib import Path
 from typing import Any, Final, cast
 
 import numpy as np
@@ -18,6 +20,7 @@ from flatshare.api.app import create_app
 from flatshare.api.decoding import INLINE_BYTES, DecodeRoom
 from flatshare.api.hot import HotRoutes
 from flatshare.api.identity import LOCAL_OPERATOR, Identities, OperatorKeys
+from flatshare.api.tasks import Tasks
 from flatshare.api.tokens import token_verifier
 from flatshare.codecs.payload import READY, decode_array
 from flatshare.door.listener import Door
@@ -25,11 +28,13 @@ from flatshare.errors import BadInput
 from flatshare.models.architecture import Architecture
 from flatshare.placement.handover import to_load
 from flatshare.placement.load import Held, ReplicaLoad
+from flatshare.pool.consumer import EmbeddedQueue
 from flatshare.pool.details import DoorAddress
 from flatshare.pool.doors import ask_held
 from flatshare.pool.following import SettingsFollower
 from flatshare.pool.gpus import allocator_variables, check_visible
 from flatshare.pool.handle import POOL_DEPLOYMENT
+from flatshare.pool.inside import InsideIdentities, answered
 from flatshare.pool.multiplex import NEVER_EVICT, Advertiser
 from flatshare.pool.router import PLACE, HomeReplicaRouter
 from flatshare.pool.steps import Steps
@@ -40,6 +45,8 @@ from flatshare.replica.snapshot import ReplicaSnapshot
 from flatshare.replica.ticket import Rows
 from flatshare.resolution.trust import TrustedHeads
 from flatshare.settings import Settings
+from flatshare.tasks.runner import Asked, Reply
+from flatshare.tasks.store import TaskStore
 from flatshare_registry.ids import ModelRef
 
 __all__ = ["pool_application"]
@@ -74,20 +81,22 @@ class ClassifierPool:
         )
         self._settings = SettingsFollower(self._replica.take_settings)
         self._decoding = DecodeRoom()
-        self._data_plane = create_app(
+        identities = Identities(
+            TrustedHeads(self._replica.heads, settings.key_trust_s),
+            operators,
+            token_verifier(settings),
+            used=self._replica.key_use,
+        )
+        plane = functools.partial(
+            create_app,
             self._replica.service,
-            Identities(
-                TrustedHeads(self._replica.heads, settings.key_trust_s),
-                operators,
-                token_verifier(settings),
-                used=self._replica.key_use,
-            ),
             replica=self._replica.name,
-            max_body_bytes=settings.max_body_bytes,
             max_rows=settings.max_rows,
             room=self._decoding,
             pipelines=Steps(settings.pipelines),
         )
+        self._data_plane = plane(identities, max_body_bytes=settings.max_body_bytes, tasks=_tasks(settings))
+        self._inside = plane(InsideIdentities(), max_body_bytes=settings.max_body_bytes)
         self._door = Door(self._data_plane, DOOR_HOST)
         self._warm = asyncio.get_running_loop().create_task(self._warm_up(), name="warm up")
         self._door_open = asyncio.get_running_loop().create_task(self._door.start(), name="open the door")
@@ -180,6 +189,10 @@ class ClassifierPool:
             prediction = await service.predict(ticket, decode)
         return {**batch, "predicted_label": prediction.labels}
 
+    async def answer(self, asked: Asked) -> Reply:
+        """What the data plane answers to a task's request; called by the consumer of tasks."""
+        return await answered(self._inside, asked)
+
     @serve.multiplexed(max_num_models_per_replica=NEVER_EVICT)  # type: ignore[untyped-decorator]  # Ray's
     async def load_model(self, model_id: str) -> str:
         """Ray's way in: called (by the advertiser) with each ref whose version became resident."""
@@ -257,6 +270,14 @@ class ClassifierPool:
     async def erase_host(self, digests: list[str]) -> HostReceipt:
         """See :meth:`Replica.erase_host`."""
         return await self._replica.erase_host(digests)
+
+
+def _tasks(settings: Settings) -> Tasks | None:
+    """Where this replica takes tasks; None: nowhere."""
+    if settings.tasks == "off":
+        return None
+    queue = EmbeddedQueue(Path(settings.tasks_file), settings.tasks_queued, settings.tasks_queued_per_tenant)
+    return Tasks(TaskStore(settings.open_store(), settings.tasks_keep_s), queue)
 
 
 def _named_model() -> ModelRef:

@@ -32,7 +32,7 @@ def test_the_installed_step_is_found_by_its_pipelines_name_and_ones_own_by_its_p
         ("", "there is no pipeline mine: installed are images"),
         ("no_such_module:Step", "can't be imported from no_such_module:Step"),
         ("flatshare.mnist.preprocessor:Nothing", "can't be imported"),
-        ("flatshare.mnist.preprocessor", "can't be imported"),
+        ("flatshare.mnist.preprocessor", "is not named as module:Class"),
         (f"{__name__}:NoRun", "is no class with a method run"),
         ("flatshare.mnist.pixels:preprocess", "is no class with a method run"),
         ("pathlib:Path", "is no class with a method run"),

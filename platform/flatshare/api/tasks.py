@@ -1,0 +1,252 @@
+"""The routes of asynchronous requests: taken at once, answered later, asked for by id.
+
+Whoever may predict for a tenant may send, see and cancel its tasks; replay and drop them, too.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from datetime import datetime
+from typing import Annotated, Any, Final, Protocol, Self
+
+import orjson
+from fastapi import FastAPI, Query, Request, Response
+from pydantic import BaseModel, Field
+
+from flatshare.api.bodies import BodyReader, media_type_of
+from flatshare.api.http import ERROR_REPLIES, Incoming
+from flatshare.api.identity import Caller, Identities
+from flatshare.codecs.payload import READY_HEADER
+from flatshare.codecs.tensors import DTYPE_HEADER, SHAPE_HEADER
+from flatshare.errors import BadInput, NoTasks
+from flatshare.replica.ticket import Ticket
+from flatshare.tasks.records import TaskId, TaskRecord, TaskState
+from flatshare.tasks.store import TaskStore
+from flatshare_registry.errors import NotFound
+from flatshare_registry.ids import TenantId
+from flatshare_registry.records import Scope
+
+__all__ = ["TASK_PATH_HEADER", "TaskQueue", "TaskReply", "Tasks", "add_task_routes"]
+
+TASK_PATH_HEADER: Final = "x-task-path"
+"""Which route the task is for; ``/predict`` where it is missing."""
+
+_KEPT_HEADERS: Final = ("content-type", "content-encoding", DTYPE_HEADER, SHAPE_HEADER, READY_HEADER)
+_BINARY_KINDS: Final = ("application/octet-stream", "application/x-npy", "image/png", "image/jpeg")
+_BINARY: Final = {"schema": {"type": "string", "format": "binary"}}
+
+
+class TaskQueue(Protocol):
+    """Where tasks wait; methods block."""
+
+    def put(self, task: TaskId) -> None:
+        """Have a task run. Raises ``Unavailable``."""
+        ...
+
+    def check_room(self, tenant: TenantId) -> None:
+        """Return if one more may wait. Raises ``TooManyTasks`` and ``Overloaded``."""
+        ...
+
+
+class Tasks:
+    """What the routes need: where tasks are kept, and where they wait."""
+
+    def __init__(self, store: TaskStore, queue: TaskQueue) -> None:
+        self.store = store
+        self.queue = queue
+
+
+class TaskReply(BaseModel):
+    """A task."""
+
+    id: str
+    state: TaskState
+    path: str
+    model: str = Field(description="The ref that it names; its version is resolved when it runs.")
+    created_at: datetime
+    updated_at: datetime
+    expires_at: datetime = Field(description="Afterwards it may be removed, if it has ended.")
+    attempts: int = Field(description="Runs that were begun; a process that died ends one, too.")
+    error: str | None = Field(None, description="Why it has no answer, or had none at the last try.")
+    code: str | None = None
+    status: int | None = Field(None, description="Of the answer, once it is done.")
+    version: int | None = Field(None, description="The version that answered.")
+    digest: str | None = Field(None, description="Of its weights.")
+    result: Any | None = Field(None, description="The answer, if it is JSON; else see `result_url`.")
+    result_url: str | None = None
+
+    @classmethod
+    def of(cls, record: TaskRecord) -> Self:
+        """From its record, without the answer's body."""
+        answer = record.answer
+        return cls(
+            id=record.id, state=record.state, path=record.input.path, model=record.input.ref,
+            created_at=record.created_at, updated_at=record.updated_at, expires_at=record.expires_at,
+            attempts=record.attempts, error=record.error, code=record.code,
+            status=answer.status if answer else None, version=answer.version if answer else None,
+            digest=answer.digest if answer else None,
+            result=None, result_url=f"/tasks/{record.id}/result" if answer else None,
+        )  # fmt: skip
+
+
+class TasksReply(BaseModel):
+    """A page of tasks, newest first."""
+
+    tasks: list[TaskReply]
+    next: str | None = Field(description="Ask for those `before` this; null: there are no more.")
+
+
+def add_task_routes(
+    app: FastAPI,
+    identities: Identities,
+    tasks: Tasks | None,
+    enter: Callable[[Incoming], Awaitable[Ticket]],
+    bodies: BodyReader,
+    *,
+    parameters: list[dict[str, Any]],
+) -> None:
+    """Add the routes below ``/tasks``.
+
+    Parameters
+    ----------
+    tasks
+        None: no task is taken here.
+    enter
+        Lets a request in, before its body is read: a task counts for its tenant's rate when it is taken.
+    """
+
+    def known() -> Tasks:
+        if tasks is None:
+            raise NoTasks("no tasks are taken here; FLATSHARE_TASKS turns them on")
+        return tasks
+
+    async def own(request: Request, text: str) -> TaskId:
+        """A task of the caller's, by its id."""
+        caller = await identities.identify(request.headers)
+        try:
+            task = TaskId.parse(text)
+        except Exception:
+            raise NotFound(f"there is no task {text[:100]!a}") from None
+        try:
+            caller.may(task.tenant, Scope.PREDICT)
+        except NotFound:
+            raise NotFound(f"there is no task {text}") from None
+        return task
+
+    @app.post(
+        "/tasks", operation_id="create_task", tags=["tasks"], status_code=202, response_model=TaskReply,
+        responses={**ERROR_REPLIES},
+        openapi_extra={
+            "requestBody": {
+                "required": True,
+                "content": {
+                    "application/json": {"schema": {"type": "object"}},
+                    **dict.fromkeys(_BINARY_KINDS, _BINARY),
+                },
+            },
+            "parameters": parameters,
+        },
+    )  # fmt: skip
+    async def create(request: Request) -> Response:
+        """Take a request, to be answered later: any body of `/predict`, `/classify` or a pipeline.
+
+        `/predict` with `Prefer: respond-async` does the same, through the edge.
+        """
+        place = known()
+        path = request.headers.get(TASK_PATH_HEADER, "/predict")
+        if path not in ("/predict", "/classify") and not path.startswith("/pipelines/"):
+            raise BadInput(f"{TASK_PATH_HEADER} is /predict, /classify or /pipelines/<name>")
+        caller = await identities.identify(request.headers)
+        with await enter(request) as ticket:
+            tenant = ticket.ref.tenant
+            await asyncio.to_thread(place.queue.check_room, tenant)
+            body = await bodies.read(request, ticket)
+            kind = media_type_of(request.headers) or "application/json"
+            headers = {name: request.headers[name] for name in _KEPT_HEADERS if name in request.headers}
+            headers |= {"content-type": request.headers.get("content-type", kind)}
+            headers.pop("content-encoding", None)  # it was expanded
+            task = TaskId.new(tenant)
+            record = await asyncio.to_thread(
+                place.store.take, task, path, str(ticket.ref), headers, body, caller.name, _key_of(caller)
+            )
+            # It is taken; a queue that fails now is found out by who looks for open tasks.
+            await asyncio.to_thread(place.queue.put, task)
+        return Response(
+            TaskReply.of(record).model_dump_json(exclude_none=True), 202,
+            {"location": f"/tasks/{task}", "retry-after": "1"}, "application/json",
+        )  # fmt: skip
+
+    @app.get("/tasks", operation_id="list_tasks", tags=["tasks"], responses={**ERROR_REPLIES})
+    async def page(
+        request: Request,
+        tenant: Annotated[str | None, Query(description="For operators: whose.")] = None,
+        state: Annotated[
+            TaskState | None, Query(description="Only these: `dead` are the dead letters.")
+        ] = None,
+        limit: Annotated[int, Query(ge=1, le=100)] = 20,
+        before: Annotated[str, Query(pattern="^([0-9A-HJKMNP-TV-Z]{26})?$")] = "",
+    ) -> TasksReply:
+        """One's own tasks, newest first."""
+        caller = await identities.identify(request.headers)
+        if tenant is None and caller.tenant is None:
+            raise BadInput("an operator names the tenant: ?tenant=acme")
+        whose = TenantId(tenant) if tenant is not None else caller.tenant
+        assert whose is not None, "one of them is there"
+        caller.may(whose, Scope.PREDICT)
+        found = await asyncio.to_thread(known().store.list, whose, limit, before, state)
+        following = TaskId.parse(found[-1].id).ulid if len(found) == limit else None
+        return TasksReply(tasks=[TaskReply.of(one) for one in found], next=following)
+
+    @app.get("/tasks/{task_id}", operation_id="get_task", tags=["tasks"], responses={**ERROR_REPLIES})
+    async def show(task_id: str, request: Request) -> TaskReply:
+        """A task: where it is, and its answer once it is done."""
+        task = await own(request, task_id)
+        record = await asyncio.to_thread(known().store.read, task)
+        reply = TaskReply.of(record)
+        answer = record.answer
+        if answer is not None and answer.content_type.startswith("application/json"):
+            reply.result = orjson.loads(await asyncio.to_thread(known().store.answer, task, answer.fence))
+        return reply
+
+    @app.get(
+        "/tasks/{task_id}/result", operation_id="get_task_result", tags=["tasks"], response_class=Response,
+        responses={200: {"content": {"application/octet-stream": _BINARY}}, **ERROR_REPLIES},
+    )  # fmt: skip
+    async def result(task_id: str, request: Request) -> Response:
+        """The answer as it was, with its media type."""
+        task = await own(request, task_id)
+        record = await asyncio.to_thread(known().store.read, task)
+        if record.answer is None:
+            raise NotFound(f"task {task} has no answer: it is {record.state}")
+        body = await asyncio.to_thread(known().store.answer, task, record.answer.fence)
+        return Response(body, record.answer.status, media_type=record.answer.content_type)
+
+    @app.post(
+        "/tasks/{task_id}/replay", operation_id="replay_task", tags=["tasks"], responses={**ERROR_REPLIES}
+    )
+    async def replay(task_id: str, request: Request) -> TaskReply:
+        """Have a task that is dead or failed tried anew."""
+        task = await own(request, task_id)
+        record = await asyncio.to_thread(known().store.replay, task)
+        await asyncio.to_thread(known().queue.put, task)
+        return TaskReply.of(record)
+
+    @app.delete("/tasks/{task_id}", operation_id="cancel_task", tags=["tasks"], responses={**ERROR_REPLIES})
+    async def cancel(
+        task_id: str,
+        request: Request,
+        drop: Annotated[bool, Query(description="Also remove it, its input and its answer.")] = False,
+    ) -> TaskReply:
+        """Cancel a task that has not ended; an answer of a run under way is dropped."""
+        task = await own(request, task_id)
+        record = await asyncio.to_thread(known().store.cancel, task)
+        if drop:
+            await asyncio.to_thread(known().store.drop, task)
+        return TaskReply.of(record)
+
+
+def _key_of(caller: Caller) -> str | None:
+    """The id of a tenant's key; None for an operator's, and for a token, which nobody can check later."""
+    kind, _, name = caller.name.partition(":")
+    return name if kind == "key" else None

@@ -1,0 +1,99 @@
+"""Verbs of tasks: list, show, cancel, replay."""
+
+from __future__ import annotations
+
+import json
+from typing import Annotated, Any
+from urllib.parse import quote
+
+import typer
+
+from flatshare.cli.answers import Task, TaskPage, parsed
+from flatshare.cli.context import UrlOption, call, platform_url
+from flatshare.cli.output import AsJson, out, print_json, print_table
+
+__all__ = ["add_to"]
+
+tasks_app = typer.Typer(no_args_is_help=True, help="Requests that are answered later.")
+
+TaskArgument = Annotated[
+    str, typer.Argument(metavar="TASK", help="Its id, as the answer to POST /tasks names it.")
+]
+
+
+def add_to(app: typer.Typer) -> None:
+    """Add these verbs to the command."""
+    app.add_typer(tasks_app, name="tasks", rich_help_panel="Running platform")
+
+
+@tasks_app.command("list")
+def list_tasks(
+    tenant: Annotated[str | None, typer.Argument(help="Whose; by default those of the key.")] = None,
+    state: Annotated[str | None, typer.Option(help="queued, running, done, failed, dead, cancelled.")] = None,
+    limit: Annotated[int, typer.Option(min=1, max=100)] = 20,
+    before: Annotated[str, typer.Option(help="Only older ones: what a page names as next.")] = "",
+    url: UrlOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """A tenant's tasks, newest first. --state dead: the dead letters."""
+    given = {"tenant": tenant, "state": state, "limit": limit, "before": before or None}
+    query = {name: str(value) for name, value in given.items() if value is not None}
+    page = parsed(call("GET", f"{platform_url(url)}/tasks", params=query), TaskPage)
+    if as_json:
+        print_json(page["tasks"])
+        return
+    print_table(
+        "",
+        ["task", "state", "model", "path", "attempts#", "created", "error"],
+        [
+            (
+                one["id"], one["state"], one["model"], one["path"], one["attempts"], one["created_at"][:19],
+                one.get("error") or "",
+            )
+            for one in page["tasks"]
+        ],
+    )  # fmt: skip
+    if page["next"]:
+        out.print(f"there are more: --before {page['next']}")
+
+
+@tasks_app.command("show")
+def show(task: TaskArgument, url: UrlOption = None, as_json: AsJson = False) -> None:
+    """A task: where it is, what it was answered, or why not."""
+    _print(call("GET", _address(task, url)), as_json=as_json)
+
+
+@tasks_app.command("cancel")
+def cancel(
+    task: TaskArgument,
+    drop: Annotated[bool, typer.Option("--drop", help="Also remove it, its input and its answer.")] = False,
+    url: UrlOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """Cancel a task that has not ended; a run under way ends without effect."""
+    query = {"drop": "true"} if drop else {}
+    _print(call("DELETE", _address(task, url), params=query), as_json=as_json)
+
+
+@tasks_app.command("replay")
+def replay(task: TaskArgument, url: UrlOption = None, as_json: AsJson = False) -> None:
+    """Have a task that is dead or failed tried anew."""
+    _print(call("POST", f"{_address(task, url)}/replay"), as_json=as_json)
+
+
+def _address(task: str, url: str | None) -> str:
+    return f"{platform_url(url)}/tasks/{quote(task, safe='')}"
+
+
+def _print(reply: Any, *, as_json: bool) -> None:
+    found = parsed(reply, Task)
+    if as_json:
+        print_json(found)
+        return
+    print_table(
+        "", ["field", "value"], [(name, _shown(value)) for name, value in found.items() if value is not None]
+    )
+
+
+def _shown(value: object) -> str:
+    return value if isinstance(value, str) else json.dumps(value)

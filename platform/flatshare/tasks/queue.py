@@ -1,0 +1,150 @@
+"""The embedded queue: tasks that wait, in one SQLite file of this machine, with leases.
+
+A task that is claimed is leased; who claims it renews the lease while it runs. A process that is killed
+renews nothing, and its tasks are claimed again when their leases end. Of the tenants that have something to
+run, the one with the fewest tasks under way is next. The file can be lost: the store knows which tasks are
+open.
+"""
+
+from __future__ import annotations
+
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+from flatshare.tasks.records import TaskId
+from flatshare_registry.errors import Unavailable
+
+__all__ = ["LEASE_S", "QueueLength", "SqliteQueue"]
+
+LEASE_S: Final = 10.0
+"""Seconds for which a claim holds; renewed three times in it."""
+
+BUSY_S: Final = 5.0
+"""Seconds that a writer waits for another one."""
+
+_SCHEMA: Final = """
+CREATE TABLE IF NOT EXISTS waiting (
+  id TEXT PRIMARY KEY, tenant TEXT NOT NULL,
+  since REAL NOT NULL, not_before REAL NOT NULL, leased_until REAL NOT NULL
+) WITHOUT ROWID;
+CREATE INDEX IF NOT EXISTS by_tenant ON waiting (tenant, leased_until, not_before);
+"""
+
+_CLAIM: Final = """
+UPDATE waiting SET leased_until = :until WHERE id = (
+  SELECT id FROM waiting AS one
+  WHERE not_before <= :now AND leased_until <= :now
+  ORDER BY (
+    SELECT count(*) FROM waiting AS other WHERE other.tenant = one.tenant AND other.leased_until > :now
+  ), since
+  LIMIT 1
+) RETURNING id
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class QueueLength:
+    """How much waits.
+
+    Attributes
+    ----------
+    tasks, of_tenant
+        Waiting or under way, in all and of one tenant.
+    oldest_s
+        Seconds that the oldest one has been there.
+    """
+
+    tasks: int
+    of_tenant: int
+    oldest_s: float
+
+
+class SqliteQueue:
+    """One queue. Methods block for milliseconds, and may be called from any thread and process.
+
+    Parameters
+    ----------
+    path
+        The file; made when it is missing, for this user alone.
+    clock
+        POSIX seconds: processes compare them.
+    """
+
+    def __init__(self, path: Path, clock: Callable[[], float] = time.time) -> None:
+        self._path = path
+        self._clock = clock
+        self._local = threading.local()
+        with self._connected() as connection:
+            connection.executescript(_SCHEMA)
+
+    def put(self, task: TaskId, delay_s: float = 0.0) -> None:
+        """Have a task run, not before so many seconds; one that is there already waits as it did."""
+        now = self._clock()
+        with self._connected() as connection:
+            connection.execute(
+                "INSERT OR IGNORE INTO waiting VALUES (?, ?, ?, ?, 0)",
+                (str(task), task.tenant, now, now + delay_s),
+            )
+
+    def claim(self) -> TaskId | None:
+        """The task that is next, leased for :data:`LEASE_S`; None when none is due."""
+        now = self._clock()
+        with self._connected() as connection:
+            row = connection.execute(_CLAIM, {"now": now, "until": now + LEASE_S}).fetchone()
+        return None if row is None else TaskId.parse(row[0])
+
+    def renew(self, task: TaskId) -> None:
+        """Go on holding a task that was claimed."""
+        with self._connected() as connection:
+            connection.execute(
+                "UPDATE waiting SET leased_until = ? WHERE id = ?", (self._clock() + LEASE_S, str(task))
+            )
+
+    def back(self, task: TaskId, delay_s: float) -> None:
+        """Give a task back, to be claimed again after so many seconds."""
+        with self._connected() as connection:
+            connection.execute(
+                "UPDATE waiting SET leased_until = 0, not_before = ? WHERE id = ?",
+                (self._clock() + delay_s, str(task)),
+            )
+
+    def done(self, task: TaskId) -> None:
+        """Forget a task."""
+        with self._connected() as connection:
+            connection.execute("DELETE FROM waiting WHERE id = ?", (str(task),))
+
+    def forget_tenant(self, tenant: str) -> None:
+        """Forget all tasks of a tenant."""
+        with self._connected() as connection:
+            connection.execute("DELETE FROM waiting WHERE tenant = ?", (tenant,))
+
+    def length(self, tenant: str = "") -> QueueLength:
+        """How much waits."""
+        with self._connected() as connection:
+            count, since = connection.execute("SELECT count(*), min(since) FROM waiting").fetchone()
+            (own,) = connection.execute("SELECT count(*) FROM waiting WHERE tenant = ?", (tenant,)).fetchone()
+        return QueueLength(count, own, self._clock() - since if since is not None else 0.0)
+
+    @contextmanager
+    def _connected(self) -> Iterator[sqlite3.Connection]:
+        """One connection a thread; what happens in the block happens whole."""
+        connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
+        try:
+            if connection is None:
+                self._path.parent.mkdir(parents=True, exist_ok=True)
+                self._path.touch(mode=0o600)
+                connection = sqlite3.connect(self._path, timeout=BUSY_S, isolation_level="IMMEDIATE")
+                connection.execute("PRAGMA journal_mode=WAL")
+                # What a power cut takes of the last commits, the store still knows.
+                connection.execute("PRAGMA synchronous=NORMAL")
+                self._local.connection = connection
+            with connection:
+                yield connection
+        except (sqlite3.Error, OSError) as error:
+            raise Unavailable(f"the queue of tasks does not work: {error}") from error

@@ -1,0 +1,149 @@
+"""A task's record, and what may become of it. Pure values; the store is ``store.py``."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from enum import StrEnum
+from typing import Final
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from flatshare_registry.errors import Corrupt, InvalidInput
+from flatshare_registry.ids import TenantId
+from flatshare_registry.records import new_ulid
+
+__all__ = ["Answered", "TaskId", "TaskInput", "TaskRecord", "TaskState"]
+
+_ID: Final = re.compile(r"([^.]{1,63})\.([0-9A-HJKMNP-TV-Z]{26})", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class TaskId:
+    """``<tenant>.<ulid>``: sorts by time within a tenant, and says whose it is."""
+
+    tenant: TenantId
+    ulid: str
+
+    @classmethod
+    def new(cls, tenant: TenantId) -> TaskId:
+        """One that nobody has."""
+        return cls(tenant, new_ulid())
+
+    @classmethod
+    def parse(cls, text: str) -> TaskId:
+        """From its text.
+
+        Raises
+        ------
+        InvalidInput
+            It is none.
+        """
+        match = _ID.fullmatch(text)
+        if match is None:
+            raise InvalidInput(f"{text[:100]!a} is no task id")
+        return cls(TenantId(match[1]), match[2])
+
+    def __str__(self) -> str:
+        return f"{self.tenant}.{self.ulid}"
+
+
+class TaskState(StrEnum):
+    """Where a task is."""
+
+    QUEUED = "queued"
+    RUNNING = "running"
+    DONE = "done"
+    FAILED = "failed"
+    """Refused for good: another try would be refused, too."""
+    DEAD = "dead"
+    """Given up after its tries; can be looked into, and replayed."""
+    CANCELLED = "cancelled"
+
+    @property
+    def ended(self) -> bool:
+        """Whether nothing becomes of it any more by itself."""
+        return self not in (TaskState.QUEUED, TaskState.RUNNING)
+
+
+class _Frozen(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class TaskInput(_Frozen):
+    """The request that was taken; its body is an object of its own."""
+
+    path: str = Field(description="/predict, /classify or /pipelines/<name>.")
+    ref: str = Field(description="The model that it names; its version is resolved when it runs.")
+    headers: dict[str, str] = Field(description="Those that say how to read the body.")
+    sha256: str = Field(description="Of the body.")
+    size_bytes: int
+
+
+class Answered(_Frozen):
+    """How it was answered; the body is an object of its own."""
+
+    status: int
+    content_type: str
+    version: int | None = None
+    digest: str | None = None
+    fence: str = Field(description="The run whose answer it is.")
+
+
+class TaskRecord(_Frozen):
+    """One task.
+
+    Attributes
+    ----------
+    caller, key_id
+        Who sent it; the tenant's key that must still be good when it runs, None for an operator's.
+    attempts
+        Runs that were begun, those that a crash ended among them.
+    failures
+        Those of them that failed, or are under way; a run that found no room is none.
+    fence
+        Of the run that may end it now: the answer of any other run is dropped.
+    error
+        Why the last run did not answer it, or why it was refused.
+    """
+
+    schema_version: int = 1
+    id: str
+    tenant: str
+    state: TaskState
+    input: TaskInput
+    caller: str
+    key_id: str | None = None
+    created_at: datetime
+    updated_at: datetime
+    expires_at: datetime
+    attempts: int = 0
+    failures: int = 0
+    fence: str | None = None
+    error: str | None = None
+    code: str | None = None
+    answer: Answered | None = None
+
+    def encode(self) -> bytes:
+        """As it is stored."""
+        return self.model_dump_json(exclude_none=True).encode()
+
+    @classmethod
+    def decode(cls, data: bytes, key: str) -> TaskRecord:
+        """From stored bytes.
+
+        Raises
+        ------
+        Corrupt
+            They are none.
+        """
+        try:
+            return cls.model_validate_json(data)
+        except ValidationError as error:
+            raise Corrupt(f"{key} is no task's record") from error
+
+    def now(self, state: TaskState, at: float, **changes: object) -> TaskRecord:
+        """The same in another state."""
+        when = datetime.fromtimestamp(at, UTC)
+        return self.model_copy(update={"state": state, "updated_at": when, **changes})

@@ -1,0 +1,183 @@
+"""One run of a task: begin, check the right again, ask the pool, keep the answer once."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Final
+
+from flatshare.tasks.records import Answered, TaskId, TaskRecord, TaskState
+from flatshare.tasks.store import TaskStore
+from flatshare_registry.errors import NotFound, RegistryError
+from flatshare_registry.ids import TenantId
+from flatshare_registry.records import TenantHead, TenantState, new_ulid
+
+__all__ = ["Asked", "Reply", "TaskRunner"]
+
+logger = logging.getLogger("flatshare.tasks")
+
+MOST_FAILURES: Final = 5
+"""Runs that may end without an answer, by a crash or a 500, before a task is given up: a poison task ends
+here.
+"""
+
+FIRST_BACK_OFF_S: Final = 1.0
+MOST_BACK_OFF_S: Final = 60.0
+
+MOST_REFUSALS_S: Final = 3600.0
+"""Seconds for which a task is tried while the pool has no room, or the store does not answer."""
+
+BUSY: Final = frozenset({408, 429, 503, 504})
+"""Statuses that say nothing about the request: it is tried again later."""
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """What the pool is asked."""
+
+    path: str
+    ref: str
+    headers: Mapping[str, str]
+    body: bytes
+    request_id: str
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """What it answers."""
+
+    status: int
+    headers: Mapping[str, str]
+    body: bytes
+
+
+class TaskRunner:
+    """Runs tasks, each once or more often; answers are kept once.
+
+    Parameters
+    ----------
+    head
+        Reads a tenant's head; blocks.
+    ask
+        Has the pool answer; raises whatever goes wrong on the way there.
+    """
+
+    def __init__(
+        self,
+        store: TaskStore,
+        head: Callable[[TenantId], TenantHead],
+        ask: Callable[[Asked], Awaitable[Reply]],
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self._store = store
+        self._head = head
+        self._ask = ask
+        self._clock = clock
+
+    async def run(self, task: TaskId) -> float | None:
+        """Run a task once.
+
+        Returns
+        -------
+        float or None
+            Seconds after which it should be run again; None: it has ended.
+        """
+        fence = new_ulid()
+        record = await asyncio.to_thread(self._store.begin, task, fence)
+        if record is None:
+            await asyncio.to_thread(self._store.settle, task)
+            return None
+        if record.failures > MOST_FAILURES:
+            why = record.error or "the process that ran it died each time"
+            await self._give_up(task, fence, f"given up after {record.failures - 1} failures: {why}")
+            return None
+        try:
+            refused = await asyncio.to_thread(self._refusal, record)
+            if refused is not None:
+                await self._refuse(task, fence, TaskState.FAILED, refused, "forbidden")
+                return None
+            body = await asyncio.to_thread(self._store.body, task)
+            reply = await self._ask(
+                Asked(record.input.path, record.input.ref, record.input.headers, body, task.ulid)
+            )
+        except NotFound:  # its tenant is being erased
+            await self._refuse(task, fence, TaskState.FAILED, "its tenant or its input is gone", "gone")
+            return None
+        except Exception as error:  # the way to the pool: Ray has a dozen kinds
+            why = error.message if isinstance(error, RegistryError) else type(error).__name__
+            logger.warning("task %s: %s", task, why)
+            return await self._busy(record, task, fence, f"the pool was not reached: {why}")
+        return await self._take(record, task, fence, reply)
+
+    async def _take(self, record: TaskRecord, task: TaskId, fence: str, reply: Reply) -> float | None:
+        if reply.status < 300:
+            version = reply.headers.get("x-flatshare-version", "")
+            answer = Answered(
+                status=reply.status,
+                content_type=reply.headers.get("content-type", "application/json"),
+                version=int(version) if version.isdigit() else None,
+                digest=reply.headers.get("x-flatshare-digest"),
+                fence=fence,
+            )
+            await asyncio.to_thread(self._store.finish, task, fence, answer, reply.body)
+            return None
+        error, code = _said(reply)
+        if reply.status in BUSY:
+            return await self._busy(record, task, fence, error)
+        if reply.status < 500:
+            await self._refuse(task, fence, TaskState.FAILED, error, code)
+            return None
+        if record.failures >= MOST_FAILURES:
+            await self._give_up(task, fence, error)
+            return None
+        await asyncio.to_thread(self._store.again, task, fence, error, code, failed=True)
+        return _back_off(record.attempts)
+
+    async def _busy(self, record: TaskRecord, task: TaskId, fence: str, error: str) -> float | None:
+        """No room now: that is no fault of the task's."""
+        if self._clock() - record.created_at.timestamp() > MOST_REFUSALS_S:
+            await self._give_up(task, fence, error)
+            return None
+        await asyncio.to_thread(self._store.again, task, fence, error, "busy", failed=False)
+        return _back_off(record.attempts)
+
+    async def _give_up(self, task: TaskId, fence: str, error: str) -> None:
+        logger.error("task %s is dead: %s", task, error)
+        await self._refuse(task, fence, TaskState.DEAD, error, "dead")
+
+    async def _refuse(self, task: TaskId, fence: str, state: TaskState, error: str, code: str) -> None:
+        await asyncio.to_thread(self._store.refuse, task, fence, state, error, code)
+
+    def _refusal(self, record: TaskRecord) -> str | None:
+        """Why who sent it may not have it run any more. Raises ``NotFound`` for a tenant that is gone."""
+        head = self._head(TenantId(record.tenant))
+        if head.state is TenantState.SUSPENDED:
+            return f"tenant {record.tenant} is suspended"
+        if record.key_id is None:
+            return None
+        key = head.keys.get(record.key_id)
+        if key is None or (key.expires_at and key.expires_at <= datetime.fromtimestamp(self._clock(), UTC)):
+            return "the key that sent it is not good any more"
+        return None
+
+
+def _said(reply: Reply) -> tuple[str, str]:
+    """Words and code of an error reply."""
+    import orjson
+
+    try:
+        error = orjson.loads(reply.body)["error"]
+        return str(error["message"]), str(error["code"])
+    except (ValueError, KeyError, TypeError):
+        return f"the pool answered {reply.status}", f"http_{reply.status}"
+
+
+def _back_off(attempts: int) -> float:
+    """Twice as long each time; with dice, so that what failed together does not come back together."""
+    longest = min(FIRST_BACK_OFF_S * 2.0 ** min(attempts - 1, 10), MOST_BACK_OFF_S)
+    return longest * random.uniform(0.5, 1.0)  # noqa: S311  # no secret

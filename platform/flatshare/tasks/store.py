@@ -1,0 +1,275 @@
+"""Tasks in the registry's store: record, body and answer are objects of their own.
+
+Every change of a record is a compare-and-swap, so of two runs of one task one ends it. An empty object per
+task that has not ended, under ``open-tasks/``, is written before the task is told of, and goes after it has
+ended: whatever a queue loses is found there.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import time
+from collections.abc import Callable, Iterator
+from datetime import UTC, datetime
+from typing import Final
+
+from flatshare.tasks.records import Answered, TaskId, TaskInput, TaskRecord, TaskState
+from flatshare_registry import layout
+from flatshare_registry.errors import AlreadyExists, Conflict, InvalidInput, NotFound
+from flatshare_registry.ids import TenantId
+from flatshare_registry.stores.base import BlobStore, Create, Overwrite, UpdateIf
+
+__all__ = ["TaskStore"]
+
+TRIES: Final = 20
+"""Of a compare-and-swap: a task has few who change it."""
+
+
+class TaskStore:
+    """The tasks of one store. All methods block, and are safe to call from several threads and processes.
+
+    Parameters
+    ----------
+    keep_s
+        Seconds after which a task, and what it holds, may be removed.
+    """
+
+    def __init__(
+        self, store: BlobStore, keep_s: float = 24 * 3600.0, clock: Callable[[], float] = time.time
+    ) -> None:
+        self._store = store
+        self._keep_s = keep_s
+        self._clock = clock
+
+    def take(
+        self,
+        task: TaskId,
+        path: str,
+        ref: str,
+        headers: dict[str, str],
+        body: bytes,
+        caller: str,
+        key_id: str | None,
+    ) -> TaskRecord:
+        """Keep a new task. Once this returns it is not lost.
+
+        Raises
+        ------
+        AlreadyExists
+            There is one of this id.
+        Unavailable
+            The store does not answer; nothing was taken.
+        """
+        now = self._clock()
+        record = TaskRecord(
+            id=str(task), tenant=task.tenant, state=TaskState.QUEUED, caller=caller, key_id=key_id,
+            input=TaskInput(
+                path=path, ref=ref, headers=headers,
+                sha256=hashlib.sha256(body).hexdigest(), size_bytes=len(body),
+            ),
+            created_at=_at(now), updated_at=_at(now), expires_at=_at(now + self._keep_s),
+        )  # fmt: skip
+        self._store.put(layout.open_task_key(task.tenant, task.ulid), b"{}", Create())
+        self._store.put(layout.task_key(task.tenant, task.ulid, "input"), body, Overwrite())
+        self._store.put(layout.task_key(task.tenant, task.ulid, "record.json"), record.encode(), Create())
+        return record
+
+    def read(self, task: TaskId) -> TaskRecord:
+        """A task. Raises ``NotFound``."""
+        return self._read(task)[0]
+
+    def body(self, task: TaskId) -> bytes:
+        """What was sent. Raises ``NotFound``."""
+        return self._store.get(layout.task_key(task.tenant, task.ulid, "input")).data
+
+    def answer(self, task: TaskId, fence: str) -> bytes:
+        """What a run answered. Raises ``NotFound``."""
+        return self._store.get(layout.task_key(task.tenant, task.ulid, f"answer-{fence}")).data
+
+    def list(
+        self, tenant: TenantId, limit: int, before: str = "", state: TaskState | None = None
+    ) -> list[TaskRecord]:
+        """A tenant's newest tasks, newest first.
+
+        Parameters
+        ----------
+        before
+            Only those older than this ULID.
+        state
+            Only those in this state.
+        """
+        found = sorted(
+            {
+                meta.key.split("/")[2]
+                for meta in self._store.list(layout.tasks_prefix(tenant))
+                if meta.key.endswith("/record.json")
+            },
+            reverse=True,
+        )
+        records: list[TaskRecord] = []
+        for ulid in found:
+            if len(records) == limit:
+                break
+            if not before or ulid < before:
+                with contextlib.suppress(NotFound):  # it went meanwhile
+                    record = self.read(TaskId(tenant, ulid))
+                    if state in (None, record.state):
+                        records.append(record)
+        return records
+
+    def begin(self, task: TaskId, fence: str) -> TaskRecord | None:
+        """Begin a run; None when there is nothing to run any more.
+
+        Parameters
+        ----------
+        fence
+            Names this run. A run before it that has not ended is overtaken: its answer will be dropped.
+        """
+
+        def change(record: TaskRecord) -> TaskRecord | None:
+            if record.state.ended:
+                return None
+            return record.now(
+                TaskState.RUNNING, self._clock(), attempts=record.attempts + 1,
+                failures=record.failures + 1, fence=fence,
+            )  # fmt: skip
+
+        try:
+            return self._change(task, change)
+        except NotFound:
+            return None
+
+    def finish(self, task: TaskId, fence: str, answer: Answered, body: bytes) -> bool:
+        """End a task with an answer; False when this run may not, and its answer was dropped."""
+        key = layout.task_key(task.tenant, task.ulid, f"answer-{fence}")
+        self._store.put(key, body, Overwrite())
+        if self._end(task, fence, TaskState.DONE, answer=answer, error=None, code=None):
+            return True
+        self._store.purge(key)
+        return False
+
+    def refuse(self, task: TaskId, fence: str, state: TaskState, error: str, code: str) -> bool:
+        """End a task without an answer: ``FAILED`` or ``DEAD``. As :meth:`finish`."""
+        return self._end(task, fence, state, error=error, code=code)
+
+    def again(self, task: TaskId, fence: str, error: str, code: str, *, failed: bool) -> bool:
+        """Have a task wait for another run. As :meth:`finish`.
+
+        Parameters
+        ----------
+        failed
+            Whether this run counts against its tries.
+        """
+        spare = 0 if failed else 1
+        return self._end(task, fence, TaskState.QUEUED, spare, error=error, code=code)
+
+    def cancel(self, task: TaskId) -> TaskRecord:
+        """End a task that has not ended; a run under way goes on, and its answer is dropped. Raises
+        ``NotFound``.
+        """
+
+        def change(record: TaskRecord) -> TaskRecord | None:
+            return None if record.state.ended else record.now(TaskState.CANCELLED, self._clock(), fence=None)
+
+        changed = self._change(task, change)
+        if changed is not None:
+            self._store.delete(layout.open_task_key(task.tenant, task.ulid))
+        return changed or self.read(task)
+
+    def replay(self, task: TaskId) -> TaskRecord:
+        """Have a task that was given up, or refused, tried anew.
+
+        Raises
+        ------
+        InvalidInput
+            It was answered, was cancelled, or has not ended.
+        """
+
+        def change(record: TaskRecord) -> TaskRecord:
+            if record.state not in (TaskState.DEAD, TaskState.FAILED):
+                raise InvalidInput(f"task {task} is {record.state}: what is dead or failed can be replayed")
+            return record.now(TaskState.QUEUED, self._clock(), attempts=0, failures=0, fence=None)
+
+        with contextlib.suppress(AlreadyExists):
+            self._store.put(layout.open_task_key(task.tenant, task.ulid), b"{}", Create())
+        changed = self._change(task, change)
+        assert changed is not None, "it raises, or changes"
+        return changed
+
+    def drop(self, task: TaskId) -> None:
+        """Remove a task, its body and its answer. Raises ``NotFound``."""
+        self.read(task)
+        self._store.delete(layout.open_task_key(task.tenant, task.ulid))
+        self._store.purge_all(layout.task_prefix(task.tenant, task.ulid))
+
+    def open(self, older_than_s: float = 0.0) -> Iterator[TaskId]:
+        """Tasks that have not ended, as far as is known; some may have just now."""
+        now = self._clock()
+        for meta in self._store.list(layout.OPEN_TASKS):
+            found = layout.open_task_of(meta.key)
+            if found is not None and now - meta.modified_s >= older_than_s:
+                yield TaskId(TenantId(found[0]), found[1])
+
+    def settle(self, task: TaskId) -> bool:
+        """Forget that a task is open if it has ended, or never came to be; whether it is still open."""
+        try:
+            still = not self.read(task).state.ended
+        except NotFound:
+            still = False
+        if not still:
+            self._store.delete(layout.open_task_key(task.tenant, task.ulid))
+        return still
+
+    def remove_expired(self) -> int:
+        """Remove tasks that have ended and are past their time; how many went."""
+        now, gone = _at(self._clock()), 0
+        for meta in self._store.list(layout.TASKS):
+            if meta.key.endswith("/record.json"):
+                with contextlib.suppress(NotFound):
+                    record = TaskRecord.decode(self._store.get(meta.key).data, meta.key)
+                    if record.state.ended and record.expires_at < now:
+                        self.drop(TaskId.parse(record.id))
+                        gone += 1
+        return gone
+
+    def _end(self, task: TaskId, fence: str, state: TaskState, spare: int = 0, **changes: object) -> bool:
+        def change(record: TaskRecord) -> TaskRecord | None:
+            if record.state is not TaskState.RUNNING or record.fence != fence:
+                return None
+            failures = record.failures - spare
+            return record.now(state, self._clock(), failures=failures, **changes)
+
+        try:
+            ended = self._change(task, change) is not None
+        except NotFound:  # its tenant was erased meanwhile
+            return False
+        if ended and state.ended:
+            self._store.delete(layout.open_task_key(task.tenant, task.ulid))
+        return ended
+
+    def _change(self, task: TaskId, change: Callable[[TaskRecord], TaskRecord | None]) -> TaskRecord | None:
+        for _ in range(TRIES):
+            record, etag = self._read(task)
+            changed = change(record)
+            if changed is None:
+                return None
+            try:
+                key = layout.task_key(task.tenant, task.ulid, "record.json")
+                self._store.put(key, changed.encode(), UpdateIf(etag))
+            except Conflict:
+                continue
+            return changed
+        raise Conflict(f"task {task} is changed all the time; try again")
+
+    def _read(self, task: TaskId) -> tuple[TaskRecord, str]:
+        key = layout.task_key(task.tenant, task.ulid, "record.json")
+        try:
+            found = self._store.get(key)
+        except NotFound:
+            raise NotFound(f"there is no task {task}") from None
+        return TaskRecord.decode(found.data, key), found.meta.etag
+
+
+def _at(seconds: float) -> datetime:
+    return datetime.fromtimestamp(seconds, UTC)

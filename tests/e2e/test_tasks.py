@@ -1,0 +1,173 @@
+"""Tasks on a real platform: what was taken is answered once, whatever is killed meanwhile."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import threading
+import time
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+
+import httpx
+import numpy as np
+import psutil
+import pytest
+
+from flatshare.mnist.pixels import preprocess
+
+from .conftest import MODEL, Platform, end, processes_of, random_rows, start
+
+TENANTS = 20
+TASKS = 400
+
+
+@pytest.fixture(scope="module")
+def platform(tmp_path_factory: pytest.TempPathFactory, s3_url_e2e: str) -> Iterator[Platform]:
+    running = start(
+        tmp_path_factory.mktemp("state"), s3_url_e2e, "tasks", "--replicas", "2", "--slots", "8",
+        FLATSHARE_TASKS="embedded", FLATSHARE_TASKS_AT_A_TIME="8",
+    )  # fmt: skip
+    for number in range(TENANTS):
+        running.add(f"t{number:02}", 500 + number)
+    yield running
+    end(running)
+
+
+def pids_of(platform: Platform, title: str) -> list[int]:
+    found = []
+    for one in processes_of(platform):
+        try:
+            if title in " ".join(one.cmdline()):
+                found.append(one.pid)
+        except psutil.Error:
+            pass  # it ended between two looks
+    return found
+
+
+def ended(platform: Platform, task: str, within_s: float = 60) -> dict[str, object]:
+    deadline = time.monotonic() + within_s
+    while True:
+        try:
+            shown = platform.http.get(f"{platform.url}/tasks/{task}").raise_for_status().json()
+        except httpx.HTTPError:
+            shown = {"state": "unknown"}  # what answers was killed
+        if shown["state"] not in ("queued", "running", "unknown"):
+            return dict(shown)
+        assert time.monotonic() < deadline, shown
+        threading.Event().wait(0.1)  # a task's end shows only by asking
+
+
+def test_prefer_respond_async_makes_a_task_of_a_request(platform: Platform) -> None:
+    rows = random_rows(3)
+    headers = {MODEL: "t01", "prefer": "respond-async", "authorization": f"Bearer {platform.key('t01')}"}
+    taken = httpx.post(f"{platform.url}/predict", json={"image": rows.tolist()}, headers=headers)
+    assert taken.status_code == 202
+    shown = ended(platform, taken.json()["id"])
+    assert shown["result"] == {"predicted_label": platform.right("t01@1", rows)}
+    assert (shown["version"], shown["attempts"]) == (1, 1)
+    pixels = np.arange(784, dtype=np.uint8).reshape(1, 28, 28)
+    octets = {**headers, "content-type": "application/octet-stream"}
+    taken = httpx.post(f"{platform.url}/classify", content=pixels.tobytes(), headers=octets)
+    assert ended(platform, taken.json()["id"])["result"] == {
+        "predicted_label": platform.right("t01@1", preprocess(pixels))
+    }
+    listed = httpx.get(f"{platform.url}/tasks", headers=headers).json()["tasks"]
+    assert [one["path"] for one in listed] == ["/classify", "/predict"]
+    assert (
+        httpx.get(
+            f"{platform.url}/tasks/{taken.json()['id']}",
+            headers={"authorization": f"Bearer {platform.key('t02')}"},
+        ).status_code
+        == 404
+    )
+
+
+def test_nothing_accepted_is_lost_and_nothing_is_answered_twice_differently(platform: Platform) -> None:
+    rows = {f"t{n:02}": random_rows(1, seed=n) for n in range(TENANTS)}
+    expected = {name: platform.right(f"{name}@1", one) for name, one in rows.items()}
+    accepted: dict[str, str] = {}
+    refused: Counter[int] = Counter()
+    sending = threading.Event()
+
+    async def send_all() -> None:
+        async with httpx.AsyncClient(headers=platform.admin, timeout=60) as client:
+
+            async def client_of(numbers: Iterator[int]) -> None:
+                for number in numbers:
+                    name = f"t{number % TENANTS:02}"
+                    try:
+                        reply = await client.post(
+                            f"{platform.url}/tasks",
+                            json={"image": rows[name].tolist()},
+                            headers={MODEL: name},
+                        )
+                    except httpx.TransportError:
+                        refused[0] += 1  # not taken, as far as the client knows: it would send it again
+                        continue
+                    if reply.status_code == 202:
+                        accepted[reply.json()["id"]] = name
+                    else:
+                        refused[reply.status_code] += 1
+                    if number == 40:
+                        sending.set()
+
+            numbers = iter(range(TASKS))
+            await asyncio.gather(*[client_of(numbers) for _ in range(8)])
+
+    def kill(title: str) -> None:
+        for pid in pids_of(platform, title)[:1]:
+            psutil.Process(pid).kill()
+
+    def kill_them() -> None:
+        sending.wait(60)
+        for title in (
+            "TaskConsumer",
+            "ray::ServeReplica:flatshare:",
+            "ControlPlane",
+            "TaskConsumer",
+            "haproxy",
+        ):
+            kill(title)
+            time.sleep(2)  # kills at times of their own, whatever is under way
+
+    killer = threading.Thread(target=kill_them)
+    killer.start()
+    asyncio.run(send_all())
+    killer.join()
+    assert len(accepted) > 0.8 * TASKS, refused
+    deadline = time.monotonic() + 150
+    ends = {task: ended(platform, task, deadline - time.monotonic()) for task in accepted}
+    assert Counter(one["state"] for one in ends.values()) == {"done": len(accepted)}
+    for task, shown in ends.items():
+        assert shown["result"] == {"predicted_label": expected[accepted[task]]}, task
+    assert max(int(str(one["attempts"])) for one in ends.values()) > 1, (
+        "a kill hit nothing: it proves nothing"
+    )
+
+
+def test_dead_letters_are_listed_shown_and_replayed(platform: Platform, tmp_path: Path) -> None:
+    (tmp_path / "wrong.json").write_text(json.dumps({"image": [[0.0]]}))
+    key = platform.key("t03")
+    body = {"content": (tmp_path / "wrong.json").read_bytes()}
+    headers = {MODEL: "t03", "authorization": f"Bearer {key}", "content-type": "application/json"}
+    task = httpx.post(f"{platform.url}/tasks", headers=headers, **body).json()["id"]
+    assert ended(platform, task)["state"] == "failed"
+    (listed,) = platform.cli_json("tasks", "list", "t03", "--state", "failed")
+    assert (listed["id"], listed["code"]) == (task, "bad_input")
+    assert "must be" in platform.cli("tasks", "show", task).stdout
+    assert platform.cli_json("tasks", "replay", task)["state"] == "queued"
+    assert ended(platform, task)["attempts"] == 1
+    assert platform.cli_json("tasks", "cancel", task, "--drop")["id"] == task
+    assert platform.cli("tasks", "show", task, check=False).returncode == 3
+
+
+def test_erasing_a_tenant_takes_its_tasks_along(platform: Platform) -> None:
+    rows = random_rows(1)
+    reply = platform.http.post(f"{platform.url}/tasks", json={"image": rows.tolist()}, headers={MODEL: "t04"})
+    assert ended(platform, reply.json()["id"])["state"] == "done"
+    platform.cli("tenants", "erase", "t04", "--yes")
+    store = platform.registry.store
+    assert [meta.key for meta in store.list("tasks/t04/")] == []
+    assert platform.http.get(f"{platform.url}/tasks/{reply.json()['id']}").status_code == 404

@@ -1,0 +1,188 @@
+"""A task's record: one run ends it, whatever others do, and what has not ended can be found."""
+
+from __future__ import annotations
+
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+
+from flatshare.tasks.records import Answered, TaskId, TaskRecord, TaskState
+from flatshare.tasks.store import TaskStore
+from flatshare_registry import TenantId, layout
+from flatshare_registry.errors import Corrupt, InvalidInput, NotFound
+from flatshare_registry.stores.memory import MemoryStore
+from flatshare_registry.testing.faults import ManualClock
+
+ACME = TenantId("acme")
+
+
+@pytest.fixture
+def clock() -> ManualClock:
+    return ManualClock()
+
+
+@pytest.fixture
+def blobs(clock: ManualClock) -> MemoryStore:
+    return MemoryStore(clock=clock)
+
+
+@pytest.fixture
+def store(blobs: MemoryStore, clock: ManualClock) -> TaskStore:
+    return TaskStore(blobs, 100, clock)
+
+
+def take(store: TaskStore, tenant: TenantId = ACME, body: bytes = b"{}") -> TaskId:
+    task = TaskId.new(tenant)
+    store.take(task, "/predict", tenant, {"content-type": "application/json"}, body, "key:k", "k")
+    return task
+
+
+def answer(fence: str) -> Answered:
+    return Answered(status=200, content_type="application/json", version=7, digest="d", fence=fence)
+
+
+def test_a_task_is_taken_run_and_answered(store: TaskStore) -> None:
+    task = take(store, body=b"input")
+    assert (store.read(task).state, store.body(task)) == (TaskState.QUEUED, b"input")
+    assert list(store.open()) == [task]
+    begun = store.begin(task, "f1")
+    assert begun is not None and (begun.state, begun.attempts) == (TaskState.RUNNING, 1)
+    assert store.finish(task, "f1", answer("f1"), b"result")
+    record = store.read(task)
+    assert (record.state, record.answer) == (TaskState.DONE, answer("f1"))
+    assert store.answer(task, "f1") == b"result"
+    assert list(store.open()) == []
+    assert store.begin(task, "f2") is None, "there is nothing to run any more"
+    assert TaskRecord.decode(record.encode(), "k") == record
+
+
+def test_of_two_runs_the_later_one_ends_it_and_the_others_answer_is_dropped(
+    store: TaskStore, blobs: MemoryStore
+) -> None:
+    task = take(store)
+    store.begin(task, "dead")
+    store.begin(task, "f2")  # the first one's process was killed, or hangs
+    assert not store.finish(task, "dead", answer("dead"), b"old")
+    assert not store.again(task, "dead", "late", "busy", failed=False)
+    assert not store.refuse(task, "dead", TaskState.DEAD, "late", "dead")
+    assert store.finish(task, "f2", answer("f2"), b"new")
+    assert store.read(task).attempts == 2
+    keys = [meta.key for meta in blobs.list(layout.tasks_prefix(ACME))]
+    assert [key for key in keys if "answer" in key] == [layout.task_key(ACME, task.ulid, "answer-f2")]
+
+
+def test_many_at_once_end_it_once(store: TaskStore) -> None:
+    task = take(store)
+    gate = threading.Barrier(8)
+
+    def run(number: int) -> bool:
+        gate.wait()
+        fence = f"f{number}"
+        store.begin(task, fence)
+        return store.finish(task, fence, answer(fence), str(number).encode())
+
+    with ThreadPoolExecutor(8) as threads:
+        ended = list(threads.map(run, range(8)))
+    assert sum(ended) == 1
+    record = store.read(task)
+    assert record.answer is not None and record.answer.fence == f"f{ended.index(True)}"
+    assert store.answer(task, record.answer.fence) == str(ended.index(True)).encode()
+
+
+def test_a_cancelled_task_stays_so_whatever_its_run_says(store: TaskStore) -> None:
+    task = take(store)
+    store.begin(task, "f1")
+    assert store.cancel(task).state is TaskState.CANCELLED
+    assert not store.finish(task, "f1", answer("f1"), b"late")
+    assert store.begin(task, "f2") is None
+    assert list(store.open()) == []
+    assert store.cancel(task).state is TaskState.CANCELLED, "again is no error"
+    done = take(store)
+    store.begin(done, "f1")
+    store.finish(done, "f1", answer("f1"), b"x")
+    assert store.cancel(done).state is TaskState.DONE, "what has ended stays"
+
+
+def test_tries_are_counted_but_not_those_that_found_no_room(store: TaskStore) -> None:
+    task = take(store)
+    for fence, failed in (("a", True), ("b", False), ("c", False), ("d", True)):
+        store.begin(task, fence)
+        assert store.again(task, fence, "no", "busy", failed=failed)
+    record = store.read(task)
+    assert (record.state, record.attempts, record.failures) == (TaskState.QUEUED, 4, 2)
+
+
+def test_a_dead_one_is_replayed_with_all_its_tries_and_others_are_not(store: TaskStore) -> None:
+    task = take(store)
+    with pytest.raises(InvalidInput, match="is queued"):
+        store.replay(task)
+    store.begin(task, "f1")
+    store.refuse(task, "f1", TaskState.DEAD, "it failed", "dead")
+    assert list(store.open()) == []
+    again = store.replay(task)
+    assert (again.state, again.attempts, again.failures) == (TaskState.QUEUED, 0, 0)
+    assert list(store.open()) == [task]
+
+
+def test_a_page_is_newest_first_and_of_one_tenant(store: TaskStore) -> None:
+    mine = [take(store) for _ in range(5)]
+    take(store, TenantId("globex"))
+    newest = sorted((task.ulid for task in mine), reverse=True)
+    assert [TaskId.parse(one.id).ulid for one in store.list(ACME, 2)] == newest[:2]
+    assert [TaskId.parse(one.id).ulid for one in store.list(ACME, 10, before=newest[1])] == newest[2:]
+    store.cancel(mine[0])
+    assert [one.id for one in store.list(ACME, 10, state=TaskState.CANCELLED)] == [str(mine[0])]
+
+
+def test_what_crashed_between_two_writes_is_found_and_settled(
+    store: TaskStore, blobs: MemoryStore, clock: ManualClock
+) -> None:
+    task = take(store)
+    blobs.delete(layout.task_key(ACME, task.ulid, "record.json"))  # it was never told of
+    ended = take(store)
+    store.begin(ended, "f1")
+    store.finish(ended, "f1", answer("f1"), b"x")
+    blobs.put(
+        layout.open_task_key(ACME, ended.ulid),
+        b"{}",
+        __import__("flatshare_registry.stores.base", fromlist=["Create"]).Create(),
+    )
+    running = take(store)
+    assert list(store.open(older_than_s=10)) == []
+    clock.advance(11)
+    assert set(store.open(older_than_s=10)) == {task, ended, running}
+    assert [store.settle(one) for one in (task, ended, running)] == [False, False, True]
+    assert list(store.open()) == [running]
+
+
+def test_what_has_ended_goes_after_its_time_with_all_it_holds(
+    store: TaskStore, blobs: MemoryStore, clock: ManualClock
+) -> None:
+    ended, waiting = take(store), take(store)
+    store.begin(ended, "f1")
+    store.finish(ended, "f1", answer("f1"), b"x")
+    assert store.remove_expired() == 0
+    clock.advance(101)
+    assert store.remove_expired() == 1
+    assert not list(blobs.list(layout.task_prefix(ACME, ended.ulid)))
+    assert store.read(waiting).state is TaskState.QUEUED
+    with pytest.raises(NotFound):
+        store.read(ended)
+
+
+def test_ids_and_records_that_are_none_are_refused(store: TaskStore) -> None:
+    for text in (
+        "",
+        "acme",
+        "acme.x",
+        "acme." + "I" * 26,
+        ".01JD8ZQ6E4W7YB1R2N9K3M5T0V",
+        "a/b.01JD8ZQ6E4W7YB1R2N9K3M5T0V",
+    ):
+        with pytest.raises(InvalidInput):
+            TaskId.parse(text)
+    with pytest.raises(Corrupt):
+        TaskRecord.decode(b"{}", "k")
+    with pytest.raises(NotFound):
+        store.read(TaskId.new(ACME))
