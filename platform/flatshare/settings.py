@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from ipaddress import ip_network
 from typing import Any, Final, Literal, Self
+from urllib.parse import urlsplit
 
 from pydantic import (
     BaseModel,
@@ -290,10 +291,17 @@ class Settings(RegistrySettings):
     )
 
     # -- tasks
-    tasks: Literal["off", "embedded"] = Field(
+    tasks: Literal["off", "embedded", "redis"] = Field(
         default="off",
         description="embedded: take requests to be answered later (`POST /tasks`), with a queue in a file of "
-        "this machine. off: none.",
+        "this machine. redis: with one in Redis or Valkey. off: none.",
+    )
+    tasks_redis_url: str = Field(
+        default="",
+        description="redis://host:port/number of the queue, without a password; rediss:// with TLS.",
+    )
+    tasks_redis_password_file: str = Field(
+        default="", description="File with its password, on every node. Empty: none."
     )
     tasks_file: str = Field(
         default="",
@@ -383,6 +391,14 @@ class Settings(RegistrySettings):
             raise ValueError(
                 "min_replicas=0 needs edge=haproxy: nothing else sees the request that wakes the pool"
             )
+        if (self.tasks == "redis") != bool(self.tasks_redis_url):
+            raise ValueError("tasks=redis and tasks_redis_url go together")
+        if self.tasks_redis_url:
+            parts = urlsplit(self.tasks_redis_url)
+            if parts.scheme not in ("redis", "rediss") or not parts.hostname:
+                raise ValueError("tasks_redis_url is not redis://host:port/number")
+            if parts.password is not None:
+                raise ValueError("tasks_redis_url holds a password: put it into tasks_redis_password_file")
         for name in self.pipelines:
             if _NAME.fullmatch(name) is None:
                 raise ValueError(f"pipeline {name[:80]!a}: a name is 1 to 40 of a-z, 0-9 and -")

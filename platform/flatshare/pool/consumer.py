@@ -1,180 +1,79 @@
-"""The consumer of tasks: a Serve deployment that runs what waits, by asking the pool.
-
-``serve.task_consumer`` starts an adapter in each replica and gives it the handler. Ours claims from the
-embedded queue (``tasks/queue.py``) on the replica's event loop, so handlers are coroutines.
-"""
+"""The consumer of tasks: a Serve deployment that runs what waits, by asking the pool."""
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, Final, cast
+from typing import Any, Final, Protocol, cast
 
 from ray import serve
-from ray.serve.schema import TaskProcessorAdapter, TaskProcessorConfig, TaskResult
+from ray.serve.schema import TaskProcessorConfig
 from ray.serve.task_consumer import task_consumer, task_handler
 
-from flatshare.errors import Overloaded, TooManyTasks
+from flatshare.api.tasks import Tasks
+from flatshare.pool.embedded_queue import EmbeddedQueue, SqliteTaskAdapter
 from flatshare.pool.handle import pool_handle
+from flatshare.pool.task_names import RUN
 from flatshare.settings import Settings
-from flatshare.tasks.queue import LEASE_S, SqliteQueue
-from flatshare.tasks.records import TaskId
-from flatshare.tasks.runner import Asked, Reply, TaskRunner
+from flatshare.tasks.records import TaskId, TaskState
+from flatshare.tasks.runner import Asked, Reply, TaskRunner, longest_back_off
 from flatshare.tasks.store import TaskStore
 from flatshare_registry.catalog import Registry
-from flatshare_registry.errors import RegistryError, Unavailable
-from flatshare_registry.ids import TenantId
 
-__all__ = ["TASKS_APP", "EmbeddedQueue", "SqliteTaskAdapter", "consumer_application"]
+__all__ = ["TASKS_APP", "consumer_application", "tasks_of"]
 
 logger = logging.getLogger("flatshare.tasks")
 
 TASKS_APP: Final = "flatshare-tasks"
 CONSUMER_DEPLOYMENT: Final = "TaskConsumer"
-RUN: Final = "run"
-
-IDLE_S: Final = 0.1
-"""Seconds between two looks at a queue in which nothing is due."""
 
 SWEEP_S: Final = 15.0
 """Seconds between two looks for open tasks that the queue does not know, and for those past their time."""
 
-LOST_AFTER_S: Final = 30.0
-"""Age of an open task that the queue must know by now."""
+LOST_AFTER_S: Final = 20.0
+"""Seconds after which a task that waits must be in the queue, beside those for which it is held back."""
+
+RUN_MARGIN_S: Final = 15.0
+"""Beyond a request's time: a run that has not ended by then has died, where no lease says so."""
 
 
-class EmbeddedQueue:
-    """The embedded queue, as the routes see it.
+class Adapter(Protocol):
+    """What the consumer asks of its adapter beside Ray Serve's own methods."""
 
-    Parameters
-    ----------
-    most, most_of_tenant
-        Tasks that may wait, in all and of one tenant.
-    """
+    failed: str | None
+    """Why it does not work any more; None while it does."""
 
-    def __init__(self, path: Path, most: int, most_of_tenant: int) -> None:
-        self._queue = SqliteQueue(path)
-        self._most = most
-        self._most_of_tenant = most_of_tenant
+    def takes_any_again(self) -> bool:
+        """Whether a task may be put now that is in the queue perhaps."""
+        ...
 
-    def put(self, task: TaskId) -> None:
+    def enqueue_task_sync(self, task_name: str, args: Any = None) -> Any:
         """Have a task run."""
-        self._queue.put(task)
-
-    def check_room(self, tenant: TenantId) -> None:
-        """Return if one more may wait.
-
-        Raises
-        ------
-        TooManyTasks, Overloaded
-            The tenant has too many, or all have.
-        """
-        length = self._queue.length(tenant)
-        if length.of_tenant >= self._most_of_tenant:
-            raise TooManyTasks(f"tenant {tenant} has {length.of_tenant} tasks waiting, the limit")
-        if length.tasks >= self._most:
-            raise Overloaded(f"{length.tasks} tasks wait, the limit; the oldest for {length.oldest_s:.0f} s")
+        ...
 
 
-class SqliteTaskAdapter(TaskProcessorAdapter):
-    """Ray Serve's adapter over the embedded queue; ``adapter_config`` is ``{"path": ...}``.
-
-    Only what a consumer calls is of use: tasks are taken and looked at through ``TaskStore``.
-    """
-
-    def __init__(self, config: TaskProcessorConfig) -> None:
-        super().__init__()  # type: ignore[no-untyped-call]  # Ray's
-        self._path = Path(config.adapter_config["path"])
-        self._handlers: dict[str, Callable[[str], Awaitable[float | None]]] = {}
-        self._workers: list[asyncio.Task[None]] = []
-        self._concurrency = 1
-
-    def initialize(self, consumer_concurrency: int = 1) -> None:
-        """Open the queue."""
-        self._queue = SqliteQueue(self._path)
-        self._concurrency = consumer_concurrency
-
-    def register_task_handle(self, func: Callable[..., Any], name: str | None = None) -> None:
-        """Called by Serve with each handler."""
-        self._handlers[name or func.__name__] = func
-
-    def start_consumer(self, **kwargs: Any) -> None:
-        """Begin to claim; called by Serve on the replica's event loop."""
-        loop = asyncio.get_running_loop()
-        self._workers = [loop.create_task(self._work(), name="run tasks") for _ in range(self._concurrency)]
-
-    def stop_consumer(self, timeout: float = 10.0) -> None:
-        """Claim no more; what is under way is claimed again when its lease has ended."""
-        for worker in self._workers:
-            worker.cancel()
-
-    @property
-    def failed(self) -> str | None:
-        """Why a worker has ended; None while all of them work."""
-        for worker in self._workers:
-            if worker.done():
-                error = None if worker.cancelled() else worker.exception()
-                return type(error).__name__ if error is not None else "it was stopped"
+def tasks_of(settings: Settings) -> Tasks | None:
+    """Where a replica of the pool takes tasks; None: nowhere."""
+    if settings.tasks == "off":
         return None
+    store = TaskStore(settings.open_store(), settings.tasks_keep_s)
+    limits = (settings.tasks_queued, settings.tasks_queued_per_tenant)
+    if settings.tasks == "embedded":
+        return Tasks(store, EmbeddedQueue(Path(settings.tasks_file), *limits))
+    from flatshare.pool.redis_queue import RedisQueue
 
-    async def _work(self) -> None:
-        while True:
-            try:
-                task = await asyncio.to_thread(self._queue.claim)
-                if task is None:
-                    await asyncio.sleep(IDLE_S)
-                    continue
-                await self._run(task)
-            except Unavailable as error:
-                logger.error("%s", error.message)
-                await asyncio.sleep(1.0)
+    return Tasks(store, RedisQueue(settings.tasks_redis_url, settings.tasks_redis_password_file, *limits))
 
-    async def _run(self, task: TaskId) -> None:
-        renewing = asyncio.create_task(self._renew(task))
-        try:
-            delay_s = await self._handlers[RUN](str(task))
-        except RegistryError as error:  # the store does not answer: it stays as it is
-            logger.warning("task %s: %s", task, error.message)
-            delay_s = 1.0
-        finally:
-            renewing.cancel()
-        if delay_s is None:
-            await asyncio.to_thread(self._queue.done, task)
-        else:
-            await asyncio.to_thread(self._queue.back, task, delay_s)
 
-    async def _renew(self, task: TaskId) -> None:
-        while True:
-            await asyncio.sleep(LEASE_S / 3)
-            with contextlib.suppress(Unavailable):
-                await asyncio.to_thread(self._queue.renew, task)
+def _config(settings: Settings) -> TaskProcessorConfig:
+    if settings.tasks == "embedded":
+        return TaskProcessorConfig(
+            queue_name="flatshare", adapter=SqliteTaskAdapter, adapter_config={"path": settings.tasks_file}
+        )
+    from flatshare.pool.redis_queue import redis_config
 
-    def enqueue_task_sync(
-        self, task_name: str, args: Any = None, kwargs: Any = None, **options: Any
-    ) -> TaskResult:
-        """Have a task run."""
-        self._queue.put(TaskId.parse(args[0]))
-        return TaskResult(id=args[0], status="PENDING", result=None)
-
-    def get_task_status_sync(self, task_id: str) -> TaskResult:
-        """Not kept here."""
-        raise NotImplementedError("a task's state is in its record: TaskStore.read")
-
-    def cancel_task_sync(self, task_id: str) -> None:
-        """Forget a task."""
-        self._queue.done(TaskId.parse(task_id))
-
-    def get_metrics_sync(self) -> dict[str, Any]:
-        """How much waits."""
-        length = self._queue.length()
-        return {"queued": length.tasks, "oldest_s": length.oldest_s}
-
-    def health_check_sync(self) -> list[dict[str, Any]]:
-        """Whether workers work."""
-        return [{"failed": self.failed}]
+    return redis_config(settings.tasks_redis_url, settings.tasks_redis_password_file)
 
 
 class TaskConsumer:
@@ -186,12 +85,15 @@ class TaskConsumer:
         All settings, already validated.
     """
 
-    _adapter: SqliteTaskAdapter
+    _adapter: Adapter
 
     def __init__(self, settings: Settings) -> None:
         store = settings.open_store()
         self._store = TaskStore(store, settings.tasks_keep_s)
-        self._runner = TaskRunner(self._store, Registry(store).head, _ask)
+        # The embedded queue's leases say that a run has died; where there are none, its time does.
+        self._run_s = settings.request_timeout_s + RUN_MARGIN_S
+        alone_s = 0.0 if settings.tasks == "embedded" else self._run_s
+        self._runner = TaskRunner(self._store, Registry(store).head, _ask, alone_s=alone_s)
         self._sweeping: asyncio.Task[None] | None = None
 
     @task_handler(name=RUN)
@@ -218,7 +120,13 @@ class TaskConsumer:
 
     def _sweep_once(self) -> None:
         for task in self._store.open(LOST_AFTER_S):
-            if self._store.settle(task):
+            found = self._store.settle(task)
+            if found is None:
+                continue
+            record, unchanged_s = found
+            held_s = longest_back_off(record.attempts) + LOST_AFTER_S
+            due_s = self._run_s if record.state is TaskState.RUNNING else held_s
+            if unchanged_s > due_s and self._adapter.takes_any_again():
                 self._adapter.enqueue_task_sync(RUN, [str(task)])
         self._store.remove_expired()
 
@@ -231,10 +139,7 @@ async def _ask(asked: Asked) -> Reply:
 
 def consumer_application(settings: Settings, environment: dict[str, str]) -> serve.Application:
     """The consumer as a Serve application, without a route: nobody reaches it but by the queue."""
-    config = TaskProcessorConfig(
-        queue_name="flatshare", adapter=SqliteTaskAdapter, adapter_config={"path": settings.tasks_file}
-    )
-    consumer = task_consumer(task_processor_config=config)(TaskConsumer)
+    consumer = task_consumer(task_processor_config=_config(settings))(TaskConsumer)
     # serve.deployment is typed for use as a decorator only.
     deployment = cast("Any", serve.deployment)(
         consumer,

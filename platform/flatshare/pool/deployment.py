@@ -8,7 +8,6 @@ import functools
 import logging
 import os
 from collections.abc import AsyncGenerator, Awaitable
-from pathlib import Path
 from typing import Any, Final, cast
 
 import numpy as np
@@ -20,7 +19,6 @@ from flatshare.api.app import create_app
 from flatshare.api.decoding import INLINE_BYTES, DecodeRoom
 from flatshare.api.hot import HotRoutes
 from flatshare.api.identity import LOCAL_OPERATOR, Identities, OperatorKeys
-from flatshare.api.tasks import Tasks
 from flatshare.api.tokens import token_verifier
 from flatshare.codecs.payload import READY, decode_array
 from flatshare.door.listener import Door
@@ -28,7 +26,7 @@ from flatshare.errors import BadInput
 from flatshare.models.architecture import Architecture
 from flatshare.placement.handover import to_load
 from flatshare.placement.load import Held, ReplicaLoad
-from flatshare.pool.consumer import EmbeddedQueue
+from flatshare.pool.consumer import tasks_of
 from flatshare.pool.details import DoorAddress
 from flatshare.pool.doors import ask_held
 from flatshare.pool.following import SettingsFollower
@@ -46,7 +44,6 @@ from flatshare.replica.ticket import Rows
 from flatshare.resolution.trust import TrustedHeads
 from flatshare.settings import Settings
 from flatshare.tasks.runner import Asked, Reply
-from flatshare.tasks.store import TaskStore
 from flatshare_registry.ids import ModelRef
 
 __all__ = ["pool_application"]
@@ -95,7 +92,7 @@ class ClassifierPool:
             room=self._decoding,
             pipelines=Steps(settings.pipelines),
         )
-        self._data_plane = plane(identities, max_body_bytes=settings.max_body_bytes, tasks=_tasks(settings))
+        self._data_plane = plane(identities, max_body_bytes=settings.max_body_bytes, tasks=tasks_of(settings))
         self._inside = plane(InsideIdentities(), max_body_bytes=settings.max_body_bytes)
         self._door = Door(self._data_plane, DOOR_HOST)
         self._warm = asyncio.get_running_loop().create_task(self._warm_up(), name="warm up")
@@ -270,14 +267,6 @@ class ClassifierPool:
     async def erase_host(self, digests: list[str]) -> HostReceipt:
         """See :meth:`Replica.erase_host`."""
         return await self._replica.erase_host(digests)
-
-
-def _tasks(settings: Settings) -> Tasks | None:
-    """Where this replica takes tasks; None: nowhere."""
-    if settings.tasks == "off":
-        return None
-    queue = EmbeddedQueue(Path(settings.tasks_file), settings.tasks_queued, settings.tasks_queued_per_tenant)
-    return Tasks(TaskStore(settings.open_store(), settings.tasks_keep_s), queue)
 
 
 def _named_model() -> ModelRef:

@@ -17,7 +17,7 @@ from flatshare_registry.errors import NotFound, RegistryError
 from flatshare_registry.ids import TenantId
 from flatshare_registry.records import TenantHead, TenantState, new_ulid
 
-__all__ = ["Asked", "Reply", "TaskRunner"]
+__all__ = ["Asked", "Reply", "TaskRunner", "longest_back_off"]
 
 logger = logging.getLogger("flatshare.tasks")
 
@@ -65,6 +65,9 @@ class TaskRunner:
         Reads a tenant's head; blocks.
     ask
         Has the pool answer; raises whatever goes wrong on the way there.
+    alone_s
+        Seconds for which a run that was begun is taken to be under way, and is left alone. 0 where the queue
+        says so with leases.
     """
 
     def __init__(
@@ -73,7 +76,10 @@ class TaskRunner:
         head: Callable[[TenantId], TenantHead],
         ask: Callable[[Asked], Awaitable[Reply]],
         clock: Callable[[], float] = time.time,
+        *,
+        alone_s: float = 0.0,
     ) -> None:
+        self._alone_s = alone_s
         self._store = store
         self._head = head
         self._ask = ask
@@ -88,7 +94,7 @@ class TaskRunner:
             Seconds after which it should be run again; None: it has ended.
         """
         fence = new_ulid()
-        record = await asyncio.to_thread(self._store.begin, task, fence)
+        record = await asyncio.to_thread(self._store.begin, task, fence, self._alone_s)
         if record is None:
             await asyncio.to_thread(self._store.settle, task)
             return None
@@ -177,7 +183,11 @@ def _said(reply: Reply) -> tuple[str, str]:
         return f"the pool answered {reply.status}", f"http_{reply.status}"
 
 
+def longest_back_off(attempts: int) -> float:
+    """Seconds that a task waits at most after so many runs; 0 after none."""
+    return min(FIRST_BACK_OFF_S * 2.0 ** min(attempts - 1, 10), MOST_BACK_OFF_S) if attempts else 0.0
+
+
 def _back_off(attempts: int) -> float:
     """Twice as long each time; with dice, so that what failed together does not come back together."""
-    longest = min(FIRST_BACK_OFF_S * 2.0 ** min(attempts - 1, 10), MOST_BACK_OFF_S)
-    return longest * random.uniform(0.5, 1.0)  # noqa: S311  # no secret
+    return longest_back_off(attempts) * random.uniform(0.5, 1.0)  # noqa: S311  # no secret

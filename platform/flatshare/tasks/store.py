@@ -118,17 +118,20 @@ class TaskStore:
                         records.append(record)
         return records
 
-    def begin(self, task: TaskId, fence: str) -> TaskRecord | None:
-        """Begin a run; None when there is nothing to run any more.
+    def begin(self, task: TaskId, fence: str, alone_s: float = 0.0) -> TaskRecord | None:
+        """Begin a run; None when there is nothing to run any more, or another run is under way.
 
         Parameters
         ----------
         fence
             Names this run. A run before it that has not ended is overtaken: its answer will be dropped.
+        alone_s
+            Unless that one was begun less than so many seconds ago.
         """
 
         def change(record: TaskRecord) -> TaskRecord | None:
-            if record.state.ended:
+            age_s = self._clock() - record.updated_at.timestamp()
+            if record.state.ended or (record.state is TaskState.RUNNING and age_s < alone_s):
                 return None
             return record.now(
                 TaskState.RUNNING, self._clock(), attempts=record.attempts + 1,
@@ -211,15 +214,20 @@ class TaskStore:
             if found is not None and now - meta.modified_s >= older_than_s:
                 yield TaskId(TenantId(found[0]), found[1])
 
-    def settle(self, task: TaskId) -> bool:
-        """Forget that a task is open if it has ended, or never came to be; whether it is still open."""
-        try:
-            still = not self.read(task).state.ended
-        except NotFound:
-            still = False
-        if not still:
-            self._store.delete(layout.open_task_key(task.tenant, task.ulid))
-        return still
+    def settle(self, task: TaskId) -> tuple[TaskRecord, float] | None:
+        """Forget that a task is open if it has ended, or never came to be.
+
+        Returns
+        -------
+        tuple or None
+            The record, and the seconds since its last change; None when it is not open.
+        """
+        with contextlib.suppress(NotFound):
+            record = self.read(task)
+            if not record.state.ended:
+                return record, self._clock() - record.updated_at.timestamp()
+        self._store.delete(layout.open_task_key(task.tenant, task.ulid))
+        return None
 
     def remove_expired(self) -> int:
         """Remove tasks that have ended and are past their time; how many went."""

@@ -72,6 +72,15 @@ def test_of_two_runs_the_later_one_ends_it_and_the_others_answer_is_dropped(
     assert [key for key in keys if "answer" in key] == [layout.task_key(ACME, task.ulid, "answer-f2")]
 
 
+def test_where_no_lease_says_so_a_young_run_is_left_alone(store: TaskStore, clock: ManualClock) -> None:
+    task = take(store)
+    assert store.begin(task, "f1", 45) is not None
+    clock.advance(44)
+    assert store.begin(task, "f2", 45) is None, "delivered twice: the first run is under way"
+    clock.advance(1)
+    assert store.begin(task, "f2", 45) is not None, "it has died"
+
+
 def test_many_at_once_end_it_once(store: TaskStore) -> None:
     task = take(store)
     gate = threading.Barrier(8)
@@ -152,7 +161,8 @@ def test_what_crashed_between_two_writes_is_found_and_settled(
     assert list(store.open(older_than_s=10)) == []
     clock.advance(11)
     assert set(store.open(older_than_s=10)) == {task, ended, running}
-    assert [store.settle(one) for one in (task, ended, running)] == [False, False, True]
+    assert [store.settle(one) for one in (task, ended)] == [None, None]
+    assert store.settle(running) == (store.read(running), 11)
     assert list(store.open()) == [running]
 
 

@@ -1,0 +1,184 @@
+"""Tasks through Redis, by Celery: Ray Serve's own adapter, for consumers on several machines.
+
+A message holds a task's id, nothing else. Celery redelivers what a dead worker had in hand only minutes
+later, and may deliver twice; a record's compare-and-swap makes that harmless (``tasks/store.py``). How many
+wait of each tenant is counted in a set of ids beside Celery's list. Without persistence Redis forgets all of
+it when it ends; the store does not.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Awaitable, Callable
+from pathlib import Path
+from typing import Any, Final
+from urllib.parse import quote, urlsplit, urlunsplit
+
+import redis
+from ray.serve.schema import CeleryAdapterConfig, TaskProcessorConfig
+from ray.serve.task_consumer import instantiate_adapter_from_config
+from ray.serve.task_processor import CeleryTaskProcessorAdapter
+
+from flatshare.errors import Overloaded, TooManyTasks
+from flatshare.pool.task_names import RUN
+from flatshare.tasks.records import TaskId
+from flatshare_registry.errors import RegistryError, Unavailable
+from flatshare_registry.ids import TenantId
+
+__all__ = ["RedisQueue", "RedisTaskAdapter", "redis_config"]
+
+logger = logging.getLogger("flatshare.tasks")
+
+QUEUE: Final = "flatshare"
+VISIBILITY_S: Final = 120
+"""Seconds after which Redis gives back what a dead worker had in hand; kombu looks every hundred or so."""
+
+BROKER_S: Final = 3.0
+"""Seconds that Redis has to answer."""
+
+STORE_DOWN_S: Final = 2.0
+
+
+def redis_config(url: str, password_file: str) -> TaskProcessorConfig:
+    """Ray Serve's configuration of the queue."""
+    full = _with_password(url, password_file)
+    return TaskProcessorConfig(
+        queue_name=QUEUE,
+        adapter=RedisTaskAdapter,
+        adapter_config=CeleryAdapterConfig(
+            broker_url=full,
+            backend_url=full,
+            broker_transport_options={
+                "visibility_timeout": VISIBILITY_S,
+                "socket_timeout": BROKER_S, "socket_connect_timeout": BROKER_S,
+            },
+            app_custom_config={
+                # More in hand would hide what waits from other consumers.
+                "worker_prefetch_multiplier": 1,
+                "broker_connection_retry_on_startup": True,
+                "worker_hijack_root_logger": False,
+            },
+            task_custom_config={"ignore_result": True},
+        ),
+        max_retries=0,  # tries are counted in the task's record
+    )  # fmt: skip
+
+
+def _with_password(url: str, password_file: str) -> str:
+    if not password_file:
+        return url
+    try:
+        password = Path(password_file).read_text().strip()
+    except OSError as error:
+        raise Unavailable(f"the password of the queue can't be read: {error.strerror}") from error
+    parts = urlsplit(url)
+    user = parts.username or ""
+    place = parts.netloc.rpartition("@")[2]
+    return urlunsplit(parts._replace(netloc=f"{user}:{quote(password, safe='')}@{place}"))
+
+
+def _waiting(tenant: str) -> str:
+    """The set of a tenant's tasks that have not ended."""
+    return f"flatshare:waiting:{tenant}"
+
+
+class RedisQueue:
+    """The queue, as the routes see it. Methods block.
+
+    Parameters
+    ----------
+    most, most_of_tenant
+        Tasks that may wait, in all and of one tenant.
+    """
+
+    def __init__(self, url: str, password_file: str, most: int, most_of_tenant: int) -> None:
+        self._config = redis_config(url, password_file)
+        self._redis = redis.Redis.from_url(
+            _with_password(url, password_file), socket_timeout=BROKER_S, socket_connect_timeout=BROKER_S
+        )
+        self._most = most
+        self._most_of_tenant = most_of_tenant
+        self._adapter: Any = None
+
+    def put(self, task: TaskId) -> None:
+        """Have a task run.
+
+        Raises
+        ------
+        Unavailable
+            Redis does not answer.
+        """
+        try:
+            if self._adapter is None:
+                self._adapter = instantiate_adapter_from_config(self._config)
+            self._redis.sadd(_waiting(task.tenant), str(task))
+            self._adapter.enqueue_task_sync(RUN, [str(task)])
+        except Exception as error:  # redis and kombu have a dozen kinds
+            raise Unavailable(f"the queue of tasks does not answer: {type(error).__name__}") from error
+
+    def check_room(self, tenant: TenantId) -> None:
+        """Return if one more may wait.
+
+        Raises
+        ------
+        TooManyTasks, Overloaded
+            The tenant has too many, or all have.
+        Unavailable
+            Redis does not answer.
+        """
+        try:
+            of_tenant = int(self._redis.scard(_waiting(tenant)))
+            waiting = int(self._redis.llen(QUEUE))
+        except redis.RedisError as error:
+            raise Unavailable(f"the queue of tasks does not answer: {type(error).__name__}") from error
+        if of_tenant >= self._most_of_tenant:
+            raise TooManyTasks(f"tenant {tenant} has {of_tenant} tasks waiting, the limit")
+        if waiting >= self._most:
+            raise Overloaded(f"{waiting} tasks wait, the limit")
+
+
+class RedisTaskAdapter(CeleryTaskProcessorAdapter):
+    """Ray Serve's Celery adapter, with a handler that is a coroutine of the replica's event loop."""
+
+    def initialize(self, consumer_concurrency: int = 1) -> None:
+        """Called by Serve, or by who only puts tasks."""
+        super().initialize(consumer_concurrency)
+        self._redis = redis.Redis.from_url(
+            self._config.adapter_config.broker_url, socket_timeout=BROKER_S, socket_connect_timeout=BROKER_S
+        )
+
+    def register_task_handle(
+        self, func: Callable[[str], Awaitable[float | None]], name: str | None = None
+    ) -> None:
+        """Called by Serve on the replica's event loop."""
+        loop = asyncio.get_running_loop()
+
+        def run(task_id: str) -> None:
+            """In a thread of Celery's worker."""
+
+            async def called() -> float | None:
+                return await func(task_id)
+
+            try:
+                delay_s = asyncio.run_coroutine_threadsafe(called(), loop).result()
+            except RegistryError as error:  # the store does not answer: it stays as it is
+                logger.warning("task %s: %s", task_id, error.message)
+                delay_s = STORE_DOWN_S
+            if delay_s is None:
+                self._redis.srem(_waiting(TaskId.parse(task_id).tenant), task_id)
+            else:
+                self.enqueue_task_sync(RUN, [task_id], countdown=delay_s)
+
+        super().register_task_handle(run, name)  # type: ignore[no-untyped-call]  # Ray's
+
+    def takes_any_again(self) -> bool:
+        """Whether a task may be put that is there perhaps: what waits would else stand there twice."""
+        return int(self._redis.llen(QUEUE)) == 0
+
+    @property
+    def failed(self) -> str | None:
+        """Why it does not work: its thread has ended, or Redis does not answer."""
+        if self._worker_thread is None or not self._worker_thread.is_alive():
+            return "Celery's worker has ended"
+        return None
