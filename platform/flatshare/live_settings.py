@@ -8,7 +8,7 @@ from typing import Final
 from pydantic import ValidationError
 
 from flatshare.errors import SettingsError
-from flatshare.settings import Settings
+from flatshare.settings import Settings, settings_of
 
 __all__ = ["LIVE", "changed", "live_of", "with_live"]
 
@@ -56,7 +56,7 @@ def changed(
         if name not in allowed:
             raise SettingsError(f"{name} can't change {otherwise}")
     try:
-        return Settings(**{**settings.model_dump(), **changes})
+        return settings_of({**settings.model_dump(), **changes})
     except ValidationError as error:
         problems = [
             ".".join(str(part) for part in problem["loc"][1:]) + (": " if problem["loc"][1:] else "")

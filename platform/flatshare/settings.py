@@ -22,13 +22,14 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
 from pydantic_settings import SettingsError as BadSource
 
 from flatshare.errors import SettingsError
 from flatshare_registry.records import Quotas
 from flatshare_registry.settings import RegistrySettings
 
-__all__ = ["LOOPBACK_HOSTS", "Settings", "StepSettings", "load_settings", "unknown_variables"]
+__all__ = ["LOOPBACK_HOSTS", "Settings", "StepSettings", "load_settings", "settings_of", "unknown_variables"]
 
 LOOPBACK_HOSTS: Final = frozenset({"127.0.0.1", "localhost", "::1"})
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,39}", re.ASCII)
@@ -427,6 +428,33 @@ class Settings(RegistrySettings):
             return tuple(str(ip_network(name, strict=False)) for name in names)
         except ValueError as error:
             raise ValueError(f"trusted_proxies: {error}") from error
+
+
+class _GivenSettings(Settings):
+    """Settings of arguments alone: of a dictionary in the environment nothing is mixed in."""
+
+    @classmethod
+    def settings_customise_sources(
+        cls,
+        settings_cls: type[BaseSettings],
+        init_settings: PydanticBaseSettingsSource,
+        env_settings: PydanticBaseSettingsSource,
+        dotenv_settings: PydanticBaseSettingsSource,
+        file_secret_settings: PydanticBaseSettingsSource,
+    ) -> tuple[PydanticBaseSettingsSource, ...]:
+        """Called by pydantic."""
+        return (init_settings,)
+
+
+def settings_of(values: Mapping[str, Any]) -> Settings:
+    """Settings of all these values, whatever this process's environment says.
+
+    Raises
+    ------
+    ValidationError
+        They contradict each other.
+    """
+    return Settings.model_construct(**dict(_GivenSettings(**values)))
 
 
 def load_settings(**given: Any) -> Settings:

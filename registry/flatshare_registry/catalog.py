@@ -464,4 +464,7 @@ class Registry:
 
 def _leftovers(tenant: TenantId) -> tuple[str, ...]:
     """Prefixes of what a tenant has beside its head and log."""
-    return (layout.versions_prefix(tenant), layout.used_prefix(tenant), layout.pins_prefix(tenant))
+    return (
+        layout.versions_prefix(tenant), layout.used_prefix(tenant), layout.pins_prefix(tenant),
+        layout.open_tasks_prefix(tenant), layout.tasks_prefix(tenant),
+    )  # fmt: skip

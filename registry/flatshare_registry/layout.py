@@ -14,7 +14,7 @@
     tasks/<tenant>/<ulid>/record.json           a task taken from a tenant, changed only by compare-and-swap
     tasks/<tenant>/<ulid>/input                 what was sent
     tasks/<tenant>/<ulid>/answer-<ulid>         what a run answered
-    open-tasks/<tenant>.<ulid>                  empty: this task has not ended
+    open-tasks/<tenant>/<ulid>                  empty: this task has not ended
     blobs/sha256/<ab>/<digest>.safetensors      weights, named by content, shared by equal versions
     held/<digest>.safetensors                   weights that are being removed, until nobody can name them
     store.json                                  the store's identity
@@ -41,7 +41,7 @@ _HEAD: Final = re.compile(r"tenants/([^/]+)/head\.json")
 _VERSION: Final = re.compile(r"tenants/([^/]+)/versions/([0-9]{8})\.json")
 _BLOB: Final = re.compile(r"blobs/sha256/[0-9a-f]{2}/([0-9a-f]{64})\.safetensors")
 _CHANGE: Final = re.compile(r"changes/([0-9A-Z]{26})\.([^/.]+)\.([0-9]{1,15})", re.ASCII)
-_OPEN_TASK: Final = re.compile(r"open-tasks/([^/.]+)\.([0-9A-Z]{26})", re.ASCII)
+_OPEN_TASK: Final = re.compile(r"open-tasks/([^/.]+)/([0-9A-Z]{26})", re.ASCII)
 _DIGEST: Final = re.compile(r"[0-9a-f]{64}")
 
 
@@ -140,9 +140,14 @@ def task_key(tenant: TenantId, ulid: str, name: str) -> str:
     return f"{task_prefix(tenant, ulid)}{name}"
 
 
+def open_tasks_prefix(tenant: TenantId) -> str:
+    """Prefix of the notes on a tenant's tasks that have not ended."""
+    return f"{OPEN_TASKS}{tenant}/"
+
+
 def open_task_key(tenant: TenantId, ulid: str) -> str:
     """Key of the note that a task has not ended."""
-    return f"{OPEN_TASKS}{tenant}.{ulid}"
+    return f"{open_tasks_prefix(tenant)}{ulid}"
 
 
 def open_task_of(key: str) -> tuple[str, str] | None:

@@ -105,7 +105,7 @@ class Here:
 
     def check(self, name: str) -> None:
         if name not in self.names:
-            raise NoSuchPipeline(f"there is no pipeline {name}")
+            raise NoSuchPipeline(f"there is no pipeline {name[:80]!a}")
 
     async def arrays(self, name: str, body: bytes, request_id: str, tenant: str) -> dict[str, Any]:
         return dict(step_class(name)().run(batch_of(body)))  # type: ignore[arg-type]  # this one is no coroutine

@@ -252,7 +252,7 @@ def create_app(
         max_rows=max_rows, described=described, parameters=[_model_id_parameter(), _request_id_parameter()],
     )  # fmt: skip
     add_task_routes(
-        app, identities, tasks, enter, bodies, parameters=[
+        app, service, identities, tasks, enter, bodies, parameters=[
             _model_id_parameter(), _request_id_parameter(),
             _header_parameter(TASK_PATH_HEADER, "Which route the task is for.", "/predict"),
         ],

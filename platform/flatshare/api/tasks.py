@@ -5,10 +5,12 @@ Whoever may predict for a tenant may send, see and cancel its tasks; replay and 
 
 from __future__ import annotations
 
-import asyncio
+import logging
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
-from typing import Annotated, Any, Final, Protocol, Self
+from functools import partial
+from typing import Annotated, Any, Final, Protocol, Self, TypeVar
 
 import orjson
 from fastapi import FastAPI, Query, Request, Response
@@ -20,14 +22,22 @@ from flatshare.api.identity import Caller, Identities
 from flatshare.codecs.payload import READY_HEADER
 from flatshare.codecs.tensors import DTYPE_HEADER, SHAPE_HEADER
 from flatshare.errors import BadInput, NoTasks
+from flatshare.replica.request import InferenceService
 from flatshare.replica.ticket import Ticket
 from flatshare.tasks.records import TaskId, TaskRecord, TaskState
 from flatshare.tasks.store import TaskStore
-from flatshare_registry.errors import NotFound
-from flatshare_registry.ids import TenantId
-from flatshare_registry.records import Scope
+from flatshare.threads import in_thread
+from flatshare_registry.errors import NotFound, Unavailable
+from flatshare_registry.ids import ModelRef, TenantId
 
 __all__ = ["TASK_PATH_HEADER", "TaskQueue", "TaskReply", "Tasks", "add_task_routes"]
+
+logger = logging.getLogger("flatshare.api")
+
+T = TypeVar("T")
+
+THREADS: Final = 4
+"""Calls to the store, or the queue, of one replica's task routes at a time."""
 
 TASK_PATH_HEADER: Final = "x-task-path"
 """Which route the task is for; ``/predict`` where it is missing."""
@@ -55,6 +65,19 @@ class Tasks:
     def __init__(self, store: TaskStore, queue: TaskQueue) -> None:
         self.store = store
         self.queue = queue
+        # Of its own: who asks for many tasks holds up who asks for tasks, and nothing else of a replica.
+        self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="tasks")
+
+    async def run(self, work: Callable[..., T], *arguments: Any) -> T:
+        """What a call that blocks returns."""
+        return await in_thread(self._threads, partial(work, *arguments))
+
+    async def put(self, task: TaskId) -> None:
+        """Have a task run that is kept by now: what the queue does not take, the consumer finds."""
+        try:
+            await self.run(self.queue.put, task)
+        except Unavailable as error:
+            logger.warning("task %s: %s", task, error.message)
 
 
 class TaskReply(BaseModel):
@@ -99,6 +122,7 @@ class TasksReply(BaseModel):
 
 def add_task_routes(
     app: FastAPI,
+    service: InferenceService,
     identities: Identities,
     tasks: Tasks | None,
     enter: Callable[[Incoming], Awaitable[Ticket]],
@@ -113,7 +137,8 @@ def add_task_routes(
     tasks
         None: no task is taken here.
     enter
-        Lets a request in, before its body is read: a task counts for its tenant's rate when it is taken.
+        Lets a request in, before its body is read. A task counts for its tenant's rate when it is taken, and
+        each time that it runs.
     """
 
     def known() -> Tasks:
@@ -122,17 +147,17 @@ def add_task_routes(
         return tasks
 
     async def own(request: Request, text: str) -> TaskId:
-        """A task of the caller's, by its id."""
+        """A task of the caller's, by its id; a question counts for the tenant's rate."""
         caller = await identities.identify(request.headers)
         try:
             task = TaskId.parse(text)
         except Exception:
             raise NotFound(f"there is no task {text[:100]!a}") from None
         try:
-            caller.may(task.tenant, Scope.PREDICT)
+            with await service.enter(caller, ModelRef.parse(task.tenant)):
+                return task
         except NotFound:
             raise NotFound(f"there is no task {text}") from None
-        return task
 
     @app.post(
         "/tasks", operation_id="create_task", tags=["tasks"], status_code=202, response_model=TaskReply,
@@ -160,18 +185,23 @@ def add_task_routes(
         caller = await identities.identify(request.headers)
         with await enter(request) as ticket:
             tenant = ticket.ref.tenant
-            await asyncio.to_thread(place.queue.check_room, tenant)
+            await place.run(place.queue.check_room, tenant)
             body = await bodies.read(request, ticket)
             kind = media_type_of(request.headers) or "application/json"
             headers = {name: request.headers[name] for name in _KEPT_HEADERS if name in request.headers}
             headers |= {"content-type": request.headers.get("content-type", kind)}
             headers.pop("content-encoding", None)  # it was expanded
             task = TaskId.new(tenant)
-            record = await asyncio.to_thread(
+            service.check_fence(ticket.ref)
+            record = await place.run(
                 place.store.take, task, path, str(ticket.ref), headers, body, caller.name, _key_of(caller)
             )
-            # It is taken; a queue that fails now is found out by who looks for open tasks.
-            await asyncio.to_thread(place.queue.put, task)
+            try:
+                service.check_fence(ticket.ref)
+            except NotFound:  # its tenant is being erased, perhaps of what it had a moment ago
+                await place.run(place.store.forget, task)
+                raise
+            await place.put(task)
         return Response(
             TaskReply.of(record).model_dump_json(exclude_none=True), 202,
             {"location": f"/tasks/{task}", "retry-after": "1"}, "application/json",
@@ -193,8 +223,8 @@ def add_task_routes(
             raise BadInput("an operator names the tenant: ?tenant=acme")
         whose = TenantId(tenant) if tenant is not None else caller.tenant
         assert whose is not None, "one of them is there"
-        caller.may(whose, Scope.PREDICT)
-        found = await asyncio.to_thread(known().store.list, whose, limit, before, state)
+        with await service.enter(caller, ModelRef.parse(whose)):
+            found = await known().run(known().store.list, whose, limit, before, state)
         following = TaskId.parse(found[-1].id).ulid if len(found) == limit else None
         return TasksReply(tasks=[TaskReply.of(one) for one in found], next=following)
 
@@ -202,24 +232,32 @@ def add_task_routes(
     async def show(task_id: str, request: Request) -> TaskReply:
         """A task: where it is, and its answer once it is done."""
         task = await own(request, task_id)
-        record = await asyncio.to_thread(known().store.read, task)
+        record = await known().run(known().store.read, task)
         reply = TaskReply.of(record)
         answer = record.answer
         if answer is not None and answer.content_type.startswith("application/json"):
-            reply.result = orjson.loads(await asyncio.to_thread(known().store.answer, task, answer.fence))
+            reply.result = orjson.loads(await known().run(known().store.answer, task, answer.fence))
         return reply
 
     @app.get(
         "/tasks/{task_id}/result", operation_id="get_task_result", tags=["tasks"], response_class=Response,
-        responses={200: {"content": {"application/octet-stream": _BINARY}}, **ERROR_REPLIES},
+        responses={
+            200: {"content": {"application/octet-stream": _BINARY}}, 202: {"model": TaskReply},
+            **ERROR_REPLIES,
+        },
     )  # fmt: skip
     async def result(task_id: str, request: Request) -> Response:
-        """The answer as it was, with its media type."""
+        """The answer as it was, with its media type; 202 while there is none yet."""
         task = await own(request, task_id)
-        record = await asyncio.to_thread(known().store.read, task)
+        record = await known().run(known().store.read, task)
+        if not record.state.ended:
+            return Response(
+                TaskReply.of(record).model_dump_json(exclude_none=True), 202,
+                {"retry-after": "1"}, "application/json",
+            )  # fmt: skip
         if record.answer is None:
             raise NotFound(f"task {task} has no answer: it is {record.state}")
-        body = await asyncio.to_thread(known().store.answer, task, record.answer.fence)
+        body = await known().run(known().store.answer, task, record.answer.fence)
         return Response(body, record.answer.status, media_type=record.answer.content_type)
 
     @app.post(
@@ -228,8 +266,9 @@ def add_task_routes(
     async def replay(task_id: str, request: Request) -> TaskReply:
         """Have a task that is dead or failed tried anew."""
         task = await own(request, task_id)
-        record = await asyncio.to_thread(known().store.replay, task)
-        await asyncio.to_thread(known().queue.put, task)
+        await known().run(known().queue.check_room, task.tenant)
+        record = await known().run(known().store.replay, task)
+        await known().put(task)
         return TaskReply.of(record)
 
     @app.delete("/tasks/{task_id}", operation_id="cancel_task", tags=["tasks"], responses={**ERROR_REPLIES})
@@ -240,9 +279,9 @@ def add_task_routes(
     ) -> TaskReply:
         """Cancel a task that has not ended; an answer of a run under way is dropped."""
         task = await own(request, task_id)
-        record = await asyncio.to_thread(known().store.cancel, task)
+        record = await known().run(known().store.cancel, task)
         if drop:
-            await asyncio.to_thread(known().store.drop, task)
+            await known().run(known().store.drop, task)
         return TaskReply.of(record)
 
 

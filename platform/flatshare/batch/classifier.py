@@ -25,16 +25,25 @@ class OfflineClassifier:
         Of all rows: ``acme``, ``acme:canary`` or ``acme@7``.
     model_column
         Or the column that names each row's model. Sort by it first, and each is loaded about once.
+    ready
+        Whole numbers of 0 to 255 that are no unsigned bytes are what the models want, and no raw pixels.
     settings
         As of a replica of the pool; by default those of this process's environment.
     """
 
-    def __init__(self, model: str = "", *, model_column: str = "", settings: Settings | None = None) -> None:
+    def __init__(
+        self,
+        model: str = "",
+        *,
+        model_column: str = "",
+        ready: bool = False,
+        settings: Settings | None = None,
+    ) -> None:
         if bool(model) == bool(model_column):
             raise BadInput("give a model, or the column that names one")
         self._model = model
         self._model_column = model_column
-        self._core = OfflineCore(settings or load_settings())
+        self._core = OfflineCore(settings or load_settings(), ready=ready)
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """The batch with its labels; see :meth:`predict`."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import threading
+import time
 from concurrent.futures import Future
 from types import TracebackType
 from typing import Final
@@ -18,11 +19,11 @@ from numpy.typing import NDArray
 
 from flatshare.codecs.images import decode_images
 from flatshare.codecs.payload import decode_array
-from flatshare.errors import BadInput, ModelFailed, Suspended
+from flatshare.errors import BadInput, DeviceBroken, ModelFailed, Overloaded, Suspended, Wedged
 from flatshare.models.architecture import Architecture, architecture
 from flatshare.replica.build import Replica
 from flatshare.settings import Settings
-from flatshare_registry.errors import InvalidInput
+from flatshare_registry.errors import InvalidInput, Unavailable
 from flatshare_registry.ids import ModelRef
 from flatshare_registry.records import TenantState, VersionRecord
 
@@ -32,7 +33,10 @@ Rows = NDArray[np.float32] | NDArray[np.uint8] | list[bytes]
 """What a batch gives: what the model takes ``(N, *shape)``, raw pixels ``(N, H, W)`` or image files."""
 
 WAIT_S: Final = 300.0
-"""Seconds that a load or a pass may take here: nobody waits for a single one."""
+"""Seconds for which rows are tried while the store does not answer, or there is no room."""
+
+AGAIN_S: Final = 2.0
+"""Seconds between two tries."""
 
 FILES_AT_ONCE: Final = 64
 """Image files decoded in one call: their decoder has a budget of seconds for each."""
@@ -45,9 +49,12 @@ class OfflineCore:
     ----------
     settings
         As of a replica of the pool: store, slots, device, host tier.
+    ready
+        Whole numbers of 0 to 255 that are no unsigned bytes are what the models want, and no raw pixels.
     """
 
-    def __init__(self, settings: Settings) -> None:
+    def __init__(self, settings: Settings, *, ready: bool = False) -> None:
+        self._ready = ready
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="offline", daemon=True)
         self._thread.start()
@@ -80,6 +87,17 @@ class OfflineCore:
         return asyncio.run_coroutine_threadsafe(self._predict(version, rows), self._loop)
 
     async def _predict(self, version: str, rows: Rows) -> tuple[NDArray[np.int64], VersionRecord]:
+        """Tried again while the store, or room, is away: nobody waits for a single call."""
+        deadline = time.monotonic() + WAIT_S
+        while True:
+            try:
+                return await self._once(version, rows)
+            except (Unavailable, Overloaded) as error:
+                if isinstance(error, Wedged | DeviceBroken) or time.monotonic() > deadline:
+                    raise
+            await asyncio.sleep(AGAIN_S)
+
+    async def _once(self, version: str, rows: Rows) -> tuple[NDArray[np.int64], VersionRecord]:
         ref = ModelRef.parse(version)
         replica = self._replica
         record = await replica.resolver.said(ref, WAIT_S)
@@ -89,10 +107,14 @@ class OfflineCore:
             network = architecture(record.architecture)
         except InvalidInput as error:
             raise ModelFailed(f"{record.name}: its architecture is not installed here") from error
-        ready = rows_of(rows, network)
+        ready = rows_of(rows, network, ready=self._ready)
         with await replica.cache.lease(record, WAIT_S) as lease:
             logits = await replica.inference.run(lease, ready)
         return logits.argmax(axis=1), record
+
+    def check(self) -> None:
+        """Return if this process can go on. Raises ``Wedged`` and ``DeviceBroken``."""
+        self._replica.check_health()
 
     @property
     def loads(self) -> int:
@@ -115,7 +137,7 @@ class OfflineCore:
         self.close()
 
 
-def rows_of(rows: Rows, network: Architecture) -> NDArray[np.float32]:
+def rows_of(rows: Rows, network: Architecture, *, ready: bool = False) -> NDArray[np.float32]:
     """What a model takes, made of rows as the service makes it of the same in a request.
 
     Files go the way of ``/classify``, unsigned bytes that of its raw pixels, all other numbers that of
@@ -140,7 +162,7 @@ def rows_of(rows: Rows, network: Architecture) -> NDArray[np.float32]:
             raise BadInput(f"raw pixels have shape {rows.shape}; they must be {('N', *wanted)}")
         pixels: NDArray[np.uint8] = np.ascontiguousarray(rows, np.uint8)
         return network.preprocess(pixels.reshape(-1, *wanted))
-    return decode_array(rows, network.input, len(rows))
+    return decode_array(rows, network.input, len(rows), ready=ready)
 
 
 def _pixel_shape(network: Architecture) -> tuple[int, ...]:

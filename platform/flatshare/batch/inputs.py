@@ -1,13 +1,16 @@
 """What a batch reads: an array file, Parquet, or a folder of images; here or in S3.
 
 An input has rows, numbered from 0, in an order that does not depend on who reads it: files by name, then rows
-as they lie in them. So a row's number is its name, and a batch that was cut off goes on where it was.
+as they lie in them. So a row's number is its name while the files stay as they are, and a batch that was cut
+off goes on where it was. A process holds the image column of one Parquet file, and a remote array, in memory.
 """
 
 from __future__ import annotations
 
 import functools
+import hashlib
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -26,7 +29,7 @@ __all__ = ["Input", "open_input"]
 
 IMAGE_ENDINGS: Final = (".png", ".jpg", ".jpeg")
 MAX_KEPT: Final = 4
-"""Files that one process keeps open, or read, at a time."""
+"""Files that one process keeps open at a time."""
 
 
 class Input(Protocol):
@@ -35,6 +38,14 @@ class Input(Protocol):
     @property
     def files(self) -> tuple[tuple[str, int], ...]:
         """Files in order, and how many rows each has."""
+        ...
+
+    def fingerprint(self) -> str:
+        """Changes when a file does, or which files there are."""
+        ...
+
+    def names(self, file: int, numbers: NDArray[np.int64]) -> NDArray[Any]:
+        """The file that each row is of, as results name it."""
         ...
 
     def models(self) -> NDArray[Any] | None:
@@ -87,6 +98,12 @@ def open_input(path: str, image_column: str = "image", model_column: str = "") -
 class _Arrays:
     files: tuple[tuple[str, int], ...]
 
+    def fingerprint(self) -> str:
+        return _fingerprint([name for name, _ in self.files])
+
+    def names(self, file: int, numbers: NDArray[np.int64]) -> NDArray[Any]:
+        return np.full(len(numbers), self.files[file][0], object)
+
     def models(self) -> None:
         return None
 
@@ -103,15 +120,27 @@ class _Tables:
     image_column: str
     model_column: str
 
+    def fingerprint(self) -> str:
+        return _fingerprint([name for name, _ in self.files])
+
+    def names(self, file: int, numbers: NDArray[np.int64]) -> NDArray[Any]:
+        return np.full(len(numbers), self.files[file][0], object)
+
     def models(self) -> NDArray[Any] | None:
         if not self.model_column:
             return None
-        columns = [
-            _parquet(name).read([self.model_column]).column(0).cast(pa.string()).to_numpy()
-            for name, _ in self.files
-        ]
-        found: NDArray[Any] = np.concatenate(columns)
-        return found
+        columns: list[NDArray[Any]] = []
+        for name, _ in self.files:
+            try:
+                column = _parquet(name).read([self.model_column]).column(0).cast(pa.string())
+            except pa.ArrowException as error:
+                raise InvalidInput(f"column {self.model_column} of {name} holds no names: {error}") from error
+            if column.null_count:
+                raise InvalidInput(
+                    f"column {self.model_column} of {name} names no model in {column.null_count} rows"
+                )
+            columns.append(column.to_numpy())
+        return np.concatenate(columns)
 
     def rows(self, file: int, numbers: NDArray[np.int64]) -> Rows:
         column = _column(self.files[file][0], self.image_column).take(pa.array(numbers))
@@ -127,6 +156,12 @@ class _Images:
     def files(self) -> tuple[tuple[str, int], ...]:
         """All of them as one: an image is a row."""
         return (("images", len(self.paths)),)
+
+    def fingerprint(self) -> str:
+        return _fingerprint(self.paths)
+
+    def names(self, file: int, numbers: NDArray[np.int64]) -> NDArray[Any]:
+        return np.array([self.paths[number] for number in numbers.tolist()], object)
 
     def models(self) -> NDArray[Any] | None:
         """With a model column: the folder that an image lies in."""
@@ -160,6 +195,15 @@ def _rows_of_column(column: pa.Array, name: str) -> Rows:
         raise BadInput(f"column {name} holds {values.type}, and no numbers or images")
     found: NDArray[Any] = values.to_numpy(zero_copy_only=False).reshape(shape)
     return found
+
+
+def _fingerprint(paths: Sequence[str]) -> str:
+    found = hashlib.sha256()
+    for path in paths:
+        system, inner = _filesystem(path)
+        info = system.get_file_info(inner)
+        found.update(f"{path} {info.size} {info.mtime_ns}\n".encode())
+    return found.hexdigest()
 
 
 def _filesystem(path: str) -> tuple[pafs.FileSystem, str]:
@@ -212,7 +256,7 @@ def _parquet(path: str) -> pq.ParquetFile:
         raise InvalidInput(f"{path} can't be read as Parquet: {error}") from error
 
 
-@functools.lru_cache(MAX_KEPT)
+@functools.lru_cache(1)
 def _column(path: str, name: str) -> pa.ChunkedArray:
     return _parquet(path).read([name]).column(0)
 

@@ -8,6 +8,7 @@ Imports ray, so it must be imported only after ``pool.environment.prepare``.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -18,6 +19,7 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 import numpy as np
+import pyarrow as pa
 import ray
 from numpy.typing import NDArray
 
@@ -25,10 +27,10 @@ from flatshare.batch.core import OfflineCore
 from flatshare.batch.inputs import Input, open_input
 from flatshare.batch.results import Manifest, Results
 from flatshare.batch.units import MOST_ROWS, Unit, units_of
-from flatshare.errors import ServeError
+from flatshare.errors import BadInput, DeviceBroken, ServeError, Wedged
 from flatshare.settings import Settings
 from flatshare_registry.catalog import Registry
-from flatshare_registry.errors import InvalidInput, RegistryError
+from flatshare_registry.errors import InvalidInput, NotFound, RegistryError
 from flatshare_registry.ids import ModelRef, TenantId
 from flatshare_registry.records import Action, VersionRecord
 
@@ -49,6 +51,9 @@ PART_SHARE: Final = 0.05
 time so far: what one that is killed has to do again.
 """
 
+READ_ERRORS: Final = (ServeError, RegistryError, OSError, ValueError, pa.ArrowException)
+"""What reading a row may raise: its file is gone, or damaged."""
+
 LOOK_UPS: Final = 16
 """Refs resolved, and audit entries written, at a time."""
 
@@ -68,6 +73,8 @@ class BatchPlan:
         Processes that work at a time; 0 for one a core, or one a GPU.
     gpus_per_actor
         Of each: a fraction shares one.
+    ready
+        Whole numbers of 0 to 255 that are no unsigned bytes are what the models want, and no raw pixels.
     """
 
     input: str
@@ -77,6 +84,7 @@ class BatchPlan:
     image_column: str = "image"
     actors: int = 0
     gpus_per_actor: float = 0.0
+    ready: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -184,16 +192,18 @@ class Batch:
         found = _Counts()
         kept: list[dict[str, NDArray[Any]]] = []
         started_at = written_at = time.monotonic()
-        for columns in _labelled(self._plan, self._settings, self._source, self._units):
-            found.add(columns)
-            kept.append(columns)
-            now = time.monotonic()
-            due = now - written_at > max(PART_S, PART_SHARE * (now - started_at))
-            if due or sum(len(one["row"]) for one in kept) >= PART_ROWS:
-                self._results.add(kept)
-                kept, written_at = [], now
-            report(self.done_before + found.rows, self.total)
-        self._results.add(kept)
+        try:
+            for columns in _labelled(self._plan, self._settings, self._source, self._units):
+                found.add(columns)
+                kept.append(columns)
+                now = time.monotonic()
+                due = now - written_at > max(PART_S, PART_SHARE * (now - started_at))
+                if due or sum(len(one["row"]) for one in kept) >= PART_ROWS:
+                    self._results.add(kept)
+                    kept, written_at = [], now
+                report(self.done_before + found.rows, self.total)
+        finally:  # also of one that is cut off by Ctrl-C
+            self._results.add(kept)
         ended = time.time()
         first = min(found.began, ended)
         models = len({unit.version for unit in self._units})
@@ -208,17 +218,27 @@ def _manifest(
 ) -> Manifest:
     """What the folder's results are of: as it was begun, or begun now."""
     known = results.manifest()
-    asked = (plan.input, source.files, plan.model, plan.model_column)
+    columns = f"{plan.image_column}/{plan.model_column}"
+    asked = (plan.input, source.fingerprint(), plan.model, columns)
     if known is not None:
-        if (known.input, known.files, known.model, known.model_column) != asked:
+        if (known.input, known.fingerprint, known.model, known.columns) != asked:
             raise InvalidInput(
-                f"{plan.output} holds results of {known.input} as it was, with "
-                f"{known.model or known.model_column}; name a new folder"
+                f"{plan.output} holds results of another batch, or of {known.input} before it changed; "
+                "name a new folder"
             )
         return known
-    names = [plan.model] if refs is None else sorted(str(ref) for ref in np.unique(refs))
+    names = [plan.model] if refs is None else sorted({str(ref) for ref in refs})
+
+    def resolved_of(name: str) -> str:
+        try:
+            return registry.resolve(ModelRef.parse(name)).name
+        except NotFound:
+            if refs is None:
+                raise
+            return name  # its rows say so, and the others have their labels
+
     with ThreadPoolExecutor(LOOK_UPS) as threads:
-        resolved = threads.map(lambda name: registry.resolve(ModelRef.parse(name)).name, names)
+        resolved = threads.map(resolved_of, names)
         manifest = Manifest(*asked, dict(zip(names, resolved, strict=True)))
     results.begin(manifest)
     return manifest
@@ -231,8 +251,11 @@ def _note(registry: Registry, plan: BatchPlan, units: Sequence[Unit]) -> None:
         rows[unit.version] += len(unit.numbers)
 
     def note(version: str) -> None:
-        detail = {"version": version, "rows": str(rows[version]), "input": plan.input}
-        registry.note(TenantId(ModelRef.parse(version).tenant), Action.BATCH_RUN, detail)
+        # Not the input's whole path: a tenant may read this.
+        name = plan.input.rstrip("/").rpartition("/")[2].partition("?")[0]
+        detail = {"version": version, "rows": str(rows[version]), "input": name}
+        with contextlib.suppress(NotFound):  # a tenant that left: its rows say so, one by one
+            registry.note(TenantId(ModelRef.parse(version).tenant), Action.BATCH_RUN, detail)
 
     with ThreadPoolExecutor(LOOK_UPS) as threads:
         list(threads.map(note, rows))
@@ -259,31 +282,33 @@ def _labelled(
         override_num_blocks=min(blocks, len(units)),
     ).map_batches(
         UnitRunner,
-        fn_constructor_args=(source, settings),
+        fn_constructor_args=(source, settings, plan.ready),
         batch_size=None,
         compute=ray.data.ActorPoolStrategy(size=actors),
         num_cpus=1,
         num_gpus=plan.gpus_per_actor or None,
         batch_format="numpy",
+        # Without this an actor on a GPU host sees all GPUs, although it reserved none.
+        runtime_env={"env_vars": {} if plan.gpus_per_actor else {"CUDA_VISIBLE_DEVICES": ""}},
     )
     for batch in labelled.iter_batches(batch_size=None, batch_format="numpy"):
         yield dict(batch)
 
 
 def _actors(gpus_per_actor: float) -> int:
-    """One a core of this cluster's nodes, or as many as its GPUs have room for."""
+    """One a core that this process may use, or as many as the cluster's GPUs have room for."""
     if gpus_per_actor:
         resources: dict[str, float] = ray.cluster_resources()  # type: ignore[no-untyped-call]  # Ray's
         return max(int(resources.get("GPU", 0) / gpus_per_actor), 1)
-    return os.cpu_count() or 1
+    return len(os.sched_getaffinity(0))
 
 
 class UnitRunner:
     """An actor of Ray Data: labels units."""
 
-    def __init__(self, source: Input, settings: Settings) -> None:
+    def __init__(self, source: Input, settings: Settings, ready: bool) -> None:
         self._source = source
-        self._core = OfflineCore(settings)
+        self._core = OfflineCore(settings, ready=ready)
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Columns of :data:`flatshare.batch.results.SCHEMA`, and when this began and what it loaded."""
@@ -299,9 +324,10 @@ class UnitRunner:
         for unit in units:
             for start in range(0, len(unit.numbers), CALL_ROWS):
                 if len(under_way) == AHEAD:
-                    parts.append(under_way.popleft().labelled())
-                under_way.append(_Call(self._core, self._source, unit, start))
-        parts += [one.labelled() for one in under_way]
+                    parts += under_way.popleft().labelled()
+                numbers = unit.numbers[start : start + CALL_ROWS]
+                under_way.append(_Call(self._core, self._source, unit, numbers))
+        parts += [part for one in under_way for part in one.labelled()]
         found = {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
         count = len(found["row"])
         found["began"] = np.full(count, began)
@@ -313,31 +339,43 @@ class UnitRunner:
 class _Call:
     """Some rows of a unit on their way to labels; begun when it is made."""
 
-    def __init__(self, core: OfflineCore, source: Input, unit: Unit, start: int) -> None:
+    def __init__(self, core: OfflineCore, source: Input, unit: Unit, numbers: NDArray[np.int64]) -> None:
+        self._core = core
+        self._source = source
         self._unit = unit
-        self._file = source.files[unit.file][0]
-        self._numbers = unit.numbers[start : start + CALL_ROWS]
+        self._numbers = numbers
         self._answer: Future[tuple[NDArray[np.int64], VersionRecord]] = Future()
         try:
-            self._answer = core.start(unit.version, source.rows(unit.file, self._numbers))
-        except (ServeError, RegistryError) as failure:
+            self._answer = core.start(unit.version, source.rows(unit.file, numbers))
+        except READ_ERRORS as failure:
             self._answer.set_exception(failure)
 
-    def labelled(self) -> dict[str, NDArray[Any]]:
-        """Columns of the results; waits for them."""
+    def labelled(self) -> list[dict[str, NDArray[Any]]]:
+        """Columns of the results, in parts; waits for them."""
         count = len(self._numbers)
         labels: NDArray[np.int64] = np.full(count, -1)
         digest, error = "", ""
         try:
             labels, record = self._answer.result()
             digest = record.digest
-        except (ServeError, RegistryError) as failure:  # of these rows: the others have their labels
+        except (Wedged, DeviceBroken):
+            # Nothing ends that thread. Ray Data starts another process, which does these rows.
+            logger.critical("this process can't go on: it ends", exc_info=True)
+            os._exit(1)
+        except (BadInput, *READ_ERRORS[2:]) as failure:
+            # One of them: halves of it say which, and the others have their labels.
+            if count > 1:
+                halves = np.array_split(self._numbers, 2)
+                calls = [_Call(self._core, self._source, self._unit, half) for half in halves]
+                return [part for call in calls for part in call.labelled()]
+            error = failure.message if isinstance(failure, BadInput) else f"it can't be read: {failure}"
+        except (ServeError, RegistryError) as failure:
             error = failure.message
-        return {
+        return [{
             "row": self._numbers + self._unit.first,
-            "file": np.full(count, self._file, object),
+            "file": self._source.names(self._unit.file, self._numbers),
             "predicted_label": labels,
             "model": np.full(count, self._unit.version, object),
             "digest": np.full(count, digest, object),
             "error": np.full(count, error, object),
-        }
+        }]  # fmt: skip

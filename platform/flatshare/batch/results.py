@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import fcntl
 import json
 import os
 import uuid
@@ -30,7 +31,9 @@ SCHEMA: Final = pa.schema(
         ("error", pa.string()),
     ]
 )
-"""``row``: its number in the input. ``error``: why it has no label; the next run tries it again."""
+"""``row``: its number in the input. ``error``: why it has no label. The next run tries
+it again, and its row without a label stays: count rows whose ``error`` is null.
+"""
 
 MANIFEST: Final = "_batch.json"
 
@@ -43,16 +46,18 @@ class Manifest:
     ----------
     input
         Its path.
-    files
-        Its files and their rows.
+    fingerprint
+        Of its files: names, sizes, times and rows.
+    columns
+        Of Parquet: what goes to the model, and what names it.
     versions
         The version of each ref, resolved once: a promotion in the middle of a batch changes nothing of it.
     """
 
     input: str
-    files: tuple[tuple[str, int], ...]
+    fingerprint: str
     model: str
-    model_column: str
+    columns: str
     versions: dict[str, str]
 
 
@@ -76,7 +81,12 @@ class Results:
             self._folder.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise InvalidInput(f"{folder} can't be made: {error.strerror}") from error
-        others = [one.name for one in self._folder.iterdir() if one.name != MANIFEST]
+        others = [one.name for one in self._folder.iterdir() if not one.name.startswith((".", "_"))]
+        self._lock = open(self._folder / ".lock", "w")  # noqa: SIM115  # as long as this lives
+        try:
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise InvalidInput(f"another batch writes into {folder} now") from None
         if others and not (self._folder / MANIFEST).exists():
             raise InvalidInput(f"{folder} holds other things ({others[0]} ...); name a new folder")
 
@@ -84,7 +94,6 @@ class Results:
         """What was begun here; None for nothing."""
         try:
             document = json.loads((self._folder / MANIFEST).read_text())
-            document["files"] = tuple((str(name), int(count)) for name, count in document["files"])
             return Manifest(**document)
         except FileNotFoundError:
             return None

@@ -1,4 +1,6 @@
-"""The order of a batch's work: rows of one model together, so that each model is loaded once. Pure."""
+"""The order of a batch's work: rows of one file and model together, so that a model is loaded once a file.
+Pure.
+"""
 
 from __future__ import annotations
 
@@ -40,7 +42,7 @@ class Unit:
 def units_of(
     files: Sequence[int], versions: str | tuple[NDArray[Any], Mapping[str, str]], done: NDArray[np.bool_]
 ) -> list[Unit]:
-    """The rows that are left to do, as units, those of one model after each other.
+    """The rows that are left to do, as units: file by file, those of one model after each other.
 
     Parameters
     ----------

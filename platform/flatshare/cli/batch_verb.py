@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import getpass
 import importlib.util
 import os
 from collections import Counter
@@ -12,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from flatshare.cli.context import StoreOption, need_serve_extra
+from flatshare.cli.context import StoreOption, actor_name, need_serve_extra
 from flatshare.cli.output import AsJson, err, out, print_json, progress_bar
 from flatshare.errors import ModelFailed, SettingsError
 from flatshare.settings import load_settings
@@ -45,6 +44,10 @@ def batch(
     ray_address: Annotated[
         str, typer.Option("--ray", help="local: a cluster of its own. auto, or an address: join one.")
     ] = "local",
+    ready: Annotated[
+        bool,
+        typer.Option("--model-ready", help="Whole numbers that look like raw pixels are none."),
+    ] = False,
     store: StoreOption = None,
     as_json: AsJson = False,
 ) -> None:
@@ -57,7 +60,9 @@ def batch(
     missing = [name for name in ("pyarrow", "pandas") if importlib.util.find_spec(name) is None]
     if missing:
         raise SettingsError(f"batch needs {', '.join(missing)}: pip install 'flatshare[batch]'")
-    settings = load_settings(store=store, gpus_per_replica=gpus or None)
+    from flatshare.local.operators import without_keys
+
+    settings = without_keys(load_settings(store=store, gpus_per_replica=gpus or None))
 
     # Ray Data's actors are told of as if something were wrong with them (ray-project/ray#53727).
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
@@ -69,8 +74,10 @@ def batch(
     from flatshare.batch.job import Batch, BatchPlan
     from flatshare.local.cluster import ray_cluster
 
-    plan = BatchPlan(source, output, model, model_column, image_column, actors, gpus)
-    work = Batch(plan, settings, f"batch:{getpass.getuser()}")
+    plan = BatchPlan(
+        source, output, model, model_column, image_column, actors, settings.gpus_per_replica, ready
+    )
+    work = Batch(plan, settings, actor_name())
     with contextlib.ExitStack() as stack:
         if work.done_before < work.total:
             stack.enter_context(ray_cluster(ray_address, environment))

@@ -77,10 +77,11 @@ def open_registry(store: str | None) -> Registry:
     settings = load_settings(store=store)
     if not settings.store:
         raise SettingsError("no store: set FLATSHARE_STORE or --store to s3://bucket/prefix or file:///path")
-    return Registry(settings.open_store(), actor=_actor())
+    return Registry(settings.open_store(), actor=actor_name())
 
 
-def _actor() -> str:
+def actor_name() -> str:
+    """Who changes something by the command line, for audit logs."""
     try:
         return f"cli:{getpass.getuser()}"
     except (OSError, KeyError):  # no such user in a bare container

@@ -22,7 +22,13 @@ from flatshare.live_settings import with_live
 from flatshare.placement.scaling import Bounds
 from flatshare.pool.controller import read_details
 from flatshare.pool.details import ReplicaState, replica_states
-from flatshare.pool.handle import POOL_APP, POOL_DEPLOYMENT, pool_handle
+from flatshare.pool.handle import (
+    CONTROL_APP,
+    CONTROL_DEPLOYMENT,
+    POOL_APP,
+    POOL_DEPLOYMENT,
+    pool_handle,
+)
 from flatshare.pool.kept import (
     change_deployed,
     recall_bounds,
@@ -37,8 +43,6 @@ from flatshare_registry.catalog import Registry
 
 __all__ = ["CONTROL_APP", "CONTROL_DEPLOYMENT", "CONTROL_PREFIX", "control_application"]
 
-CONTROL_APP: Final = "flatshare-control"
-CONTROL_DEPLOYMENT: Final = "ControlPlane"
 CONTROL_PREFIX: Final = "/admin"
 
 

@@ -291,7 +291,9 @@ class Keeper:
             ref: tuple(place for place in places if place in same) for ref, places in self._copies.items()
         }
         await self._ask_held()
-        await self._warm(to_load([held for _, held in self._held.values()], names, self._moved))
+        living = [held for name, (_, held) in self._held.items() if name in names.values()]
+        gone = [held for name, (_, held) in self._held.items() if name not in names.values()]
+        await self._warm(to_load(living, names, self._moved, gone))
 
     async def _ask_held(self) -> None:
         """Note what replicas hold; what one held that has gone is remembered for a while."""

@@ -72,7 +72,7 @@ class RunningSettings:
         InvalidInput
             One can't change in place, or what comes out contradicts itself; nothing was changed.
         Unavailable
-            The change could not be kept; nothing was changed.
+            The cluster did not say that it keeps the change: look, and make it again.
         """
 
         def apply(settings: Settings) -> Settings:

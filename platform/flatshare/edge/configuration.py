@@ -113,6 +113,8 @@ class EdgeOptions:
         How long a worker goes on after a reload with what it had: streams last as long as their clients like.
     max_old_workers
         After so many reloads it ends although it has streams: each takes memory of its own.
+    tasks
+        Whether the pool takes tasks: then ``Prefer: respond-async`` makes one.
     threads
         HAProxy's own. One does 8,000 requests/s of ours; two on two cores, which the replicas want for
         themselves, cost 5 % of the throughput in wake-ups (four alternating turns: 1,427 and 1,516 requests/s).
@@ -132,6 +134,7 @@ class EdgeOptions:
     trusted_proxies: tuple[str, ...] = ()
     hard_stop_after_s: float = 3600
     max_old_workers: int = 32
+    tasks: bool = False
 
 
 def render(options: EdgeOptions, pool: Sequence[Server], control: Sequence[Server]) -> str:
@@ -230,13 +233,7 @@ frontend edge
     # Not a stream of lines: these are answered while more of them come.
     http-request wait-for-body time 15s unless {{ path /predict/stream }}
     {_refuse(413, options)} if {{ req.body_size gt {options.max_body_bytes} }}
-    # Prefer: respond-async makes a task of a request; one that was taken twice would be two.
-    http-request set-var(txn.later) bool(true) if {{ method POST }} {{ req.hdr(prefer) -m sub -i respond-async }} {{ path /predict /classify }}
-    http-request set-var(txn.later) bool(true) if {{ method POST }} {{ req.hdr(prefer) -m sub -i respond-async }} {{ path_beg /pipelines/ }}
-    http-request set-header x-task-path %[path] if {{ var(txn.later) -m found }}
-    http-request set-path /tasks if {{ var(txn.later) -m found }}
-    http-request disable-l7-retry if {{ path /tasks }} or {{ path_beg /tasks/ }}
-    # '-' and '_' are the same in this header, and acme:production is acme: one home for each model.
+{_later(options)}    # '-' and '_' are the same in this header, and acme:production is acme: one home for each model.
     http-request set-header serve_multiplexed_model_id %[req.hdr(serve-multiplexed-model-id)] if {{ req.hdr(serve-multiplexed-model-id) -m found }} !{{ req.hdr(serve_multiplexed_model_id) -m found }}
     # The Open Inference Protocol names the model in its path.
     http-request set-header serve_multiplexed_model_id %[path,field(4,/),url_dec] if {{ path_beg /v2/models/ }}
@@ -299,6 +296,24 @@ def _clients(options: EdgeOptions) -> str:
     ]
     lines += ["http-request track-sc0 src if { var(txn.proxied) -m found }"]
     return "\n".join(f"    {line}" for line in lines)
+
+
+def _later(options: EdgeOptions) -> str:
+    """Prefer: respond-async makes a task of a request; where none are taken it is only a preference.
+
+    A task that is sent again by the edge would be two.
+    """
+    if not options.tasks:
+        return ""
+    wanted = "{ method POST } { req.hdr(prefer) -m sub -i respond-async }"
+    lines = [
+        f"http-request set-var(txn.later) bool(true) if {wanted} {{ path /predict /classify }}",
+        f"http-request set-var(txn.later) bool(true) if {wanted} {{ path_beg /pipelines/ }}",
+        "http-request set-header x-task-path %[path] if { var(txn.later) -m found }",
+        "http-request set-path /tasks if { var(txn.later) -m found }",
+        "http-request disable-l7-retry if { path /tasks } or { path_beg /tasks/ }",
+    ]
+    return "".join(f"    {line}\n" for line in lines)
 
 
 def _bind_address(options: EdgeOptions) -> str:

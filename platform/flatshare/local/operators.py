@@ -13,7 +13,7 @@ from flatshare.local.state import state_folder
 from flatshare.settings import Settings
 from flatshare_registry.errors import InvalidInput
 
-__all__ = ["operators_of"]
+__all__ = ["operators_of", "without_keys"]
 
 
 def operators_of(settings: Settings) -> tuple[Settings, OperatorKeys | None]:
@@ -29,14 +29,8 @@ def operators_of(settings: Settings) -> tuple[Settings, OperatorKeys | None]:
         A key's file can be read by others.
     """
     given = {Role.ADMIN: settings.admin_key, Role.VIEWER: settings.viewer_key}
-    for name in ("ADMIN_KEY", "VIEWER_KEY", "API_KEY"):
-        os.environ.pop(f"FLATSHARE_{name}", None)
-    empty = SecretStr("")
-    bare = settings.model_copy(
+    bare = without_keys(settings).model_copy(
         update={
-            "admin_key": empty,
-            "viewer_key": empty,
-            "api_key": empty,
             "erasure_key_file": settings.erasure_key_file or str(key_file("erasure")),
             "tasks_file": settings.tasks_file or str(state_folder() / f"tasks-{settings.port}.sqlite"),
         }
@@ -48,3 +42,11 @@ def operators_of(settings: Settings) -> tuple[Settings, OperatorKeys | None]:
         return bare, OperatorKeys.of(keys)
     except InvalidInput as error:
         raise SettingsError(f"admin_key or viewer_key: {error.message}") from error
+
+
+def without_keys(settings: Settings) -> Settings:
+    """The settings without keys, which also leave this process's environment: Ray's processes inherit it."""
+    for name in ("ADMIN_KEY", "VIEWER_KEY", "API_KEY"):
+        os.environ.pop(f"FLATSHARE_{name}", None)
+    empty = SecretStr("")
+    return settings.model_copy(update={"admin_key": empty, "viewer_key": empty, "api_key": empty})

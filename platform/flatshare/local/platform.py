@@ -14,16 +14,15 @@ import threading
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import httpx
 import ray
 from ray import serve
-from ray.serve.handle import DeploymentHandle
 
 from flatshare.api.identity import OperatorKeys
 from flatshare.control.decided import Routes
-from flatshare.control.deployment import CONTROL_APP, CONTROL_DEPLOYMENT, CONTROL_PREFIX, control_application
+from flatshare.control.deployment import CONTROL_APP, CONTROL_PREFIX, control_application
 from flatshare.edge.configuration import EdgeOptions
 from flatshare.edge.process import HaproxyProcess
 from flatshare.edge.servers import Server
@@ -38,7 +37,7 @@ from flatshare.pool.controller import read_details
 from flatshare.pool.details import app_status, replica_states, targets
 from flatshare.pool.doors import Doors, ask_replicas
 from flatshare.pool.gpus import check_gpus
-from flatshare.pool.handle import POOL_APP, POOL_DEPLOYMENT
+from flatshare.pool.handle import POOL_APP, POOL_DEPLOYMENT, control_handle
 from flatshare.pool.kept import Deployed, forget, remember_deployed
 from flatshare.settings import LOOPBACK_HOSTS, Settings
 from flatshare_registry.errors import Unavailable
@@ -156,7 +155,9 @@ def _applications(
 
     try:
         for name, step in settings.pipelines.items():
-            deploy(step_application(name, step, environment), step_app(name), None)
+            deploy(
+                step_application(name, step, environment, settings.request_timeout_s), step_app(name), None
+            )
         # First: replicas and the control plane look there for what was changed in place.
         forget()
         remember_deployed(Deployed(settings, operators, environment))
@@ -245,6 +246,7 @@ def edge_options(settings: Settings, admin_socket: Path) -> EdgeOptions:
         max_connections=affordable_connections(settings.most_replicas),
         trusted_proxies=settings.proxy_networks(),
         threads=max((os.cpu_count() or 1) // CORES_PER_EDGE_THREAD, 1),
+        tasks=settings.tasks != "off",
     )
 
 
@@ -274,7 +276,7 @@ class Decided:
     def routes(self) -> Routes:
         """What does not go by the ring alone. Blocks, for a second at most."""
         try:
-            self._routes = self._handle().routes.remote().result(timeout_s=ASK_S)
+            self._routes = control_handle().routes.remote().result(timeout_s=ASK_S)
         except Exception as error:  # ray raises a dozen kinds while the control plane comes back
             logger.warning("nobody says which models have copies: %s", type(error).__name__)
         return self._routes
@@ -282,13 +284,9 @@ class Decided:
     def wake(self, waiting: int) -> None:
         """Tell it that so many requests wait for a first replica. Blocks, for a second at most."""
         try:
-            self._handle().wake.remote(waiting).result(timeout_s=ASK_S)
+            control_handle().wake.remote(waiting).result(timeout_s=ASK_S)
         except Exception as error:
             logger.warning("the control plane was not told of waiting requests: %s", type(error).__name__)
-
-    @staticmethod
-    def _handle() -> DeploymentHandle[Any]:
-        return serve.get_deployment_handle(CONTROL_DEPLOYMENT, CONTROL_APP)
 
 
 def _watch_nothing(stop: threading.Event) -> None:

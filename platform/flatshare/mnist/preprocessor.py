@@ -6,6 +6,7 @@ numpy, for all of them at once; a test holds the two bit-equal.
 
 from __future__ import annotations
 
+import itertools
 from typing import Any, Final
 
 import numpy as np
@@ -42,15 +43,36 @@ class Preprocessor:
         """
         if "image" not in batch:
             raise BadInput('the body must be an object with the key "image"')
-        try:
-            values = np.asarray(batch["image"])
-        except ValueError:
-            raise BadInput('"image" is not a rectangular array of numbers') from None
-        if values.dtype.kind not in "iu" or values.ndim not in (2, 3) or values.shape[-2:] != (SIDE, SIDE):
-            raise BadInput(
-                f'"image" must be whole numbers of shape (N, {SIDE}, {SIDE}): raw pixels; it has shape '
-                f"{values.shape if values.ndim <= 8 else '(...)'} and type {values.dtype}"
-            )
-        if values.size and not 0 <= values.min() <= values.max() <= 255:
-            raise BadInput('"image" holds numbers beyond 0 to 255')
-        return {"image": preprocess(values.astype(np.uint8).reshape(-1, SIDE, SIDE))}
+        return {"image": preprocess(_pixels(batch["image"]))}
+
+
+def _pixels(value: Any) -> NDArray[np.uint8]:
+    """Pixels ``(N, 28, 28)`` of nested lists, or of an array.
+
+    Leaves are looked at before an array is made of them: of texts numpy would make one as wide as the
+    longest, and a small body could ask for gigabytes.
+    """
+    wrong = BadInput(f'"image" must be raw pixels: whole numbers of 0 to 255 of shape (N, {SIDE}, {SIDE})')
+    if isinstance(value, np.ndarray):
+        if value.dtype.kind not in "iu" or value.ndim not in (2, 3) or value.shape[-2:] != (SIDE, SIDE):
+            raise wrong
+        if value.size and not 0 <= value.min() <= value.max() <= 255:
+            raise wrong
+        return value.astype(np.uint8).reshape(-1, SIDE, SIDE)
+    images = value
+    if isinstance(value, list) and value and isinstance(value[0], list) and value[0]:
+        images = value if isinstance(value[0][0], list) else [value]
+    leaves = images
+    for size in (None, SIDE, SIDE):
+        if not isinstance(leaves, list) or not leaves:
+            raise wrong
+        if size is not None:
+            if any(type(part) is not list or len(part) != size for part in leaves):
+                raise wrong
+            leaves = list(itertools.chain.from_iterable(leaves))
+    if set(map(type, leaves)) != {int}:
+        raise wrong
+    try:
+        return np.frombuffer(bytes(leaves), np.uint8).reshape(-1, SIDE, SIDE)
+    except ValueError:
+        raise wrong from None

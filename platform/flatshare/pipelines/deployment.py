@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, TypeVar, cast
@@ -39,13 +40,17 @@ class StepReplica:
         The pipeline's.
     path
         Of the step's class; see :func:`flatshare.pipelines.steps.step_class`.
+    limit_s
+        Seconds that one run in the thread may take: nobody waits for it longer.
     """
 
-    def __init__(self, name: str, path: str) -> None:
+    def __init__(self, name: str, path: str, limit_s: float) -> None:
         self._name = name
         self._step = step_class(name, path)()
         # One: what a body expands to is in memory once, and more work at a time is a matter of replicas.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="step")
+        self._limit_s = limit_s
+        self._began: float | None = None
 
     async def run(self, request: StepRequest) -> dict[str, NDArray[Any]]:
         """Arrays by name, made of a request's body.
@@ -69,11 +74,26 @@ class StepReplica:
             logger.exception("pipeline %s, tenant %s, request %s", self._name, request.tenant, request.id)
             raise StepFailed(f"the step of pipeline {self._name} failed") from None
 
+    async def check_health(self) -> None:
+        """Called by Serve: a thread that never comes back can't be ended, so the process is replaced."""
+        began = self._began
+        if began is not None and time.monotonic() - began > self._limit_s:
+            raise RuntimeError(f"a run of pipeline {self._name} takes longer than {self._limit_s:g} s")
+
     async def _in_thread(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._thread, work)
+        def timed() -> T:
+            self._began = time.monotonic()
+            try:
+                return work()
+            finally:
+                self._began = None
+
+        return await asyncio.get_running_loop().run_in_executor(self._thread, timed)
 
 
-def step_application(name: str, step: StepSettings, environment: dict[str, str]) -> serve.Application:
+def step_application(
+    name: str, step: StepSettings, environment: dict[str, str], request_timeout_s: float
+) -> serve.Application:
     """A pipeline's step as a Serve application.
 
     Serve's own autoscaling counts the calls that handles have under way, which is right here: nobody reaches
@@ -116,5 +136,5 @@ def step_application(name: str, step: StepSettings, environment: dict[str, str])
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=20,
     )
-    application: serve.Application = deployment.bind(name, step.step)
+    application: serve.Application = deployment.bind(name, step.step, request_timeout_s)
     return application

@@ -4,7 +4,7 @@ Pure.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 
 from flatshare.placement.balance import homes_of
 from flatshare.placement.load import Held
@@ -31,7 +31,10 @@ def after_loss(names: Mapping[int, str], leaving: str) -> dict[int, str]:
 
 
 def to_load(
-    held: Sequence[Held], names: Mapping[int, str], moved: Mapping[str, int] | None = None
+    held: Sequence[Held],
+    names: Mapping[int, str],
+    moved: Mapping[str, int] | None = None,
+    gone: Sequence[Held] = (),
 ) -> dict[str, list[str]]:
     """What each replica should load to be a home of what the fleet holds now; most recently used first.
 
@@ -43,6 +46,8 @@ def to_load(
         Replicas by place, as they will be.
     moved
         Homes other than the ring's (``placement.balance``).
+    gone
+        What replicas held that are not there any more: it takes what room the others' leaves.
 
     Returns
     -------
@@ -51,22 +56,26 @@ def to_load(
     """
     ring = ring_of(names)
     has = {one.replica: set(one.models) for one in held}
-    slots = {one.replica: one.slots for one in held}
+    slots = {one.replica: one.slots for one in (*held, *gone)}
     default = max(slots.values(), default=0)
     # What it holds already and is home to counts: a hand-over must not drive out what is asked for more.
     belongs: dict[str, list[str]] = {name: [] for name in names.values()}
     # Everybody's most recent before anybody's second: a list each is by recency, their ages are not compared.
-    longest = max((len(one.models) for one in held), default=0)
-    for position in range(longest):
-        for one in held:
-            if position >= len(one.models):
-                continue
-            places = homes_of(ring, moved or {}, one.models[position], 1)
+    for some in (held, gone):
+        for model_ref in _in_turns(some):
+            places = homes_of(ring, moved or {}, model_ref, 1)
             if not places:
                 continue
             name = names[places[0]]
-            model_ref = one.models[position]
             if len(belongs[name]) < slots.get(name, default) and model_ref not in belongs[name]:
                 belongs[name].append(model_ref)
     found = {name: [ref for ref in refs if ref not in has.get(name, ())] for name, refs in belongs.items()}
     return {name: refs for name, refs in found.items() if refs}
+
+
+def _in_turns(held: Sequence[Held]) -> Iterator[str]:
+    """Everybody's first, then everybody's second, and so on."""
+    for position in range(max((len(one.models) for one in held), default=0)):
+        for one in held:
+            if position < len(one.models):
+                yield one.models[position]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from pathlib import Path
 from typing import Any, Final, Protocol, cast
 
@@ -13,13 +14,14 @@ from ray.serve.task_consumer import task_consumer, task_handler
 
 from flatshare.api.tasks import Tasks
 from flatshare.pool.embedded_queue import EmbeddedQueue, SqliteTaskAdapter
-from flatshare.pool.handle import pool_handle
+from flatshare.pool.handle import control_handle, pool_handle
 from flatshare.pool.task_names import RUN
 from flatshare.settings import Settings
 from flatshare.tasks.records import TaskId, TaskState
 from flatshare.tasks.runner import Asked, Reply, TaskRunner, longest_back_off
 from flatshare.tasks.store import TaskStore
 from flatshare_registry.catalog import Registry
+from flatshare_registry.errors import RegistryError
 
 __all__ = ["TASKS_APP", "consumer_application", "tasks_of"]
 
@@ -34,6 +36,9 @@ SWEEP_S: Final = 15.0
 LOST_AFTER_S: Final = 20.0
 """Seconds after which a task that waits must be in the queue, beside those for which it is held back."""
 
+REMOVE_S: Final = 600.0
+"""Seconds between two looks for tasks past their time: each lists all of them."""
+
 RUN_MARGIN_S: Final = 15.0
 """Beyond a request's time: a run that has not ended by then has died, where no lease says so."""
 
@@ -44,8 +49,12 @@ class Adapter(Protocol):
     failed: str | None
     """Why it does not work any more; None while it does."""
 
-    def takes_any_again(self) -> bool:
-        """Whether a task may be put now that is in the queue perhaps."""
+    def lacks_some_of(self, tasks: int) -> bool:
+        """Whether so many open tasks are more than the queue knows of."""
+        ...
+
+    def check(self) -> None:
+        """Return if the queue answers; raises ``Unavailable``. Blocks."""
         ...
 
     def enqueue_task_sync(self, task_name: str, args: Any = None) -> Any:
@@ -63,7 +72,13 @@ def tasks_of(settings: Settings) -> Tasks | None:
         return Tasks(store, EmbeddedQueue(Path(settings.tasks_file), *limits))
     from flatshare.pool.redis_queue import RedisQueue
 
-    return Tasks(store, RedisQueue(settings.tasks_redis_url, settings.tasks_redis_password_file, *limits))
+    where = (settings.tasks_redis_url, settings.tasks_redis_password_file, _run_s(settings))
+    return Tasks(store, RedisQueue(*where, *limits))
+
+
+def _run_s(settings: Settings) -> float:
+    """Seconds after which a run has ended, or died."""
+    return settings.request_timeout_s + RUN_MARGIN_S
 
 
 def _config(settings: Settings) -> TaskProcessorConfig:
@@ -73,7 +88,7 @@ def _config(settings: Settings) -> TaskProcessorConfig:
         )
     from flatshare.pool.redis_queue import redis_config
 
-    return redis_config(settings.tasks_redis_url, settings.tasks_redis_password_file)
+    return redis_config(settings.tasks_redis_url, settings.tasks_redis_password_file, _run_s(settings))
 
 
 class TaskConsumer:
@@ -91,9 +106,11 @@ class TaskConsumer:
         store = settings.open_store()
         self._store = TaskStore(store, settings.tasks_keep_s)
         # The embedded queue's leases say that a run has died; where there are none, its time does.
-        self._run_s = settings.request_timeout_s + RUN_MARGIN_S
+        self._run_s = _run_s(settings)
         alone_s = 0.0 if settings.tasks == "embedded" else self._run_s
-        self._runner = TaskRunner(self._store, Registry(store).head, _ask, alone_s=alone_s)
+        self._runner = TaskRunner(self._store, Registry(store).head, self._ask, alone_s=alone_s)
+        self._wakes = settings.least_replicas == 0
+        self._put_at: dict[TaskId, float] = {}
         self._sweeping: asyncio.Task[None] | None = None
 
     @task_handler(name=RUN)
@@ -105,36 +122,54 @@ class TaskConsumer:
         """Called by Serve, which looks at neither workers nor queue itself."""
         if self._sweeping is None:
             self._sweeping = asyncio.create_task(self._sweep(), name="look for lost tasks")
+        await asyncio.to_thread(self._adapter.check)
         failed = self._adapter.failed
         if failed is not None or self._sweeping.done():
             raise RuntimeError(f"tasks are not run any more: {failed or 'nobody looks for lost ones'}")
 
     async def _sweep(self) -> None:
         """Put open tasks into the queue that it lost; remove those past their time."""
+        removed_at = 0.0
         while True:
             try:
                 await asyncio.to_thread(self._sweep_once)
+                if time.monotonic() - removed_at > REMOVE_S:
+                    removed_at = time.monotonic()
+                    await asyncio.to_thread(self._store.remove_expired)
             except Exception as error:  # the store, or the disk; it is tried again
                 logger.warning("nobody looked for lost tasks: %s", error)
             await asyncio.sleep(SWEEP_S)
 
     def _sweep_once(self) -> None:
-        for task in self._store.open(LOST_AFTER_S):
-            found = self._store.settle(task)
-            if found is None:
+        now = time.monotonic()
+        self._put_at = {task: at for task, at in self._put_at.items() if now - at < self._run_s}
+        tasks = list(self._store.open(LOST_AFTER_S))
+        lacks_some = self._adapter.lacks_some_of(len(tasks))
+        for task, age_s in tasks:
+            try:
+                found = self._store.settle(task, age_s)
+            except RegistryError as error:  # of this one
+                logger.warning("task %s: %s", task, error.message)
+                continue
+            if found is None or not lacks_some or task in self._put_at:
                 continue
             record, unchanged_s = found
             held_s = longest_back_off(record.attempts) + LOST_AFTER_S
-            due_s = self._run_s if record.state is TaskState.RUNNING else held_s
-            if unchanged_s > due_s and self._adapter.takes_any_again():
+            if unchanged_s > (self._run_s if record.state is TaskState.RUNNING else held_s):
                 self._adapter.enqueue_task_sync(RUN, [str(task)])
-        self._store.remove_expired()
+                self._put_at[task] = now
 
-
-async def _ask(asked: Asked) -> Reply:
-    handle = pool_handle().options(multiplexed_model_id=asked.ref)
-    reply: Reply = await handle.answer.remote(asked)
-    return reply
+    async def _ask(self, asked: Asked) -> Reply:
+        handle = pool_handle().options(multiplexed_model_id=asked.ref)
+        try:
+            async with asyncio.timeout(self._run_s):
+                reply: Reply = await handle.answer.remote(asked)
+                return reply
+        except TimeoutError:
+            # A pool without a replica is woken by who sees requests wait, and sees none of these.
+            if self._wakes:
+                await control_handle().wake.remote(1)
+            raise
 
 
 def consumer_application(settings: Settings, environment: dict[str, str]) -> serve.Application:

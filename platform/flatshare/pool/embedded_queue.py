@@ -10,21 +10,25 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 
 from ray.serve.schema import TaskProcessorAdapter, TaskProcessorConfig, TaskResult
 
 from flatshare.errors import Overloaded, TooManyTasks
 from flatshare.pool.task_names import RUN
-from flatshare.tasks.queue import LEASE_S, SqliteQueue
+from flatshare.tasks.queue import LEASE_S, Claim, SqliteQueue
 from flatshare.tasks.records import TaskId
-from flatshare_registry.errors import RegistryError, Unavailable
+from flatshare.threads import in_thread
+from flatshare_registry.errors import Corrupt, RegistryError, Unavailable
 from flatshare_registry.ids import TenantId
 
 __all__ = ["EmbeddedQueue", "SqliteTaskAdapter"]
 
 logger = logging.getLogger("flatshare.tasks")
+
+T = TypeVar("T")
 
 IDLE_S: Final = 0.1
 """Seconds between two looks at a queue in which nothing is due."""
@@ -77,8 +81,10 @@ class SqliteTaskAdapter(TaskProcessorAdapter):
         self._concurrency = 1
 
     def initialize(self, consumer_concurrency: int = 1) -> None:
-        """Open the queue."""
+        """Called by Serve."""
         self._queue = SqliteQueue(self._path)
+        # Of its own: while the store is slow, its calls take all of the loop's, and leases must be renewed.
+        self._threads = ThreadPoolExecutor(2, thread_name_prefix="task queue")
         self._concurrency = consumer_concurrency
 
     def register_task_handle(self, func: Callable[..., Any], name: str | None = None) -> None:
@@ -95,9 +101,13 @@ class SqliteTaskAdapter(TaskProcessorAdapter):
         for worker in self._workers:
             worker.cancel()
 
-    def takes_any_again(self) -> bool:
-        """Whether a task may be put that is there perhaps: it is there once, whatever is put."""
+    def lacks_some_of(self, tasks: int) -> bool:
+        """Whether so many open tasks may be more than it knows: each is there once, whatever is put."""
         return True
+
+    def check(self) -> None:
+        """Return if it works; raises ``Unavailable``."""
+        self._queue.length()
 
     @property
     def failed(self) -> str | None:
@@ -111,34 +121,40 @@ class SqliteTaskAdapter(TaskProcessorAdapter):
     async def _work(self) -> None:
         while True:
             try:
-                task = await asyncio.to_thread(self._queue.claim)
-                if task is None:
+                claim = await self._in_thread(self._queue.claim)
+                if claim is None:
                     await asyncio.sleep(IDLE_S)
                     continue
-                await self._run(task)
+                await self._run(claim)
             except Unavailable as error:
                 logger.error("%s", error.message)
                 await asyncio.sleep(1.0)
 
-    async def _run(self, task: TaskId) -> None:
-        renewing = asyncio.create_task(self._renew(task))
+    async def _run(self, claim: Claim) -> None:
+        renewing = asyncio.create_task(self._renew(claim))
         try:
-            delay_s = await self._handlers[RUN](str(task))
+            delay_s = await self._handlers[RUN](str(claim.task))
+        except Corrupt as error:  # no waiting helps
+            logger.error("task %s: %s", claim.task, error.message)
+            delay_s = None
         except RegistryError as error:  # the store does not answer: it stays as it is
-            logger.warning("task %s: %s", task, error.message)
+            logger.warning("task %s: %s", claim.task, error.message)
             delay_s = 1.0
         finally:
             renewing.cancel()
         if delay_s is None:
-            await asyncio.to_thread(self._queue.done, task)
+            await self._in_thread(lambda: self._queue.done(claim))
         else:
-            await asyncio.to_thread(self._queue.back, task, delay_s)
+            await self._in_thread(lambda: self._queue.back(claim, delay_s))
 
-    async def _renew(self, task: TaskId) -> None:
+    async def _renew(self, claim: Claim) -> None:
         while True:
             await asyncio.sleep(LEASE_S / 3)
             with contextlib.suppress(Unavailable):
-                await asyncio.to_thread(self._queue.renew, task)
+                await self._in_thread(lambda: self._queue.renew(claim))
+
+    async def _in_thread(self, work: Callable[[], T]) -> T:
+        return await in_thread(self._threads, work)
 
     def enqueue_task_sync(
         self, task_name: str, args: Any = None, kwargs: Any = None, **options: Any
@@ -152,8 +168,8 @@ class SqliteTaskAdapter(TaskProcessorAdapter):
         raise NotImplementedError("a task's state is in its record: TaskStore.read")
 
     def cancel_task_sync(self, task_id: str) -> None:
-        """Forget a task."""
-        self._queue.done(TaskId.parse(task_id))
+        """Not kept here."""
+        raise NotImplementedError("a task is cancelled in its record: TaskStore.cancel")
 
     def get_metrics_sync(self) -> dict[str, Any]:
         """How much waits."""

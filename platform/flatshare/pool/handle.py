@@ -1,4 +1,4 @@
-"""The pool, for whoever only asks it: its names in Serve, and a handle. No torch in here."""
+"""The pool and the control plane, for whoever only asks them: their names in Serve, and handles. No torch."""
 
 from __future__ import annotations
 
@@ -7,12 +7,21 @@ from typing import Any, Final
 from ray import serve
 from ray.serve.handle import DeploymentHandle
 
-__all__ = ["POOL_APP", "POOL_DEPLOYMENT", "pool_handle"]
+__all__ = [
+    "CONTROL_APP", "CONTROL_DEPLOYMENT", "POOL_APP", "POOL_DEPLOYMENT", "control_handle", "pool_handle",
+]  # fmt: skip
 
 POOL_APP: Final = "flatshare"
 POOL_DEPLOYMENT: Final = "ClassifierPool"
+CONTROL_APP: Final = "flatshare-control"
+CONTROL_DEPLOYMENT: Final = "ControlPlane"
 
 
 def pool_handle() -> DeploymentHandle[Any]:
     """A handle on the running pool."""
     return serve.get_deployment_handle(POOL_DEPLOYMENT, POOL_APP)
+
+
+def control_handle() -> DeploymentHandle[Any]:
+    """A handle on the running control plane."""
+    return serve.get_deployment_handle(CONTROL_DEPLOYMENT, CONTROL_APP)

@@ -67,5 +67,9 @@ async def answered(app: ASGIApp, asked: Asked) -> Reply:
         elif message["type"] == "http.response.body":
             body.extend(message.get("body", b""))
 
-    await app(scope, receive, send)
+    try:
+        await app(scope, receive, send)
+    except Exception:  # what Starlette raises once more, after it has answered 500
+        if not shown:
+            raise
     return Reply(status, shown, bytes(body))

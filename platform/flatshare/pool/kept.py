@@ -17,7 +17,7 @@ from typing import Final
 from ray.experimental import internal_kv
 
 from flatshare.api.identity import OperatorKeys
-from flatshare.settings import Settings
+from flatshare.settings import Settings, settings_of
 from flatshare_registry.errors import Unavailable
 
 __all__ = [
@@ -77,7 +77,7 @@ def recall_deployed() -> Deployed | None:
     document = json.loads(value)
     operators = document["operators"]
     return Deployed(
-        Settings(**document["settings"]),
+        settings_of(document["settings"]),
         None if operators is None else OperatorKeys(operators),
         document["environment"],
         document["revision"],
@@ -132,7 +132,10 @@ def forget() -> None:
 
 
 def _put(key: bytes, value: bytes) -> None:
-    internal_kv._internal_kv_put(key, value, overwrite=True, namespace=_NAMESPACE)
+    try:
+        internal_kv._internal_kv_put(key, value, overwrite=True, namespace=_NAMESPACE)
+    except Exception as error:  # ray and gRPC have a dozen kinds
+        raise Unavailable(f"the cluster does not keep it: {type(error).__name__}") from error
 
 
 def _get(key: bytes) -> bytes | None:

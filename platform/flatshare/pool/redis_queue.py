@@ -1,4 +1,4 @@
-"""Tasks through Redis, by Celery: Ray Serve's own adapter, for consumers on several machines.
+"""Tasks through Redis, by Celery: Ray Serve's own adapter, for a pool on several machines.
 
 A message holds a task's id, nothing else. Celery redelivers what a dead worker had in hand only minutes
 later, and may deliver twice; a record's compare-and-swap makes that harmless (``tasks/store.py``). How many
@@ -9,6 +9,7 @@ it when it ends; the store does not.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 from collections.abc import Awaitable, Callable
 from pathlib import Path
@@ -40,8 +41,14 @@ BROKER_S: Final = 3.0
 STORE_DOWN_S: Final = 2.0
 
 
-def redis_config(url: str, password_file: str) -> TaskProcessorConfig:
-    """Ray Serve's configuration of the queue."""
+def redis_config(url: str, password_file: str, run_s: float) -> TaskProcessorConfig:
+    """Ray Serve's configuration of the queue.
+
+    Parameters
+    ----------
+    run_s
+        Seconds that a run may take: what is in hand must not be given out anew sooner.
+    """
     full = _with_password(url, password_file)
     return TaskProcessorConfig(
         queue_name=QUEUE,
@@ -50,7 +57,7 @@ def redis_config(url: str, password_file: str) -> TaskProcessorConfig:
             broker_url=full,
             backend_url=full,
             broker_transport_options={
-                "visibility_timeout": VISIBILITY_S,
+                "visibility_timeout": max(VISIBILITY_S, 2 * run_s),
                 "socket_timeout": BROKER_S, "socket_connect_timeout": BROKER_S,
             },
             app_custom_config={
@@ -92,14 +99,19 @@ class RedisQueue:
         Tasks that may wait, in all and of one tenant.
     """
 
-    def __init__(self, url: str, password_file: str, most: int, most_of_tenant: int) -> None:
-        self._config = redis_config(url, password_file)
-        self._redis = redis.Redis.from_url(
-            _with_password(url, password_file), socket_timeout=BROKER_S, socket_connect_timeout=BROKER_S
-        )
+    def __init__(self, url: str, password_file: str, run_s: float, most: int, most_of_tenant: int) -> None:
+        self._where = (url, password_file, run_s)
         self._most = most
         self._most_of_tenant = most_of_tenant
         self._adapter: Any = None
+
+    @functools.cached_property
+    def _redis(self) -> redis.Redis:
+        """Made at first use: a queue that is away must not keep a replica from starting."""
+        url, password_file, _ = self._where
+        return redis.Redis.from_url(
+            _with_password(url, password_file), socket_timeout=BROKER_S, socket_connect_timeout=BROKER_S
+        )
 
     def put(self, task: TaskId) -> None:
         """Have a task run.
@@ -111,7 +123,7 @@ class RedisQueue:
         """
         try:
             if self._adapter is None:
-                self._adapter = instantiate_adapter_from_config(self._config)
+                self._adapter = instantiate_adapter_from_config(redis_config(*self._where))
             self._redis.sadd(_waiting(task.tenant), str(task))
             self._adapter.enqueue_task_sync(RUN, [str(task)])
         except Exception as error:  # redis and kombu have a dozen kinds
@@ -172,13 +184,20 @@ class RedisTaskAdapter(CeleryTaskProcessorAdapter):
 
         super().register_task_handle(run, name)  # type: ignore[no-untyped-call]  # Ray's
 
-    def takes_any_again(self) -> bool:
-        """Whether a task may be put that is there perhaps: what waits would else stand there twice."""
-        return int(self._redis.llen(QUEUE)) == 0
+    def lacks_some_of(self, tasks: int) -> bool:
+        """Whether so many open tasks are more than wait: some of them may be lost."""
+        return int(self._redis.llen(QUEUE)) < tasks
+
+    def check(self) -> None:
+        """Return if Redis answers; raises ``Unavailable``."""
+        try:
+            self._redis.ping()
+        except redis.RedisError as error:
+            raise Unavailable(f"Redis does not answer: {type(error).__name__}") from error
 
     @property
     def failed(self) -> str | None:
-        """Why it does not work: its thread has ended, or Redis does not answer."""
+        """Why it does not work: Celery's thread has ended."""
         if self._worker_thread is None or not self._worker_thread.is_alive():
             return "Celery's worker has ended"
         return None

@@ -20,7 +20,7 @@ from typing import Final
 from flatshare.tasks.records import TaskId
 from flatshare_registry.errors import Unavailable
 
-__all__ = ["LEASE_S", "QueueLength", "SqliteQueue"]
+__all__ = ["LEASE_S", "Claim", "QueueLength", "SqliteQueue"]
 
 LEASE_S: Final = 10.0
 """Seconds for which a claim holds; renewed three times in it."""
@@ -65,6 +65,20 @@ class QueueLength:
     oldest_s: float
 
 
+@dataclass(slots=True)
+class Claim:
+    """A task that is leased.
+
+    Attributes
+    ----------
+    until
+        The end of the lease, which names it: whoever claims the task later has another one.
+    """
+
+    task: TaskId
+    until: float
+
+
 class SqliteQueue:
     """One queue. Methods block for milliseconds, and may be called from any thread and process.
 
@@ -80,8 +94,6 @@ class SqliteQueue:
         self._path = path
         self._clock = clock
         self._local = threading.local()
-        with self._connected() as connection:
-            connection.executescript(_SCHEMA)
 
     def put(self, task: TaskId, delay_s: float = 0.0) -> None:
         """Have a task run, not before so many seconds; one that is there already waits as it did."""
@@ -92,37 +104,33 @@ class SqliteQueue:
                 (str(task), task.tenant, now, now + delay_s),
             )
 
-    def claim(self) -> TaskId | None:
+    def claim(self) -> Claim | None:
         """The task that is next, leased for :data:`LEASE_S`; None when none is due."""
         now = self._clock()
         with self._connected() as connection:
             row = connection.execute(_CLAIM, {"now": now, "until": now + LEASE_S}).fetchone()
-        return None if row is None else TaskId.parse(row[0])
+        return None if row is None else Claim(TaskId.parse(row[0]), now + LEASE_S)
 
-    def renew(self, task: TaskId) -> None:
-        """Go on holding a task that was claimed."""
-        with self._connected() as connection:
-            connection.execute(
-                "UPDATE waiting SET leased_until = ? WHERE id = ?", (self._clock() + LEASE_S, str(task))
-            )
+    def renew(self, claim: Claim) -> None:
+        """Go on holding a task, unless somebody else does by now."""
+        until = self._clock() + LEASE_S
+        if self._change(
+            "UPDATE waiting SET leased_until = ? WHERE id = ? AND leased_until = ?", claim, until
+        ):
+            claim.until = until
 
-    def back(self, task: TaskId, delay_s: float) -> None:
+    def back(self, claim: Claim, delay_s: float) -> None:
         """Give a task back, to be claimed again after so many seconds."""
-        with self._connected() as connection:
-            connection.execute(
-                "UPDATE waiting SET leased_until = 0, not_before = ? WHERE id = ?",
-                (self._clock() + delay_s, str(task)),
-            )
+        query = "UPDATE waiting SET leased_until = 0, not_before = ? WHERE id = ? AND leased_until = ?"
+        self._change(query, claim, self._clock() + delay_s)
 
-    def done(self, task: TaskId) -> None:
-        """Forget a task."""
-        with self._connected() as connection:
-            connection.execute("DELETE FROM waiting WHERE id = ?", (str(task),))
+    def done(self, claim: Claim) -> None:
+        """Forget a task, unless somebody else holds it by now."""
+        self._change("DELETE FROM waiting WHERE id = ? AND leased_until = ?", claim)
 
-    def forget_tenant(self, tenant: str) -> None:
-        """Forget all tasks of a tenant."""
+    def _change(self, query: str, claim: Claim, *values: float) -> bool:
         with self._connected() as connection:
-            connection.execute("DELETE FROM waiting WHERE tenant = ?", (tenant,))
+            return connection.execute(query, (*values, str(claim.task), claim.until)).rowcount > 0
 
     def length(self, tenant: str = "") -> QueueLength:
         """How much waits."""
@@ -133,18 +141,33 @@ class SqliteQueue:
 
     @contextmanager
     def _connected(self) -> Iterator[sqlite3.Connection]:
-        """One connection a thread; what happens in the block happens whole."""
-        connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
+        """One connection a thread, to the file that is there now; what happens in the block happens whole."""
         try:
-            if connection is None:
-                self._path.parent.mkdir(parents=True, exist_ok=True)
-                self._path.touch(mode=0o600)
-                connection = sqlite3.connect(self._path, timeout=BUSY_S, isolation_level="IMMEDIATE")
-                connection.execute("PRAGMA journal_mode=WAL")
-                # What a power cut takes of the last commits, the store still knows.
-                connection.execute("PRAGMA synchronous=NORMAL")
-                self._local.connection = connection
+            connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
+            if connection is None or self._local.file != self._file():
+                connection = self._opened()
             with connection:
                 yield connection
         except (sqlite3.Error, OSError) as error:
+            self._local.connection = None
             raise Unavailable(f"the queue of tasks does not work: {error}") from error
+
+    def _opened(self) -> sqlite3.Connection:
+        self._path.parent.mkdir(parents=True, exist_ok=True)
+        self._path.touch(mode=0o600)
+        self._local.file = self._file()
+        connection = sqlite3.connect(self._path, timeout=BUSY_S, isolation_level="IMMEDIATE")
+        connection.execute("PRAGMA journal_mode=WAL")
+        # What a power cut takes of the last commits, the store still knows.
+        connection.execute("PRAGMA synchronous=NORMAL")
+        connection.executescript(_SCHEMA)
+        self._local.connection = connection
+        return connection
+
+    def _file(self) -> tuple[int, int] | None:
+        """Which file is there: one that was removed goes on in who has it open."""
+        try:
+            found = self._path.stat()
+        except FileNotFoundError:
+            return None
+        return found.st_dev, found.st_ino

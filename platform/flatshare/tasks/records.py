@@ -102,6 +102,8 @@ class TaskRecord(_Frozen):
         Runs that were begun, those that a crash ended among them.
     failures
         Those of them that failed, or are under way; a run that found no room is none.
+    busy_since
+        Since when its runs have found no room.
     fence
         Of the run that may end it now: the answer of any other run is dropped.
     error
@@ -120,6 +122,7 @@ class TaskRecord(_Frozen):
     expires_at: datetime
     attempts: int = 0
     failures: int = 0
+    busy_since: datetime | None = None
     fence: str | None = None
     error: str | None = None
     code: str | None = None

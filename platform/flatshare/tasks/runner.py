@@ -96,8 +96,9 @@ class TaskRunner:
         fence = new_ulid()
         record = await asyncio.to_thread(self._store.begin, task, fence, self._alone_s)
         if record is None:
-            await asyncio.to_thread(self._store.settle, task)
-            return None
+            open_now = await asyncio.to_thread(self._store.settle, task, 0.0)
+            # Another run is under way: look again when it must have ended.
+            return self._alone_s if open_now is not None and self._alone_s else None
         if record.failures > MOST_FAILURES:
             why = record.error or "the process that ran it died each time"
             await self._give_up(task, fence, f"given up after {record.failures - 1} failures: {why}")
@@ -111,11 +112,12 @@ class TaskRunner:
             reply = await self._ask(
                 Asked(record.input.path, record.input.ref, record.input.headers, body, task.ulid)
             )
-        except NotFound:  # its tenant is being erased
-            await self._refuse(task, fence, TaskState.FAILED, "its tenant or its input is gone", "gone")
+        except NotFound:  # its tenant has gone: so does it
+            await asyncio.to_thread(self._store.forget, task)
             return None
         except Exception as error:  # the way to the pool: Ray has a dozen kinds
-            why = error.message if isinstance(error, RegistryError) else type(error).__name__
+            # A store's address is not for the sender.
+            why = "the store does not answer" if isinstance(error, RegistryError) else type(error).__name__
             logger.warning("task %s: %s", task, why)
             return await self._busy(record, task, fence, f"the pool was not reached: {why}")
         return await self._take(record, task, fence, reply)
@@ -146,7 +148,8 @@ class TaskRunner:
 
     async def _busy(self, record: TaskRecord, task: TaskId, fence: str, error: str) -> float | None:
         """No room now: that is no fault of the task's."""
-        if self._clock() - record.created_at.timestamp() > MOST_REFUSALS_S:
+        since = record.busy_since
+        if since is not None and self._clock() - since.timestamp() > MOST_REFUSALS_S:
             await self._give_up(task, fence, error)
             return None
         await asyncio.to_thread(self._store.again, task, fence, error, "busy", failed=False)
@@ -162,6 +165,8 @@ class TaskRunner:
     def _refusal(self, record: TaskRecord) -> str | None:
         """Why who sent it may not have it run any more. Raises ``NotFound`` for a tenant that is gone."""
         head = self._head(TenantId(record.tenant))
+        if head.created_at > record.created_at:
+            raise NotFound(f"tenant {record.tenant} is another one by now")
         if head.state is TenantState.SUSPENDED:
             return f"tenant {record.tenant} is suspended"
         if record.key_id is None:

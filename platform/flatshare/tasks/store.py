@@ -16,11 +16,17 @@ from typing import Final
 
 from flatshare.tasks.records import Answered, TaskId, TaskInput, TaskRecord, TaskState
 from flatshare_registry import layout
-from flatshare_registry.errors import AlreadyExists, Conflict, InvalidInput, NotFound
+from flatshare_registry.errors import AlreadyExists, Conflict, Corrupt, InvalidInput, NotFound
 from flatshare_registry.ids import TenantId
 from flatshare_registry.stores.base import BlobStore, Create, Overwrite, UpdateIf
 
 __all__ = ["TaskStore"]
+
+MOST_READ: Final = 500
+"""Records that are read for one page: of a state that few have there may be fewer than asked for."""
+
+NEVER_TOLD_S: Final = 600.0
+"""Age of a note without a task: whoever was writing the task has ended long ago."""
 
 TRIES: Final = 20
 """Of a compare-and-swap: a task has few who change it."""
@@ -59,7 +65,7 @@ class TaskStore:
         AlreadyExists
             There is one of this id.
         Unavailable
-            The store does not answer; nothing was taken.
+            The store does not answer. What was written of it goes by itself, if it is not whole.
         """
         now = self._clock()
         record = TaskRecord(
@@ -108,14 +114,13 @@ class TaskStore:
             reverse=True,
         )
         records: list[TaskRecord] = []
-        for ulid in found:
-            if len(records) == limit:
+        for looked, ulid in enumerate(one for one in found if not before or one < before):
+            if len(records) == limit or looked == MOST_READ:
                 break
-            if not before or ulid < before:
-                with contextlib.suppress(NotFound):  # it went meanwhile
-                    record = self.read(TaskId(tenant, ulid))
-                    if state in (None, record.state):
-                        records.append(record)
+            with contextlib.suppress(NotFound, Corrupt):  # it went meanwhile, or nobody can read it
+                record = self.read(TaskId(tenant, ulid))
+                if state in (None, record.state):
+                    records.append(record)
         return records
 
     def begin(self, task: TaskId, fence: str, alone_s: float = 0.0) -> TaskRecord | None:
@@ -164,8 +169,10 @@ class TaskStore:
         failed
             Whether this run counts against its tries.
         """
-        spare = 0 if failed else 1
-        return self._end(task, fence, TaskState.QUEUED, spare, error=error, code=code)
+        changes: dict[str, object] = {"error": error, "code": code}
+        if failed:
+            changes["busy_since"] = None
+        return self._end(task, fence, TaskState.QUEUED, 0 if failed else 1, **changes)
 
     def cancel(self, task: TaskId) -> TaskRecord:
         """End a task that has not ended; a run under way goes on, and its answer is dropped. Raises
@@ -173,11 +180,11 @@ class TaskStore:
         """
 
         def change(record: TaskRecord) -> TaskRecord | None:
-            return None if record.state.ended else record.now(TaskState.CANCELLED, self._clock(), fence=None)
+            return None if record.state.ended else self._ended(record, TaskState.CANCELLED, fence=None)
 
         changed = self._change(task, change)
         if changed is not None:
-            self._store.delete(layout.open_task_key(task.tenant, task.ulid))
+            self._close(task)
         return changed or self.read(task)
 
     def replay(self, task: TaskId) -> TaskRecord:
@@ -192,7 +199,7 @@ class TaskStore:
         def change(record: TaskRecord) -> TaskRecord:
             if record.state not in (TaskState.DEAD, TaskState.FAILED):
                 raise InvalidInput(f"task {task} is {record.state}: what is dead or failed can be replayed")
-            return record.now(TaskState.QUEUED, self._clock(), attempts=0, failures=0, fence=None)
+            return self._ended(record, TaskState.QUEUED, attempts=0, failures=0, fence=None, busy_since=None)
 
         with contextlib.suppress(AlreadyExists):
             self._store.put(layout.open_task_key(task.tenant, task.ulid), b"{}", Create())
@@ -203,58 +210,91 @@ class TaskStore:
     def drop(self, task: TaskId) -> None:
         """Remove a task, its body and its answer. Raises ``NotFound``."""
         self.read(task)
-        self._store.delete(layout.open_task_key(task.tenant, task.ulid))
-        self._store.purge_all(layout.task_prefix(task.tenant, task.ulid))
+        self.forget(task)
 
-    def open(self, older_than_s: float = 0.0) -> Iterator[TaskId]:
-        """Tasks that have not ended, as far as is known; some may have just now."""
+    def forget(self, task: TaskId) -> None:
+        """Remove whatever there is of a task: its tenant has gone."""
+        self._store.purge_all(layout.task_prefix(task.tenant, task.ulid))
+        self._store.purge(layout.open_task_key(task.tenant, task.ulid))
+
+    def open(self, older_than_s: float = 0.0) -> Iterator[tuple[TaskId, float]]:
+        """Tasks that have not ended, as far as is known, and the age of the note that says so, in seconds."""
         now = self._clock()
         for meta in self._store.list(layout.OPEN_TASKS):
             found = layout.open_task_of(meta.key)
-            if found is not None and now - meta.modified_s >= older_than_s:
-                yield TaskId(TenantId(found[0]), found[1])
+            age_s = now - meta.modified_s
+            if found is not None and age_s >= older_than_s:
+                yield TaskId(TenantId(found[0]), found[1]), age_s
 
-    def settle(self, task: TaskId) -> tuple[TaskRecord, float] | None:
+    def settle(self, task: TaskId, age_s: float) -> tuple[TaskRecord, float] | None:
         """Forget that a task is open if it has ended, or never came to be.
+
+        Parameters
+        ----------
+        age_s
+            Of the note that it is open.
 
         Returns
         -------
         tuple or None
             The record, and the seconds since its last change; None when it is not open.
         """
-        with contextlib.suppress(NotFound):
+        try:
             record = self.read(task)
-            if not record.state.ended:
-                return record, self._clock() - record.updated_at.timestamp()
-        self._store.delete(layout.open_task_key(task.tenant, task.ulid))
+        except NotFound:
+            if age_s > NEVER_TOLD_S:  # else somebody may be writing it
+                self.forget(task)
+            return None
+        if not record.state.ended:
+            return record, self._clock() - record.updated_at.timestamp()
+        self._close(task)
         return None
 
     def remove_expired(self) -> int:
         """Remove tasks that have ended and are past their time; how many went."""
-        now, gone = _at(self._clock()), 0
+        now_s, gone = self._clock(), 0
         for meta in self._store.list(layout.TASKS):
-            if meta.key.endswith("/record.json"):
-                with contextlib.suppress(NotFound):
-                    record = TaskRecord.decode(self._store.get(meta.key).data, meta.key)
-                    if record.state.ended and record.expires_at < now:
-                        self.drop(TaskId.parse(record.id))
-                        gone += 1
+            # One that was written lately is not read: a listing costs little, a read of each a lot.
+            if not meta.key.endswith("/record.json") or now_s - meta.modified_s < self._keep_s:
+                continue
+            with contextlib.suppress(NotFound, Corrupt):
+                record = TaskRecord.decode(self._store.get(meta.key).data, meta.key)
+                if record.state.ended and record.expires_at < _at(now_s):
+                    self.forget(TaskId.parse(record.id))
+                    gone += 1
         return gone
 
     def _end(self, task: TaskId, fence: str, state: TaskState, spare: int = 0, **changes: object) -> bool:
         def change(record: TaskRecord) -> TaskRecord | None:
             if record.state is not TaskState.RUNNING or record.fence != fence:
                 return None
-            failures = record.failures - spare
-            return record.now(state, self._clock(), failures=failures, **changes)
+            if spare and record.busy_since is None:
+                changes["busy_since"] = _at(self._clock())
+            new = {"failures": record.failures - spare, **changes}
+            return (
+                self._ended(record, state, **new) if state.ended else record.now(state, self._clock(), **new)
+            )
 
         try:
             ended = self._change(task, change) is not None
         except NotFound:  # its tenant was erased meanwhile
             return False
         if ended and state.ended:
-            self._store.delete(layout.open_task_key(task.tenant, task.ulid))
+            self._close(task)
         return ended
+
+    def _ended(self, record: TaskRecord, state: TaskState, **changes: object) -> TaskRecord:
+        """In another state, and kept for so long from now on."""
+        now = self._clock()
+        return record.now(state, now, expires_at=_at(now + self._keep_s), **changes)
+
+    def _close(self, task: TaskId) -> None:
+        """Note that a task is not open any more; it may be replayed at this very moment."""
+        key = layout.open_task_key(task.tenant, task.ulid)
+        self._store.delete(key)
+        with contextlib.suppress(NotFound, AlreadyExists):
+            if not self.read(task).state.ended:
+                self._store.put(key, b"{}", Create())
 
     def _change(self, task: TaskId, change: Callable[[TaskRecord], TaskRecord | None]) -> TaskRecord | None:
         for _ in range(TRIES):

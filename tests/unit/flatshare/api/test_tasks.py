@@ -20,6 +20,7 @@ from flatshare.tasks.records import TaskId
 from flatshare.tasks.runner import Asked, Reply, TaskRunner
 from flatshare.tasks.store import TaskStore
 from flatshare_registry import Scope, TenantId
+from flatshare_registry.errors import Unavailable
 from flatshare_registry.keys import new_key
 
 from .conftest import NETWORK, World
@@ -32,9 +33,11 @@ MODEL = "serve_multiplexed_model_id"
 class Queue:
     def __init__(self) -> None:
         self.waiting: list[TaskId] = []
-        self.full = False
+        self.full = self.away = False
 
     def put(self, task: TaskId) -> None:
+        if self.away:
+            raise Unavailable("the queue is away")
         self.waiting.append(task)
 
     def check_room(self, tenant: TenantId) -> None:
@@ -182,6 +185,22 @@ async def test_what_may_not_be_taken_is_not(place: Place, client: httpx.AsyncCli
         assert (await client.post("/tasks", json=body, headers=changed)).status_code == status
     assert (await client.post("/tasks", content=b"x" * 200_000, headers=headers)).status_code == 413
     assert not list(place.store.open()) and not place.queue.waiting
+
+
+async def test_a_queue_that_is_away_costs_no_task_and_a_suspended_tenant_sees_none(
+    place: Place, client: httpx.AsyncClient
+) -> None:
+    headers = {**place.key("acme"), MODEL: "acme"}
+    place.queue.away = True
+    taken = await client.post("/tasks", json={"image": READY.tolist()}, headers=headers)
+    assert (taken.status_code, place.queue.waiting) == (202, [])
+    assert [str(task) for task, _ in place.store.open()] == [taken.json()["id"]]
+    waiting = await client.get(f"{taken.headers['location']}/result", headers=headers)
+    assert (waiting.status_code, waiting.headers["retry-after"]) == (202, "1")
+    place.world.registry.tenancy.suspend(TenantId("acme"))
+    await place.world.heads.refresh(TenantId("acme"))
+    for path in (taken.headers["location"], "/tasks", f"{taken.headers['location']}/result"):
+        assert (await client.get(path, headers=headers)).status_code == 403
 
 
 async def test_a_cancelled_task_is_not_run_and_a_dropped_one_is_gone(

@@ -118,13 +118,17 @@ def test_the_notebooks_class_groups_rows_by_the_model_that_a_column_names(
             OfflineClassifier(settings=settings, **wrong)
 
 
-def test_what_the_service_refuses_is_refused(core: OfflineCore, registry: Registry) -> None:
+def test_what_the_service_refuses_is_refused(
+    core: OfflineCore, registry: Registry, settings: Settings
+) -> None:
     with pytest.raises(NotFound):
         core.predict("nobody", READY)
     with pytest.raises(NotFound):
         core.predict("acme@9", READY)
     with pytest.raises(BadInput, match="raw pixels"):
         core.predict("acme", PIXELS.astype(np.int64))
+    with OfflineCore(settings, ready=True) as ready:
+        assert ready.predict("acme", PIXELS.astype(np.int64))[0].shape == (150,)
     with pytest.raises(BadInput):
         core.predict("acme", PIXELS[:, :27])
     with pytest.raises(BadInput):

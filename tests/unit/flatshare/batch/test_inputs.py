@@ -115,3 +115,25 @@ def test_a_column_that_is_no_images_is_the_rows_own_fault(tmp_path: Path, image:
     pq.write_table(table(image), tmp_path / "x.parquet")
     with pytest.raises(BadInput, match="column image"):
         open_input(str(tmp_path / "x.parquet")).rows(0, numbers(0, 1))
+
+
+def test_a_file_that_changes_is_another_input(tmp_path: Path) -> None:
+    """Rows are numbered: labels of what was there before must not stand beside what is there now."""
+    for index in range(2):
+        Image.fromarray(PIXELS[index]).save(tmp_path / f"{index}.png")
+    before = open_input(str(tmp_path))
+    assert before.names(0, numbers(1)).tolist() == [str(tmp_path / "1.png")]
+    (tmp_path / "0.png").rename(tmp_path / "2.png")
+    assert open_input(str(tmp_path)).fingerprint() != before.fingerprint()
+    np.save(tmp_path / "x.npy", PIXELS)
+    array = open_input(str(tmp_path / "x.npy")).fingerprint()
+    assert open_input(str(tmp_path / "x.npy")).fingerprint() == array
+    np.save(tmp_path / "x.npy", PIXELS[:5])
+    assert open_input(str(tmp_path / "x.npy")).fingerprint() != array
+
+
+def test_a_row_that_names_no_model_is_refused_before_anything_begins(tmp_path: Path) -> None:
+    image = pa.FixedSizeListArray.from_arrays(pa.array(PIXELS[:2].reshape(-1)), 784)
+    pq.write_table(pa.table({"image": image, "tenant": ["acme", None]}), tmp_path / "x.parquet")
+    with pytest.raises(InvalidInput, match="names no model in 1 rows"):
+        open_input(str(tmp_path / "x.parquet"), model_column="tenant").models()

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from flatshare.batch.results import Manifest, Results
 from flatshare_registry.errors import InvalidInput
 
-MANIFEST = Manifest("x.npy", (("x.npy", 6),), "acme", "", {"acme": "acme@1"})
+MANIFEST = Manifest("x.npy", "f", "acme", "image/", {"acme": "acme@1"})
 
 
 def columns(*rows: int, error: str = "") -> dict[str, NDArray[Any]]:
@@ -41,6 +41,9 @@ def test_what_has_a_label_is_done_and_what_failed_is_not(tmp_path: Path) -> None
         None,
         "the store is down",
     )
+    with pytest.raises(InvalidInput, match="another batch writes"):
+        Results(str(tmp_path / "out"))
+    del results
     again = Results(str(tmp_path / "out"))
     assert again.manifest() == MANIFEST
     again.add([columns(1)])
@@ -58,7 +61,7 @@ def test_a_part_that_was_cut_off_is_not_there(tmp_path: Path, monkeypatch: pytes
         patched.setattr(Path, "replace", full)
         with pytest.raises(InvalidInput, match="No space left"):
             results.add([columns(0)])
-    assert results.parts() == [] and [one.name for one in tmp_path.iterdir()] == ["_batch.json"]
+    assert results.parts() == [] and {one.name for one in tmp_path.iterdir()} == {"_batch.json", ".lock"}
 
 
 def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
@@ -68,6 +71,8 @@ def test_a_folder_of_something_else_is_refused(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InvalidInput, match="can't be made"):
         Results(str(tmp_path / "file" / "out"))
-    (tmp_path / "_batch.json").write_text("{")
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "_batch.json").write_text("{")
+    (tmp_path / "out" / "._batch.json.new").write_text("what a kill left")
     with pytest.raises(InvalidInput, match="damaged"):
-        Results(str(tmp_path)).manifest()
+        Results(str(tmp_path / "out")).manifest()

@@ -9,10 +9,11 @@ import pytest
 
 from flatshare.control import deployment as control_deployment
 from flatshare.errors import SettingsError
-from flatshare.live_settings import LIVE
+from flatshare.live_settings import LIVE, changed
 from flatshare.local.platform import edge_options
 from flatshare.local.rollout import ROLLED_OUT, changed_settings
-from flatshare.settings import Settings
+from flatshare.settings import Settings, settings_of
+from flatshare_registry.records import Quotas
 
 DEPLOYED = Settings(slots=7, store="memory://x", port=8123, plans={})
 
@@ -21,6 +22,17 @@ def test_what_is_not_named_stays_as_it_was_deployed(monkeypatch: pytest.MonkeyPa
     monkeypatch.setenv("FLATSHARE_SLOTS", "99")
     changed = changed_settings(DEPLOYED, {"eviction": "sieve"})
     assert changed == DEPLOYED.model_copy(update={"eviction": "sieve"})
+
+
+def test_nothing_of_this_processes_environment_is_mixed_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ray's processes inherit the environment of who started them, and a plan that was taken away stays away."""
+    monkeypatch.setenv("FLATSHARE_PLANS", '{"default": {"requests_per_s": 50}, "old": {"burst": 1}}')
+    deployed = Settings()
+    assert set(deployed.plans) == {"default", "old"}
+    new = changed(deployed, {"plans": {"default": {"burst": 3}}}, LIVE, "")
+    assert new.plans == {"default": Quotas(burst=3)}
+    assert changed(new, {"tenant_share": 0.5}, LIVE, "").plans == new.plans
+    assert settings_of(new.model_dump(mode="json")) == new
 
 
 def test_a_value_is_read_as_the_setting_is() -> None:

@@ -62,3 +62,10 @@ def test_a_handover_drives_out_nothing_that_is_asked_for_more() -> None:
     mine, others = [f"a{number}" for number in range(10)], [f"b{number}" for number in range(10)]
     found = to_load([Held("A", 0, 10, mine), Held("B", 1, 10, others)], {0: "A"})
     assert found["A"] == others[:5]
+
+
+def test_what_is_gone_takes_only_the_room_that_the_living_leave() -> None:
+    living = [Held("r0", 0, 3, ["a", "b"])]
+    gone = [Held("old", 0, 3, ["x", "y", "a"])]
+    assert to_load(living, {0: "r0"}, None, gone) == {"r0": ["x"]}
+    assert to_load([], {0: "new"}, None, gone) == {"new": ["x", "y", "a"]}

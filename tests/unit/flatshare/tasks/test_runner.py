@@ -12,7 +12,7 @@ from flatshare.tasks.records import TaskId, TaskRecord, TaskState
 from flatshare.tasks.runner import MOST_FAILURES, MOST_REFUSALS_S, Asked, Reply, TaskRunner
 from flatshare.tasks.store import TaskStore
 from flatshare_registry import Registry, Scope, TenantId
-from flatshare_registry.errors import Unavailable
+from flatshare_registry.errors import NotFound, Unavailable
 from flatshare_registry.stores.memory import MemoryStore
 from flatshare_registry.testing.faults import ManualClock
 
@@ -97,9 +97,12 @@ async def test_no_room_is_no_fault_and_has_an_end(world: World) -> None:
     busy = [refusal(503, "overloaded"), refusal(429, "over"), Unavailable("down"), RuntimeError("actor died")]
     assert None not in await world.run(*busy * 5)
     assert (world.record.state, world.record.failures) == (TaskState.QUEUED, 0)
+    assert "down" not in str(world.record.error), "a store's address is not for the sender"
     world.clock.advance(MOST_REFUSALS_S + 1)
     assert await world.run(busy[0]) == [None]
     assert world.record.state is TaskState.DEAD
+    world.store.replay(world.task)
+    assert None not in await world.run(busy[0]), "a replay has all its time"
 
 
 async def test_a_task_that_kills_who_runs_it_ends_as_a_dead_letter(world: World) -> None:
@@ -116,14 +119,32 @@ async def test_who_lost_the_right_meanwhile_is_not_answered(world: World) -> Non
     assert (world.record.state, world.record.code, world.asked) == (TaskState.FAILED, "forbidden", [])
 
 
-@pytest.mark.parametrize("leave", ["suspend", "delete"])
-async def test_a_tenant_that_left_is_not_answered(world: World, leave: str) -> None:
-    if leave == "suspend":
-        world.registry.tenancy.suspend(ACME)
-    else:
-        world.registry.delete_tenant(ACME)
+async def test_a_suspended_tenants_task_is_refused(world: World) -> None:
+    world.registry.tenancy.suspend(ACME)
     assert await world.run(GOOD) == [None]
     assert (world.record.state, world.asked) == (TaskState.FAILED, [])
+
+
+@pytest.mark.parametrize("comes_back", [False, True])
+async def test_a_tenants_tasks_go_with_it_and_are_never_another_ones(world: World, comes_back: bool) -> None:
+    late = TaskId.new(ACME)
+    world.clock.advance(10)
+    world.registry.delete_tenant(ACME)
+    with pytest.raises(NotFound):
+        world.store.read(world.task)
+    if comes_back:
+        world.clock.advance(10)
+        world.registry.create_tenant(ACME)
+    # Of a request that was let in before, and whose body came after.
+    at = world.clock()
+    world.store._clock = lambda: at - 15
+    world.store.take(late, "/predict", "acme", {}, b"{}", "operator:o", None)
+    world.replies = [GOOD]
+    assert await world.runner.run(late) is None
+    assert world.asked == []
+    with pytest.raises(NotFound):
+        world.store.read(late)
+    assert list(world.store.open()) == []
 
 
 async def test_an_operators_task_needs_no_key_of_the_tenants(world: World) -> None:

@@ -8,9 +8,10 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from flatshare.tasks.records import Answered, TaskId, TaskRecord, TaskState
-from flatshare.tasks.store import TaskStore
+from flatshare.tasks.store import NEVER_TOLD_S, TaskStore
 from flatshare_registry import TenantId, layout
 from flatshare_registry.errors import Corrupt, InvalidInput, NotFound
+from flatshare_registry.stores.base import Create, Overwrite
 from flatshare_registry.stores.memory import MemoryStore
 from flatshare_registry.testing.faults import ManualClock
 
@@ -38,6 +39,10 @@ def take(store: TaskStore, tenant: TenantId = ACME, body: bytes = b"{}") -> Task
     return task
 
 
+def opened(store: TaskStore) -> set[TaskId]:
+    return {task for task, _ in store.open()}
+
+
 def answer(fence: str) -> Answered:
     return Answered(status=200, content_type="application/json", version=7, digest="d", fence=fence)
 
@@ -45,14 +50,14 @@ def answer(fence: str) -> Answered:
 def test_a_task_is_taken_run_and_answered(store: TaskStore) -> None:
     task = take(store, body=b"input")
     assert (store.read(task).state, store.body(task)) == (TaskState.QUEUED, b"input")
-    assert list(store.open()) == [task]
+    assert opened(store) == {task}
     begun = store.begin(task, "f1")
     assert begun is not None and (begun.state, begun.attempts) == (TaskState.RUNNING, 1)
     assert store.finish(task, "f1", answer("f1"), b"result")
     record = store.read(task)
     assert (record.state, record.answer) == (TaskState.DONE, answer("f1"))
     assert store.answer(task, "f1") == b"result"
-    assert list(store.open()) == []
+    assert opened(store) == set()
     assert store.begin(task, "f2") is None, "there is nothing to run any more"
     assert TaskRecord.decode(record.encode(), "k") == record
 
@@ -105,7 +110,7 @@ def test_a_cancelled_task_stays_so_whatever_its_run_says(store: TaskStore) -> No
     assert store.cancel(task).state is TaskState.CANCELLED
     assert not store.finish(task, "f1", answer("f1"), b"late")
     assert store.begin(task, "f2") is None
-    assert list(store.open()) == []
+    assert opened(store) == set()
     assert store.cancel(task).state is TaskState.CANCELLED, "again is no error"
     done = take(store)
     store.begin(done, "f1")
@@ -128,10 +133,10 @@ def test_a_dead_one_is_replayed_with_all_its_tries_and_others_are_not(store: Tas
         store.replay(task)
     store.begin(task, "f1")
     store.refuse(task, "f1", TaskState.DEAD, "it failed", "dead")
-    assert list(store.open()) == []
+    assert opened(store) == set()
     again = store.replay(task)
     assert (again.state, again.attempts, again.failures) == (TaskState.QUEUED, 0, 0)
-    assert list(store.open()) == [task]
+    assert opened(store) == {task}
 
 
 def test_a_page_is_newest_first_and_of_one_tenant(store: TaskStore) -> None:
@@ -155,15 +160,18 @@ def test_what_crashed_between_two_writes_is_found_and_settled(
     blobs.put(
         layout.open_task_key(ACME, ended.ulid),
         b"{}",
-        __import__("flatshare_registry.stores.base", fromlist=["Create"]).Create(),
+        Create(),
     )
     running = take(store)
     assert list(store.open(older_than_s=10)) == []
     clock.advance(11)
-    assert set(store.open(older_than_s=10)) == {task, ended, running}
-    assert [store.settle(one) for one in (task, ended)] == [None, None]
-    assert store.settle(running) == (store.read(running), 11)
-    assert list(store.open()) == [running]
+    assert dict(store.open(older_than_s=10)) == dict.fromkeys((task, ended, running), 11)
+    assert [store.settle(one, 11) for one in (task, ended)] == [None, None]
+    assert store.settle(running, 11) == (store.read(running), 11)
+    assert opened(store) == {task, running}, "somebody may be writing its record at this moment"
+    assert store.settle(task, NEVER_TOLD_S + 1) is None
+    assert not list(blobs.list(layout.task_prefix(ACME, task.ulid))), "its input goes, too"
+    assert opened(store) == {running}
 
 
 def test_what_has_ended_goes_after_its_time_with_all_it_holds(
@@ -173,8 +181,13 @@ def test_what_has_ended_goes_after_its_time_with_all_it_holds(
     store.begin(ended, "f1")
     store.finish(ended, "f1", answer("f1"), b"x")
     assert store.remove_expired() == 0
-    clock.advance(101)
+    clock.advance(90)
+    dead = take(store)
+    store.begin(dead, "f")
+    store.refuse(dead, "f", TaskState.DEAD, "x", "x")
+    clock.advance(11)
     assert store.remove_expired() == 1
+    assert store.read(dead).state is TaskState.DEAD, "kept from its end on"
     assert not list(blobs.list(layout.task_prefix(ACME, ended.ulid)))
     assert store.read(waiting).state is TaskState.QUEUED
     with pytest.raises(NotFound):
@@ -196,3 +209,46 @@ def test_ids_and_records_that_are_none_are_refused(store: TaskStore) -> None:
         TaskRecord.decode(b"{}", "k")
     with pytest.raises(NotFound):
         store.read(TaskId.new(ACME))
+
+
+def test_a_replay_at_the_moment_of_its_end_stays_open(store: TaskStore, blobs: MemoryStore) -> None:
+    """The end deletes the note that it is open after the record changed; a replay may come between the two."""
+    task = take(store)
+    store.begin(task, "f")
+    delete = blobs.delete
+
+    def replayed_first(key: str) -> None:
+        blobs.delete = delete  # type: ignore[method-assign]
+        store.replay(task)
+        delete(key)
+
+    blobs.delete = replayed_first  # type: ignore[method-assign]
+    store.refuse(task, "f", TaskState.FAILED, "x", "x")
+    assert (store.read(task).state, opened(store)) == (TaskState.QUEUED, {task})
+
+
+def test_records_that_nobody_can_read_stop_nothing(
+    store: TaskStore, blobs: MemoryStore, clock: ManualClock
+) -> None:
+    bad, good = take(store), take(store)
+    blobs.put(layout.task_key(ACME, bad.ulid, "record.json"), b"{", Overwrite())
+    store.begin(good, "f")
+    store.finish(good, "f", answer("f"), b"x")
+    assert [one.id for one in store.list(ACME, 10)] == [str(good)]
+    clock.advance(101)
+    assert store.remove_expired() == 1
+
+
+def test_no_room_is_counted_from_its_first_refusal(store: TaskStore, clock: ManualClock) -> None:
+    task = take(store)
+    clock.advance(5000)
+    store.begin(task, "a")
+    store.again(task, "a", "no", "busy", failed=False)
+    first = store.read(task).busy_since
+    clock.advance(10)
+    store.begin(task, "b")
+    store.again(task, "b", "no", "busy", failed=False)
+    assert first is not None and store.read(task).busy_since == first
+    store.begin(task, "c")
+    store.again(task, "c", "it failed", "x", failed=True)
+    assert store.read(task).busy_since is None
