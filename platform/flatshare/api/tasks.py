@@ -224,8 +224,7 @@ def add_task_routes(
         whose = TenantId(tenant) if tenant is not None else caller.tenant
         assert whose is not None, "one of them is there"
         with await service.enter(caller, ModelRef.parse(whose)):
-            found = await known().run(known().store.list, whose, limit, before, state)
-        following = TaskId.parse(found[-1].id).ulid if len(found) == limit else None
+            found, following = await known().run(known().store.list, whose, limit, before, state)
         return TasksReply(tasks=[TaskReply.of(one) for one in found], next=following)
 
     @app.get("/tasks/{task_id}", operation_id="get_task", tags=["tasks"], responses={**ERROR_REPLIES})

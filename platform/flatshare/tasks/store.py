@@ -95,8 +95,8 @@ class TaskStore:
 
     def list(
         self, tenant: TenantId, limit: int, before: str = "", state: TaskState | None = None
-    ) -> list[TaskRecord]:
-        """A tenant's newest tasks, newest first.
+    ) -> tuple[list[TaskRecord], str | None]:
+        """A page of a tenant's tasks, newest first.
 
         Parameters
         ----------
@@ -104,24 +104,28 @@ class TaskStore:
             Only those older than this ULID.
         state
             Only those in this state.
+
+        Returns
+        -------
+        tuple
+            At most ``limit`` of them, and what the next page is before; None: there are no more. A page of a
+            state that few have may be short, or empty, and have a next one.
         """
-        found = sorted(
-            {
-                meta.key.split("/")[2]
-                for meta in self._store.list(layout.tasks_prefix(tenant))
-                if meta.key.endswith("/record.json")
-            },
-            reverse=True,
-        )
+        found = {
+            meta.key.split("/")[2]
+            for meta in self._store.list(layout.tasks_prefix(tenant))
+            if meta.key.endswith("/record.json")
+        }
+        older = sorted((ulid for ulid in found if not before or ulid < before), reverse=True)
         records: list[TaskRecord] = []
-        for looked, ulid in enumerate(one for one in found if not before or one < before):
-            if len(records) == limit or looked == MOST_READ:
-                break
+        for looked, ulid in enumerate(older[:MOST_READ], start=1):
             with contextlib.suppress(NotFound, Corrupt):  # it went meanwhile, or nobody can read it
                 record = self.read(TaskId(tenant, ulid))
                 if state in (None, record.state):
                     records.append(record)
-        return records
+            if len(records) == limit:
+                return records, ulid if looked < len(older) else None
+        return records, older[MOST_READ - 1] if len(older) > MOST_READ else None
 
     def begin(self, task: TaskId, fence: str, alone_s: float = 0.0) -> TaskRecord | None:
         """Begin a run; None when there is nothing to run any more, or another run is under way.

@@ -39,6 +39,13 @@ def take(store: TaskStore, tenant: TenantId = ACME, body: bytes = b"{}") -> Task
     return task
 
 
+def page(
+    store: TaskStore, limit: int, before: str = "", state: TaskState | None = None
+) -> tuple[list[str], str | None]:
+    records, following = store.list(ACME, limit, before, state)
+    return [TaskId.parse(one.id).ulid for one in records], following
+
+
 def opened(store: TaskStore) -> set[TaskId]:
     return {task for task, _ in store.open()}
 
@@ -143,10 +150,26 @@ def test_a_page_is_newest_first_and_of_one_tenant(store: TaskStore) -> None:
     mine = [take(store) for _ in range(5)]
     take(store, TenantId("globex"))
     newest = sorted((task.ulid for task in mine), reverse=True)
-    assert [TaskId.parse(one.id).ulid for one in store.list(ACME, 2)] == newest[:2]
-    assert [TaskId.parse(one.id).ulid for one in store.list(ACME, 10, before=newest[1])] == newest[2:]
+    assert page(store, 2) == (newest[:2], newest[1])
+    assert page(store, 10, newest[1]) == (newest[2:], None)
+    assert page(store, 5) == (newest, None)
     store.cancel(mine[0])
-    assert [one.id for one in store.list(ACME, 10, state=TaskState.CANCELLED)] == [str(mine[0])]
+    assert page(store, 10, state=TaskState.CANCELLED) == ([mine[0].ulid], None)
+
+
+def test_a_page_reads_a_bounded_number_and_says_where_to_go_on(
+    store: TaskStore, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("flatshare.tasks.store.MOST_READ", 3)
+    tasks = [take(store) for _ in range(7)]
+    oldest = min(tasks, key=lambda task: task.ulid)
+    store.cancel(oldest)
+    seen, before, pages = [], "", 0
+    while before is not None:
+        found, before = page(store, 10, before, TaskState.CANCELLED)
+        seen += found
+        pages += 1
+    assert (seen, pages) == ([oldest.ulid], 3)
 
 
 def test_what_crashed_between_two_writes_is_found_and_settled(
@@ -234,7 +257,7 @@ def test_records_that_nobody_can_read_stop_nothing(
     blobs.put(layout.task_key(ACME, bad.ulid, "record.json"), b"{", Overwrite())
     store.begin(good, "f")
     store.finish(good, "f", answer("f"), b"x")
-    assert [one.id for one in store.list(ACME, 10)] == [str(good)]
+    assert page(store, 10) == ([good.ulid], None)
     clock.advance(101)
     assert store.remove_expired() == 1
 
