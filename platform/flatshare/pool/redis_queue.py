@@ -42,47 +42,60 @@ STORE_DOWN_S: Final = 2.0
 
 
 def redis_config(url: str, password_file: str, run_s: float) -> TaskProcessorConfig:
-    """Ray Serve's configuration of the queue.
+    """Ray Serve's configuration of the queue. It names no password: Serve keeps it, and shows it.
 
     Parameters
     ----------
     run_s
         Seconds that a run may take: what is in hand must not be given out anew sooner.
     """
-    full = _with_password(url, password_file)
     return TaskProcessorConfig(
         queue_name=QUEUE,
         adapter=RedisTaskAdapter,
-        adapter_config=CeleryAdapterConfig(
-            broker_url=full,
-            backend_url=full,
-            broker_transport_options={
-                "visibility_timeout": max(VISIBILITY_S, 2 * run_s),
-                "socket_timeout": BROKER_S, "socket_connect_timeout": BROKER_S,
-            },
-            app_custom_config={
-                # More in hand would hide what waits from other consumers.
-                "worker_prefetch_multiplier": 1,
-                "broker_connection_retry_on_startup": True,
-                "worker_hijack_root_logger": False,
-            },
-            task_custom_config={"ignore_result": True},
-        ),
+        adapter_config={"url": url, "password_file": password_file, "run_s": run_s},
         max_retries=0,  # tries are counted in the task's record
-    )  # fmt: skip
+    )
 
 
-def _with_password(url: str, password_file: str) -> str:
-    if not password_file:
-        return url
-    try:
-        password = Path(password_file).read_text().strip()
-    except OSError as error:
-        raise Unavailable(f"the password of the queue can't be read: {error.strerror}") from error
+def _celery_config(url: str, run_s: float) -> CeleryAdapterConfig:
+    return CeleryAdapterConfig(
+        broker_url=url,
+        backend_url=url,
+        broker_transport_options={
+            "visibility_timeout": max(VISIBILITY_S, 2 * run_s),
+            "socket_timeout": BROKER_S,
+            "socket_connect_timeout": BROKER_S,
+        },
+        app_custom_config={
+            # More in hand would hide what waits from other consumers.
+            "worker_prefetch_multiplier": 1,
+            "broker_connection_retry_on_startup": True,
+            "worker_hijack_root_logger": False,
+        },
+        task_custom_config={"ignore_result": True},
+    )
+
+
+def full_url(url: str, password_file: str) -> str:
+    """The address with its password, and with what Celery wants to be told of TLS.
+
+    Raises
+    ------
+    Unavailable
+        The file can't be read.
+    """
     parts = urlsplit(url)
-    user = parts.username or ""
-    place = parts.netloc.rpartition("@")[2]
-    return urlunsplit(parts._replace(netloc=f"{user}:{quote(password, safe='')}@{place}"))
+    if parts.scheme == "rediss" and "ssl_cert_reqs" not in parts.query:
+        query = "&".join(filter(None, [parts.query, "ssl_cert_reqs=required"]))
+        parts = parts._replace(query=query)
+    if password_file:
+        try:
+            password = Path(password_file).read_text().strip()
+        except OSError as error:
+            raise Unavailable(f"the password of the queue can't be read: {error.strerror}") from error
+        place = parts.netloc.rpartition("@")[2]
+        parts = parts._replace(netloc=f"{parts.username or ''}:{quote(password, safe='')}@{place}")
+    return urlunsplit(parts)
 
 
 def _waiting(tenant: str) -> str:
@@ -110,7 +123,7 @@ class RedisQueue:
         """Made at first use: a queue that is away must not keep a replica from starting."""
         url, password_file, _ = self._where
         return redis.Redis.from_url(
-            _with_password(url, password_file), socket_timeout=BROKER_S, socket_connect_timeout=BROKER_S
+            full_url(url, password_file), socket_timeout=BROKER_S, socket_connect_timeout=BROKER_S
         )
 
     def put(self, task: TaskId) -> None:
@@ -153,12 +166,11 @@ class RedisQueue:
 class RedisTaskAdapter(CeleryTaskProcessorAdapter):
     """Ray Serve's Celery adapter, with a handler that is a coroutine of the replica's event loop."""
 
-    def initialize(self, consumer_concurrency: int = 1) -> None:
-        """Called by Serve, or by who only puts tasks."""
-        super().initialize(consumer_concurrency)
-        self._redis = redis.Redis.from_url(
-            self._config.adapter_config.broker_url, socket_timeout=BROKER_S, socket_connect_timeout=BROKER_S
-        )
+    def __init__(self, config: TaskProcessorConfig) -> None:
+        where = config.adapter_config
+        url = full_url(where["url"], where["password_file"])
+        super().__init__(config.model_copy(update={"adapter_config": _celery_config(url, where["run_s"])}))
+        self._redis = redis.Redis.from_url(url, socket_timeout=BROKER_S, socket_connect_timeout=BROKER_S)
 
     def register_task_handle(
         self, func: Callable[[str], Awaitable[float | None]], name: str | None = None

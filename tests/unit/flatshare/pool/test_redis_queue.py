@@ -1,0 +1,45 @@
+"""The queue in Redis: where its password is, and that one which is away keeps nobody from starting.
+
+What it does with a real Redis is in ``tests/e2e/test_tasks.py``.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import ray.cloudpickle as cloudpickle
+
+from flatshare.pool.redis_queue import RedisQueue, full_url, redis_config
+from flatshare.tasks.records import TaskId
+from flatshare_registry import TenantId
+from flatshare_registry.errors import Unavailable
+
+NOWHERE = "redis://127.0.0.1:9/0"
+
+
+def test_what_serve_keeps_names_no_password(tmp_path: Path) -> None:
+    file = tmp_path / "password"
+    file.write_text("s3cret/with:signs\n")
+    config = redis_config("redis://queue:6379/0", str(file), 45)
+    assert b"s3cret" not in cloudpickle.dumps(config)
+    assert full_url("redis://queue:6379/0", str(file)) == "redis://:s3cret%2Fwith%3Asigns@queue:6379/0"
+    assert (
+        full_url("redis://user@queue:6379/1", str(file)) == "redis://user:s3cret%2Fwith%3Asigns@queue:6379/1"
+    )
+
+
+def test_tls_is_checked() -> None:
+    assert full_url("rediss://queue:6380/0", "") == "rediss://queue:6380/0?ssl_cert_reqs=required"
+    assert (
+        full_url("rediss://queue:6380/0?ssl_cert_reqs=none", "") == "rediss://queue:6380/0?ssl_cert_reqs=none"
+    )
+
+
+@pytest.mark.parametrize("password_file", ["", "/nowhere/password"])
+def test_one_that_is_away_says_so_and_only_to_who_asks(password_file: str) -> None:
+    queue = RedisQueue(NOWHERE, password_file, 45, 10, 10)
+    with pytest.raises(Unavailable):
+        queue.check_room(TenantId("acme"))
+    with pytest.raises(Unavailable):
+        queue.put(TaskId.new(TenantId("acme")))
