@@ -14,6 +14,7 @@
     tasks/<tenant>/<ulid>/record.json           a task taken from a tenant, changed only by compare-and-swap
     tasks/<tenant>/<ulid>/input                 what was sent
     tasks/<tenant>/<ulid>/answer-<ulid>         what a run answered
+    tasks/<tenant>/once-<sha256>                the task that an idempotency key made
     open-tasks/<tenant>/<ulid>                  empty: this task has not ended
     blobs/sha256/<ab>/<digest>.safetensors      weights, named by content, shared by equal versions
     held/<digest>.safetensors                   weights that are being removed, until nobody can name them
@@ -138,6 +139,16 @@ def task_prefix(tenant: TenantId, ulid: str) -> str:
 def task_key(tenant: TenantId, ulid: str, name: str) -> str:
     """Key of a task's record, input or answer."""
     return f"{task_prefix(tenant, ulid)}{name}"
+
+
+def task_once_key(tenant: TenantId, digest: str) -> str:
+    """Key of the note which task an idempotency key has made."""
+    return f"{tasks_prefix(tenant)}once-{digest}"
+
+
+def is_task_once(key: str) -> bool:
+    """Whether a key below ``tasks/`` is of such a note."""
+    return key.count("/") == 2 and key.rpartition("/")[2].startswith("once-")
 
 
 def open_tasks_prefix(tenant: TenantId) -> str:

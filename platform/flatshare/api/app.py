@@ -34,7 +34,7 @@ from flatshare.api.pipelines import NoPipelines, Pipelines, add_pipeline_routes
 from flatshare.api.schemas import MODEL_ID_HEADER, PredictReply, PredictRequest
 from flatshare.api.stream import LinesResponse, lines_of
 from flatshare.api.stream import answers as answers_of
-from flatshare.api.tasks import TASK_PATH_HEADER, Tasks, add_task_routes
+from flatshare.api.tasks import PIN_HEADER, PINNED, TASK_PATH_HEADER, Tasks, add_task_routes
 from flatshare.codecs.images import decode_images
 from flatshare.codecs.payload import READY, READY_HEADER, decode_json, decode_pixels
 from flatshare.codecs.tensors import DTYPE_HEADER, SHAPE_HEADER, decode_npy, decode_octets, is_ready
@@ -255,6 +255,7 @@ def create_app(
         app, service, identities, tasks, enter, bodies, parameters=[
             _model_id_parameter(), _request_id_parameter(),
             _header_parameter(TASK_PATH_HEADER, "Which route the task is for.", "/predict"),
+            _header_parameter(PIN_HEADER, "The version that the ref means now answers.", PINNED),
         ],
     )  # fmt: skip
     add_oip_routes(app, service, identities, answers, infer)

@@ -13,7 +13,7 @@ from functools import partial
 from typing import Annotated, Any, Final, Protocol, Self, TypeVar
 
 import orjson
-from fastapi import FastAPI, Query, Request, Response
+from fastapi import FastAPI, Header, Query, Request, Response
 from pydantic import BaseModel, Field
 
 from flatshare.api.bodies import BodyReader, media_type_of
@@ -30,7 +30,7 @@ from flatshare.threads import in_thread
 from flatshare_registry.errors import NotFound, Unavailable
 from flatshare_registry.ids import ModelRef, TenantId
 
-__all__ = ["TASK_PATH_HEADER", "TaskQueue", "TaskReply", "Tasks", "add_task_routes"]
+__all__ = ["PINNED", "PIN_HEADER", "TASK_PATH_HEADER", "TaskQueue", "TaskReply", "Tasks", "add_task_routes"]
 
 logger = logging.getLogger("flatshare.api")
 
@@ -41,6 +41,10 @@ THREADS: Final = 4
 
 TASK_PATH_HEADER: Final = "x-task-path"
 """Which route the task is for; ``/predict`` where it is missing."""
+
+PIN_HEADER: Final = "x-task-version"
+PINNED: Final = "pinned"
+"""Says that the version which the ref means now answers, whatever it means when the task runs."""
 
 _KEPT_HEADERS: Final = ("content-type", "content-encoding", DTYPE_HEADER, SHAPE_HEADER, READY_HEADER)
 _BINARY_KINDS: Final = ("application/octet-stream", "application/x-npy", "image/png", "image/jpeg")
@@ -86,7 +90,9 @@ class TaskReply(BaseModel):
     id: str
     state: TaskState
     path: str
-    model: str = Field(description="The ref that it names; its version is resolved when it runs.")
+    model: str = Field(
+        description="The ref that it names; its version is resolved when it runs, or was pinned."
+    )
     created_at: datetime
     updated_at: datetime
     expires_at: datetime = Field(description="Afterwards it may be removed, if it has ended.")
@@ -173,7 +179,18 @@ def add_task_routes(
             "parameters": parameters,
         },
     )  # fmt: skip
-    async def create(request: Request) -> Response:
+    async def create(
+        request: Request,
+        idempotency_key: Annotated[
+            str | None,
+            Header(
+                alias="Idempotency-Key",
+                min_length=1,
+                max_length=255,
+                description="Makes one task, however often it is sent.",
+            ),
+        ] = None,
+    ) -> Response:
         """Take a request, to be answered later: any body of `/predict`, `/classify` or a pipeline.
 
         `/predict` with `Prefer: respond-async` does the same, through the edge.
@@ -191,17 +208,23 @@ def add_task_routes(
             headers = {name: request.headers[name] for name in _KEPT_HEADERS if name in request.headers}
             headers |= {"content-type": request.headers.get("content-type", kind)}
             headers.pop("content-encoding", None)  # it was expanded
-            task = TaskId.new(tenant)
+            ref = str(ticket.ref)
+            if request.headers.get(PIN_HEADER) == PINNED:
+                ref = (await service.describe(ticket)).name
             service.check_fence(ticket.ref)
+            task = TaskId.new(tenant)
+            if idempotency_key is not None:
+                task = await place.run(place.store.once, tenant, idempotency_key)
             record = await place.run(
-                place.store.take, task, path, str(ticket.ref), headers, body, caller.name, _key_of(caller)
+                place.store.take, task, path, ref, headers, body, caller.name, _key_of(caller)
             )
             try:
                 service.check_fence(ticket.ref)
             except NotFound:  # its tenant is being erased, perhaps of what it had a moment ago
                 await place.run(place.store.forget, task)
                 raise
-            await place.put(task)
+            if not record.state.ended:
+                await place.put(task)
         return Response(
             TaskReply.of(record).model_dump_json(exclude_none=True), 202,
             {"location": f"/tasks/{task}", "retry-after": "1"}, "application/json",

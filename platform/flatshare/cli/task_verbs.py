@@ -26,6 +26,20 @@ def add_to(app: typer.Typer) -> None:
     app.add_typer(tasks_app, name="tasks", rich_help_panel="Running platform")
 
 
+dead_app = typer.Typer(no_args_is_help=True, help="Tasks that were given up: looked into, replayed, dropped.")
+tasks_app.add_typer(dead_app, name="dead")
+
+
+@dead_app.command("list")
+def list_dead(
+    tenant: Annotated[str | None, typer.Argument(help="Whose; by default those of the key.")] = None,
+    url: UrlOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """A tenant's dead letters, newest first."""
+    list_tasks(tenant, "dead", 100, "", url, as_json)
+
+
 @tasks_app.command("list")
 def list_tasks(
     tenant: Annotated[str | None, typer.Argument(help="Whose; by default those of the key.")] = None,
@@ -79,6 +93,10 @@ def cancel(
 def replay(task: TaskArgument, url: UrlOption = None, as_json: AsJson = False) -> None:
     """Have a task that is dead or failed tried anew."""
     _print(call("POST", f"{_address(task, url)}/replay"), as_json=as_json)
+
+
+dead_app.command("show")(show)
+dead_app.command("replay")(replay)
 
 
 def _address(task: str, url: str | None) -> str:

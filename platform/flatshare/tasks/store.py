@@ -48,6 +48,16 @@ class TaskStore:
         self._keep_s = keep_s
         self._clock = clock
 
+    def once(self, tenant: TenantId, key: str) -> TaskId:
+        """The id of the task that an idempotency key makes: the same one each time, while it is kept."""
+        task = TaskId.new(tenant)
+        where = layout.task_once_key(tenant, hashlib.sha256(key.encode()).hexdigest())
+        try:
+            self._store.put(where, task.ulid.encode(), Create())
+            return task
+        except AlreadyExists:
+            return TaskId.parse(f"{tenant}.{self._store.get(where).data.decode()}")
+
     def take(
         self,
         task: TaskId,
@@ -58,12 +68,12 @@ class TaskStore:
         caller: str,
         key_id: str | None,
     ) -> TaskRecord:
-        """Keep a new task. Once this returns it is not lost.
+        """Keep a task. Once this returns it is not lost. One that is kept by this id already stays as it is.
 
         Raises
         ------
         AlreadyExists
-            There is one of this id.
+            It is of another request.
         Unavailable
             The store does not answer. What was written of it goes by itself, if it is not whole.
         """
@@ -76,10 +86,22 @@ class TaskStore:
             ),
             created_at=_at(now), updated_at=_at(now), expires_at=_at(now + self._keep_s),
         )  # fmt: skip
-        self._store.put(layout.open_task_key(task.tenant, task.ulid), b"{}", Create())
+        with contextlib.suppress(NotFound):
+            return self._same(self.read(task), record)
+        with contextlib.suppress(AlreadyExists):
+            self._store.put(layout.open_task_key(task.tenant, task.ulid), b"{}", Create())
         self._store.put(layout.task_key(task.tenant, task.ulid, "input"), body, Overwrite())
-        self._store.put(layout.task_key(task.tenant, task.ulid, "record.json"), record.encode(), Create())
+        try:
+            self._store.put(layout.task_key(task.tenant, task.ulid, "record.json"), record.encode(), Create())
+        except AlreadyExists:  # sent twice at the same moment
+            return self._same(self.read(task), record)
         return record
+
+    @staticmethod
+    def _same(kept: TaskRecord, sent: TaskRecord) -> TaskRecord:
+        if kept.input != sent.input:
+            raise AlreadyExists(f"this idempotency key made task {kept.id} of another request")
+        return kept
 
     def read(self, task: TaskId) -> TaskRecord:
         """A task. Raises ``NotFound``."""
@@ -258,6 +280,8 @@ class TaskStore:
         """Remove tasks that have ended and are past their time; how many went."""
         now_s, gone = self._clock(), 0
         for meta in self._store.list(layout.TASKS):
+            if layout.is_task_once(meta.key) and now_s - meta.modified_s > self._keep_s:
+                self._store.delete(meta.key)
             # One that was written lately is not read: a listing costs little, a read of each a lot.
             if not meta.key.endswith("/record.json") or now_s - meta.modified_s < self._keep_s:
                 continue

@@ -10,6 +10,8 @@ from typing import Any
 import httpx
 import numpy as np
 import pytest
+import torch
+from safetensors.torch import save
 
 from flatshare.api.app import create_app
 from flatshare.api.identity import Identities, OperatorKeys, Role
@@ -21,6 +23,7 @@ from flatshare.tasks.runner import Asked, Reply, TaskRunner
 from flatshare.tasks.store import TaskStore
 from flatshare_registry import Scope, TenantId
 from flatshare_registry.errors import Unavailable
+from flatshare_registry.ids import PRODUCTION
 from flatshare_registry.keys import new_key
 
 from .conftest import NETWORK, World
@@ -201,6 +204,45 @@ async def test_a_queue_that_is_away_costs_no_task_and_a_suspended_tenant_sees_no
     await place.world.heads.refresh(TenantId("acme"))
     for path in (taken.headers["location"], "/tasks", f"{taken.headers['location']}/result"):
         assert (await client.get(path, headers=headers)).status_code == 403
+
+
+async def test_one_idempotency_key_makes_one_task(place: Place, client: httpx.AsyncClient) -> None:
+    headers = {**place.key("acme"), MODEL: "acme", "idempotency-key": "once"}
+    body = {"image": READY.tolist()}
+    first, again = [await client.post("/tasks", json=body, headers=headers) for _ in range(2)]
+    assert (first.status_code, again.status_code) == (202, 202)
+    assert first.json()["id"] == again.json()["id"]
+    await place.run_all()
+    third = await client.post("/tasks", json=body, headers=headers)
+    assert (third.json()["id"], third.json()["state"]) == (first.json()["id"], "done")
+    other = await client.post("/tasks", json={"image": READY[:1].tolist()}, headers=headers)
+    assert (other.status_code, other.json()["error"]["code"]) == (409, "already_exists")
+    elsewhere = await client.post(
+        "/tasks", json=body, headers={**headers, **place.key("globex"), MODEL: "globex"}
+    )
+    assert elsewhere.json()["id"] != first.json()["id"], "keys are a tenant's own"
+
+
+async def test_a_version_is_resolved_when_it_runs_or_pinned_when_it_was_taken(
+    place: Place, client: httpx.AsyncClient
+) -> None:
+    headers = {**place.key("acme"), MODEL: "acme"}
+    body = {"image": READY.tolist()}
+    later = await client.post("/tasks", json=body, headers=headers)
+    pinned = await client.post("/tasks", json=body, headers={**headers, "x-task-version": "pinned"})
+    assert (later.json()["model"], pinned.json()["model"]) == ("acme", "acme@1")
+    registry = place.world.registry
+    torch.manual_seed(77)
+    weights = save(dict(NETWORK.build().state_dict()))
+    registry.register(TenantId("acme"), weights, NETWORK.name, NETWORK.tensors, alias=PRODUCTION)
+    await place.world.heads.refresh(TenantId("acme"))
+    await place.world.service.resolver._swaps.settled("acme", 5)
+    await place.run_all()
+    shown = [
+        (await client.get(one.headers["location"], headers=headers)).json()["version"]
+        for one in (later, pinned)
+    ]
+    assert shown == [2, 1]
 
 
 async def test_a_cancelled_task_is_not_run_and_a_dropped_one_is_gone(
