@@ -25,7 +25,7 @@ LIVE: Final = (
 
 def live_of(settings: Settings) -> dict[str, object]:
     """The settings that can change in place, by name, as JSON has them."""
-    return settings.model_dump(mode="json", include=set(LIVE))
+    return settings.model_dump(mode="json", include=set(LIVE), exclude_none=True)
 
 
 def with_live(settings: Settings, latest: Settings) -> Settings:

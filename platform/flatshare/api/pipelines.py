@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any, Final, Protocol
 
 from fastapi import FastAPI, Request, Response
 from pydantic import BaseModel, Field
@@ -19,6 +19,11 @@ from flatshare.replica.request import InferenceService
 from flatshare.replica.ticket import Prediction, Rows, Ticket
 
 __all__ = ["NoPipelines", "Pipelines", "PipelinesReply", "add_pipeline_routes"]
+
+NO_JSON: Final = frozenset({
+    "application/octet-stream", "application/x-npy", "image/png", "image/jpeg", "multipart/form-data",
+})  # fmt: skip
+"""What other routes take. Whatever else is named is read as JSON, as by ``/predict``: ``curl -d`` names a form."""
 
 
 class Pipelines(Protocol):
@@ -114,9 +119,8 @@ def add_pipeline_routes(
     )
     async def run(name: str, request: Request) -> Response:
         """Run a pipeline's step on a JSON object, then the model on what the step made of it."""
-        kind = media_type_of(request.headers)
-        if kind not in ("application/json", ""):
-            raise BadInput("Content-Type must be application/json")
+        if media_type_of(request.headers) in NO_JSON:
+            raise BadInput("a pipeline takes JSON: Content-Type must be application/json")
         with await enter(request) as ticket:
             pipelines.check(name)  # to whom was let in: others need not know what there is
             body = await bodies.read(request, ticket)

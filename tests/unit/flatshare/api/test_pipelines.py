@@ -72,11 +72,16 @@ async def test_the_notebooks_body_goes_through_the_step_to_the_model(
 ) -> None:
     expected = world.right("acme", Preprocessor().run({"image": PIXELS})["image"])
     batch = {"image": PIXELS.tolist()}
+    form = await client.post(  # as ``curl -d`` sends it
+        "/pipelines/images", content=json.dumps(batch),
+        headers={**ACME, "content-type": "application/x-www-form-urlencoded", "x-request-id": "mine"},
+    )  # fmt: skip
+    assert form.json() == {"predicted_label": expected}
     for body in (batch, json.dumps(batch)):  # an object, or the string of one
         reply = await client.post("/pipelines/images", json=body, headers={**ACME, "x-request-id": "mine"})
         assert (reply.status_code, reply.json()) == (200, {"predicted_label": expected})
         assert reply.headers["x-flatshare-version"] == "1"
-    assert here.asked == [("mine", "acme")] * 2
+    assert here.asked == [("mine", "acme")] * 3
     assert (await client.get("/pipelines")).json() == {"pipelines": ["images"]}
 
 
@@ -112,7 +117,7 @@ async def test_wrong_calls_cost_no_step(client: httpx.AsyncClient, here: Here) -
         await client.post("/pipelines/nothing", json=body, headers=ACME),
         await client.post("/pipelines/images", json=body),
         await client.post("/pipelines/images", json=body, headers={"serve_multiplexed_model_id": "nobody"}),
-        await client.post("/pipelines/images", content=b"x", headers={**ACME, "content-type": "text/plain"}),
+        await client.post("/pipelines/images", content=b"x", headers={**ACME, "content-type": "image/png"}),
         await client.post("/pipelines/images", content=b"1" * 200_000, headers=ACME),
         await client.get("/pipelines/images", headers=ACME),
     ]
