@@ -23,7 +23,7 @@ __all__ = ["NoPipelines", "Pipelines", "PipelinesReply", "add_pipeline_routes"]
 NO_JSON: Final = frozenset({
     "application/octet-stream", "application/x-npy", "image/png", "image/jpeg", "multipart/form-data",
 })  # fmt: skip
-"""What other routes take. Whatever else is named is read as JSON, as by ``/predict``: ``curl -d`` names a form."""
+"""What other routes take. All else is read as JSON, as by ``/predict``: ``curl -d`` names a form."""
 
 
 class Pipelines(Protocol):
