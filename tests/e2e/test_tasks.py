@@ -179,12 +179,13 @@ def test_dead_letters_are_listed_shown_and_replayed(platform: Platform, tmp_path
     headers = {MODEL: "t03", "authorization": f"Bearer {key}", "content-type": "application/json"}
     task = httpx.post(f"{platform.url}/tasks", headers=headers, **body).json()["id"]
     assert ended(platform, task)["state"] == "failed"
-    (listed,) = platform.cli_json("tasks", "list", "t03", "--state", "failed")
+    (listed,) = platform.cli_json("tasks", "list", "t03", "--state", "failed")["tasks"]
+    assert platform.cli_json("tasks", "dead", "list", "t03") == {"tasks": [], "next": None}
     assert (listed["id"], listed["code"]) == (task, "bad_input")
     assert "must be" in platform.cli("tasks", "show", task).stdout
     assert platform.cli_json("tasks", "replay", task)["state"] == "queued"
     assert ended(platform, task)["attempts"] == 1
-    assert platform.cli_json("tasks", "cancel", task, "--drop")["id"] == task
+    assert platform.cli_json("tasks", "dead", "drop", task)["id"] == task
     assert platform.cli("tasks", "show", task, check=False).returncode == 3
 
 

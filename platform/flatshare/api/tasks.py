@@ -5,6 +5,7 @@ Whoever may predict for a tenant may send, see and cancel its tasks; replay and 
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -29,6 +30,7 @@ from flatshare.tasks.store import TaskStore
 from flatshare.threads import in_thread
 from flatshare_registry.errors import NotFound, Unavailable
 from flatshare_registry.ids import ModelRef, TenantId
+from flatshare_registry.records import Scope
 
 __all__ = ["PINNED", "PIN_HEADER", "TASK_PATH_HEADER", "TaskQueue", "TaskReply", "Tasks", "add_task_routes"]
 
@@ -110,7 +112,7 @@ class TaskReply(BaseModel):
         """From its record, without the answer's body."""
         answer = record.answer
         return cls(
-            id=record.id, state=record.state, path=record.input.path, model=record.input.ref,
+            id=record.id, state=record.state, path=record.input.path, model=record.pinned or record.input.ref,
             created_at=record.created_at, updated_at=record.updated_at, expires_at=record.expires_at,
             attempts=record.attempts, error=record.error, code=record.code,
             status=answer.status if answer else None, version=answer.version if answer else None,
@@ -152,6 +154,15 @@ def add_task_routes(
             raise NoTasks("no tasks are taken here; FLATSHARE_TASKS turns them on")
         return tasks
 
+    async def admitted(caller: Caller, tenant: TenantId) -> contextlib.AbstractContextManager[object]:
+        """Who may ask for a tenant's tasks. An operator may whatever its state, and spends nothing of it."""
+        ref = ModelRef.parse(tenant)
+        if caller.tenant is None:
+            caller.may(tenant, Scope.PREDICT)
+            service.check_fence(ref)
+            return contextlib.nullcontext()
+        return await service.enter(caller, ref)
+
     async def own(request: Request, text: str) -> TaskId:
         """A task of the caller's, by its id; a question counts for the tenant's rate."""
         caller = await identities.identify(request.headers)
@@ -160,7 +171,7 @@ def add_task_routes(
         except Exception:
             raise NotFound(f"there is no task {text[:100]!a}") from None
         try:
-            with await service.enter(caller, ModelRef.parse(task.tenant)):
+            with await admitted(caller, task.tenant):
                 return task
         except NotFound:
             raise NotFound(f"there is no task {text}") from None
@@ -208,16 +219,17 @@ def add_task_routes(
             headers = {name: request.headers[name] for name in _KEPT_HEADERS if name in request.headers}
             headers |= {"content-type": request.headers.get("content-type", kind)}
             headers.pop("content-encoding", None)  # it was expanded
-            ref = str(ticket.ref)
-            if request.headers.get(PIN_HEADER) == PINNED:
-                ref = (await service.describe(ticket)).name
-            service.check_fence(ticket.ref)
             task = TaskId.new(tenant)
             if idempotency_key is not None:
                 task = await place.run(place.store.once, tenant, idempotency_key)
+            pinned = None
+            if request.headers.get(PIN_HEADER) == PINNED and not await place.run(place.store.has, task):
+                pinned = (await service.describe(ticket)).name
+            service.check_fence(ticket.ref)
             record = await place.run(
-                place.store.take, task, path, ref, headers, body, caller.name, _key_of(caller)
-            )
+                partial(place.store.take, owner_since=ticket.head.created_at, pinned=pinned),
+                task, path, str(ticket.ref), headers, body, caller.name, _key_of(caller),
+            )  # fmt: skip
             try:
                 service.check_fence(ticket.ref)
             except NotFound:  # its tenant is being erased, perhaps of what it had a moment ago
@@ -246,7 +258,7 @@ def add_task_routes(
             raise BadInput("an operator names the tenant: ?tenant=acme")
         whose = TenantId(tenant) if tenant is not None else caller.tenant
         assert whose is not None, "one of them is there"
-        with await service.enter(caller, ModelRef.parse(whose)):
+        with await admitted(caller, whose):
             found, following = await known().run(known().store.list, whose, limit, before, state)
         return TasksReply(tasks=[TaskReply.of(one) for one in found], next=following)
 

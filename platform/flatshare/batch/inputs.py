@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 import hashlib
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Final, Protocol
 
@@ -40,6 +39,7 @@ class Input(Protocol):
         """Files in order, and how many rows each has."""
         ...
 
+    @property
     def fingerprint(self) -> str:
         """Changes when a file does, or which files there are."""
         ...
@@ -70,23 +70,25 @@ def open_input(path: str, image_column: str = "image", model_column: str = "") -
     InvalidInput
         There is nothing there that can be read.
     """
-    files = _files(path)
+    found = _files(path)
+    files = [name for name, _ in found]
+    stamp = hashlib.sha256("\n".join(f"{name} {about}" for name, about in found).encode()).hexdigest()
     endings = {os.path.splitext(name)[1].lower() for name in files}
     if endings and endings <= set(IMAGE_ENDINGS):
         if model_column:
-            return _Images(tuple(files), by_folder=True)
-        return _Images(tuple(files), by_folder=False)
+            return _Images(tuple(files), stamp, by_folder=True)
+        return _Images(tuple(files), stamp, by_folder=False)
     if endings == {".npy"}:
         if model_column:
             raise InvalidInput(f"{path} has no columns: --model names the model of all its rows")
-        return _Arrays(tuple((name, len(_array(name))) for name in files))
+        return _Arrays(tuple((name, len(_array(name))) for name in files), stamp)
     if endings == {".parquet"}:
         counted = tuple((name, _parquet(name).metadata.num_rows) for name in files)
         for column in filter(None, (image_column, model_column)):
             known = _parquet(files[0]).schema_arrow.names
             if column not in known:
                 raise InvalidInput(f"{path} has no column {column}; it has {', '.join(known)}")
-        return _Tables(counted, image_column, model_column)
+        return _Tables(counted, stamp, image_column, model_column)
     raise InvalidInput(
         f"{path} holds no .npy, .parquet, .png or .jpg files"
         if not endings
@@ -97,9 +99,7 @@ def open_input(path: str, image_column: str = "image", model_column: str = "") -
 @dataclass(frozen=True, slots=True)
 class _Arrays:
     files: tuple[tuple[str, int], ...]
-
-    def fingerprint(self) -> str:
-        return _fingerprint([name for name, _ in self.files])
+    fingerprint: str
 
     def names(self, file: int, numbers: NDArray[np.int64]) -> NDArray[Any]:
         return np.full(len(numbers), self.files[file][0], object)
@@ -117,11 +117,9 @@ class _Arrays:
 @dataclass(frozen=True, slots=True)
 class _Tables:
     files: tuple[tuple[str, int], ...]
+    fingerprint: str
     image_column: str
     model_column: str
-
-    def fingerprint(self) -> str:
-        return _fingerprint([name for name, _ in self.files])
 
     def names(self, file: int, numbers: NDArray[np.int64]) -> NDArray[Any]:
         return np.full(len(numbers), self.files[file][0], object)
@@ -150,15 +148,13 @@ class _Tables:
 @dataclass(frozen=True, slots=True)
 class _Images:
     paths: tuple[str, ...]
+    fingerprint: str
     by_folder: bool
 
     @property
     def files(self) -> tuple[tuple[str, int], ...]:
         """All of them as one: an image is a row."""
         return (("images", len(self.paths)),)
-
-    def fingerprint(self) -> str:
-        return _fingerprint(self.paths)
 
     def names(self, file: int, numbers: NDArray[np.int64]) -> NDArray[Any]:
         return np.array([self.paths[number] for number in numbers.tolist()], object)
@@ -197,15 +193,6 @@ def _rows_of_column(column: pa.Array, name: str) -> Rows:
     return found
 
 
-def _fingerprint(paths: Sequence[str]) -> str:
-    found = hashlib.sha256()
-    for path in paths:
-        system, inner = _filesystem(path)
-        info = system.get_file_info(inner)
-        found.update(f"{path} {info.size} {info.mtime_ns}\n".encode())
-    return found.hexdigest()
-
-
 def _filesystem(path: str) -> tuple[pafs.FileSystem, str]:
     if "://" in path:
         found: tuple[pafs.FileSystem, str] = pafs.FileSystem.from_uri(path)
@@ -213,21 +200,25 @@ def _filesystem(path: str) -> tuple[pafs.FileSystem, str]:
     return pafs.LocalFileSystem(), os.path.abspath(path)
 
 
-def _files(path: str) -> list[str]:
-    """Paths below a folder, or the one file, by name."""
+def _files(path: str) -> list[tuple[str, str]]:
+    """Paths below a folder, or the one file, by name; and size and time of each."""
     try:
         system, inner = _filesystem(path)
         info = system.get_file_info(inner)
         if info.type == pafs.FileType.File:
-            return [path]
+            return [(path, _about(info))]
         if info.type != pafs.FileType.Directory:
             raise InvalidInput(f"there is no {path}")
         scheme = path.partition("://")[0] + "://" if "://" in path else ""
         found = system.get_file_info(pafs.FileSelector(inner, recursive=True))
     except (OSError, pa.ArrowException, ValueError) as error:
         raise InvalidInput(f"{path} can't be read: {error}") from error
-    names = [scheme + one.path for one in found if one.type == pafs.FileType.File]
-    return sorted(name for name in names if not os.path.basename(name).startswith((".", "_")))
+    names = [(scheme + one.path, _about(one)) for one in found if one.type == pafs.FileType.File]
+    return sorted(one for one in names if not os.path.basename(one[0]).startswith((".", "_")))
+
+
+def _about(info: pafs.FileInfo) -> str:
+    return f"{info.size} {info.mtime_ns}"
 
 
 @functools.lru_cache(MAX_KEPT)

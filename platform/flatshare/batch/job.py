@@ -219,7 +219,7 @@ def _manifest(
     """What the folder's results are of: as it was begun, or begun now."""
     known = results.manifest()
     columns = f"{plan.image_column}/{plan.model_column}"
-    asked = (plan.input, source.fingerprint(), plan.model, columns)
+    asked = (plan.input, source.fingerprint, plan.model, columns)
     if known is not None:
         if (known.input, known.fingerprint, known.model, known.columns) != asked:
             raise InvalidInput(
@@ -289,6 +289,9 @@ def _labelled(
         num_gpus=plan.gpus_per_actor or None,
         batch_format="numpy",
         # Without this an actor on a GPU host sees all GPUs, although it reserved none.
+        # A process that can't go on ends itself; where each one does, the batch ends, and not never.
+        max_restarts=8,
+        max_task_retries=3,
         runtime_env={"env_vars": {} if plan.gpus_per_actor else {"CUDA_VISIBLE_DEVICES": ""}},
     )
     for batch in labelled.iter_batches(batch_size=None, batch_format="numpy"):

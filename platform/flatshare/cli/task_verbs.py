@@ -33,11 +33,12 @@ tasks_app.add_typer(dead_app, name="dead")
 @dead_app.command("list")
 def list_dead(
     tenant: Annotated[str | None, typer.Argument(help="Whose; by default those of the key.")] = None,
+    before: Annotated[str, typer.Option(help="Only older ones: what a page names as next.")] = "",
     url: UrlOption = None,
     as_json: AsJson = False,
 ) -> None:
     """A tenant's dead letters, newest first."""
-    list_tasks(tenant, "dead", 100, "", url, as_json)
+    list_tasks(tenant, "dead", 100, before, url, as_json)
 
 
 @tasks_app.command("list")
@@ -54,7 +55,7 @@ def list_tasks(
     query = {name: str(value) for name, value in given.items() if value is not None}
     page = parsed(call("GET", f"{platform_url(url)}/tasks", params=query), TaskPage)
     if as_json:
-        print_json(page["tasks"])
+        print_json(page)
         return
     print_table(
         "",
@@ -97,6 +98,12 @@ def replay(task: TaskArgument, url: UrlOption = None, as_json: AsJson = False) -
 
 dead_app.command("show")(show)
 dead_app.command("replay")(replay)
+
+
+@dead_app.command("drop")
+def drop_dead(task: TaskArgument, url: UrlOption = None, as_json: AsJson = False) -> None:
+    """Remove a dead letter, its input and its answer."""
+    cancel(task, True, url, as_json)
 
 
 def _address(task: str, url: str | None) -> str:

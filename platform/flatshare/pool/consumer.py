@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Final, Protocol, cast
 
@@ -111,6 +112,7 @@ class TaskConsumer:
         self._runner = TaskRunner(self._store, Registry(store).head, self._ask, alone_s=alone_s)
         self._wakes = settings.least_replicas == 0
         self._put_at: dict[TaskId, float] = {}
+        self._checking = ThreadPoolExecutor(1, thread_name_prefix="check the queue")
         self._sweeping: asyncio.Task[None] | None = None
 
     @task_handler(name=RUN)
@@ -122,7 +124,8 @@ class TaskConsumer:
         """Called by Serve, which looks at neither workers nor queue itself."""
         if self._sweeping is None:
             self._sweeping = asyncio.create_task(self._sweep(), name="look for lost tasks")
-        await asyncio.to_thread(self._adapter.check)
+        # In a thread of its own: a slow store has all of the loop's, and must not look like a dead queue.
+        await asyncio.get_running_loop().run_in_executor(self._checking, self._adapter.check)
         failed = self._adapter.failed
         if failed is not None or self._sweeping.done():
             raise RuntimeError(f"tasks are not run any more: {failed or 'nobody looks for lost ones'}")

@@ -24,7 +24,7 @@ from ray.serve.task_processor import CeleryTaskProcessorAdapter
 from flatshare.errors import Overloaded, TooManyTasks
 from flatshare.pool.task_names import RUN
 from flatshare.tasks.records import TaskId
-from flatshare_registry.errors import RegistryError, Unavailable
+from flatshare_registry.errors import Corrupt, RegistryError, Unavailable
 from flatshare_registry.ids import TenantId
 
 __all__ = ["RedisQueue", "RedisTaskAdapter", "redis_config"]
@@ -186,6 +186,9 @@ class RedisTaskAdapter(CeleryTaskProcessorAdapter):
 
             try:
                 delay_s = asyncio.run_coroutine_threadsafe(called(), loop).result()
+            except Corrupt as error:  # no waiting helps
+                logger.error("task %s: %s", task_id, error.message)
+                delay_s = None
             except RegistryError as error:  # the store does not answer: it stays as it is
                 logger.warning("task %s: %s", task_id, error.message)
                 delay_s = STORE_DOWN_S

@@ -96,6 +96,10 @@ class TaskRecord(_Frozen):
 
     Attributes
     ----------
+    owner_since
+        When the tenant was created: one that is given its id later is another one.
+    pinned
+        The version that answers, whatever the ref means when it runs; None: that one.
     caller, key_id
         Who sent it; the tenant's key that must still be good when it runs, None for an operator's.
     attempts
@@ -115,6 +119,8 @@ class TaskRecord(_Frozen):
     tenant: str
     state: TaskState
     input: TaskInput
+    owner_since: datetime | None = None
+    pinned: str | None = None
     caller: str
     key_id: str | None = None
     created_at: datetime

@@ -109,9 +109,9 @@ class TaskRunner:
                 await self._refuse(task, fence, TaskState.FAILED, refused, "forbidden")
                 return None
             body = await asyncio.to_thread(self._store.body, task)
-            reply = await self._ask(
-                Asked(record.input.path, record.input.ref, record.input.headers, body, task.ulid)
-            )
+            ref = record.pinned or record.input.ref
+            asked = Asked(record.input.path, ref, record.input.headers, body, task.ulid)
+            reply = await self._ask(asked)
         except NotFound:  # its tenant has gone: so does it
             await asyncio.to_thread(self._store.forget, task)
             return None
@@ -165,7 +165,7 @@ class TaskRunner:
     def _refusal(self, record: TaskRecord) -> str | None:
         """Why who sent it may not have it run any more. Raises ``NotFound`` for a tenant that is gone."""
         head = self._head(TenantId(record.tenant))
-        if head.created_at > record.created_at:
+        if record.owner_since is not None and head.created_at != record.owner_since:
             raise NotFound(f"tenant {record.tenant} is another one by now")
         if head.state is TenantState.SUSPENDED:
             return f"tenant {record.tenant} is suspended"

@@ -67,6 +67,9 @@ class TaskStore:
         body: bytes,
         caller: str,
         key_id: str | None,
+        *,
+        owner_since: datetime | None = None,
+        pinned: str | None = None,
     ) -> TaskRecord:
         """Keep a task. Once this returns it is not lost. One that is kept by this id already stays as it is.
 
@@ -80,6 +83,7 @@ class TaskStore:
         now = self._clock()
         record = TaskRecord(
             id=str(task), tenant=task.tenant, state=TaskState.QUEUED, caller=caller, key_id=key_id,
+            owner_since=owner_since, pinned=pinned,
             input=TaskInput(
                 path=path, ref=ref, headers=headers,
                 sha256=hashlib.sha256(body).hexdigest(), size_bytes=len(body),
@@ -106,6 +110,14 @@ class TaskStore:
     def read(self, task: TaskId) -> TaskRecord:
         """A task. Raises ``NotFound``."""
         return self._read(task)[0]
+
+    def has(self, task: TaskId) -> bool:
+        """Whether there is such a task."""
+        try:
+            self.read(task)
+        except NotFound:
+            return False
+        return True
 
     def body(self, task: TaskId) -> bytes:
         """What was sent. Raises ``NotFound``."""

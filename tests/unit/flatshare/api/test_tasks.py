@@ -204,6 +204,11 @@ async def test_a_queue_that_is_away_costs_no_task_and_a_suspended_tenant_sees_no
     await place.world.heads.refresh(TenantId("acme"))
     for path in (taken.headers["location"], "/tasks", f"{taken.headers['location']}/result"):
         assert (await client.get(path, headers=headers)).status_code == 403
+    # The operator still looks into them.
+    listed = await client.get("/tasks?tenant=acme", headers=place.admin)
+    assert [one["id"] for one in listed.json()["tasks"]] == [taken.json()["id"]]
+    dropped = await client.delete(f"{taken.headers['location']}?drop=true", headers=place.admin)
+    assert dropped.status_code == 200
 
 
 async def test_one_idempotency_key_makes_one_task(place: Place, client: httpx.AsyncClient) -> None:
@@ -229,7 +234,8 @@ async def test_a_version_is_resolved_when_it_runs_or_pinned_when_it_was_taken(
     headers = {**place.key("acme"), MODEL: "acme"}
     body = {"image": READY.tolist()}
     later = await client.post("/tasks", json=body, headers=headers)
-    pinned = await client.post("/tasks", json=body, headers={**headers, "x-task-version": "pinned"})
+    once = {**headers, "x-task-version": "pinned", "idempotency-key": "once"}
+    pinned = await client.post("/tasks", json=body, headers=once)
     assert (later.json()["model"], pinned.json()["model"]) == ("acme", "acme@1")
     registry = place.world.registry
     torch.manual_seed(77)

@@ -124,12 +124,12 @@ def test_a_file_that_changes_is_another_input(tmp_path: Path) -> None:
     before = open_input(str(tmp_path))
     assert before.names(0, numbers(1)).tolist() == [str(tmp_path / "1.png")]
     (tmp_path / "0.png").rename(tmp_path / "2.png")
-    assert open_input(str(tmp_path)).fingerprint() != before.fingerprint()
+    assert open_input(str(tmp_path)).fingerprint != before.fingerprint
     np.save(tmp_path / "x.npy", PIXELS)
-    array = open_input(str(tmp_path / "x.npy")).fingerprint()
-    assert open_input(str(tmp_path / "x.npy")).fingerprint() == array
+    array = open_input(str(tmp_path / "x.npy")).fingerprint
+    assert open_input(str(tmp_path / "x.npy")).fingerprint == array
     np.save(tmp_path / "x.npy", PIXELS[:5])
-    assert open_input(str(tmp_path / "x.npy")).fingerprint() != array
+    assert open_input(str(tmp_path / "x.npy")).fingerprint != array
 
 
 def test_a_row_that_names_no_model_is_refused_before_anything_begins(tmp_path: Path) -> None:

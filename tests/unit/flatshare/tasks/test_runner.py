@@ -127,7 +127,7 @@ async def test_a_suspended_tenants_task_is_refused(world: World) -> None:
 
 @pytest.mark.parametrize("comes_back", [False, True])
 async def test_a_tenants_tasks_go_with_it_and_are_never_another_ones(world: World, comes_back: bool) -> None:
-    late = TaskId.new(ACME)
+    late, since = TaskId.new(ACME), world.registry.head(ACME).created_at
     world.clock.advance(10)
     world.registry.delete_tenant(ACME)
     with pytest.raises(NotFound):
@@ -136,9 +136,7 @@ async def test_a_tenants_tasks_go_with_it_and_are_never_another_ones(world: Worl
         world.clock.advance(10)
         world.registry.create_tenant(ACME)
     # Of a request that was let in before, and whose body came after.
-    at = world.clock()
-    world.store._clock = lambda: at - 15
-    world.store.take(late, "/predict", "acme", {}, b"{}", "operator:o", None)
+    world.store.take(late, "/predict", "acme", {}, b"{}", "operator:o", None, owner_since=since)
     world.replies = [GOOD]
     assert await world.runner.run(late) is None
     assert world.asked == []
@@ -162,3 +160,15 @@ async def test_what_is_erased_while_it_runs_leaves_nothing(world: World) -> None
 
     assert await world.run(erase) == [None]
     assert list(world.store.open()) == []
+
+
+async def test_a_pinned_version_is_asked_for(world: World) -> None:
+    task = TaskId.new(ACME)
+    since = world.registry.head(ACME).created_at
+    world.clock.advance(-5)  # the machine that takes it is behind the one that made the tenant
+    world.store.take(
+        task, "/predict", "acme", {}, b"{}", "operator:o", None, owner_since=since, pinned="acme@3"
+    )
+    world.replies = [GOOD]
+    assert await world.runner.run(task) is None
+    assert world.asked[-1].ref == "acme@3" and world.store.read(task).state is TaskState.DONE
