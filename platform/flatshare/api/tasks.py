@@ -17,7 +17,7 @@ import orjson
 from fastapi import FastAPI, Header, Query, Request, Response
 from pydantic import BaseModel, Field
 
-from flatshare.api.bodies import BodyReader, media_type_of
+from flatshare.api.bodies import BodyReader
 from flatshare.api.http import ERROR_REPLIES, Incoming
 from flatshare.api.identity import Caller, Identities
 from flatshare.codecs.payload import READY_HEADER
@@ -48,7 +48,7 @@ PIN_HEADER: Final = "x-task-version"
 PINNED: Final = "pinned"
 """Says that the version which the ref means now answers, whatever it means when the task runs."""
 
-_KEPT_HEADERS: Final = ("content-type", "content-encoding", DTYPE_HEADER, SHAPE_HEADER, READY_HEADER)
+_KEPT_HEADERS: Final = ("content-type", DTYPE_HEADER, SHAPE_HEADER, READY_HEADER)
 _BINARY_KINDS: Final = ("application/octet-stream", "application/x-npy", "image/png", "image/jpeg")
 _BINARY: Final = {"schema": {"type": "string", "format": "binary"}}
 
@@ -215,10 +215,8 @@ def add_task_routes(
             tenant = ticket.ref.tenant
             await place.run(place.queue.check_room, tenant)
             body = await bodies.read(request, ticket)
-            kind = media_type_of(request.headers) or "application/json"
             headers = {name: request.headers[name] for name in _KEPT_HEADERS if name in request.headers}
-            headers |= {"content-type": request.headers.get("content-type", kind)}
-            headers.pop("content-encoding", None)  # it was expanded
+            headers.setdefault("content-type", "application/json")
             task = TaskId.new(tenant)
             if idempotency_key is not None:
                 task = await place.run(place.store.once, tenant, idempotency_key)

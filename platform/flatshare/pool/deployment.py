@@ -84,16 +84,16 @@ class ClassifierPool:
             token_verifier(settings),
             used=self._replica.key_use,
         )
-        plane = functools.partial(
+        self._plane = functools.partial(
             create_app,
             self._replica.service,
             replica=self._replica.name,
+            max_body_bytes=settings.max_body_bytes,
             max_rows=settings.max_rows,
             room=self._decoding,
             pipelines=Steps(settings.pipelines),
         )
-        self._data_plane = plane(identities, max_body_bytes=settings.max_body_bytes, tasks=tasks_of(settings))
-        self._inside = plane(InsideIdentities(), max_body_bytes=settings.max_body_bytes)
+        self._data_plane = self._plane(identities, tasks=tasks_of(settings))
         self._door = Door(self._data_plane, DOOR_HOST)
         self._warm = asyncio.get_running_loop().create_task(self._warm_up(), name="warm up")
         self._door_open = asyncio.get_running_loop().create_task(self._door.start(), name="open the door")
@@ -185,6 +185,11 @@ class ClassifierPool:
         with await service.enter(LOCAL_OPERATOR, model_ref) as ticket:
             prediction = await service.predict(ticket, decode)
         return {**batch, "predicted_label": prediction.labels}
+
+    @functools.cached_property
+    def _inside(self) -> HotRoutes:
+        """The data plane as tasks see it: made with the first of them, since most pools have none."""
+        return self._plane(InsideIdentities())
 
     async def answer(self, asked: Asked) -> Reply:
         """What the data plane answers to a task's request; called by the consumer of tasks."""
