@@ -11,9 +11,9 @@ import torch
 from PIL import Image
 from safetensors.torch import save
 
-from flatshare.batch import job as job_module
+from flatshare.batch import actor as actor_module
+from flatshare.batch.actor import UnitRunner
 from flatshare.batch.inputs import open_input
-from flatshare.batch.job import UnitRunner
 from flatshare.batch.units import units_of
 from flatshare.errors import DeviceBroken
 from flatshare.models.architecture import architecture
@@ -90,7 +90,7 @@ def test_a_process_whose_device_is_lost_ends(
     async def broken(self: object, *_: object) -> None:
         raise DeviceBroken("lost")
 
-    monkeypatch.setattr(job_module.os, "_exit", end)
+    monkeypatch.setattr(actor_module.os, "_exit", end)
     monkeypatch.setattr("flatshare.batch.core.OfflineCore._once", broken)
     with pytest.raises(Ended):
         run(settings, tmp_path / "x.npy")
