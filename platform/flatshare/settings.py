@@ -25,6 +25,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
 from pydantic_settings import SettingsError as BadSource
 
+from flatshare.callback_rules import CallbackRules
 from flatshare.errors import SettingsError
 from flatshare_registry.records import Quotas
 from flatshare_registry.settings import RegistrySettings
@@ -319,6 +320,13 @@ class Settings(RegistrySettings):
         description="Seconds after which a task that has ended is removed, with its answer.",
     )
 
+    tasks_callback_hosts: str = Field(
+        default="",
+        description="Who may be told of a task's end (x-task-callback), with commas between: hooks.acme.com, "
+        "*.acme.com, * (by https, at public addresses), or http://10.0.0.5:8080, whatever its address. "
+        "Empty: nobody.",
+    )
+
     # -- limits on what comes in
     max_body_bytes: int = Field(
         default=8 * 1024**2, ge=1024, description="Longest request body, in bytes; beyond it 413."
@@ -400,6 +408,10 @@ class Settings(RegistrySettings):
                 raise ValueError("tasks_redis_url is not redis://host:port/number")
             if parts.password is not None:
                 raise ValueError("tasks_redis_url holds a password: put it into tasks_redis_password_file")
+        try:
+            CallbackRules.parse(self.tasks_callback_hosts)
+        except ValueError as error:
+            raise ValueError(f"tasks_callback_hosts: {error}") from error
         for name in self.pipelines:
             if _NAME.fullmatch(name) is None:
                 raise ValueError(f"pipeline {name[:80]!a}: a name is 1 to 40 of a-z, 0-9 and -")

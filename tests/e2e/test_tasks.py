@@ -8,7 +8,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
+from typing import ClassVar
 
 import httpx
 import numpy as np
@@ -16,6 +18,7 @@ import psutil
 import pytest
 
 from flatshare.mnist.pixels import preprocess
+from flatshare.tasks.callbacks import verify_callback
 
 from .conftest import MODEL, Platform, end, processes_of, random_rows, start
 from .redis_server import RedisServer, redis_server
@@ -36,13 +39,45 @@ def broker(
         yield server
 
 
+class Receiver(BaseHTTPRequestHandler):
+    """Takes callbacks; the first message of each task gets a 503."""
+
+    told: ClassVar[dict[str, list[bytes]]] = {}
+    headers_of: ClassVar[dict[str, dict[str, str]]] = {}
+    enough = threading.Event()
+
+    def do_POST(self) -> None:
+        body = self.rfile.read(int(self.headers["content-length"]))
+        messages = self.told.setdefault(self.headers["webhook-id"], [])
+        messages.append(body)
+        self.headers_of[self.headers["webhook-id"]] = dict(self.headers.items())
+        self.send_response(503 if len(messages) == 1 else 204)
+        self.end_headers()
+        if len(messages) > 1:
+            self.enough.set()
+
+    def log_message(self, *_: object) -> None:
+        pass
+
+
+@pytest.fixture(scope="module")
+def receiver() -> Iterator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Receiver)
+    thread = threading.Thread(target=server.serve_forever)
+    thread.start()
+    yield f"http://127.0.0.1:{server.server_port}"
+    server.shutdown()
+    thread.join()
+    server.server_close()
+
+
 @pytest.fixture(scope="module")
 def platform(
-    broker: RedisServer | None, tmp_path_factory: pytest.TempPathFactory, s3_url_e2e: str
+    broker: RedisServer | None, receiver: str, tmp_path_factory: pytest.TempPathFactory, s3_url_e2e: str
 ) -> Iterator[Platform]:
-    queue = {"FLATSHARE_TASKS": "embedded"}
+    queue = {"FLATSHARE_TASKS": "embedded", "FLATSHARE_TASKS_CALLBACK_HOSTS": receiver}
     if broker is not None:
-        queue = {"FLATSHARE_TASKS": "redis", "FLATSHARE_TASKS_REDIS_URL": broker.url}
+        queue |= {"FLATSHARE_TASKS": "redis", "FLATSHARE_TASKS_REDIS_URL": broker.url}
     running = start(
         tmp_path_factory.mktemp("state"), s3_url_e2e, f"tasks-{queue['FLATSHARE_TASKS']}",
         "--replicas", "2", "--slots", "8", FLATSHARE_TASKS_AT_A_TIME="8", FLATSHARE_REQUEST_TIMEOUT_S="10", **queue,
@@ -100,6 +135,21 @@ def test_prefer_respond_async_makes_a_task_of_a_request(platform: Platform) -> N
         ).status_code
         == 404
     )
+
+
+def test_who_asked_is_told_of_the_end_again_until_it_is_taken(platform: Platform, receiver: str) -> None:
+    Receiver.enough.clear()
+    key = platform.key("t01")
+    headers = {MODEL: "t01", "authorization": f"Bearer {key}"}
+    headers |= {"prefer": "respond-async", "x-task-callback": f"{receiver}/done"}
+    rows = random_rows(1)
+    taken = httpx.post(f"{platform.url}/predict", json={"image": rows.tolist()}, headers=headers).json()
+    assert taken["callback"]["state"] == "owed"
+    assert Receiver.enough.wait(60)
+    first, second = Receiver.told[taken["id"]]
+    assert first == second and json.loads(first)["data"]["state"] == "done"
+    shown = {name.lower(): value for name, value in Receiver.headers_of[taken["id"]].items()}
+    verify_callback(key, shown, second, time.time())
 
 
 def test_nothing_accepted_is_lost_and_nothing_is_answered_twice_differently(

@@ -34,7 +34,14 @@ from flatshare.api.pipelines import NoPipelines, Pipelines, add_pipeline_routes
 from flatshare.api.schemas import MODEL_ID_HEADER, PredictReply, PredictRequest
 from flatshare.api.stream import LinesResponse, lines_of
 from flatshare.api.stream import answers as answers_of
-from flatshare.api.tasks import PIN_HEADER, PINNED, TASK_PATH_HEADER, Tasks, add_task_routes
+from flatshare.api.tasks import (
+    CALLBACK_HEADER,
+    PIN_HEADER,
+    PINNED,
+    TASK_PATH_HEADER,
+    Tasks,
+    add_task_routes,
+)
 from flatshare.codecs.images import decode_images
 from flatshare.codecs.payload import READY, READY_HEADER, decode_json, decode_pixels
 from flatshare.codecs.tensors import DTYPE_HEADER, SHAPE_HEADER, decode_npy, decode_octets, is_ready
@@ -256,6 +263,10 @@ def create_app(
             _model_id_parameter(), _request_id_parameter(),
             _header_parameter(TASK_PATH_HEADER, "Which route the task is for.", "/predict"),
             _header_parameter(PIN_HEADER, "The version that the ref means now answers.", PINNED),
+            _header_parameter(
+                CALLBACK_HEADER, "Told of the task's end, where the operator allows its host.",
+                "https://hooks.acme.com/done",
+            ),
         ],
     )  # fmt: skip
     add_oip_routes(app, service, identities, answers, infer)

@@ -20,19 +20,23 @@ from pydantic import BaseModel, Field
 from flatshare.api.bodies import BodyReader
 from flatshare.api.http import ERROR_REPLIES, Incoming
 from flatshare.api.identity import Caller, Identities
+from flatshare.callback_rules import CallbackRules
 from flatshare.codecs.payload import READY_HEADER
 from flatshare.codecs.tensors import DTYPE_HEADER, SHAPE_HEADER
 from flatshare.errors import BadInput, NoTasks
 from flatshare.replica.request import InferenceService
 from flatshare.replica.ticket import Ticket
-from flatshare.tasks.records import TaskId, TaskRecord, TaskState
+from flatshare.tasks.records import CallbackState, TaskId, TaskRecord, TaskState
 from flatshare.tasks.store import TaskStore
 from flatshare.threads import in_thread
 from flatshare_registry.errors import NotFound, Unavailable
 from flatshare_registry.ids import ModelRef, TenantId
 from flatshare_registry.records import Scope
 
-__all__ = ["PINNED", "PIN_HEADER", "TASK_PATH_HEADER", "TaskQueue", "TaskReply", "Tasks", "add_task_routes"]
+__all__ = [
+    "CALLBACK_HEADER", "PINNED", "PIN_HEADER", "TASK_PATH_HEADER", "TaskQueue", "TaskReply", "Tasks",
+    "add_task_routes",
+]  # fmt: skip
 
 logger = logging.getLogger("flatshare.api")
 
@@ -43,6 +47,9 @@ THREADS: Final = 4
 
 TASK_PATH_HEADER: Final = "x-task-path"
 """Which route the task is for; ``/predict`` where it is missing."""
+
+CALLBACK_HEADER: Final = "x-task-callback"
+"""A URL that is told of the task's end, by a message that the sender's key signs."""
 
 PIN_HEADER: Final = "x-task-version"
 PINNED: Final = "pinned"
@@ -68,9 +75,10 @@ class TaskQueue(Protocol):
 class Tasks:
     """What the routes need: where tasks are kept, and where they wait."""
 
-    def __init__(self, store: TaskStore, queue: TaskQueue) -> None:
+    def __init__(self, store: TaskStore, queue: TaskQueue, callbacks: CallbackRules | None = None) -> None:
         self.store = store
         self.queue = queue
+        self.callbacks = callbacks or CallbackRules()
         # Of its own: who asks for many tasks holds up who asks for tasks, and nothing else of a replica.
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="tasks")
 
@@ -84,6 +92,15 @@ class Tasks:
             await self.run(self.queue.put, task)
         except Unavailable as error:
             logger.warning("task %s: %s", task, error.message)
+
+
+class CallbackReply(BaseModel):
+    """The message of a task's end."""
+
+    url: str
+    state: CallbackState
+    attempts: int
+    error: str | None = Field(None, description="Why the last one was not taken.")
 
 
 class TaskReply(BaseModel):
@@ -106,11 +123,12 @@ class TaskReply(BaseModel):
     digest: str | None = Field(None, description="Of its weights.")
     result: Any | None = Field(None, description="The answer, if it is JSON; else see `result_url`.")
     result_url: str | None = None
+    callback: CallbackReply | None = None
 
     @classmethod
     def of(cls, record: TaskRecord) -> Self:
         """From its record, without the answer's body."""
-        answer = record.answer
+        answer, told = record.answer, record.callback
         return cls(
             id=record.id, state=record.state, path=record.input.path, model=record.pinned or record.input.ref,
             created_at=record.created_at, updated_at=record.updated_at, expires_at=record.expires_at,
@@ -118,6 +136,9 @@ class TaskReply(BaseModel):
             status=answer.status if answer else None, version=answer.version if answer else None,
             digest=answer.digest if answer else None,
             result=None, result_url=f"/tasks/{record.id}/result" if answer else None,
+            callback=CallbackReply(
+                url=told.url, state=told.state, attempts=told.attempts, error=told.error
+            ) if told else None,
         )  # fmt: skip
 
 
@@ -211,6 +232,11 @@ def add_task_routes(
         if path not in ("/predict", "/classify") and not path.startswith("/pipelines/"):
             raise BadInput(f"{TASK_PATH_HEADER} is /predict, /classify or /pipelines/<name>")
         caller = await identities.identify(request.headers)
+        callback = request.headers.get(CALLBACK_HEADER)
+        if callback is not None:
+            place.callbacks.check(callback)
+            if _key_of(caller) is None:
+                raise BadInput("a callback is signed with a tenant's key: send the task with one")
         with await enter(request) as ticket:
             tenant = ticket.ref.tenant
             await place.run(place.queue.check_room, tenant)
@@ -225,7 +251,10 @@ def add_task_routes(
                 pinned = (await service.describe(ticket)).name
             service.check_fence(ticket.ref)
             record = await place.run(
-                partial(place.store.take, owner_since=ticket.head.created_at, pinned=pinned),
+                partial(
+                    place.store.take,
+                    owner_since=ticket.head.created_at, pinned=pinned, callback=callback,
+                ),
                 task, path, str(ticket.ref), headers, body, caller.name, _key_of(caller),
             )  # fmt: skip
             try:

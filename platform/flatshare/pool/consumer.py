@@ -14,10 +14,12 @@ from ray.serve.schema import TaskProcessorConfig
 from ray.serve.task_consumer import task_consumer, task_handler
 
 from flatshare.api.tasks import Tasks
+from flatshare.callback_rules import CallbackRules
 from flatshare.pool.embedded_queue import EmbeddedQueue, SqliteTaskAdapter
 from flatshare.pool.handle import control_handle, pool_handle
 from flatshare.pool.task_names import RUN
 from flatshare.settings import Settings
+from flatshare.tasks.callbacks import CallbackSender
 from flatshare.tasks.records import TaskId, TaskState
 from flatshare.tasks.runner import Asked, Reply, TaskRunner, longest_back_off
 from flatshare.tasks.store import TaskStore
@@ -69,12 +71,13 @@ def tasks_of(settings: Settings) -> Tasks | None:
         return None
     store = TaskStore(settings.open_store(), settings.tasks_keep_s)
     limits = (settings.tasks_queued, settings.tasks_queued_per_tenant)
+    callbacks = CallbackRules.parse(settings.tasks_callback_hosts)
     if settings.tasks == "embedded":
-        return Tasks(store, EmbeddedQueue(Path(settings.tasks_file), *limits))
+        return Tasks(store, EmbeddedQueue(Path(settings.tasks_file), *limits), callbacks)
     from flatshare.pool.redis_queue import RedisQueue
 
     where = (settings.tasks_redis_url, settings.tasks_redis_password_file, _run_s(settings))
-    return Tasks(store, RedisQueue(*where, *limits))
+    return Tasks(store, RedisQueue(*where, *limits), callbacks)
 
 
 def _run_s(settings: Settings) -> float:
@@ -109,7 +112,8 @@ class TaskConsumer:
         # The embedded queue's leases say that a run has died; where there are none, its time does.
         self._run_s = _run_s(settings)
         alone_s = 0.0 if settings.tasks == "embedded" else self._run_s
-        self._runner = TaskRunner(self._store, Registry(store).head, self._ask, alone_s=alone_s)
+        callbacks = CallbackSender(CallbackRules.parse(settings.tasks_callback_hosts))
+        self._runner = TaskRunner(self._store, Registry(store).head, self._ask, callbacks, alone_s=alone_s)
         self._wakes = settings.least_replicas == 0
         self._put_at: dict[TaskId, float] = {}
         self._checking = ThreadPoolExecutor(1, thread_name_prefix="check the queue")
@@ -157,7 +161,7 @@ class TaskConsumer:
             if found is None or not lacks_some or task in self._put_at:
                 continue
             record, unchanged_s = found
-            held_s = longest_back_off(record.attempts) + LOST_AFTER_S
+            held_s = longest_back_off(record.tries) + LOST_AFTER_S
             if unchanged_s > (self._run_s if record.state is TaskState.RUNNING else held_s):
                 self._adapter.enqueue_task_sync(RUN, [str(task)])
                 self._put_at[task] = now

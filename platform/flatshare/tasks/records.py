@@ -14,7 +14,7 @@ from flatshare_registry.errors import Corrupt, InvalidInput
 from flatshare_registry.ids import TenantId
 from flatshare_registry.records import new_ulid
 
-__all__ = ["Answered", "TaskId", "TaskInput", "TaskRecord", "TaskState"]
+__all__ = ["Answered", "Callback", "CallbackState", "TaskId", "TaskInput", "TaskRecord", "TaskState"]
 
 _ID: Final = re.compile(r"([^.]{1,63})\.([0-9A-HJKMNP-TV-Z]{26})", re.ASCII)
 
@@ -91,6 +91,29 @@ class Answered(_Frozen):
     fence: str = Field(description="The run whose answer it is.")
 
 
+class CallbackState(StrEnum):
+    """Where the message of a task's end is."""
+
+    OWED = "owed"
+    """The task has not ended, or nobody has taken the message yet."""
+    DELIVERED = "delivered"
+    FAILED = "failed"
+    """Given up; the task itself is as it was."""
+
+
+class Callback(_Frozen):
+    """Who is told of a task's end."""
+
+    url: str
+    state: CallbackState = CallbackState.OWED
+    attempts: int = 0
+    """Messages that were sent, or tried to be."""
+    error: str | None = None
+    """Why the last one was not taken."""
+    ended_at: datetime | None = None
+    """Since when the message is owed."""
+
+
 class TaskRecord(_Frozen):
     """One task.
 
@@ -112,6 +135,8 @@ class TaskRecord(_Frozen):
         Of the run that may end it now: the answer of any other run is dropped.
     error
         Why the last run did not answer it, or why it was refused.
+    callback
+        Who is told of its end; None: nobody.
     """
 
     schema_version: int = 1
@@ -133,6 +158,27 @@ class TaskRecord(_Frozen):
     error: str | None = None
     code: str | None = None
     answer: Answered | None = None
+    callback: Callback | None = None
+
+    @property
+    def open(self) -> bool:
+        """Whether something is still to be done for it: it has not ended, or nobody was told yet."""
+        return not self.state.ended or self.owes_callback
+
+    @property
+    def owes_callback(self) -> bool:
+        """Whether its sender is to be told of its end; who cancels a task knows it."""
+        return (
+            self.state.ended
+            and self.state is not TaskState.CANCELLED
+            and self.callback is not None
+            and self.callback.state is CallbackState.OWED
+        )
+
+    @property
+    def tries(self) -> int:
+        """How often that has been tried which is to be done next."""
+        return self.callback.attempts if self.owes_callback and self.callback else self.attempts
 
     def encode(self) -> bytes:
         """As it is stored."""

@@ -1,4 +1,4 @@
-"""One run of a task: begin, check the right again, ask the pool, keep the answer once."""
+"""One run of a task: begin, check the right again, ask the pool, keep the answer once, tell its sender."""
 
 from __future__ import annotations
 
@@ -9,15 +9,17 @@ import time
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Final
+from functools import partial
+from typing import Final, Protocol
 
+from flatshare.tasks.callbacks import CallbackRefused, message_of, signed_headers
 from flatshare.tasks.records import Answered, TaskId, TaskRecord, TaskState
 from flatshare.tasks.store import TaskStore
 from flatshare_registry.errors import NotFound, RegistryError
 from flatshare_registry.ids import TenantId
 from flatshare_registry.records import TenantHead, TenantState, new_ulid
 
-__all__ = ["Asked", "Reply", "TaskRunner", "longest_back_off"]
+__all__ = ["Asked", "Reply", "SendsCallbacks", "TaskRunner", "longest_back_off"]
 
 logger = logging.getLogger("flatshare.tasks")
 
@@ -28,6 +30,9 @@ here.
 
 FIRST_BACK_OFF_S: Final = 1.0
 MOST_BACK_OFF_S: Final = 60.0
+
+MOST_CALLBACKS_S: Final = 3600.0
+"""Seconds after a task's end for which its callback is tried."""
 
 MOST_REFUSALS_S: Final = 3600.0
 """Seconds for which a task is tried while the pool has no room, or the store does not answer."""
@@ -56,6 +61,14 @@ class Reply:
     body: bytes
 
 
+class SendsCallbacks(Protocol):
+    """Posts a message to who asked to be told."""
+
+    async def send(self, url: str, headers: Mapping[str, str], body: bytes) -> None:
+        """Post it. Raises ``CallbackRefused``."""
+        ...
+
+
 class TaskRunner:
     """Runs tasks, each once or more often; answers are kept once.
 
@@ -65,6 +78,8 @@ class TaskRunner:
         Reads a tenant's head; blocks.
     ask
         Has the pool answer; raises whatever goes wrong on the way there.
+    callbacks
+        Tells who asked to be told.
     alone_s
         Seconds for which a run that was begun is taken to be under way, and is left alone. 0 where the queue
         says so with leases.
@@ -75,6 +90,7 @@ class TaskRunner:
         store: TaskStore,
         head: Callable[[TenantId], TenantHead],
         ask: Callable[[Asked], Awaitable[Reply]],
+        callbacks: SendsCallbacks,
         clock: Callable[[], float] = time.time,
         *,
         alone_s: float = 0.0,
@@ -83,22 +99,32 @@ class TaskRunner:
         self._store = store
         self._head = head
         self._ask = ask
+        self._callbacks = callbacks
         self._clock = clock
 
     async def run(self, task: TaskId) -> float | None:
-        """Run a task once.
+        """Run a task once; if it has ended by then, tell who is to be told.
 
         Returns
         -------
         float or None
-            Seconds after which it should be run again; None: it has ended.
+            Seconds after which this should be called again; None: there is nothing more to do.
         """
         fence = new_ulid()
         record = await asyncio.to_thread(self._store.begin, task, fence, self._alone_s)
         if record is None:
             open_now = await asyncio.to_thread(self._store.settle, task, 0.0)
-            # Another run is under way: look again when it must have ended.
-            return self._alone_s if open_now is not None and self._alone_s else None
+            if open_now is None:
+                return None
+            if open_now[0].owes_callback:
+                return await self._call_back(task)
+            return self._alone_s or None  # another run is under way: look again when it must have ended
+        again_s = await self._run_once(record, task, fence)
+        if again_s is None and record.callback is not None:
+            return await self._call_back(task)
+        return again_s
+
+    async def _run_once(self, record: TaskRecord, task: TaskId, fence: str) -> float | None:
         if record.failures > MOST_FAILURES:
             why = record.error or "the process that ran it died each time"
             await self._give_up(task, fence, f"given up after {record.failures - 1} failures: {why}")
@@ -154,6 +180,37 @@ class TaskRunner:
             return None
         await asyncio.to_thread(self._store.again, task, fence, error, "busy", failed=False)
         return _back_off(record.attempts)
+
+    async def _call_back(self, task: TaskId) -> float | None:
+        """Tell who asked to be told; more than once, perhaps, if a process dies in between."""
+        try:
+            record = await asyncio.to_thread(self._store.read, task)
+            if not record.owes_callback or record.callback is None:
+                return None
+            attempts, error, over = record.callback.attempts, None, True
+            try:
+                secret = await asyncio.to_thread(self._secret, record)
+                body = message_of(record)
+                headers = signed_headers(secret, record.id, self._clock(), body)
+                await self._callbacks.send(record.callback.url, headers, body)
+            except CallbackRefused as refused:
+                since = record.callback.ended_at or record.updated_at
+                late = self._clock() - since.timestamp() > MOST_CALLBACKS_S
+                error, over = str(refused), refused.for_good or late
+        except NotFound:  # its tenant has gone: so does it
+            await asyncio.to_thread(self._store.forget, task)
+            return None
+        if error is not None:
+            logger.warning("task %s: %s", task, error)
+        await asyncio.to_thread(partial(self._store.called, task, attempts, error, over=over))
+        return None if over else _back_off(attempts + 1)
+
+    def _secret(self, record: TaskRecord) -> str:
+        """The digest that signs; raises ``CallbackRefused`` where nobody may be told any more."""
+        refusal = self._refusal(record)
+        if refusal is not None or record.key_id is None:
+            raise CallbackRefused(refusal or "no tenant's key sent it", for_good=True)
+        return self._head(TenantId(record.tenant)).keys[record.key_id].sha256
 
     async def _give_up(self, task: TaskId, fence: str, error: str) -> None:
         logger.error("task %s is dead: %s", task, error)

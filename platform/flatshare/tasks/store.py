@@ -14,7 +14,15 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Final
 
-from flatshare.tasks.records import Answered, TaskId, TaskInput, TaskRecord, TaskState
+from flatshare.tasks.records import (
+    Answered,
+    Callback,
+    CallbackState,
+    TaskId,
+    TaskInput,
+    TaskRecord,
+    TaskState,
+)
 from flatshare_registry import layout
 from flatshare_registry.errors import AlreadyExists, Conflict, Corrupt, InvalidInput, NotFound
 from flatshare_registry.ids import TenantId
@@ -70,6 +78,7 @@ class TaskStore:
         *,
         owner_since: datetime | None = None,
         pinned: str | None = None,
+        callback: str | None = None,
     ) -> TaskRecord:
         """Keep a task. Once this returns it is not lost. One that is kept by this id already stays as it is.
 
@@ -83,7 +92,7 @@ class TaskStore:
         now = self._clock()
         record = TaskRecord(
             id=str(task), tenant=task.tenant, state=TaskState.QUEUED, caller=caller, key_id=key_id,
-            owner_since=owner_since, pinned=pinned,
+            owner_since=owner_since, pinned=pinned, callback=Callback(url=callback) if callback else None,
             input=TaskInput(
                 path=path, ref=ref, headers=headers,
                 sha256=hashlib.sha256(body).hexdigest(), size_bytes=len(body),
@@ -103,7 +112,8 @@ class TaskStore:
 
     @staticmethod
     def _same(kept: TaskRecord, sent: TaskRecord) -> TaskRecord:
-        if kept.input != sent.input:
+        same_callback = (kept.callback and kept.callback.url) == (sent.callback and sent.callback.url)
+        if kept.input != sent.input or not same_callback:
             raise AlreadyExists(f"this idempotency key made task {kept.id} of another request")
         return kept
 
@@ -237,12 +247,51 @@ class TaskStore:
         def change(record: TaskRecord) -> TaskRecord:
             if record.state not in (TaskState.DEAD, TaskState.FAILED):
                 raise InvalidInput(f"task {task} is {record.state}: what is dead or failed can be replayed")
-            return self._ended(record, TaskState.QUEUED, attempts=0, failures=0, fence=None, busy_since=None)
+            owed = Callback(url=record.callback.url) if record.callback else None
+            return self._ended(
+                record, TaskState.QUEUED, attempts=0, failures=0, fence=None, busy_since=None, callback=owed
+            )
 
         with contextlib.suppress(AlreadyExists):
             self._store.put(layout.open_task_key(task.tenant, task.ulid), b"{}", Create())
         changed = self._change(task, change)
         assert changed is not None, "it raises, or changes"
+        return changed
+
+    def called(self, task: TaskId, attempts: int, error: str | None, *, over: bool) -> TaskRecord | None:
+        """Note what became of a callback.
+
+        Parameters
+        ----------
+        attempts
+            How many messages it had before this one; if it has more by now, somebody else notes it.
+        error
+            None: it was delivered.
+        over
+            Whether no more are sent.
+
+        Returns
+        -------
+        TaskRecord or None
+            What it is now; None: there was nothing to note.
+        """
+
+        def change(record: TaskRecord) -> TaskRecord | None:
+            told = record.callback
+            if told is None or not record.owes_callback or told.attempts != attempts:
+                return None
+            state = CallbackState.OWED
+            if over:
+                state = CallbackState.DELIVERED if error is None else CallbackState.FAILED
+            noted = told.model_copy(update={"attempts": attempts + 1, "error": error, "state": state})
+            return record.now(record.state, self._clock(), callback=noted)
+
+        try:
+            changed = self._change(task, change)
+        except NotFound:  # its tenant was erased meanwhile
+            return None
+        if changed is not None and not changed.open:
+            self._close(task)
         return changed
 
     def drop(self, task: TaskId) -> None:
@@ -265,7 +314,7 @@ class TaskStore:
                 yield TaskId(TenantId(found[0]), found[1]), age_s
 
     def settle(self, task: TaskId, age_s: float) -> tuple[TaskRecord, float] | None:
-        """Forget that a task is open if it has ended, or never came to be.
+        """Forget that a task is open if it has ended and who is to be told was told, or it never came to be.
 
         Parameters
         ----------
@@ -283,7 +332,7 @@ class TaskStore:
             if age_s > NEVER_TOLD_S:  # else somebody may be writing it
                 self.forget(task)
             return None
-        if not record.state.ended:
+        if record.open:
             return record, self._clock() - record.updated_at.timestamp()
         self._close(task)
         return None
@@ -316,24 +365,26 @@ class TaskStore:
             )
 
         try:
-            ended = self._change(task, change) is not None
+            changed = self._change(task, change)
         except NotFound:  # its tenant was erased meanwhile
             return False
-        if ended and state.ended:
+        if changed is not None and not changed.open:
             self._close(task)
-        return ended
+        return changed is not None
 
     def _ended(self, record: TaskRecord, state: TaskState, **changes: object) -> TaskRecord:
         """In another state, and kept for so long from now on."""
         now = self._clock()
+        if record.callback is not None and state.ended:
+            changes = {**changes, "callback": record.callback.model_copy(update={"ended_at": _at(now)})}
         return record.now(state, now, expires_at=_at(now + self._keep_s), **changes)
 
     def _close(self, task: TaskId) -> None:
-        """Note that a task is not open any more; it may be replayed at this very moment."""
+        """Note that nothing is to be done for a task any more; it may be replayed at this very moment."""
         key = layout.open_task_key(task.tenant, task.ulid)
         self._store.delete(key)
         with contextlib.suppress(NotFound, AlreadyExists):
-            if not self.read(task).state.ended:
+            if self.read(task).open:
                 self._store.put(key, b"{}", Create())
 
     def _change(self, task: TaskId, change: Callable[[TaskRecord], TaskRecord | None]) -> TaskRecord | None:

@@ -16,8 +16,10 @@ from safetensors.torch import save
 from flatshare.api.app import create_app
 from flatshare.api.identity import Identities, OperatorKeys, Role
 from flatshare.api.tasks import Tasks
+from flatshare.callback_rules import CallbackRules
 from flatshare.errors import TooManyTasks
 from flatshare.pool.inside import InsideIdentities, answered
+from flatshare.tasks.callbacks import CallbackSender
 from flatshare.tasks.records import TaskId
 from flatshare.tasks.runner import Asked, Reply, TaskRunner
 from flatshare.tasks.store import TaskStore
@@ -29,6 +31,7 @@ from flatshare_registry.keys import new_key
 from .conftest import NETWORK, World
 
 PIXELS = np.random.default_rng(1).integers(0, 256, (3, 28, 28), dtype=np.uint8)
+RULES = CallbackRules.parse("hooks.acme.com")
 READY = NETWORK.preprocess(PIXELS)
 MODEL = "serve_multiplexed_model_id"
 
@@ -60,14 +63,14 @@ class Place:
         common: dict[str, Any] = {"replica": "r1", "max_body_bytes": 150_000, "max_rows": 8}
         self.app = create_app(
             world.service, Identities(world.heads, OperatorKeys.of({Role.ADMIN: admin.text}), clock=world.wall_clock),
-            tasks=Tasks(self.store, self.queue), **common,
+            tasks=Tasks(self.store, self.queue, RULES), **common,
         )  # fmt: skip
         inside = create_app(world.service, InsideIdentities(), **common)
 
         async def ask(asked: Asked) -> Reply:
             return await answered(inside, asked)
 
-        self.runner = TaskRunner(self.store, world.registry.head, ask)
+        self.runner = TaskRunner(self.store, world.registry.head, ask, CallbackSender(RULES))
 
     def key(self, tenant: str, *scopes: Scope) -> dict[str, str]:
         made = self.world.registry.tenancy.create_key(TenantId(tenant), scopes or (Scope.PREDICT,))
@@ -270,3 +273,23 @@ async def test_where_no_tasks_are_taken_it_says_so(world: World, place: Place) -
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
         reply = await client.post("/tasks", json={}, headers={MODEL: "acme"})
     assert (reply.status_code, reply.json()["error"]["code"]) == (404, "no_tasks")
+
+
+async def test_a_callback_goes_where_it_may_and_is_the_keys_own(
+    place: Place, client: httpx.AsyncClient
+) -> None:
+    headers = {**place.key("acme"), MODEL: "acme"}
+    hook = {"x-task-callback": "https://hooks.acme.com/done"}
+    body = {"image": READY.tolist()}
+    taken = await client.post("/tasks", json=body, headers={**headers, **hook})
+    assert taken.json()["callback"] == {"url": hook["x-task-callback"], "state": "owed", "attempts": 0}
+    for changed, words in (
+        ({**headers, "x-task-callback": "https://169.254.169.254/"}, "not allowed"),
+        ({**place.admin, MODEL: "acme", **hook}, "tenant's key"),
+    ):
+        refused = await client.post("/tasks", json=body, headers=changed)
+        assert refused.status_code == 400 and words in refused.json()["error"]["message"]
+    once = {**headers, "idempotency-key": "once"}
+    assert (await client.post("/tasks", json=body, headers=once)).status_code == 202
+    other = await client.post("/tasks", json=body, headers={**once, **hook})
+    assert other.status_code == 409, "another callback is another request"

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import pytest
 
-from flatshare.tasks.records import TaskId, TaskRecord, TaskState
-from flatshare.tasks.runner import MOST_FAILURES, MOST_REFUSALS_S, Asked, Reply, TaskRunner
+from flatshare.tasks.callbacks import CallbackRefused, verify_callback
+from flatshare.tasks.records import Callback, CallbackState, TaskId, TaskRecord, TaskState
+from flatshare.tasks.runner import MOST_CALLBACKS_S, MOST_FAILURES, MOST_REFUSALS_S, Asked, Reply, TaskRunner
 from flatshare.tasks.store import TaskStore
 from flatshare_registry import Registry, Scope, TenantId
 from flatshare_registry.errors import NotFound, Unavailable
@@ -26,17 +27,32 @@ def refusal(status: int, code: str = "x") -> Reply:
     return Reply(status, {}, json.dumps({"error": {"message": f"it is {code}", "code": code}}).encode())
 
 
+class Receiver:
+    """Who is told of ends."""
+
+    def __init__(self) -> None:
+        self.refusals: list[CallbackRefused] = []
+        self.sent: list[tuple[str, dict[str, str], bytes]] = []
+
+    async def send(self, url: str, headers: Mapping[str, str], body: bytes) -> None:
+        self.sent.append((url, dict(headers), body))
+        if self.refusals:
+            raise self.refusals.pop(0)
+
+
 class World:
     def __init__(self) -> None:
         self.clock = ManualClock()
         blobs = MemoryStore(clock=self.clock)
         self.registry = Registry(blobs, clock=self.clock)
         self.registry.create_tenant(ACME)
-        self.key = self.registry.tenancy.create_key(ACME, [Scope.PREDICT]).id
+        made = self.registry.tenancy.create_key(ACME, [Scope.PREDICT])
+        self.key, self.key_text = made.id, made.text
         self.store = TaskStore(blobs, 10**6, self.clock)
         self.replies: list[Reply | Exception | Callable[[], Reply]] = []
         self.asked: list[Asked] = []
-        self.runner = TaskRunner(self.store, self.registry.head, self._ask, self.clock)
+        self.receiver = Receiver()
+        self.runner = TaskRunner(self.store, self.registry.head, self._ask, self.receiver, self.clock)
         self.task = TaskId.new(ACME)
         self.store.take(
             self.task, "/classify", "acme:canary", {"content-type": "image/png"}, b"png", "key:k", self.key
@@ -52,6 +68,20 @@ class World:
     async def run(self, *replies: Reply | Exception | Callable[[], Reply]) -> list[float | None]:
         self.replies = list(replies)
         return [await self.runner.run(self.task) for _ in replies]
+
+    def take(self, callback: str) -> None:
+        """A task of whose end somebody is told."""
+        self.task = TaskId.new(ACME)
+        self.store.take(self.task, "/predict", "acme", {}, b"{}", "key:k", self.key, callback=callback)
+
+    @property
+    def told(self) -> Callback:
+        assert self.record.callback is not None
+        return self.record.callback
+
+    @property
+    def open(self) -> list[TaskId]:
+        return [task for task, _ in self.store.open()]
 
     @property
     def record(self) -> TaskRecord:
@@ -172,3 +202,84 @@ async def test_a_pinned_version_is_asked_for(world: World) -> None:
     world.replies = [GOOD]
     assert await world.runner.run(task) is None
     assert world.asked[-1].ref == "acme@3" and world.store.read(task).state is TaskState.DONE
+
+
+HOOK = "https://hooks.acme.com/done"
+
+
+async def test_who_asked_is_told_of_the_end_by_a_message_that_the_senders_key_signs(world: World) -> None:
+    world.take(HOOK)
+    assert await world.run(GOOD) == [None]
+    ((url, headers, body),) = world.receiver.sent
+    verify_callback(world.key_text, headers, body, world.clock())
+    told = json.loads(body)
+    assert (url, told["type"], headers["webhook-id"]) == (HOOK, "task.done", str(world.task))
+    assert told["data"] == {
+        "id": str(world.task), "state": "done", "path": "/predict", "model": "acme", "attempts": 1,
+        "status": 200, "version": 7, "digest": "d", "result_url": f"/tasks/{world.task}/result",
+    }  # fmt: skip
+    assert (world.told.state, world.told.attempts) == (CallbackState.DELIVERED, 1)
+    assert world.task not in world.open
+    assert await world.runner.run(world.task) is None, "a second delivery tells nobody again"
+    assert len(world.receiver.sent) == 1
+
+
+async def test_a_receiver_that_is_away_is_told_later_and_the_task_runs_once(world: World) -> None:
+    world.take(HOOK)
+    world.receiver.refusals = [CallbackRefused("away"), CallbackRefused("away")]
+    (first,) = await world.run(GOOD)
+    assert first is not None and (world.told.state, world.told.error) == (CallbackState.OWED, "away")
+    assert world.task in world.open, "a queue that forgets it finds it there"
+    second = await world.runner.run(world.task)
+    assert second is not None and second > first
+    assert await world.runner.run(world.task) is None
+    assert (world.told.state, world.told.attempts, world.told.error) == (CallbackState.DELIVERED, 3, None)
+    assert (len(world.asked), world.task in world.open) == (1, False)
+
+
+@pytest.mark.parametrize("for_good", [True, False])
+async def test_a_callback_is_given_up_and_the_answer_stays(world: World, for_good: bool) -> None:
+    world.take(HOOK)
+    world.receiver.refusals = [CallbackRefused("no", for_good=for_good)] * 2
+    await world.run(GOOD)
+    if not for_good:
+        world.clock.advance(MOST_CALLBACKS_S + 1)
+        assert await world.runner.run(world.task) is None
+    assert (world.told.state, world.told.error) == (CallbackState.FAILED, "no")
+    assert (world.record.state, world.task in world.open) == (TaskState.DONE, False)
+
+
+async def test_refused_and_dead_tasks_are_told_of_and_cancelled_ones_are_not(world: World) -> None:
+    world.take(HOOK)
+    await world.run(refusal(400, "bad_input"))
+    assert json.loads(world.receiver.sent[-1][2])["data"]["code"] == "bad_input"
+    world.store.replay(world.task)
+    assert world.told == Callback(url=HOOK), "its next end is told of, too"
+    await world.run(*[refusal(500)] * MOST_FAILURES)
+    assert json.loads(world.receiver.sent[-1][2])["type"] == "task.dead"
+    world.take(HOOK)
+    world.store.cancel(world.task)
+    assert await world.runner.run(world.task) is None
+    assert (len(world.receiver.sent), world.task in world.open) == (2, False)
+
+
+async def test_nobody_is_told_with_a_key_that_was_taken_away(world: World) -> None:
+    world.take(HOOK)
+    world.receiver.refusals = [CallbackRefused("away")]
+    await world.run(GOOD)
+    world.registry.tenancy.revoke_key(ACME, world.key)
+    assert await world.runner.run(world.task) is None
+    assert (world.told.state, len(world.receiver.sent)) == (CallbackState.FAILED, 1)
+    world.take(HOOK)
+    world.registry.delete_tenant(ACME)
+    assert await world.run(GOOD) == [None]
+    assert len(world.receiver.sent) == 1
+
+
+async def test_a_process_that_dies_before_it_told_leaves_it_to_the_next(world: World) -> None:
+    world.take(HOOK)
+    world.store.begin(world.task, "f")
+    world.store.refuse(world.task, "f", TaskState.DEAD, "x", "x")  # and then it was killed
+    assert world.task in world.open
+    assert await world.runner.run(world.task) is None
+    assert (world.told.state, world.asked) == (CallbackState.DELIVERED, [])
