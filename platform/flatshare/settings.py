@@ -309,7 +309,15 @@ class Settings(RegistrySettings):
         default="",
         description="The embedded queue's file. Empty: beside the admin key. What it loses is in the store.",
     )
-    tasks_at_a_time: int = Field(default=4, ge=1, le=1000, description="Tasks that are run at a time.")
+    tasks_at_a_time: int = Field(
+        default=4, ge=1, le=1000, description="Tasks that one consumer runs at a time."
+    )
+    tasks_min_consumers: int = Field(
+        default=1, ge=0, le=1000, description="Fewest processes that run tasks. 0: none while no task waits."
+    )
+    tasks_max_consumers: int = Field(
+        default=4, ge=1, le=1000, description="Most of them: more come when many tasks wait, or old ones."
+    )
     tasks_queued: int = Field(default=10_000, ge=1, description="Tasks that may wait; beyond it 503.")
     tasks_queued_per_tenant: int = Field(
         default=1000, ge=1, description="Tasks of one tenant that may wait; beyond it 429."
@@ -402,6 +410,11 @@ class Settings(RegistrySettings):
             )
         if (self.tasks == "redis") != bool(self.tasks_redis_url):
             raise ValueError("tasks=redis and tasks_redis_url go together")
+        if self.tasks_min_consumers > self.tasks_max_consumers:
+            raise ValueError(
+                f"tasks_min_consumers ({self.tasks_min_consumers}) is above tasks_max_consumers "
+                f"({self.tasks_max_consumers})"
+            )
         if self.tasks_redis_url:
             parts = urlsplit(self.tasks_redis_url)
             if parts.scheme not in ("redis", "rediss") or not parts.hostname:

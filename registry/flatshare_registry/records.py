@@ -45,9 +45,15 @@ ULID_TIME_CHARS: Final = 10
 """Characters of a ULID that are its time, in milliseconds; the other 16 are random."""
 
 
+def ulid_time_ms(ulid: str) -> int:
+    """When a ULID was made, in POSIX milliseconds, from it or its time part."""
+    time_chars = reversed(ulid[:ULID_TIME_CHARS])
+    return sum(_CROCKFORD.index(char) << 5 * place for place, char in enumerate(time_chars))
+
+
 def next_ulid_time(time_chars: str) -> str:
     """The time part of a ULID one millisecond later."""
-    value = sum(_CROCKFORD.index(char) << 5 * place for place, char in enumerate(reversed(time_chars))) + 1
+    value = ulid_time_ms(time_chars) + 1
     return "".join(_CROCKFORD[(value >> shift) & 31] for shift in range(45, -1, -5))
 
 

@@ -27,11 +27,13 @@ from flatshare.models.architecture import architecture
 from flatshare.pipelines.steps import batch_of, step_class
 from flatshare.placement.scaling import Bounds
 from flatshare.pool.details import ReplicaState
+from flatshare.pool.embedded_queue import EmbeddedQueue
 from flatshare.replica.build import Replica
 from flatshare.replica.identity import ReplicaIdentity
 from flatshare.replica.receipt import EraseReceipt, HostReceipt
 from flatshare.replica.request import InferenceService
 from flatshare.settings import Settings
+from flatshare.tasks.keeper import TaskKeeper
 from flatshare.tasks.records import Answered, TaskId
 from flatshare.tasks.store import TaskStore
 from flatshare_registry import Registry, Scope, TenantId
@@ -196,6 +198,9 @@ class Control:
             RunningSettings(Settings()),
             erasure_key_file=folder / "erasure.key", scaling=Scaling(
                 Keeper(fleet, OneReplica(), Bounds(1, 1), 4.0), lambda *_: None
+            ), task_keeper=TaskKeeper(
+                TaskStore(self.registry.store), EmbeddedQueue(folder / "tasks.sqlite", 9, 9), OneReplica(),
+                Bounds(0, 4), 4, 45.0,
             ),
         )  # fmt: skip
 

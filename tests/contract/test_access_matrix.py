@@ -144,6 +144,7 @@ CONTROL: dict[tuple[str, str], Row] = {
     ("POST", "/replicas/{replica}/drain"): change(404),
     ("GET", "/settings"): view(),
     ("PATCH", "/settings"): change(json={"settings": {"tenant_share": 0.5}}),
+    ("GET", "/tasks"): view(),
     ("GET", "/scaling"): view(),
     ("PUT", "/scaling"): change(json={"min_replicas": 1, "max_replicas": 3}),
     ("POST", "/preload"): change(json={"model": "acme"}),

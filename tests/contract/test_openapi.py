@@ -272,6 +272,7 @@ async def test_a_generated_client_calls_every_route_of_the_control_plane(
     assert (await ask("get_settings")).revision == 0
     share = models.SettingsChange.from_dict({"settings": {"tenant_share": 0.5}})
     assert (await ask("change_settings", body=share)).settings["tenant_share"] == 0.5
+    assert (await ask("get_task_queue")).max_consumers == 4
     assert (await ask("get_scaling")).max_replicas == 1
     bounds = models.ScalingRequest.from_dict({"min_replicas": 1, "max_replicas": 3})
     assert (await ask("set_scaling", body=bounds)).max_replicas == 3

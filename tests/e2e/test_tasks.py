@@ -80,7 +80,8 @@ def platform(
         queue |= {"FLATSHARE_TASKS": "redis", "FLATSHARE_TASKS_REDIS_URL": broker.url}
     running = start(
         tmp_path_factory.mktemp("state"), s3_url_e2e, f"tasks-{queue['FLATSHARE_TASKS']}",
-        "--replicas", "2", "--slots", "8", FLATSHARE_TASKS_AT_A_TIME="8", FLATSHARE_REQUEST_TIMEOUT_S="10", **queue,
+        "--replicas", "2", "--slots", "8", FLATSHARE_TASKS_AT_A_TIME="4", FLATSHARE_REQUEST_TIMEOUT_S="10",
+        FLATSHARE_TASKS_MIN_CONSUMERS="0", FLATSHARE_TASKS_MAX_CONSUMERS="3", FLATSHARE_DOWNSCALE_DELAY_S="5", **queue,
     )  # fmt: skip
     for number in range(TENANTS):
         running.add(f"t{number:02}", 500 + number)
@@ -237,6 +238,19 @@ def test_dead_letters_are_listed_shown_and_replayed(platform: Platform, tmp_path
     assert ended(platform, task)["attempts"] == 1
     assert platform.cli_json("tasks", "dead", "drop", task)["id"] == task
     assert platform.cli("tasks", "show", task, check=False).returncode == 3
+
+
+def test_consumers_go_to_zero_and_come_back_with_the_next_task(platform: Platform) -> None:
+    deadline = time.monotonic() + 60
+    while (shown := platform.cli_json("tasks", "queue"))["consumers"] != 0:
+        assert time.monotonic() < deadline, shown
+    while pids_of(platform, "TaskConsumer"):
+        assert time.monotonic() < deadline
+        threading.Event().wait(0.2)  # a process's end shows only by looking
+    rows = random_rows(1)
+    reply = platform.http.post(f"{platform.url}/tasks", json={"image": rows.tolist()}, headers={MODEL: "t05"})
+    assert ended(platform, reply.json()["id"])["result"] == {"predicted_label": platform.right("t05@1", rows)}
+    assert platform.cli_json("tasks", "queue")["consumers"] == 1
 
 
 def test_erasing_a_tenant_takes_its_tasks_along(platform: Platform) -> None:

@@ -11,7 +11,7 @@ from collections.abc import Awaitable, Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import datetime
 from functools import partial
-from typing import Annotated, Any, Final, Protocol, Self, TypeVar
+from typing import Annotated, Any, Final, Self, TypeVar
 
 import orjson
 from fastapi import FastAPI, Header, Query, Request, Response
@@ -26,6 +26,7 @@ from flatshare.codecs.tensors import DTYPE_HEADER, SHAPE_HEADER
 from flatshare.errors import BadInput, NoTasks
 from flatshare.replica.request import InferenceService
 from flatshare.replica.ticket import Ticket
+from flatshare.tasks.queues import TaskQueue
 from flatshare.tasks.records import CallbackState, TaskId, TaskRecord, TaskState
 from flatshare.tasks.store import TaskStore
 from flatshare.threads import in_thread
@@ -34,7 +35,7 @@ from flatshare_registry.ids import ModelRef, TenantId
 from flatshare_registry.records import Scope
 
 __all__ = [
-    "CALLBACK_HEADER", "PINNED", "PIN_HEADER", "TASK_PATH_HEADER", "TaskQueue", "TaskReply", "Tasks",
+    "CALLBACK_HEADER", "PINNED", "PIN_HEADER", "TASK_PATH_HEADER", "TaskReply", "Tasks",
     "add_task_routes",
 ]  # fmt: skip
 
@@ -58,18 +59,6 @@ PINNED: Final = "pinned"
 _KEPT_HEADERS: Final = ("content-type", DTYPE_HEADER, SHAPE_HEADER, READY_HEADER)
 _BINARY_KINDS: Final = ("application/octet-stream", "application/x-npy", "image/png", "image/jpeg")
 _BINARY: Final = {"schema": {"type": "string", "format": "binary"}}
-
-
-class TaskQueue(Protocol):
-    """Where tasks wait; methods block."""
-
-    def put(self, task: TaskId) -> None:
-        """Have a task run. Raises ``Unavailable``."""
-        ...
-
-    def check_room(self, tenant: TenantId) -> None:
-        """Return if one more may wait. Raises ``TooManyTasks`` and ``Overloaded``."""
-        ...
 
 
 class Tasks:

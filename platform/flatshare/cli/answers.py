@@ -241,6 +241,18 @@ class TaskPage(TypedDict):
     next: str | None
 
 
+class TaskQueue(TypedDict):
+    """How much waits, and who runs it."""
+
+    answers: bool
+    due: int | None
+    under_way: int | None
+    oldest_s: float | None
+    consumers: int | None
+    min_consumers: int
+    max_consumers: int
+
+
 class LiveSettings(TypedDict):
     """Settings that can change in place, and which replicas go by a change."""
 

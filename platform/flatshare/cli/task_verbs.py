@@ -1,4 +1,4 @@
-"""Verbs of tasks: list, show, cancel, replay."""
+"""Verbs of tasks: list, show, cancel, replay, and how much waits."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from urllib.parse import quote
 
 import typer
 
-from flatshare.cli.answers import Task, TaskPage, parsed
+from flatshare.cli.answers import Task, TaskPage, TaskQueue, parsed
 from flatshare.cli.context import UrlOption, call, platform_url
 from flatshare.cli.output import AsJson, out, print_json, print_table
 
@@ -70,6 +70,32 @@ def list_tasks(
     )  # fmt: skip
     if page["next"]:
         out.print(f"there are more: --before {page['next']}")
+
+
+@tasks_app.command("queue")
+def queue(url: UrlOption = None, as_json: AsJson = False) -> None:
+    """How many tasks wait, and how many consumers run them: for operators."""
+    found = parsed(call("GET", f"{platform_url(url)}/admin/tasks"), TaskQueue)
+    if as_json:
+        print_json(found)
+        return
+    if not found["answers"]:
+        out.print("the queue does not answer; what was taken is in the store, and goes on when it does")
+    consumers = found["consumers"] if found["consumers"] is not None else "?"
+    print_table(
+        "",
+        ["due#", "oldest#", "under way#", "consumers#"],
+        [
+            (
+                _number(found["due"]), _number(found["oldest_s"], " s"), _number(found["under_way"]),
+                f"{consumers} of {found['min_consumers']} to {found['max_consumers']}",
+            )
+        ],
+    )  # fmt: skip
+
+
+def _number(value: float | None, unit: str = "") -> str:
+    return "?" if value is None else f"{value:.0f}{unit}"
 
 
 @tasks_app.command("show")

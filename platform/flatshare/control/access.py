@@ -91,6 +91,7 @@ RULES: Final[Mapping[tuple[str, str], Access]] = {
     ("POST", "/replicas/{replica}/drain"): Access.CHANGE,
     ("GET", "/scaling"): Access.VIEW,
     ("PUT", "/scaling"): Access.CHANGE,
+    ("GET", "/tasks"): Access.VIEW,
     ("GET", "/settings"): Access.VIEW,
     ("PATCH", "/settings"): Access.CHANGE,
     ("POST", "/preload"): Access.CHANGE,

@@ -47,8 +47,10 @@ from flatshare.control.schemas import (
     told,
 )
 from flatshare.control.settings import RunningSettings, SettingsChange, SettingsReply
+from flatshare.control.tasks import TaskQueueReply
 from flatshare.engine.quotas import effective_quotas
-from flatshare.errors import FleetUnavailable, ServeError, TooManyAtOnce
+from flatshare.errors import FleetUnavailable, NoTasks, ServeError, TooManyAtOnce
+from flatshare.tasks.keeper import TaskKeeper
 from flatshare_registry.catalog import Registry
 from flatshare_registry.errors import InvalidInput
 from flatshare_registry.identity import StoreIdentity
@@ -98,6 +100,7 @@ def create_control_app(
     erasure_key_file: Path | None = None,
     *,
     scaling: Scaling | None = None,
+    task_keeper: TaskKeeper | None = None,
 ) -> Gate:
     """Build the control plane over a registry and a fleet; mounted under ``/admin``.
 
@@ -111,6 +114,8 @@ def create_control_app(
         Where the key that signs erasure records is, or will be; None: nothing can be erased.
     scaling
         Decides copies and replicas; None: nobody does.
+    task_keeper
+        Tends tasks; None: none are taken.
     """
     app = FastAPI(
         title="flatshare control plane", description=_ABOUT, version="1", responses=ERROR_REPLIES,
@@ -126,6 +131,7 @@ def create_control_app(
     _add_aliases(app, registry, fleet)
     _add_fleet(app, registry, fleet, scaling, running)
     _add_scaling(app, scaling)
+    _add_tasks(app, task_keeper)
     _add_settings(app, fleet, running)
     documented(app)
     return Gate(app, identities, StoreIdentity(registry.store))
@@ -408,6 +414,15 @@ def _add_scaling(app: FastAPI, scaling: Scaling | None) -> None:
         return DrainedReply(
             replica=done.replica, handed_over=done.handed_over, waited_s=round(done.waited_s, 3)
         )
+
+
+def _add_tasks(app: FastAPI, keeper: TaskKeeper | None) -> None:
+    @app.get("/tasks", tags=["fleet"])
+    async def get_task_queue() -> TaskQueueReply:
+        """How many tasks wait, and how many consumers run them."""
+        if keeper is None:
+            raise NoTasks("no tasks are taken here; FLATSHARE_TASKS turns them on")
+        return TaskQueueReply.of(keeper.tended)
 
 
 def _add_fleet(

@@ -38,7 +38,11 @@ from flatshare.pool.kept import (
     remember_moved,
 )
 from flatshare.pool.scaling import ServeScaler
+from flatshare.pool.task_names import CONSUMER_DEPLOYMENT, TASKS_APP
+from flatshare.pool.task_queues import queue_of, run_s
 from flatshare.settings import Settings
+from flatshare.tasks.keeper import TaskKeeper
+from flatshare.tasks.store import TaskStore
 from flatshare_registry.catalog import Registry
 
 __all__ = ["CONTROL_APP", "CONTROL_DEPLOYMENT", "CONTROL_PREFIX", "control_application"]
@@ -57,6 +61,8 @@ class ControlPlane:
         self._settings = settings
         self._operators = operators
         self._keeping: asyncio.Task[None] | None = None
+        self._tending: asyncio.Task[None] | None = None
+        self._task_keeper: TaskKeeper | None = None
 
     def __serve_build_asgi_app__(self) -> Gate:
         """Called by Serve after the constructor."""
@@ -70,6 +76,8 @@ class ControlPlane:
             remember_moved=remember_moved,
         )  # fmt: skip
         self._keeper.begin_with(recall_moved())
+        if self._settings.tasks != "off":
+            self._task_keeper = _task_keeper(self._settings)
         identities = Identities(RegistryHeads(registry), self._operators, token_verifier(self._settings))
         running = RunningSettings(
             self._settings, deployed.revision if deployed else 0, _keep, self._keeper.take_settings
@@ -77,15 +85,17 @@ class ControlPlane:
         return create_control_app(
             registry, fleet, identities, running, Path(self._settings.erasure_key_file), scaling=Scaling(
                 self._keeper, remember_bounds, can_wake=self._settings.edge == "haproxy"
-            ),
+            ), task_keeper=self._task_keeper,
         )  # fmt: skip
 
     async def check_health(self) -> None:
-        """Called by Serve, first before the control plane answers; starts the keeper."""
+        """Called by Serve, first before the control plane answers; starts the keepers."""
         if self._keeping is None:
             self._keeping = asyncio.create_task(self._keeper.run(), name="keep the fleet")
-        if self._keeping.done():
-            raise RuntimeError("the fleet's keeper has ended")
+        if self._tending is None and self._task_keeper is not None:
+            self._tending = asyncio.create_task(self._task_keeper.run(), name="tend tasks")
+        if self._keeping.done() or (self._tending is not None and self._tending.done()):
+            raise RuntimeError("the fleet's keeper, or that of tasks, has ended")
 
     async def routes(self) -> Routes:
         """Asked by edges: what does not go by the ring alone."""
@@ -99,6 +109,20 @@ class ControlPlane:
 def _keep(change: Callable[[Settings], Settings]) -> tuple[Settings, int]:
     deployed = change_deployed(change)
     return deployed.settings, deployed.revision
+
+
+def _task_keeper(settings: Settings) -> TaskKeeper:
+    bounds = Bounds(
+        settings.tasks_min_consumers,
+        settings.tasks_max_consumers,
+        upscale_delay_s=settings.upscale_delay_s,
+        downscale_delay_s=settings.downscale_delay_s,
+        idle_s=settings.downscale_delay_s,
+    )
+    return TaskKeeper(
+        TaskStore(settings.open_store(), settings.tasks_keep_s), queue_of(settings),
+        ServeScaler(TASKS_APP, CONSUMER_DEPLOYMENT), bounds, settings.tasks_at_a_time, run_s(settings),
+    )  # fmt: skip
 
 
 def _bounds(settings: Settings) -> Bounds:

@@ -39,6 +39,7 @@ from flatshare.pool.doors import Doors, ask_replicas
 from flatshare.pool.gpus import check_gpus
 from flatshare.pool.handle import POOL_APP, POOL_DEPLOYMENT, control_handle
 from flatshare.pool.kept import Deployed, forget, remember_deployed
+from flatshare.pool.task_names import TASKS_APP
 from flatshare.settings import LOOPBACK_HOSTS, Settings
 from flatshare_registry.errors import Unavailable
 
@@ -149,7 +150,7 @@ def _applications(
     )
     # The pool's classes, and torch with them: only who deploys them needs these, not an edge of its own.
     from flatshare.pipelines.deployment import step_application
-    from flatshare.pool.consumer import TASKS_APP, consumer_application
+    from flatshare.pool.consumer import consumer_application
     from flatshare.pool.deployment import pool_application
     from flatshare.pool.steps import step_app
 
@@ -163,7 +164,7 @@ def _applications(
         remember_deployed(Deployed(settings, operators, environment))
         deploy(pool_application(settings, operators, environment), POOL_APP, "/", scaled=True)
         if settings.tasks != "off":
-            deploy(consumer_application(settings, environment), TASKS_APP, None)
+            deploy(consumer_application(settings, environment), TASKS_APP, None, scaled=True)
         deploy(control_application(settings, operators, environment), CONTROL_APP, CONTROL_PREFIX)
         yield
     finally:

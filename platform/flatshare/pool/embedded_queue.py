@@ -17,6 +17,7 @@ from typing import Any, Final, TypeVar
 from ray.serve.schema import TaskProcessorAdapter, TaskProcessorConfig, TaskResult
 
 from flatshare.errors import Overloaded, TooManyTasks
+from flatshare.placement.consumers import Backlog
 from flatshare.pool.task_names import RUN
 from flatshare.tasks.queue import LEASE_S, Claim, SqliteQueue
 from flatshare.tasks.records import TaskId
@@ -66,6 +67,14 @@ class EmbeddedQueue:
         if length.tasks >= self._most:
             raise Overloaded(f"{length.tasks} tasks wait, the limit; the oldest for {length.oldest_s:.0f} s")
 
+    def lacks_some_of(self, tasks: int) -> bool:
+        """Whether so many open tasks may be more than it knows: each is there once, whatever is put."""
+        return True
+
+    def backlog(self) -> Backlog:
+        """How much it holds."""
+        return self._queue.backlog()
+
 
 class SqliteTaskAdapter(TaskProcessorAdapter):
     """Ray Serve's adapter over the embedded queue; ``adapter_config`` is ``{"path": ...}``.
@@ -100,10 +109,6 @@ class SqliteTaskAdapter(TaskProcessorAdapter):
         """Claim no more; what is under way is claimed again when its lease has ended."""
         for worker in self._workers:
             worker.cancel()
-
-    def lacks_some_of(self, tasks: int) -> bool:
-        """Whether so many open tasks may be more than it knows: each is there once, whatever is put."""
-        return True
 
     def check(self) -> None:
         """Return if it works; raises ``Unavailable``."""

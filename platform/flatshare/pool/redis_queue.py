@@ -9,11 +9,14 @@ it when it ends; the store does not.
 from __future__ import annotations
 
 import asyncio
+import base64
 import functools
+import json
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, TypeVar
 from urllib.parse import quote, urlsplit, urlunsplit
 
 import redis
@@ -22,16 +25,23 @@ from ray.serve.task_consumer import instantiate_adapter_from_config
 from ray.serve.task_processor import CeleryTaskProcessorAdapter
 
 from flatshare.errors import Overloaded, TooManyTasks
+from flatshare.placement.consumers import Backlog
 from flatshare.pool.task_names import RUN
 from flatshare.tasks.records import TaskId
 from flatshare_registry.errors import Corrupt, RegistryError, Unavailable
 from flatshare_registry.ids import TenantId
+from flatshare_registry.records import ulid_time_ms
 
 __all__ = ["RedisQueue", "RedisTaskAdapter", "redis_config"]
 
 logger = logging.getLogger("flatshare.tasks")
 
+T = TypeVar("T")
+
 QUEUE: Final = "flatshare"
+UNACKED: Final = "unacked"
+"""Kombu's hash of messages that workers have in hand, those that they hold back among them."""
+
 VISIBILITY_S: Final = 120
 """Seconds after which Redis gives back what a dead worker had in hand; kombu looks every hundred or so."""
 
@@ -152,15 +162,41 @@ class RedisQueue:
         Unavailable
             Redis does not answer.
         """
-        try:
-            of_tenant = int(self._redis.scard(_waiting(tenant)))
-            waiting = int(self._redis.llen(QUEUE))
-        except redis.RedisError as error:
-            raise Unavailable(f"the queue of tasks does not answer: {type(error).__name__}") from error
+        of_tenant = self._asked(lambda: int(self._redis.scard(_waiting(tenant))))
+        waiting = self._asked(lambda: int(self._redis.llen(QUEUE)))
         if of_tenant >= self._most_of_tenant:
             raise TooManyTasks(f"tenant {tenant} has {of_tenant} tasks waiting, the limit")
         if waiting >= self._most:
             raise Overloaded(f"{waiting} tasks wait, the limit")
+
+    def lacks_some_of(self, tasks: int) -> bool:
+        """Whether so many open tasks are more than wait: some of them may be lost."""
+        return self._asked(lambda: int(self._redis.llen(QUEUE))) < tasks
+
+    def backlog(self) -> Backlog:
+        """How much it holds; one that is held back is under way, as Celery has it. Raises ``Unavailable``."""
+
+        def look() -> Backlog:
+            waiting = int(self._redis.llen(QUEUE))
+            oldest = self._redis.lindex(QUEUE, -1) if waiting else None
+            return Backlog(waiting, int(self._redis.hlen(UNACKED)), _age_s(oldest))
+
+        return self._asked(look)
+
+    def _asked(self, ask: Callable[[], T]) -> T:
+        try:
+            return ask()
+        except redis.RedisError as error:
+            raise Unavailable(f"the queue of tasks does not answer: {type(error).__name__}") from error
+
+
+def _age_s(message: Any) -> float:
+    """Seconds since the task of a message was made, which its id says; 0 for a message that says nothing."""
+    try:
+        (task_id, *_), *_ = json.loads(base64.b64decode(json.loads(message)["body"]))
+        return max(time.time() - ulid_time_ms(TaskId.parse(task_id).ulid) / 1000, 0.0)
+    except (ValueError, KeyError, TypeError, RegistryError):
+        return 0.0
 
 
 class RedisTaskAdapter(CeleryTaskProcessorAdapter):
@@ -198,10 +234,6 @@ class RedisTaskAdapter(CeleryTaskProcessorAdapter):
                 self.enqueue_task_sync(RUN, [task_id], countdown=delay_s)
 
         super().register_task_handle(run, name)  # type: ignore[no-untyped-call]  # Ray's
-
-    def lacks_some_of(self, tasks: int) -> bool:
-        """Whether so many open tasks are more than wait: some of them may be lost."""
-        return int(self._redis.llen(QUEUE)) < tasks
 
     def check(self) -> None:
         """Return if Redis answers; raises ``Unavailable``."""

@@ -1,10 +1,13 @@
-"""Names that a queue's messages carry: who puts a task and who runs it agree on them."""
+"""Names of tasks' machinery: who puts a task, who runs it and who counts them agree on them."""
 
 from __future__ import annotations
 
 from typing import Final
 
-__all__ = ["RUN"]
+__all__ = ["CONSUMER_DEPLOYMENT", "RUN", "TASKS_APP"]
+
+TASKS_APP: Final = "flatshare-tasks"
+CONSUMER_DEPLOYMENT: Final = "TaskConsumer"
 
 RUN: Final = "flatshare.run"
 """The handler that runs a task; its one argument is the task's id."""

@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
+from flatshare.placement.consumers import Backlog
 from flatshare.tasks.records import TaskId
 from flatshare_registry.errors import Unavailable
 
@@ -45,6 +46,14 @@ UPDATE waiting SET leased_until = :until WHERE id = (
   ), since
   LIMIT 1
 ) RETURNING id
+"""
+
+_BACKLOG: Final = """
+SELECT
+  sum(not_before <= :now AND leased_until <= :now),
+  min(CASE WHEN not_before <= :now AND leased_until <= :now THEN max(since, not_before) END),
+  sum(leased_until > :now)
+FROM waiting
 """
 
 
@@ -138,6 +147,13 @@ class SqliteQueue:
             count, since = connection.execute("SELECT count(*), min(since) FROM waiting").fetchone()
             (own,) = connection.execute("SELECT count(*) FROM waiting WHERE tenant = ?", (tenant,)).fetchone()
         return QueueLength(count, own, self._clock() - since if since is not None else 0.0)
+
+    def backlog(self) -> Backlog:
+        """What could be run now, and what is being run."""
+        now = self._clock()
+        with self._connected() as connection:
+            due, since, under_way = connection.execute(_BACKLOG, {"now": now}).fetchone()
+        return Backlog(due or 0, under_way or 0, now - since if since is not None else 0.0)
 
     @contextmanager
     def _connected(self) -> Iterator[sqlite3.Connection]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import threading
 from collections.abc import AsyncIterator, Callable
+from pathlib import Path
 from typing import Any
 
 import httpx
@@ -16,10 +17,15 @@ from flatshare.control.app import RegistryHeads, create_control_app
 from flatshare.control.settings import RunningSettings
 from flatshare.device.memory import DeviceMemory
 from flatshare.engine.quotas import QuotaKeeper
+from flatshare.placement.scaling import Bounds
 from flatshare.pool.details import ReplicaState
+from flatshare.pool.embedded_queue import EmbeddedQueue
 from flatshare.replica.snapshot import ReplicaSnapshot
 from flatshare.residency.stats import CacheStats
 from flatshare.settings import Settings
+from flatshare.tasks.keeper import TaskKeeper
+from flatshare.tasks.records import TaskId
+from flatshare.tasks.store import TaskStore
 from flatshare.weights.host_tier import HostUsage
 from flatshare.weights.tiers import ResidentInfo, State, SwapInfo, Tier
 from flatshare_registry.catalog import Registry
@@ -277,6 +283,39 @@ async def test_numbers_that_are_no_version_are_refused(
     ):
         reply = await client.request(method, path, content=body, headers=json_type)
         assert reply.status_code < 500, reply.text[:200]
+
+
+async def test_the_queue_of_tasks_is_shown_where_there_is_one(
+    world: World, client: httpx.AsyncClient, tmp_path: Path
+) -> None:
+    none = await client.get("/tasks")
+    assert (none.status_code, none.json()["error"]["code"]) == (404, "no_tasks")
+    queue = EmbeddedQueue(tmp_path / "q.sqlite", 9, 9)
+    keeper = TaskKeeper(TaskStore(world.registry.store), queue, Consumers(), Bounds(0, 4), 4, 45.0)
+    app = create_control_app(
+        world.registry, fleet_module.Fleet(world.replicas, lambda: []),
+        Identities(RegistryHeads(world.registry), None), RunningSettings(Settings()), task_keeper=keeper,
+    )  # fmt: skip
+    transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
+    async with httpx.AsyncClient(transport=transport, base_url="http://localhost") as client:
+        at_first = {"answers": False, "due": None, "under_way": None, "oldest_s": None, "consumers": None}
+        bounds = {"min_consumers": 0, "max_consumers": 4}
+        assert (await client.get("/tasks")).json() == at_first | bounds
+        queue.put(TaskId.new(TenantId("acme")))
+        await keeper.tick()
+        shown = (await client.get("/tasks")).json()
+        assert shown.pop("oldest_s") < 5
+        assert shown == {"answers": True, "due": 1, "under_way": 0, "consumers": 2} | bounds
+
+
+class Consumers:
+    """Serve, with two of them."""
+
+    def wanted(self) -> int:
+        return 2
+
+    def scale(self, replicas: int) -> None:
+        raise AssertionError(replicas)
 
 
 async def test_quotas_show_what_replicas_hold_a_tenant_to(world: World) -> None:

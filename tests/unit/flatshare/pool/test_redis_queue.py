@@ -5,15 +5,19 @@ What it does with a real Redis is in ``tests/e2e/test_tasks.py``.
 
 from __future__ import annotations
 
+import base64
+import json
+import time
 from pathlib import Path
 
 import pytest
 import ray.cloudpickle as cloudpickle
 
-from flatshare.pool.redis_queue import RedisQueue, full_url, redis_config
+from flatshare.pool.redis_queue import RedisQueue, _age_s, full_url, redis_config
 from flatshare.tasks.records import TaskId
 from flatshare_registry import TenantId
 from flatshare_registry.errors import Unavailable
+from flatshare_registry.records import new_ulid
 
 NOWHERE = "redis://127.0.0.1:9/0"
 
@@ -43,3 +47,15 @@ def test_one_that_is_away_says_so_and_only_to_who_asks(password_file: str) -> No
         queue.check_room(TenantId("acme"))
     with pytest.raises(Unavailable):
         queue.put(TaskId.new(TenantId("acme")))
+    with pytest.raises(Unavailable):
+        queue.backlog()
+    with pytest.raises(Unavailable):
+        queue.lacks_some_of(1)
+
+
+def test_how_old_a_message_is_says_its_tasks_id() -> None:
+    task = TaskId(TenantId("acme"), new_ulid(time.time() - 90))
+    body = base64.b64encode(json.dumps([[str(task)], {}, {}]).encode()).decode()
+    assert 90 <= _age_s(json.dumps({"body": body}).encode()) < 91
+    for nothing in (None, b"", b"[]", b"{}", b'{"body": "AA=="}', json.dumps({"body": "W10="}).encode()):
+        assert _age_s(nothing) == 0.0

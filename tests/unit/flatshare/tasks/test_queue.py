@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 
+from flatshare.placement.consumers import Backlog
 from flatshare.tasks.queue import LEASE_S, SqliteQueue
 from flatshare.tasks.records import TaskId
 from flatshare_registry import TenantId
@@ -119,3 +120,15 @@ def test_the_file_is_this_users_alone_and_a_damaged_one_says_so(tmp_path: Path, 
     (tmp_path / "bad.sqlite").write_bytes(b"no database" * 100)
     with pytest.raises(Unavailable, match="the queue of tasks does not work"):
         SqliteQueue(tmp_path / "bad.sqlite").put(new())
+
+
+def test_the_backlog_counts_what_is_due_and_what_is_in_hand(queue: SqliteQueue, clock: ManualClock) -> None:
+    assert queue.backlog() == Backlog(0, 0, 0.0) and queue.backlog().quiet
+    for delay_s in (0, 0, 30):
+        queue.put(new(), delay_s)
+    clock.advance(7)
+    assert queue.backlog() == Backlog(2, 0, 7.0)
+    assert queue.claim() is not None
+    assert queue.backlog() == Backlog(1, 1, 7.0)
+    clock.advance(24)
+    assert queue.backlog() == Backlog(3, 0, 31.0), "a lease that ended, and one that was held back"

@@ -1,0 +1,31 @@
+"""Which queue of tasks a platform has: made where tasks are taken, and where they are tended."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Final
+
+from flatshare.pool.embedded_queue import EmbeddedQueue
+from flatshare.settings import Settings
+from flatshare.tasks.queues import TaskQueue
+
+__all__ = ["queue_of", "run_s"]
+
+RUN_MARGIN_S: Final = 15.0
+"""Beyond a request's time: a run that has not ended by then has died, where no lease says so."""
+
+
+def run_s(settings: Settings) -> float:
+    """Seconds after which a run has ended, or died."""
+    return settings.request_timeout_s + RUN_MARGIN_S
+
+
+def queue_of(settings: Settings) -> TaskQueue:
+    """The queue of these settings; it is reached at its first use. They say that there is one."""
+    limits = (settings.tasks_queued, settings.tasks_queued_per_tenant)
+    if settings.tasks == "embedded":
+        return EmbeddedQueue(Path(settings.tasks_file), *limits)
+    from flatshare.pool.redis_queue import RedisQueue
+
+    where = (settings.tasks_redis_url, settings.tasks_redis_password_file, run_s(settings))
+    return RedisQueue(*where, *limits)

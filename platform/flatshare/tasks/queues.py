@@ -1,0 +1,31 @@
+"""What a queue of tasks must do, whichever it is. It holds ids only, and may lose them (``keeper.py``)."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from flatshare.placement.consumers import Backlog
+from flatshare.tasks.records import TaskId
+from flatshare_registry.ids import TenantId
+
+__all__ = ["TaskQueue"]
+
+
+class TaskQueue(Protocol):
+    """A queue, as who takes tasks and who tends them see it. Methods block, and raise ``Unavailable``."""
+
+    def put(self, task: TaskId) -> None:
+        """Have a task run."""
+        ...
+
+    def check_room(self, tenant: TenantId) -> None:
+        """Return if one more may wait. Raises ``TooManyTasks`` and ``Overloaded``."""
+        ...
+
+    def lacks_some_of(self, tasks: int) -> bool:
+        """Whether so many open tasks may be more than it knows of."""
+        ...
+
+    def backlog(self) -> Backlog:
+        """How much it holds."""
+        ...
