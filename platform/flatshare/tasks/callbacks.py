@@ -126,7 +126,8 @@ class CallbackSender:
 
 def message_of(record: TaskRecord) -> bytes:
     """What a receiver is told of a task that has ended, as JSON; its answer is asked for by its URL."""
-    answer = record.answer
+    answer, told = record.answer, record.callback
+    ended_at = (told.ended_at if told else None) or record.updated_at  # the same in each try
     data = {
         "id": record.id,
         "state": record.state.value,
@@ -140,12 +141,12 @@ def message_of(record: TaskRecord) -> bytes:
         "error": record.error,
         "code": record.code,
     }
-    told = {
+    message = {
         "type": f"task.{record.state}",
-        "timestamp": record.updated_at.isoformat(),
+        "timestamp": ended_at.isoformat(),
         "data": {name: value for name, value in data.items() if value is not None},
     }
-    return json.dumps(told, separators=(",", ":")).encode()
+    return json.dumps(message, separators=(",", ":")).encode()
 
 
 def signed_headers(secret_sha256: str, message_id: str, at: float, body: bytes) -> dict[str, str]:

@@ -230,11 +230,13 @@ async def test_a_receiver_that_is_away_is_told_later_and_the_task_runs_once(worl
     (first,) = await world.run(GOOD)
     assert first is not None and (world.told.state, world.told.error) == (CallbackState.OWED, "away")
     assert world.task in world.open, "a queue that forgets it finds it there"
+    world.clock.advance(1)
     second = await world.runner.run(world.task)
     assert second is not None and second > first
     assert await world.runner.run(world.task) is None
     assert (world.told.state, world.told.attempts, world.told.error) == (CallbackState.DELIVERED, 3, None)
     assert (len(world.asked), world.task in world.open) == (1, False)
+    assert len({body for _, _, body in world.receiver.sent}) == 1, "the same message each time"
 
 
 @pytest.mark.parametrize("for_good", [True, False])
