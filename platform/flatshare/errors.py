@@ -19,6 +19,7 @@
     │   ├── TooManyColdLoads    cold_loads_per_min
     │   └── ResidentOverQuota   resident_bytes: all that the tenant may keep on a device is in use
     ├── Overloaded              no room now; retry after ``retry_after_s``
+    │   ├── WouldBeLate         its turn would come after its time
     │   ├── Wedged              a pass never ends: the replica is being replaced
     │   ├── DeviceBroken        the device is lost to this process: likewise
     │   └── NoRoom              every slot is leased and none came free before the deadline
@@ -81,6 +82,7 @@ __all__ = [
     "Unauthenticated",
     "UnsupportedEncoding",
     "Wedged",
+    "WouldBeLate",
     "copy_of",
 ]
 
@@ -176,6 +178,10 @@ class Overloaded(ServeError):
     """Refused at once, because too much is already waiting."""
 
     retry_after_s = 1
+
+
+class WouldBeLate(Overloaded):
+    """Refused at once, because its turn would come after its time; ``retry_after_s`` is worked out."""
 
 
 class Wedged(Overloaded):

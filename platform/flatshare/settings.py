@@ -328,6 +328,14 @@ class Settings(RegistrySettings):
         description="Seconds after which a task that has ended is removed, with its answer.",
     )
 
+    tasks_max_body_bytes: int = Field(
+        default=64 * 1024**2,
+        ge=1024,
+        description="Longest input of a task, sent or stored; JSON may have max_body_bytes.",
+    )
+    tasks_max_rows: int = Field(
+        default=16_384, ge=1, description="Most images in one task; they run in passes of max_batch_rows."
+    )
     tasks_callback_hosts: str = Field(
         default="",
         description="Who may be told of a task's end (x-task-callback), with commas between: hooks.acme.com, "
@@ -410,6 +418,10 @@ class Settings(RegistrySettings):
             )
         if (self.tasks == "redis") != bool(self.tasks_redis_url):
             raise ValueError("tasks=redis and tasks_redis_url go together")
+        if self.tasks != "off" and self.tasks_max_body_bytes < self.max_body_bytes:
+            raise ValueError("tasks_max_body_bytes is less than max_body_bytes")
+        if self.tasks != "off" and self.body_memory_bytes < 4 * self.tasks_max_body_bytes:
+            raise ValueError("body_memory_bytes is less than four bodies of tasks_max_body_bytes")
         if self.tasks_min_consumers > self.tasks_max_consumers:
             raise ValueError(
                 f"tasks_min_consumers ({self.tasks_min_consumers}) is above tasks_max_consumers "

@@ -135,6 +135,7 @@ class Eraser:
         self._store.purge_all(layout.pins_prefix(leaving.tenant))
         self._store.purge_all(layout.open_tasks_prefix(leaving.tenant))
         self._store.purge_all(layout.tasks_prefix(leaving.tenant))
+        self._store.purge_all(layout.task_inputs_prefix(leaving.tenant))
         self._store.purge(layout.erasure_plan_key(leaving.tenant))
 
     def _plan(self, tenant: TenantId) -> dict[str, list[Any]]:
@@ -174,7 +175,7 @@ class Eraser:
             kept.append(digest)
         for prefix in (
             layout.used_prefix(tenant), layout.pins_prefix(tenant), layout.versions_prefix(tenant),
-            layout.open_tasks_prefix(tenant), layout.tasks_prefix(tenant),
+            layout.open_tasks_prefix(tenant), layout.tasks_prefix(tenant), layout.task_inputs_prefix(tenant),
         ):  # fmt: skip
             objects += self._store.purge_all(prefix)
         # Earlier states of the head named keys, aliases and notes.

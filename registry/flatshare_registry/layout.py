@@ -15,6 +15,7 @@
     tasks/<tenant>/<ulid>/input                 what was sent
     tasks/<tenant>/<ulid>/answer-<ulid>         what a run answered
     tasks/<tenant>/once-<sha256>                the task that an idempotency key made
+    task-inputs/<tenant>/<name>                 what was put there for tasks to come
     open-tasks/<tenant>/<ulid>                  empty: this task has not ended
     blobs/sha256/<ab>/<digest>.safetensors      weights, named by content, shared by equal versions
     held/<digest>.safetensors                   weights that are being removed, until nobody can name them
@@ -149,6 +150,11 @@ def task_once_key(tenant: TenantId, digest: str) -> str:
 def is_task_once(key: str) -> bool:
     """Whether a key below ``tasks/`` is of such a note."""
     return key.count("/") == 2 and key.rpartition("/")[2].startswith("once-")
+
+
+def task_inputs_prefix(tenant: TenantId) -> str:
+    """Prefix of inputs that were put there for a tenant's tasks."""
+    return f"task-inputs/{tenant}/"
 
 
 def open_tasks_prefix(tenant: TenantId) -> str:

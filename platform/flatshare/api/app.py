@@ -36,6 +36,7 @@ from flatshare.api.stream import LinesResponse, lines_of
 from flatshare.api.stream import answers as answers_of
 from flatshare.api.tasks import (
     CALLBACK_HEADER,
+    INPUT_HEADER,
     PIN_HEADER,
     PINNED,
     TASK_PATH_HEADER,
@@ -259,10 +260,13 @@ def create_app(
         max_rows=max_rows, described=described, parameters=[_model_id_parameter(), _request_id_parameter()],
     )  # fmt: skip
     add_task_routes(
-        app, service, identities, tasks, enter, bodies, parameters=[
+        app, service, identities, tasks, enter,
+        BodyReader(decoding, tasks.max_body_bytes) if tasks is not None else bodies,
+        max_body_bytes=max_body_bytes, parameters=[
             _model_id_parameter(), _request_id_parameter(),
             _header_parameter(TASK_PATH_HEADER, "Which route the task is for.", "/predict"),
             _header_parameter(PIN_HEADER, "The version that the ref means now answers.", PINNED),
+            _header_parameter(INPUT_HEADER, "An input that the store holds; no body.", "digits.npy"),
             _header_parameter(
                 CALLBACK_HEADER, "Told of the task's end, where the operator allows its host.",
                 "https://hooks.acme.com/done",

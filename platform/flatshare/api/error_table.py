@@ -64,6 +64,7 @@ TABLE: Final[Mapping[type[Exception], HttpError]] = {
     errors.DeviceBroken: HttpError(503, "replica_device_failed", retry_after_s=1),
     errors.NoRoom: HttpError(503, "no_room", retry_after_s=1),
     errors.DeviceFull: HttpError(503, "device_full", retry_after_s=1),
+    errors.WouldBeLate: HttpError(503, "would_be_late", retry_after_s=1),
     errors.Overloaded: HttpError(503, "overloaded", retry_after_s=1),
     errors.DeadlineExceeded: HttpError(504, "deadline_exceeded", retry_after_s=1),
     errors.OtherStore: HttpError(409, "other_store"),

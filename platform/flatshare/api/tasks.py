@@ -17,15 +17,16 @@ import orjson
 from fastapi import FastAPI, Header, Query, Request, Response
 from pydantic import BaseModel, Field
 
-from flatshare.api.bodies import BodyReader
+from flatshare.api.bodies import BodyReader, media_type_of
 from flatshare.api.http import ERROR_REPLIES, Incoming
 from flatshare.api.identity import Caller, Identities
 from flatshare.callback_rules import CallbackRules
 from flatshare.codecs.payload import READY_HEADER
 from flatshare.codecs.tensors import DTYPE_HEADER, SHAPE_HEADER
-from flatshare.errors import BadInput, NoTasks
+from flatshare.errors import BadInput, NoTasks, TooLarge
 from flatshare.replica.request import InferenceService
 from flatshare.replica.ticket import Ticket
+from flatshare.tasks.inputs import StoredBody
 from flatshare.tasks.queues import TaskQueue
 from flatshare.tasks.records import CallbackState, TaskId, TaskRecord, TaskState
 from flatshare.tasks.store import TaskStore
@@ -35,7 +36,7 @@ from flatshare_registry.ids import ModelRef, TenantId
 from flatshare_registry.records import Scope
 
 __all__ = [
-    "CALLBACK_HEADER", "PINNED", "PIN_HEADER", "TASK_PATH_HEADER", "TaskReply", "Tasks",
+    "CALLBACK_HEADER", "INPUT_HEADER", "PINNED", "PIN_HEADER", "TASK_PATH_HEADER", "TaskReply", "Tasks",
     "add_task_routes",
 ]  # fmt: skip
 
@@ -48,6 +49,9 @@ THREADS: Final = 4
 
 TASK_PATH_HEADER: Final = "x-task-path"
 """Which route the task is for; ``/predict`` where it is missing."""
+
+INPUT_HEADER: Final = "x-task-input"
+"""An input that the store holds already, instead of a body."""
 
 CALLBACK_HEADER: Final = "x-task-callback"
 """A URL that is told of the task's end, by a message that the sender's key signs."""
@@ -62,12 +66,27 @@ _BINARY: Final = {"schema": {"type": "string", "format": "binary"}}
 
 
 class Tasks:
-    """What the routes need: where tasks are kept, and where they wait."""
+    """What the routes need: where tasks are kept, and where they wait.
 
-    def __init__(self, store: TaskStore, queue: TaskQueue, callbacks: CallbackRules | None = None) -> None:
+    Parameters
+    ----------
+    callbacks
+        Where messages of their ends may go.
+    max_body_bytes
+        Longest input of a task.
+    """
+
+    def __init__(
+        self,
+        store: TaskStore,
+        queue: TaskQueue,
+        callbacks: CallbackRules | None = None,
+        max_body_bytes: int = 64 * 1024**2,
+    ) -> None:
         self.store = store
         self.queue = queue
         self.callbacks = callbacks or CallbackRules()
+        self.max_body_bytes = max_body_bytes
         # Of its own: who asks for many tasks holds up who asks for tasks, and nothing else of a replica.
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="tasks")
 
@@ -146,6 +165,7 @@ def add_task_routes(
     enter: Callable[[Incoming], Awaitable[Ticket]],
     bodies: BodyReader,
     *,
+    max_body_bytes: int,
     parameters: list[dict[str, Any]],
 ) -> None:
     """Add the routes below ``/tasks``.
@@ -154,6 +174,8 @@ def add_task_routes(
     ----------
     tasks
         None: no task is taken here.
+    max_body_bytes
+        Longest body of JSON, which holds the interpreter while it is parsed; others have ``tasks``' limit.
     enter
         Lets a request in, before its body is read. A task counts for its tenant's rate when it is taken, and
         each time that it runs.
@@ -229,9 +251,19 @@ def add_task_routes(
         with await enter(request) as ticket:
             tenant = ticket.ref.tenant
             await place.run(place.queue.check_room, tenant)
-            body = await bodies.read(request, ticket)
+            stored = request.headers.get(INPUT_HEADER)
+            body: bytes | StoredBody = await bodies.read(request, ticket)
+            if stored is not None:
+                if body:
+                    raise BadInput(f"{INPUT_HEADER} names an input: send no body with it")
+                body = await place.run(place.store.inputs.find, tenant, stored, place.max_body_bytes)
             headers = {name: request.headers[name] for name in _KEPT_HEADERS if name in request.headers}
             headers.setdefault("content-type", "application/json")
+            size = len(body) if isinstance(body, bytes) else body.size_bytes
+            if size > max_body_bytes and media_type_of(headers) not in _BINARY_KINDS:
+                raise TooLarge(
+                    f"a body of more than {max_body_bytes} bytes is one of {', '.join(_BINARY_KINDS)}"
+                )
             task = TaskId.new(tenant)
             if idempotency_key is not None:
                 task = await place.run(place.store.once, tenant, idempotency_key)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 from typing import Annotated, Any
 from urllib.parse import quote
 
 import typer
 
 from flatshare.cli.answers import Task, TaskPage, TaskQueue, parsed
-from flatshare.cli.context import UrlOption, call, platform_url
-from flatshare.cli.output import AsJson, out, print_json, print_table
+from flatshare.cli.context import StoreOption, UrlOption, call, open_registry, platform_url
+from flatshare.cli.output import AsJson, out, print_json, print_table, size
+from flatshare.tasks.inputs import TaskInputs
+from flatshare_registry.errors import InvalidInput
+from flatshare_registry.ids import TenantId
 
 __all__ = ["add_to"]
 
@@ -70,6 +74,25 @@ def list_tasks(
     )  # fmt: skip
     if page["next"]:
         out.print(f"there are more: --before {page['next']}")
+
+
+@tasks_app.command("upload")
+def upload(
+    tenant: Annotated[str, typer.Argument(metavar="TENANT")],
+    file: Annotated[Path, typer.Argument(help="An array file (.npy), raw octets, or an image.")],
+    name: Annotated[str | None, typer.Option(help="What tasks call it; by default the file's name.")] = None,
+    store: StoreOption = None,
+) -> None:
+    """Put an input into the store, for tasks that name it (x-task-input); it stays until its tenant goes."""
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise InvalidInput(f"{file} can't be read: {error.strerror}") from None
+    registry = open_registry(store)
+    registry.head(TenantId(tenant))  # NotFound: whose would it be?
+    chosen = name or file.name
+    key = TaskInputs(registry.store).put(TenantId(tenant), chosen, data)
+    out.print(f"{size(len(data))} at {key}; a task names it so: x-task-input: {chosen}")
 
 
 @tasks_app.command("queue")

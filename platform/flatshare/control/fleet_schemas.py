@@ -74,6 +74,10 @@ class ReplicaReply(BaseModel):
     reserved_bytes: int = Field(description="Set aside by loads under way.")
     host: HostReply | None = Field(description="The node's host tier; null without one.")
     loading: list[str] = Field(description="Versions that are being loaded.")
+    load_wait_s: float = Field(
+        description="Seconds that another load from the store would wait for its turn, at the present rate; "
+        "a request with less time is refused at once (503 `would_be_late`)."
+    )
     swaps: list[SwapReply]
     passes: int = Field(description="Forward passes since the start.")
     rows: int = Field(description="Images in them.")

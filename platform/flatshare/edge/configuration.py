@@ -33,7 +33,7 @@ from __future__ import annotations
 import json
 import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
 
@@ -115,6 +115,8 @@ class EdgeOptions:
         After so many reloads it ends although it has streams: each takes memory of its own.
     tasks
         Whether the pool takes tasks: then ``Prefer: respond-async`` makes one.
+    max_task_bytes
+        As ``max_body_bytes``, of a task's input.
     threads
         HAProxy's own. One does 8,000 requests/s of ours; two on two cores, which the replicas want for
         themselves, cost 5 % of the throughput in wake-ups (four alternating turns: 1,427 and 1,516 requests/s).
@@ -135,6 +137,7 @@ class EdgeOptions:
     hard_stop_after_s: float = 3600
     max_old_workers: int = 32
     tasks: bool = False
+    max_task_bytes: int = 64 * 1024**2
 
 
 def render(options: EdgeOptions, pool: Sequence[Server], control: Sequence[Server]) -> str:
@@ -224,7 +227,7 @@ frontend edge
     http-response sc-inc-gpc0(1) if {{ status 400:403 405:428 430:499 }} {{ var(txn.shown) -m found }}
     # An operator's key may ask for many tenants, some of them gone; a bad one like it is a 401.
     http-response sc-inc-gpc0(1) if {{ status 404 }} {{ var(txn.shown) -m found }} !{{ var(txn.shown) -m beg fs_ADMIN. }}
-    {_refuse(413, options)} if {{ req.hdr_val(content-length) gt {options.max_body_bytes} }}
+{_later(options)}{_too_long("req.hdr_val(content-length)", options)}
     # What Ray Serve or its HTTP server would answer in plain text, or fail on, never gets that far.
     {_refuse(400, options)} if {{ req.hdr(serve_multiplexed_model_id) -m reg '[^ -~]' }} or {{ req.hdr(serve-multiplexed-model-id) -m reg '[^ -~]' }}
     {_refuse(400, options)} if !{{ path_beg / }} or {{ req.hdr(upgrade) -m found }}
@@ -232,8 +235,8 @@ frontend edge
     # A body is taken in, as far as it fits the buffer, before a replica is bothered; then it can be sent again.
     # Not a stream of lines: these are answered while more of them come.
     http-request wait-for-body time 15s unless {{ path /predict/stream }}
-    {_refuse(413, options)} if {{ req.body_size gt {options.max_body_bytes} }}
-{_later(options)}    # '-' and '_' are the same in this header, and acme:production is acme: one home for each model.
+{_too_long("req.body_size", options)}
+    # '-' and '_' are the same in this header, and acme:production is acme: one home for each model.
     http-request set-header serve_multiplexed_model_id %[req.hdr(serve-multiplexed-model-id)] if {{ req.hdr(serve-multiplexed-model-id) -m found }} !{{ req.hdr(serve_multiplexed_model_id) -m found }}
     # The Open Inference Protocol names the model in its path.
     http-request set-header serve_multiplexed_model_id %[path,field(4,/),url_dec] if {{ path_beg /v2/models/ }}
@@ -314,6 +317,17 @@ def _later(options: EdgeOptions) -> str:
         "http-request disable-l7-retry if { path /tasks } or { path_beg /tasks/ }",
     ]
     return "".join(f"    {line}\n" for line in lines)
+
+
+def _too_long(size: str, options: EdgeOptions) -> str:
+    """Refusals of bodies by a size that HAProxy knows; tasks may be longer."""
+    if not options.tasks:
+        return f"    {_refuse(413, options)} if {{ {size} gt {options.max_body_bytes} }}"
+    task = _refuse(413, replace(options, max_body_bytes=options.max_task_bytes))
+    return (
+        f"    {_refuse(413, options)} if {{ {size} gt {options.max_body_bytes} }} !{{ path /tasks }}\n"
+        f"    {task} if {{ {size} gt {options.max_task_bytes} }} {{ path /tasks }}"
+    )
 
 
 def _bind_address(options: EdgeOptions) -> str:

@@ -248,6 +248,7 @@ def edge_options(settings: Settings, admin_socket: Path) -> EdgeOptions:
         trusted_proxies=settings.proxy_networks(),
         threads=max((os.cpu_count() or 1) // CORES_PER_EDGE_THREAD, 1),
         tasks=settings.tasks != "off",
+        max_task_bytes=settings.tasks_max_body_bytes,
     )
 
 

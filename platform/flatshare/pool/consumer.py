@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from concurrent.futures import ThreadPoolExecutor
-from typing import Any, Protocol, cast
+from typing import Any, Final, Protocol, cast
 
 from ray import serve
 from ray.serve.schema import TaskProcessorConfig
@@ -29,6 +29,10 @@ __all__ = ["consumer_application", "tasks_of"]
 logger = logging.getLogger("flatshare.tasks")
 
 
+DRAIN_S: Final = 10.0
+"""Seconds that a consumer which goes has for what it has in hand; what takes longer is run again."""
+
+
 class Adapter(Protocol):
     """What the consumer asks of its adapter beside Ray Serve's own methods."""
 
@@ -39,13 +43,18 @@ class Adapter(Protocol):
         """Return if the queue answers; raises ``Unavailable``. Blocks."""
         ...
 
+    async def drain(self, timeout_s: float) -> None:
+        """Take no more, and let what is in hand end, within its time."""
+        ...
+
 
 def tasks_of(settings: Settings) -> Tasks | None:
     """Where a replica of the pool takes tasks; None: nowhere."""
     if settings.tasks == "off":
         return None
     store = TaskStore(settings.open_store(), settings.tasks_keep_s)
-    return Tasks(store, queue_of(settings), CallbackRules.parse(settings.tasks_callback_hosts))
+    callbacks = CallbackRules.parse(settings.tasks_callback_hosts)
+    return Tasks(store, queue_of(settings), callbacks, settings.tasks_max_body_bytes)
 
 
 def _config(settings: Settings) -> TaskProcessorConfig:
@@ -108,10 +117,18 @@ class TaskConsumer:
 
 def consumer_application(settings: Settings, environment: dict[str, str]) -> serve.Application:
     """The consumer as a Serve application, without a route: nobody reaches it but by the queue."""
-    consumer = task_consumer(task_processor_config=_config(settings))(TaskConsumer)
+    base: Any = task_consumer(task_processor_config=_config(settings))(TaskConsumer)
+
+    class Consumer(base):  # type: ignore[misc]  # Ray gives it no type
+        """Ends when it has ended what it has in hand."""
+
+        async def __del__(self) -> None:
+            """Called, and awaited, by Serve: its own waits on the event loop, where tasks run."""
+            await self._adapter.drain(DRAIN_S)
+
     # serve.deployment is typed for use as a decorator only.
     deployment = cast("Any", serve.deployment)(
-        consumer,
+        Consumer,
         name=CONSUMER_DEPLOYMENT,
         num_replicas=max(settings.tasks_min_consumers, 1),
         ray_actor_options={
@@ -124,7 +141,7 @@ def consumer_application(settings: Settings, environment: dict[str, str]) -> ser
         health_check_period_s=2,
         health_check_timeout_s=5,
         graceful_shutdown_wait_loop_s=0.5,
-        graceful_shutdown_timeout_s=5,
+        graceful_shutdown_timeout_s=DRAIN_S + 5,
     )
     application: serve.Application = deployment.bind(settings)
     return application

@@ -88,12 +88,13 @@ class ClassifierPool:
             create_app,
             self._replica.service,
             replica=self._replica.name,
-            max_body_bytes=settings.max_body_bytes,
-            max_rows=settings.max_rows,
             room=self._decoding,
             pipelines=Steps(settings.pipelines),
         )
-        self._data_plane = self._plane(identities, tasks=tasks_of(settings))
+        self._data_plane = self._plane(
+            identities, max_body_bytes=settings.max_body_bytes, max_rows=settings.max_rows,
+            tasks=tasks_of(settings),
+        )  # fmt: skip
         self._door = Door(self._data_plane, DOOR_HOST)
         self._warm = asyncio.get_running_loop().create_task(self._warm_up(), name="warm up")
         self._door_open = asyncio.get_running_loop().create_task(self._door.start(), name="open the door")
@@ -189,7 +190,10 @@ class ClassifierPool:
     @functools.cached_property
     def _inside(self) -> HotRoutes:
         """The data plane as tasks see it: made with the first of them, since most pools have none."""
-        return self._plane(InsideIdentities())
+        settings = self._replica.settings
+        return self._plane(
+            InsideIdentities(), max_body_bytes=settings.tasks_max_body_bytes, max_rows=settings.tasks_max_rows
+        )
 
     async def answer(self, asked: Asked) -> Reply:
         """What the data plane answers to a task's request; called by the consumer of tasks."""

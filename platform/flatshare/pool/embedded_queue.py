@@ -88,6 +88,7 @@ class SqliteTaskAdapter(TaskProcessorAdapter):
         self._handlers: dict[str, Callable[[str], Awaitable[float | None]]] = {}
         self._workers: list[asyncio.Task[None]] = []
         self._concurrency = 1
+        self._draining = False
 
     def initialize(self, consumer_concurrency: int = 1) -> None:
         """Called by Serve."""
@@ -110,6 +111,13 @@ class SqliteTaskAdapter(TaskProcessorAdapter):
         for worker in self._workers:
             worker.cancel()
 
+    async def drain(self, timeout_s: float) -> None:
+        """Claim no more, and let what is in hand end, within its time."""
+        self._draining = True
+        if self._workers:
+            await asyncio.wait(self._workers, timeout=timeout_s)
+        self.stop_consumer()
+
     def check(self) -> None:
         """Return if it works; raises ``Unavailable``."""
         self._queue.length()
@@ -124,7 +132,7 @@ class SqliteTaskAdapter(TaskProcessorAdapter):
         return None
 
     async def _work(self) -> None:
-        while True:
+        while not self._draining:
             try:
                 claim = await self._in_thread(self._queue.claim)
                 if claim is None:

@@ -235,6 +235,10 @@ class RedisTaskAdapter(CeleryTaskProcessorAdapter):
 
         super().register_task_handle(run, name)  # type: ignore[no-untyped-call]  # Ray's
 
+    async def drain(self, timeout_s: float) -> None:
+        """Take no more, and let what is in hand end, within its time: Celery's warm shutdown, in a thread."""
+        await asyncio.to_thread(self.stop_consumer, timeout_s)
+
     def check(self) -> None:
         """Return if Redis answers; raises ``Unavailable``."""
         try:

@@ -395,6 +395,7 @@ class Replica:
             device_memory=await self._device_memory(),
             host=await asyncio.to_thread(self.host_tier.usage) if self.host_tier is not None else None,
             loading=[str(key) for key in self.cache.loading],
+            load_wait_s=round(self.cache.wait_s, 3),
             swaps=self.swaps.snapshot(),
             passes=self.inference.passes,
             rows=self.inference.rows,
@@ -496,7 +497,8 @@ class Replica:
 def bytes_limit(settings: Settings) -> BytesLimit:
     """What bodies may take in a replica; one largest body and its rows of every tenant always may."""
     tenant = int(settings.body_memory_bytes * settings.tenant_share)
-    return BytesLimit(settings.body_memory_bytes, max(tenant, 2 * settings.max_body_bytes))
+    largest = settings.max_body_bytes if settings.tasks == "off" else settings.tasks_max_body_bytes
+    return BytesLimit(settings.body_memory_bytes, max(tenant, 2 * largest))
 
 
 def cold_places(max_queued_requests: int) -> FairSemaphore:

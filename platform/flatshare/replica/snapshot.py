@@ -31,6 +31,8 @@ class ReplicaSnapshot:
         The node's host tier; None without one.
     loading
         Versions that are being loaded.
+    load_wait_s
+        Seconds that another load from the store would wait for its turn, at the present rate.
     swaps
         Aliases that are not yet where they were moved to.
     passes, rows
@@ -59,6 +61,7 @@ class ReplicaSnapshot:
     device_memory: DeviceMemory
     host: HostUsage | None
     loading: list[str]
+    load_wait_s: float
     swaps: list[SwapInfo]
     passes: int
     rows: int

@@ -3,12 +3,21 @@
 from __future__ import annotations
 
 import asyncio
+import math
+import time
 from collections import OrderedDict, deque
+from collections.abc import Callable
 from types import TracebackType
+from typing import Final
 
-from flatshare.errors import DeadlineExceeded, Overloaded
+from flatshare.errors import DeadlineExceeded, Overloaded, WouldBeLate
 
 __all__ = ["FairSemaphore"]
+
+
+LEAST_GAPS: Final = 8
+MOST_GAPS: Final = 32
+"""Times between two places that came free, from which the present rate is known."""
 
 
 class FairSemaphore:
@@ -18,6 +27,9 @@ class FairSemaphore:
     places are taken, one of the tenant that has most of them is given to a tenant that has fewer
     ("longest queue drop", Suter et al., INFOCOM 1998). One that floods fills what nobody else wants.
 
+    Nobody waits in vain: while requests wait, the rate at which places come free is known, and one whose
+    turn would come after its time is refused at once, and told when to come again.
+
     Must be used on one event loop. :meth:`enter` then :meth:`leave`, or ``async with semaphore.hold(s)``.
 
     Parameters
@@ -26,7 +38,14 @@ class FairSemaphore:
         None: as many as come, for waits that are bounded by somebody else.
     """
 
-    def __init__(self, max_ongoing: int, max_queued: int | None = None) -> None:
+    def __init__(
+        self,
+        max_ongoing: int,
+        max_queued: int | None = None,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._clock = clock
+        self._freed_at: deque[float] = deque(maxlen=MOST_GAPS + 1)
         self.max_ongoing = max_ongoing
         self.max_queued = max_queued
         self.ongoing = 0
@@ -50,6 +69,37 @@ class FairSemaphore:
         self.ongoing += 1
         return True
 
+    def wait_s(self, tenant: str = "") -> float:
+        """Seconds until a tenant's next request would be let in at the present rate; 0 while it is unknown.
+
+        Places that came free lately, while others waited, tell the rate; tenants take turns.
+        """
+        if self.has_room or len(self._freed_at) <= LEAST_GAPS:
+            return 0.0
+        own = len(self._waiting.get(tenant, ()))
+        turns = 1 + own + sum(
+            min(len(waiters), own + 1) for name, waiters in self._waiting.items() if name != tenant
+        )  # fmt: skip
+        return turns * (self._freed_at[-1] - self._freed_at[0]) / (len(self._freed_at) - 1)
+
+    def check_in_time(self, timeout_s: float, tenant: str = "") -> None:
+        """Return if a tenant's next request would be let in within its time.
+
+        Raises
+        ------
+        WouldBeLate
+            It would not.
+        """
+        wait_s = self.wait_s(tenant)
+        if wait_s > timeout_s:
+            self.refused += 1
+            has_s = max(timeout_s, 0.0)
+            error = WouldBeLate(
+                f"its turn would come in about {wait_s:.0f} s, and it has {has_s:.0f} s; retry later"
+            )
+            error.retry_after_s = math.ceil(wait_s - has_s)
+            raise error
+
     async def enter(self, timeout_s: float | None, tenant: str = "") -> None:
         """Wait to be let in.
 
@@ -63,11 +113,15 @@ class FairSemaphore:
         Overloaded
             ``max_queued`` requests already wait, and this tenant has its share of them. Raised at once,
             or while it waits, when a tenant with fewer comes.
+        WouldBeLate
+            At the present rate it would not be let in within ``timeout_s``. Raised at once.
         DeadlineExceeded
             Not let in within ``timeout_s``.
         """
         if self.enter_now():
             return
+        if timeout_s is not None:
+            self.check_in_time(timeout_s, tenant)
         if (
             self.max_queued is not None
             and self.queued >= self.max_queued
@@ -94,6 +148,10 @@ class FairSemaphore:
 
     def leave(self) -> None:
         """Give the place to the next tenant's request that has waited longest."""
+        if self._waiting:
+            self._freed_at.append(self._clock())
+        else:
+            self._freed_at.clear()  # time without anybody waiting says nothing of how long one waits
         while self._waiting:
             tenant, waiters = next(iter(self._waiting.items()))
             self._waiting.move_to_end(tenant)

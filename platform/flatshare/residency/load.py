@@ -22,12 +22,15 @@ class Load:
     ----------
     wants_room
         It is ready and waits for leases to end.
+    until
+        When the most patient of them goes, by the cache's clock.
     """
 
     task: asyncio.Task[None] | None = None
     waiters: list[asyncio.Future[Lease]] = field(default_factory=list)
     erased: bool = False
     wants_room: bool = False
+    until: float = 0.0
 
     @property
     def abandoned(self) -> bool:

@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Final
 
-from flatshare.errors import DeviceFull, IsolationBroken, NoRoom
+from flatshare.errors import DeviceFull, IsolationBroken, NoRoom, WouldBeLate
 from flatshare.residency.failures import FailureMemory
 from flatshare.residency.fair_semaphore import FairSemaphore
 from flatshare.residency.lease import Lease, Resident
@@ -87,8 +87,8 @@ class Loads:
         self._fetch_timeout_s = fetch_timeout_s
         self._on_change = on_change
         self._clock = clock
-        self._loading = FairSemaphore(load_concurrency)
-        self._loading_local = FairSemaphore(LOCAL_CONCURRENCY)
+        self._loading = FairSemaphore(load_concurrency, clock=clock)
+        self._loading_local = FairSemaphore(LOCAL_CONCURRENCY, clock=clock)
         self._loads: dict[ModelKey, Load] = {}
         self._store_rests_until = float("-inf")
         self._closed = False
@@ -102,6 +102,11 @@ class Loads:
     def keys(self) -> list[ModelKey]:
         """Versions that are being loaded, or wait for their turn."""
         return list(self._loads)
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds that another load from the store would wait for its turn, at the present rate."""
+        return self._loading.wait_s()
 
     def wants_room(self, key: ModelKey) -> bool:
         """Whether a version is ready, and waits for leases of others to end."""
@@ -139,8 +144,14 @@ class Loads:
             load.fail(NoRoom("the replica is stopping"))  # one that was cancelled before its first step
         self._loads.clear()
 
-    def join(self, record: VersionRecord) -> asyncio.Future[Lease]:
-        """Join the load of a version, beginning it if there is none."""
+    def join(self, record: VersionRecord, timeout_s: float) -> asyncio.Future[Lease]:
+        """Join the load of a version, beginning it if there is none.
+
+        Parameters
+        ----------
+        timeout_s
+            Seconds for which it will be waited for.
+        """
         key = ModelKey.of(record)
         load = self._loads.get(key)
         if load is not None:
@@ -154,6 +165,7 @@ class Loads:
             load = self._loads[key] = Load()
             # The cache holds the task: no caller's cancellation reaches it.
             load.task = asyncio.create_task(self._run_load(key, record, claimed, load), name=f"load {key}")
+        load.until = max(load.until, self._clock() + timeout_s)
         waiter: asyncio.Future[Lease] = asyncio.get_running_loop().create_future()
         load.waiters.append(waiter)
         return waiter
@@ -166,7 +178,8 @@ class Loads:
         except Abandoned:
             pass  # nobody waits any more; whoever asks next begins anew
         except BaseException as error:
-            self.stats.load_failures += 1
+            if not isinstance(error, WouldBeLate):  # it has not begun
+                self.stats.load_failures += 1
             let_go(error)
             failure = error if isinstance(error, Exception) else NoRoom(f"{key}: the replica is stopping")
             self._failures.remember(key, failure)
@@ -253,7 +266,10 @@ class Loads:
         ------
         NoRoomNow
             It is ready, but what is leased or pinned leaves no room.
+        WouldBeLate
+            Its turn would come after all who wait for it have gone.
         """
+        places.check_in_time(load.until - self._clock(), record.tenant)
         async with places.hold(None, record.tenant):
             # Callers may have gone while this waited for its turn: a flood of requests that hang up
             # must not fetch, or evict, for nobody. One that has begun is finished (promise 6).

@@ -123,6 +123,8 @@ class ModelCache:
 
         Raises
         ------
+        WouldBeLate
+            Its load's turn would come after that. Raised at once.
         DeadlineExceeded
             It was not loaded within ``timeout_s`` seconds.
         NoRoom, ResidentOverQuota
@@ -133,7 +135,7 @@ class ModelCache:
         lease = self.try_lease(record)
         if lease is not None:
             return lease
-        waiter = self._loads.join(record)
+        waiter = self._loads.join(record, timeout_s)
         try:
             async with asyncio.timeout(timeout_s):
                 return await waiter
@@ -329,6 +331,11 @@ class ModelCache:
     def loading(self) -> list[ModelKey]:
         """Versions that are being loaded, or wait for their turn."""
         return self._loads.keys
+
+    @property
+    def wait_s(self) -> float:
+        """Seconds that another load from the store would wait for its turn, at the present rate."""
+        return self._loads.wait_s
 
     def is_loading(self, record: VersionRecord) -> bool:
         """Whether a load of a version is under way that others can join."""

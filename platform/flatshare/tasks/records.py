@@ -14,7 +14,9 @@ from flatshare_registry.errors import Corrupt, InvalidInput
 from flatshare_registry.ids import TenantId
 from flatshare_registry.records import new_ulid
 
-__all__ = ["Answered", "Callback", "CallbackState", "TaskId", "TaskInput", "TaskRecord", "TaskState"]
+__all__ = [
+    "Answered", "Callback", "CallbackState", "StoredInput", "TaskId", "TaskInput", "TaskRecord", "TaskState",
+]  # fmt: skip
 
 _ID: Final = re.compile(r"([^.]{1,63})\.([0-9A-HJKMNP-TV-Z]{26})", re.ASCII)
 
@@ -71,14 +73,22 @@ class _Frozen(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
 
 
+class StoredInput(_Frozen):
+    """An object of the store that somebody put there for tasks; as it was when the task was taken."""
+
+    name: str
+    etag: str
+
+
 class TaskInput(_Frozen):
     """The request that was taken; its body is an object of its own."""
 
     path: str = Field(description="/predict, /classify or /pipelines/<name>.")
     ref: str = Field(description="The model that it names; its version is resolved when it runs.")
     headers: dict[str, str] = Field(description="Those that say how to read the body.")
-    sha256: str = Field(description="Of the body.")
+    sha256: str | None = Field(None, description="Of the body; None where it is a stored input.")
     size_bytes: int
+    stored: StoredInput | None = Field(None, description="The body is this object of the store.")
 
 
 class Answered(_Frozen):

@@ -15,7 +15,7 @@ from typing import Final, Protocol
 from flatshare.tasks.callbacks import CallbackRefused, message_of, signed_headers
 from flatshare.tasks.records import Answered, TaskId, TaskRecord, TaskState
 from flatshare.tasks.store import TaskStore
-from flatshare_registry.errors import NotFound, RegistryError
+from flatshare_registry.errors import InvalidInput, NotFound, RegistryError
 from flatshare_registry.ids import TenantId
 from flatshare_registry.records import TenantHead, TenantState, new_ulid
 
@@ -134,12 +134,15 @@ class TaskRunner:
             if refused is not None:
                 await self._refuse(task, fence, TaskState.FAILED, refused, "forbidden")
                 return None
-            body = await asyncio.to_thread(self._store.body, task)
+            body = await asyncio.to_thread(self._store.body, record)
             ref = record.pinned or record.input.ref
             asked = Asked(record.input.path, ref, record.input.headers, body, task.ulid)
             reply = await self._ask(asked)
         except NotFound:  # its tenant has gone: so does it
             await asyncio.to_thread(self._store.forget, task)
+            return None
+        except InvalidInput as error:
+            await self._refuse(task, fence, TaskState.FAILED, error.message, "invalid_input")
             return None
         except Exception as error:  # the way to the pool: Ray has a dozen kinds
             # A store's address is not for the sender.

@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from typing import Final
 
+from flatshare.tasks.inputs import StoredBody, TaskInputs
 from flatshare.tasks.records import (
     Answered,
     Callback,
@@ -47,11 +48,17 @@ class TaskStore:
     ----------
     keep_s
         Seconds after which a task, and what it holds, may be removed.
+
+    Attributes
+    ----------
+    inputs
+        What lies in the store for tasks that name it.
     """
 
     def __init__(
         self, store: BlobStore, keep_s: float = 24 * 3600.0, clock: Callable[[], float] = time.time
     ) -> None:
+        self.inputs = TaskInputs(store)
         self._store = store
         self._keep_s = keep_s
         self._clock = clock
@@ -72,7 +79,7 @@ class TaskStore:
         path: str,
         ref: str,
         headers: dict[str, str],
-        body: bytes,
+        body: bytes | StoredBody,
         caller: str,
         key_id: str | None,
         *,
@@ -95,7 +102,9 @@ class TaskStore:
             owner_since=owner_since, pinned=pinned, callback=Callback(url=callback) if callback else None,
             input=TaskInput(
                 path=path, ref=ref, headers=headers,
-                sha256=hashlib.sha256(body).hexdigest(), size_bytes=len(body),
+                size_bytes=body.size_bytes if isinstance(body, StoredBody) else len(body),
+                sha256=None if isinstance(body, StoredBody) else hashlib.sha256(body).hexdigest(),
+                stored=body.input if isinstance(body, StoredBody) else None,
             ),
             created_at=_at(now), updated_at=_at(now), expires_at=_at(now + self._keep_s),
         )  # fmt: skip
@@ -103,7 +112,8 @@ class TaskStore:
             return self._same(self.read(task), record)
         with contextlib.suppress(AlreadyExists):
             self._store.put(layout.open_task_key(task.tenant, task.ulid), b"{}", Create())
-        self._store.put(layout.task_key(task.tenant, task.ulid, "input"), body, Overwrite())
+        if isinstance(body, bytes):
+            self._store.put(layout.task_key(task.tenant, task.ulid, "input"), body, Overwrite())
         try:
             self._store.put(layout.task_key(task.tenant, task.ulid, "record.json"), record.encode(), Create())
         except AlreadyExists:  # sent twice at the same moment
@@ -129,8 +139,19 @@ class TaskStore:
             return False
         return True
 
-    def body(self, task: TaskId) -> bytes:
-        """What was sent. Raises ``NotFound``."""
+    def body(self, record: TaskRecord) -> bytes:
+        """What a task is to be answered about.
+
+        Raises
+        ------
+        NotFound
+            The task is not there any more.
+        InvalidInput
+            Its stored input was removed or changed since it was taken.
+        """
+        task, stored = TaskId.parse(record.id), record.input.stored
+        if stored is not None:
+            return self.inputs.read(task.tenant, stored)
         return self._store.get(layout.task_key(task.tenant, task.ulid, "input")).data
 
     def answer(self, task: TaskId, fence: str) -> bytes:

@@ -31,6 +31,7 @@ from flatshare_registry.keys import new_key
 from .conftest import NETWORK, World
 
 PIXELS = np.random.default_rng(1).integers(0, 256, (3, 28, 28), dtype=np.uint8)
+LARGEST = 4_000_000
 RULES = CallbackRules.parse("hooks.acme.com")
 READY = NETWORK.preprocess(PIXELS)
 MODEL = "serve_multiplexed_model_id"
@@ -63,9 +64,11 @@ class Place:
         common: dict[str, Any] = {"replica": "r1", "max_body_bytes": 150_000, "max_rows": 8}
         self.app = create_app(
             world.service, Identities(world.heads, OperatorKeys.of({Role.ADMIN: admin.text}), clock=world.wall_clock),
-            tasks=Tasks(self.store, self.queue, RULES), **common,
+            tasks=Tasks(self.store, self.queue, RULES, LARGEST), **common,
         )  # fmt: skip
-        inside = create_app(world.service, InsideIdentities(), **common)
+        inside = create_app(
+            world.service, InsideIdentities(), replica="r1", max_body_bytes=LARGEST, max_rows=1000
+        )
 
         async def ask(asked: Asked) -> Reply:
             return await answered(inside, asked)
@@ -134,7 +137,7 @@ async def test_a_compressed_body_is_kept_in_plain(place: Place, client: httpx.As
     }
     body = json.dumps({"image": READY.tolist()}).encode()
     taken = await client.post("/tasks", content=gzip.compress(body), headers=headers)
-    assert place.store.body(TaskId.parse(taken.json()["id"])) == body
+    assert place.store.body(place.store.read(TaskId.parse(taken.json()["id"]))) == body
     await place.run_all()
     shown = (await client.get(taken.headers["location"], headers=headers)).json()
     assert shown["result"] == {"predicted_label": place.world.right("acme", READY)}
@@ -293,3 +296,59 @@ async def test_a_callback_goes_where_it_may_and_is_the_keys_own(
     assert (await client.post("/tasks", json=body, headers=once)).status_code == 202
     other = await client.post("/tasks", json=body, headers={**once, **hook})
     assert other.status_code == 409, "another callback is another request"
+
+
+async def test_a_task_may_be_longer_than_a_request_unless_it_is_json(
+    place: Place, client: httpx.AsyncClient
+) -> None:
+    pixels = np.tile(PIXELS, (200, 1, 1))
+    headers = {**place.key("acme"), MODEL: "acme", "content-type": "application/octet-stream"}
+    assert (await client.post("/classify", content=pixels.tobytes(), headers=headers)).status_code == 413
+    taken = await client.post(
+        "/tasks", content=pixels.tobytes(), headers={**headers, "x-task-path": "/classify"}
+    )
+    assert taken.status_code == 202
+    await place.run_all()
+    shown = (await client.get(taken.headers["location"], headers=headers)).json()
+    right = place.world.right("acme", NETWORK.preprocess(pixels))
+    assert shown["result"] == {"predicted_label": right} and len(right) == 600
+    for content, kind in (
+        (b"0" * (LARGEST + 1), "application/octet-stream"),
+        (b" " * 200_000, "application/json"),
+    ):
+        refused = await client.post("/tasks", content=content, headers={**headers, "content-type": kind})
+        assert refused.status_code == 413
+    assert "application/x-npy" in refused.json()["error"]["message"]
+
+
+async def test_an_input_that_the_store_holds_is_answered_and_must_stay_as_it_was(
+    place: Place, client: httpx.AsyncClient
+) -> None:
+    tenant = TenantId("acme")
+    place.store.inputs.put(tenant, "digits.npy", npy())
+    headers = {**place.key("acme"), MODEL: "acme", "content-type": "application/x-npy"}
+    named = {**headers, "x-task-input": "digits.npy"}
+    taken, later = [await client.post("/tasks", headers=named) for _ in range(2)]
+    assert taken.status_code == 202
+    task = place.queue.waiting.pop(0)
+    assert await place.runner.run(task) is None
+    shown = (await client.get(taken.headers["location"], headers=headers)).json()
+    assert shown["result"] == {"predicted_label": place.world.right("acme", READY)}
+    place.store.inputs.put(tenant, "digits.npy", npy() + b"x")
+    await place.run_all()
+    changed = (await client.get(later.headers["location"], headers=headers)).json()
+    assert (changed["state"], changed["code"]) == ("failed", "invalid_input") and "was changed" in changed[
+        "error"
+    ]
+    for name, words in (("other.npy", "there is no stored input"), ("../globex/x", "the name of a stored input"),
+                        ("a/b", "the name of a stored input")):  # fmt: skip
+        refused = await client.post("/tasks", headers={**headers, "x-task-input": name})
+        assert refused.status_code == 400 and words in refused.json()["error"]["message"]
+    both = await client.post("/tasks", content=b"x", headers=named)
+    assert both.status_code == 400
+    place.store.inputs.put(tenant, "large.npy", b"x" * (LARGEST + 1))
+    assert (await client.post("/tasks", headers={**headers, "x-task-input": "large.npy"})).status_code == 400
+    theirs = await client.post(
+        "/tasks", headers={**place.key("globex"), MODEL: "globex", "x-task-input": "digits.npy"}
+    )
+    assert theirs.status_code == 400, "another tenant's input is none of theirs"

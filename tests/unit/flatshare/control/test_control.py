@@ -63,7 +63,7 @@ class Replicas:
         self.snapshot = ReplicaSnapshot(
             replica="r1", place=0, node="n", node_id="id", pid=1, device="cpu", slots=3, slots_used=1, started_at=0.0, settings_revision=0,
             budget_bytes=None, held_bytes=16, reserved_bytes=0, device_memory=DeviceMemory(),
-            host=HostUsage("/dev/shm/x", 100, 16, 0), loading=[], passes=5, rows=8,
+            host=HostUsage("/dev/shm/x", 100, 16, 0), loading=[], load_wait_s=0.0, passes=5, rows=8,
             swaps=[SwapInfo("acme", "canary", 1, 2, "")],
             ongoing=0, queued=0, refused=0, advertised=["acme"], models=[model], stats=stats,
         )  # fmt: skip

@@ -4,8 +4,9 @@ import asyncio
 
 import pytest
 
-from flatshare.errors import DeadlineExceeded, Overloaded
+from flatshare.errors import DeadlineExceeded, Overloaded, WouldBeLate
 from flatshare.residency.fair_semaphore import FairSemaphore
+from flatshare_registry.testing.faults import ManualClock
 
 
 async def test_bounds_and_order() -> None:
@@ -214,3 +215,53 @@ async def test_who_is_cancelled_while_others_of_its_tenant_wait_on_is_forgotten_
     assert isinstance((await asyncio.gather(first, return_exceptions=True))[0], asyncio.CancelledError)
     assert admission.queued == 1 and second.done() and not third.done()
     assert await let_in(admission, [third]) == [0]
+
+
+async def queued(semaphore: FairSemaphore, tenant: str, count: int) -> list[asyncio.Task[None]]:
+    """So many of a tenant's requests that wait, and will leave when they are let in."""
+    tasks = [asyncio.create_task(semaphore.enter(None, tenant)) for _ in range(count)]
+    await asyncio.sleep(0)
+    return tasks
+
+
+async def served(semaphore: FairSemaphore, clock: ManualClock, times: int, each_s: float) -> None:
+    """Places come free, one after so many seconds."""
+    for _ in range(times):
+        clock.advance(each_s)
+        semaphore.leave()
+        await asyncio.sleep(0)
+
+
+async def test_who_would_be_late_is_refused_at_once_and_told_when_to_come_again() -> None:
+    clock = ManualClock()
+    places = FairSemaphore(2, 100, clock)
+    assert places.enter_now() and places.enter_now()
+    flood = await queued(places, "flood", 60)
+    assert places.wait_s("flood") == 0.0
+    places.check_in_time(0.001, "flood")  # a rate that is not known refuses nobody
+    await served(places, clock, 20, 0.5)
+    assert places.wait_s("flood") == pytest.approx(41 * 0.5)
+    assert places.wait_s("quiet") == pytest.approx(2 * 0.5), "tenants take turns"
+    with pytest.raises(WouldBeLate, match="in about 20 s, and it has 10 s") as refused:
+        await places.enter(10.0, "flood")
+    assert refused.value.retry_after_s == 11
+    (quiet,) = await queued(places, "quiet", 1)
+    await served(places, clock, 2, 0.5)
+    assert quiet.done(), "and who would be in time is let in"
+    await served(places, clock, 40, 0.5)
+    assert all(task.done() for task in flood)
+    await served(places, clock, 1, 0.5)
+    assert places.has_room and places.wait_s("flood") == 0.0
+
+
+async def test_a_store_that_was_slow_a_while_ago_refuses_nobody() -> None:
+    clock = ManualClock()
+    places = FairSemaphore(1, 100, clock)
+    assert places.enter_now()
+    await queued(places, "a", 20)
+    await served(places, clock, 20, 10.0)
+    places.leave()
+    assert places.enter_now()
+    await queued(places, "a", 3)
+    assert places.wait_s("a") == 0.0
+    places.check_in_time(0.5, "a")

@@ -684,7 +684,7 @@ async def test_a_failed_load_wakes_who_waits_for_what_it_held(loader: FakeLoader
 
 async def test_closing_fails_who_waits_also_for_a_load_that_has_not_begun(loader: FakeLoader) -> None:
     cache = make(loader)
-    waiter = cache._loads.join(version("a"))
+    waiter = cache._loads.join(version("a"), 5)
     await cache.close(1)
     with pytest.raises(NoRoom, match="stopping"):
         await asyncio.wait_for(waiter, 30)

@@ -56,7 +56,7 @@ def answer(fence: str) -> Answered:
 
 def test_a_task_is_taken_run_and_answered(store: TaskStore) -> None:
     task = take(store, body=b"input")
-    assert (store.read(task).state, store.body(task)) == (TaskState.QUEUED, b"input")
+    assert (store.read(task).state, store.body(store.read(task))) == (TaskState.QUEUED, b"input")
     assert opened(store) == {task}
     begun = store.begin(task, "f1")
     assert begun is not None and (begun.state, begun.attempts) == (TaskState.RUNNING, 1)
