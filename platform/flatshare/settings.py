@@ -34,6 +34,7 @@ __all__ = ["LOOPBACK_HOSTS", "Settings", "StepSettings", "load_settings", "setti
 
 LOOPBACK_HOSTS: Final = frozenset({"127.0.0.1", "localhost", "::1"})
 _NAME: Final = re.compile(r"[a-z0-9][a-z0-9-]{0,39}", re.ASCII)
+_SCHEMES: Final = {"redis": ("redis", "rediss"), "rabbitmq": ("amqp", "amqps")}
 _IN_A_HEADER: Final = re.compile(r"[!-~]*", re.ASCII)
 
 
@@ -293,16 +294,17 @@ class Settings(RegistrySettings):
     )
 
     # -- tasks
-    tasks: Literal["off", "embedded", "redis"] = Field(
+    tasks: Literal["off", "embedded", "redis", "rabbitmq"] = Field(
         default="off",
         description="embedded: take requests to be answered later (`POST /tasks`), with a queue in a file of "
-        "this machine. redis: with one in Redis or Valkey. off: none.",
+        "this machine. redis, rabbitmq: with one in Redis or Valkey, or in RabbitMQ. off: none.",
     )
-    tasks_redis_url: str = Field(
+    tasks_broker_url: str = Field(
         default="",
-        description="redis://host:port/number of the queue, without a password; rediss:// with TLS.",
+        description="Of the queue, without a password: redis://host:port/number, "
+        "amqp://user@host:port/vhost; rediss:// or amqps:// with TLS.",
     )
-    tasks_redis_password_file: str = Field(
+    tasks_broker_password_file: str = Field(
         default="", description="File with its password, on every node. Empty: none."
     )
     tasks_file: str = Field(
@@ -416,8 +418,8 @@ class Settings(RegistrySettings):
             raise ValueError(
                 "min_replicas=0 needs edge=haproxy: nothing else sees the request that wakes the pool"
             )
-        if (self.tasks == "redis") != bool(self.tasks_redis_url):
-            raise ValueError("tasks=redis and tasks_redis_url go together")
+        if (self.tasks in _SCHEMES) != bool(self.tasks_broker_url):
+            raise ValueError("tasks=redis or tasks=rabbitmq, and tasks_broker_url, go together")
         if self.tasks != "off" and self.tasks_max_body_bytes < self.max_body_bytes:
             raise ValueError("tasks_max_body_bytes is less than max_body_bytes")
         if self.tasks != "off" and self.body_memory_bytes < 4 * self.tasks_max_body_bytes:
@@ -427,12 +429,12 @@ class Settings(RegistrySettings):
                 f"tasks_min_consumers ({self.tasks_min_consumers}) is above tasks_max_consumers "
                 f"({self.tasks_max_consumers})"
             )
-        if self.tasks_redis_url:
-            parts = urlsplit(self.tasks_redis_url)
-            if parts.scheme not in ("redis", "rediss") or not parts.hostname:
-                raise ValueError("tasks_redis_url is not redis://host:port/number")
+        if self.tasks_broker_url:
+            parts, schemes = urlsplit(self.tasks_broker_url), _SCHEMES[self.tasks]
+            if parts.scheme not in schemes or not parts.hostname:
+                raise ValueError(f"tasks_broker_url is not {schemes[0]}://host:port/…")
             if parts.password is not None:
-                raise ValueError("tasks_redis_url holds a password: put it into tasks_redis_password_file")
+                raise ValueError("tasks_broker_url holds a password: put it into tasks_broker_password_file")
         try:
             CallbackRules.parse(self.tasks_callback_hosts)
         except ValueError as error:

@@ -62,9 +62,16 @@ def _config(settings: Settings) -> TaskProcessorConfig:
         return TaskProcessorConfig(
             queue_name="flatshare", adapter=SqliteTaskAdapter, adapter_config={"path": settings.tasks_file}
         )
-    from flatshare.pool.redis_queue import redis_config
+    from flatshare.pool.celery_queue import queue_config
 
-    return redis_config(settings.tasks_redis_url, settings.tasks_redis_password_file, run_s(settings))
+    where = (settings.tasks_broker_url, settings.tasks_broker_password_file, run_s(settings))
+    if settings.tasks == "rabbitmq":
+        from flatshare.pool.rabbit_queue import RabbitTaskAdapter
+
+        return queue_config(RabbitTaskAdapter, *where)
+    from flatshare.pool.redis_queue import RedisTaskAdapter
+
+    return queue_config(RedisTaskAdapter, *where)
 
 
 class TaskConsumer:

@@ -8,6 +8,7 @@ from typing import Final
 from flatshare.pool.embedded_queue import EmbeddedQueue
 from flatshare.settings import Settings
 from flatshare.tasks.queues import TaskQueue
+from flatshare.tasks.store import TaskStore
 
 __all__ = ["queue_of", "run_s"]
 
@@ -25,7 +26,11 @@ def queue_of(settings: Settings) -> TaskQueue:
     limits = (settings.tasks_queued, settings.tasks_queued_per_tenant)
     if settings.tasks == "embedded":
         return EmbeddedQueue(Path(settings.tasks_file), *limits)
+    where = (settings.tasks_broker_url, settings.tasks_broker_password_file, run_s(settings))
+    if settings.tasks == "rabbitmq":
+        from flatshare.pool.rabbit_queue import RabbitQueue
+
+        return RabbitQueue(*where, *limits, TaskStore(settings.open_store()).count_open)
     from flatshare.pool.redis_queue import RedisQueue
 
-    where = (settings.tasks_redis_url, settings.tasks_redis_password_file, run_s(settings))
     return RedisQueue(*where, *limits)

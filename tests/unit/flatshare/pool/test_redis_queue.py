@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 import ray.cloudpickle as cloudpickle
 
-from flatshare.pool.redis_queue import RedisQueue, _age_s, full_url, redis_config
+from flatshare.pool.celery_queue import full_url, queue_config
+from flatshare.pool.redis_queue import RedisQueue, RedisTaskAdapter, _age_s
 from flatshare.tasks.records import TaskId
 from flatshare_registry import TenantId
 from flatshare_registry.errors import Unavailable
@@ -25,7 +26,7 @@ NOWHERE = "redis://127.0.0.1:9/0"
 def test_what_serve_keeps_names_no_password(tmp_path: Path) -> None:
     file = tmp_path / "password"
     file.write_text("s3cret/with:signs\n")
-    config = redis_config("redis://queue:6379/0", str(file), 45)
+    config = queue_config(RedisTaskAdapter, "redis://queue:6379/0", str(file), 45)
     assert b"s3cret" not in cloudpickle.dumps(config)
     assert full_url("redis://queue:6379/0", str(file)) == "redis://:s3cret%2Fwith%3Asigns@queue:6379/0"
     assert (
