@@ -59,12 +59,15 @@ class Caller:
         Of an operator; None for a tenant.
     tenant, scopes
         Of a tenant's key; an operator has none.
+    background
+        It asks for tasks: others go first.
     """
 
     name: str
     role: Role | None = None
     tenant: TenantId | None = None
     scopes: frozenset[Scope] = frozenset()
+    background: bool = False
 
     def may_predict(self, ref: ModelRef) -> None:
         """Return if this caller may use a model.

@@ -22,7 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from flatshare.device.protocol import Device
-from flatshare.engine.fair_queue import FairQueue
+from flatshare.engine.fair_queue import PriorityQueue
 from flatshare.engine.jobs import Answer, Job
 from flatshare.engine.runner import Pass, PassRunner
 from flatshare.engine.stacked import Stacks
@@ -45,6 +45,10 @@ WARM_UP_S: Final = 300.0
 MAX_BATCH_ROWS: Final = 64
 """Rows at which a pass is full. On one core ``mnist-cnn`` (channels-last) gives 4,300 images/s at 16 rows,
 4,700 at 64 and 3,200 at 256, where activations fall out of the cache. A single larger request runs alone."""
+
+
+PARTS_AT_ONCE: Final = 2
+"""Passes of one request that wait or run at a time: one runs while the next is made ready."""
 
 
 class Inference:
@@ -91,7 +95,7 @@ class Inference:
         self.rows = 0
         self._runner = PassRunner(device, torch_threads, max_batch_rows, stacks)
         self.max_rows = max_batch_rows
-        self._queue: FairQueue[Job] = FairQueue(max_batch_rows)
+        self._queue: PriorityQueue[Job] = PriorityQueue(max_batch_rows)
         self._lock = threading.Lock()
         self._idle = False
         self._wakeup = threading.Lock()  # taken: a semaphore of one, without threading's Python around it
@@ -153,10 +157,13 @@ class Inference:
         except TimeoutError:
             raise Wedged(f"the device has not run its first passes within {WARM_UP_S:g} s") from None
 
-    async def run(self, lease: Lease, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    async def run(
+        self, lease: Lease, rows: NDArray[np.float32], background: bool = False
+    ) -> NDArray[np.float32]:
         """Logits of some rows.
 
-        More than a pass takes go in several: others have their turns between them.
+        More than a pass takes go in several, of which two wait at a time: others have their turns between
+        them, those of the same tenant too.
 
         Parameters
         ----------
@@ -164,6 +171,8 @@ class Inference:
             Held by the caller until this returns or raises.
         rows
             ``(N, *input.shape)``, C-contiguous; not changed.
+        background
+            Nobody waits for it at this moment: others go first.
 
         Returns
         -------
@@ -185,8 +194,14 @@ class Inference:
         """
         most = self.max_rows
         if len(rows) <= most:
-            return await self._run_one(lease, rows)
-        parts = [self._run_one(lease, rows[start : start + most]) for start in range(0, len(rows), most)]
+            return await self._run_one(lease, rows, background)
+        turns = asyncio.Semaphore(PARTS_AT_ONCE)
+
+        async def part(start: int) -> NDArray[np.float32]:
+            async with turns:
+                return await self._run_one(lease, rows[start : start + most], background)
+
+        parts = [part(start) for start in range(0, len(rows), most)]
         # Not the first failure at once: the lease must live until the last pass has ended.
         answers = await asyncio.gather(*parts, return_exceptions=True)
         for answer in answers:
@@ -194,7 +209,13 @@ class Inference:
                 raise answer
         return np.concatenate(cast("list[NDArray[np.float32]]", answers))
 
-    def submit(self, lease: Lease, rows: NDArray[np.float32], done: Callable[[Answer], None]) -> Job:
+    def submit(
+        self,
+        lease: Lease,
+        rows: NDArray[np.float32],
+        done: Callable[[Answer], None],
+        background: bool = False,
+    ) -> Job:
         """Queue rows of one pass without waiting for them.
 
         Parameters
@@ -205,6 +226,8 @@ class Inference:
             As :meth:`run`'s, but no more than ``max_rows``.
         done
             Called once, on this event loop, with what :meth:`run` would return or raise.
+        background
+            As :meth:`run`'s.
 
         Raises
         ------
@@ -221,7 +244,7 @@ class Inference:
         model = lease.model
         loop = asyncio.get_running_loop()
         kind = model.architecture if self._stacks is not None else id(model.stages[0])
-        job = Job(lease, rows, lease.record.tenant, len(rows), id(model), kind, done)
+        job = Job(lease, rows, lease.record.tenant, len(rows), id(model), kind, done, background)
         with self._lock:
             if self._closing:
                 raise NoRoom("the replica is stopping; retry")
@@ -237,7 +260,9 @@ class Inference:
         with self._lock:
             return self._queue.remove(job)
 
-    async def _run_one(self, lease: Lease, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    async def _run_one(
+        self, lease: Lease, rows: NDArray[np.float32], background: bool
+    ) -> NDArray[np.float32]:
         loop = asyncio.get_running_loop()
         logits: asyncio.Future[NDArray[np.float32]] = loop.create_future()
 
@@ -249,7 +274,7 @@ class Inference:
             else:
                 logits.set_result(answer)
 
-        job = self.submit(lease, rows, done)
+        job = self.submit(lease, rows, done, background)
         try:
             return await logits
         except asyncio.CancelledError:

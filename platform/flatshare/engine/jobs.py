@@ -46,6 +46,8 @@ class Job:
         Called once on the event loop with the answer, also when nobody waits for it any more.
     over
         What a caller that was cancelled waits for: the end of its pass.
+    background
+        It is a task's.
     ended
         Its pass has ended, and the event loop knows.
     """
@@ -57,6 +59,7 @@ class Job:
     same: Hashable
     kind: Hashable
     done: Callable[[Answer], None]
+    background: bool = False
     over: asyncio.Future[None] | None = None
     ended: bool = False
 

@@ -39,7 +39,7 @@ class InsideIdentities(Identities):
     def identify_now(self, headers: Mapping[str, str]) -> Caller:
         """The tenant, with the right to predict."""
         tenant = ModelRef.parse(headers[MODEL_ID_HEADER]).tenant
-        return Caller("task", None, tenant, frozenset({Scope.PREDICT}))
+        return Caller("task", None, tenant, frozenset({Scope.PREDICT}), background=True)
 
 
 async def answered(app: ASGIApp, asked: Asked) -> Reply:

@@ -52,11 +52,19 @@ class Runs(Protocol):
     max_rows: int
     """Rows of one pass."""
 
-    async def run(self, lease: Lease, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    async def run(
+        self, lease: Lease, rows: NDArray[np.float32], background: bool = False
+    ) -> NDArray[np.float32]:
         """Logits ``(N, classes)`` of rows ``(N, *input.shape)`` under a lease."""
         ...
 
-    def submit(self, lease: Lease, rows: NDArray[np.float32], done: Callable[[Answer], None]) -> Job:
+    def submit(
+        self,
+        lease: Lease,
+        rows: NDArray[np.float32],
+        done: Callable[[Answer], None],
+        background: bool = False,
+    ) -> Job:
         """The same for rows of one pass, without waiting: ``done`` is called with logits or an error."""
         ...
 
@@ -190,20 +198,20 @@ class InferenceService:
                 head = await self.resolver.head(ref.tenant)
         except TimeoutError:
             raise Unavailable(f"the registry did not answer within {self._timeout_s:g} s") from None
-        return self._ticket(ref, head, within)
+        return self._ticket(caller, ref, head, within)
 
     def enter_now(self, caller: MayPredict, ref: ModelRef, *, within: Ticket | None = None) -> Ticket | None:
         """As :meth:`enter` for a tenant that is known; None, and nothing counted, for one that is not."""
         caller.may_predict(ref)
         self.check_fence(ref)
         head = self.resolver.head_now(ref.tenant)
-        return None if head is None else self._ticket(ref, head, within)
+        return None if head is None else self._ticket(caller, ref, head, within)
 
-    def _ticket(self, ref: ModelRef, head: TenantHead, within: Ticket | None) -> Ticket:
+    def _ticket(self, caller: MayPredict, ref: ModelRef, head: TenantHead, within: Ticket | None) -> Ticket:
         if head.state is TenantState.SUSPENDED:
             raise Suspended(f"tenant {ref.tenant} is suspended; ask your operator")
         under_way = self.quotas.request(head, counted=within is None)
-        return Ticket(ref, head, self.quotas.limits(head), under_way)
+        return Ticket(ref, head, self.quotas.limits(head), under_way, caller.background)
 
     def another_place(self, ticket: Ticket) -> UnderWay | None:
         """A place for one more line of a stream at a time; None when its tenant has all that it may have."""
@@ -245,7 +253,7 @@ class InferenceService:
         begun = _Begun(self, ticket, version, lease, done)
         try:
             self._check_weights(lease, version)
-            begun.job = self.inference.submit(lease, rows, begun.answered)
+            begun.job = self.inference.submit(lease, rows, begun.answered, ticket.background)
         except Exception as error:
             self.take_failure(lease, error)
             lease.release()
@@ -295,7 +303,7 @@ class InferenceService:
                     try:
                         self._check_weights(lease, version)
                         async with self.admission.hold(self._timeout_s, ref.tenant):
-                            logits = await self.inference.run(lease, rows)
+                            logits = await self.inference.run(lease, rows, ticket.background)
                     except Exception as error:
                         self.take_failure(lease, error)
                         raise

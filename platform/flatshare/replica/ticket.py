@@ -32,6 +32,11 @@ raises ``BadInput``."""
 class MayPredict(Protocol):
     """A caller who is known."""
 
+    @property
+    def background(self) -> bool:
+        """Whether it asks for tasks, whose answers nobody waits for."""
+        ...
+
     def may_predict(self, ref: ModelRef) -> None:
         """Return if the caller may use a model; raises ``NotFound`` or ``Forbidden``."""
         ...
@@ -47,12 +52,15 @@ class Ticket:
         The tenant, as known when the request came.
     limits
         What holds for its size.
+    background
+        Nobody waits for it at this moment: it is a task's.
     """
 
     ref: ModelRef
     head: TenantHead
     limits: Quotas
     under_way: UnderWay
+    background: bool = False
 
     def __enter__(self) -> Ticket:
         """Begin."""

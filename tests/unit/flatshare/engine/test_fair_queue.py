@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from flatshare.engine.fair_queue import FairQueue
+from flatshare.engine.fair_queue import PASSES_BEFORE_BACKGROUND, FairQueue, PriorityQueue
 
 
 @dataclass(eq=False)
@@ -18,6 +18,7 @@ class Job:
     model: str = ""
     kind: str = ""
     number: int = field(default=0)
+    background: bool = False
 
     @property
     def same(self) -> str:
@@ -331,3 +332,28 @@ def test_what_a_turn_leaves_over_counts_for_the_next_while_others_wait() -> None
         for job in queue.take():
             rows[job.tenant] += job.size
     assert abs(rows["ten"] - rows["sixteen"]) <= 64, "whose jobs do not fill a turn gets no less"
+
+
+def test_what_somebody_waits_for_goes_before_tasks_and_tasks_go_on() -> None:
+    queue: PriorityQueue[Job] = PriorityQueue(1)
+    tasks = [Job("acme", background=True) for _ in range(10)]
+    for job in tasks:
+        queue.put(job)
+    assert queue.take() == [tasks[0]], "alone they have all passes"
+    for number in range(30):
+        queue.put(Job("acme", number=number))
+    taken = [queue.take()[0].background for _ in range(16)]
+    assert taken == ([False] * PASSES_BEFORE_BACKGROUND + [True]) * 2
+    assert len(queue) == 9 - 2 + 30 - 14
+    assert queue.remove(tasks[-1]) and not queue.remove(tasks[-1])
+    left = [queue.take() for _ in range(len(queue))]
+    assert all(left) and queue.take() == []
+
+
+def test_the_rows_of_a_pass_are_both_queues() -> None:
+    queue: PriorityQueue[Job] = PriorityQueue(64)
+    queue.max_rows = 2
+    for background in (True, False):
+        for _ in range(3):
+            queue.put(Job("acme", background=background))
+    assert [len(queue.take()) for _ in range(4)] == [2, 1, 2, 1]

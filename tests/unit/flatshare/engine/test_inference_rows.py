@@ -154,3 +154,20 @@ async def test_a_request_is_cut_only_where_it_is_larger_than_a_pass(rows: int, p
         inference.close()
     np.testing.assert_array_equal(logits, many.reshape(rows, 784)[:, :10])
     assert (len(stage.sizes), max(stage.sizes)) == (passes, 4)
+
+
+async def test_a_large_request_lets_its_own_tenants_small_ones_in_between() -> None:
+    network, inference = TenFirst(), Inference(CpuDevice(), max_batch_rows=8)
+    cache = cache_of(network)
+    try:
+        with await cache.lease(RECORD, 5) as one, await cache.lease(RECORD, 5) as other:
+            large = asyncio.create_task(inference.run(one, np.zeros((8 * 50, 1, 28, 28), np.float32)))
+            while len(network.sizes) < 3:
+                await asyncio.sleep(0)
+            await inference.run(other, ROWS[:1])
+            done_after = len(network.sizes)
+            assert (await large).shape == (400, 10)
+    finally:
+        inference.close()
+    assert done_after < 20, "it did not wait for all fifty passes"
+    assert network.sizes.count(8) == 50

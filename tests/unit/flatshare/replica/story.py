@@ -103,7 +103,9 @@ class GatedRuns:
         self.gate: asyncio.Event | None = None
         self.entered = asyncio.Event()
 
-    async def run(self, lease: Lease, rows: NDArray[np.float32]) -> NDArray[np.float32]:
+    async def run(
+        self, lease: Lease, rows: NDArray[np.float32], background: bool = False
+    ) -> NDArray[np.float32]:
         self.ran.append(lease.record.name)
         self.entered.set()
         if self.gate is not None:

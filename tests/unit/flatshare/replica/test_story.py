@@ -265,6 +265,8 @@ async def test_labels_are_the_likeliest_classes_however_many_rows_there_are(rows
 
 async def test_who_may_not_is_not_let_in_before_anything_is_looked_up() -> None:
     class Nobody:
+        background = False
+
         def may_predict(self, ref: ModelRef) -> None:
             raise NotFound("not yours")
 
