@@ -208,12 +208,19 @@ def test_nothing_accepted_is_lost_and_nothing_is_answered_twice_differently(
             await asyncio.gather(*[client_of(numbers) for _ in range(8)])
 
     def kill(title: str) -> None:
-        """With tasks in hand: the pool's replicas stand still for a moment before."""
-        pool = [psutil.Process(pid) for pid in pids_of(platform, "ServeReplica:flatshare:")]
-        assert pool, "then nothing would be in hand"
+        """With tasks in hand: consumers stand still until some wait, and then the pool, until they are taken."""
+        consumers, pool = (
+            [psutil.Process(pid) for pid in pids_of(platform, name)]
+            for name in ("TaskConsumer", "ServeReplica:flatshare:")
+        )
+        for one in consumers:
+            one.suspend()
+        time.sleep(1)  # while clients send
         for one in pool:
             one.suspend()
-        time.sleep(0.5)  # until consumers have taken what they may
+        for one in consumers:
+            one.resume()
+        time.sleep(0.5)
         found = pids_of(platform, title)
         for pid in found if title == "TaskConsumer" else found[:1]:
             psutil.Process(pid).kill()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import itertools
 import time
-from collections.abc import Awaitable, Callable, Iterator, Mapping
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -42,6 +42,8 @@ class Load:
     rate
         Open loop: requests a second, whatever the answers; None for closed loop. Latency then
         counts from when a request was due, so a stall is not hidden by the waiting it causes.
+    at_s
+        When each request is due, in seconds from the start: a recorded trace. Then ``rate`` is not looked at.
     headers
         Sent with every request: an API key.
     """
@@ -50,6 +52,7 @@ class Load:
     duration_s: float | None = None
     concurrency: int = 16
     rate: float | None = None
+    at_s: Sequence[float] | None = field(default=None, repr=False)
     headers: Mapping[str, str] = field(default_factory=dict, repr=False)
 
 
@@ -129,10 +132,13 @@ async def send_all(
 
     kept: list[bytes] = []
     try:
-        if load.rate is None:
-            await asyncio.gather(*[worker() for _ in range(load.concurrency)])
+        if load.at_s is not None:
+            await _open_loop(zip(load.at_s, shots, strict=False), end_s, started, send)
+        elif load.rate is not None:
+            even = (number / load.rate for number in itertools.count())
+            await _open_loop(zip(even, shots, strict=False), end_s, started, send)
         else:
-            await _open_loop(shots, load.rate, end_s, started, send)
+            await asyncio.gather(*[worker() for _ in range(load.concurrency)])
     finally:
         for connection in idle:
             connection.close()
@@ -148,8 +154,7 @@ def run_load(
 
 
 async def _open_loop(
-    shots: Iterator[BenchRequest],
-    rate: float,
+    due: Iterable[tuple[float, BenchRequest]],
     end_s: float,
     started: float,
     send: Callable[[BenchRequest, float], Awaitable[None]],
@@ -164,8 +169,7 @@ async def _open_loop(
         finally:
             places.release()
 
-    for number, shot in enumerate(shots):
-        due_s = number / rate
+    for due_s, shot in due:
         if due_s >= end_s:
             break
         wait_s = started + due_s - time.perf_counter()

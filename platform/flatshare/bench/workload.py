@@ -56,6 +56,7 @@ def digit_shots(
     seed: int,
     distinct: int = 64,
     headers: Mapping[str, tuple[tuple[str, str], ...]] | None = None,
+    order: Sequence[int] | None = None,
 ) -> Iterator[BenchRequest]:
     """Endless shots: models by Zipf, bodies from a pool that is encoded once.
 
@@ -70,12 +71,17 @@ def digit_shots(
         encoding does not count.
     headers
         More headers, by model.
+    order
+        Which model each is for, an index: then they end with it. None: by ``exponent``.
     """
     random = np.random.default_rng(seed)
     bodies = [encode_json(images[random.integers(0, len(images), batch)]) for _ in range(distinct)]
     shares = zipf_shares(len(models), exponent)
     more = headers or {}
-    while True:
+    for number in order or ():
+        name = models[number]
+        yield BenchRequest(name, bodies[random.integers(0, distinct)], headers=more.get(name, ()))
+    while order is None:
         chosen = random.choice(len(models), size=4096, p=shares)
         bodies_chosen = random.integers(0, distinct, size=4096)
         for model, body in zip(chosen.tolist(), bodies_chosen.tolist(), strict=True):

@@ -49,6 +49,17 @@ def bench(
     max_errors: Annotated[
         float, typer.Option(min=0, max=1, help="Share of requests that may fail; more is exit code 1.")
     ] = 0.01,
+    trace: Annotated[
+        Path | None,
+        typer.Option(
+            help="Replay this CSV (time, tenant) at its own times; its tenants must exist. --concurrency "
+            "has no effect."
+        ),
+    ] = None,
+    speed: Annotated[float, typer.Option(min=0.001, help="With --trace: so many times as fast.")] = 1.0,
+    record: Annotated[
+        Path | None, typer.Option(help="Write what was sent as such a CSV, for --trace and for plan.")
+    ] = None,
     plot: Annotated[Path | None, typer.Option(help="Also draw the run into this PNG.")] = None,
     url: UrlOption = None,
     as_json: AsJson = False,
@@ -64,6 +75,7 @@ def bench(
     from flatshare.bench.workload import digit_shots
     from flatshare.mnist.digits import load_digits
     from flatshare.models.architecture import architecture
+    from flatshare.simulation.trace import read_trace, write_trace
 
     if plot is not None and (plot.suffix not in PLOT_SUFFIXES or not plot.parent.is_dir()):
         raise InvalidInput(f"--plot {plot}: name a {', '.join(PLOT_SUFFIXES)} file in a folder that exists")
@@ -71,27 +83,39 @@ def bench(
     shown = credentials(base)
     own = {} if keys is None else _read_keys(keys)
     before = _snapshot(base)
-    models = _models(tenants, count, base, own, shown)
-    if requests is None and duration is None:
+    recorded = None if trace is None else read_trace(trace)
+    if recorded is not None and (tenants or count or rate):
+        raise InvalidInput("--trace says who is asked for and when: leave --tenants, --count and --rate out")
+    models = list(recorded.names) if recorded else _models(tenants, count, base, own, shown)
+    if requests is None and duration is None and recorded is None:
         duration = 10.0
     images = architecture("mnist-cnn").preprocess(load_digits().test_images)
     headers = {model: _header_of(model, own) for model in models}
-    shots = digit_shots(models, images, exponent=zipf, batch=batch, seed=seed, headers=headers)
-    load = Load(requests=requests, duration_s=duration, concurrency=concurrency, rate=rate, headers=shown)
+    shots = digit_shots(
+        models, images, exponent=zipf, batch=batch, seed=seed, headers=headers,
+        order=recorded.models.tolist() if recorded else None,
+    )  # fmt: skip
+    load = Load(
+        requests=requests, duration_s=duration, concurrency=concurrency, rate=rate, headers=shown,
+        at_s=(recorded.at_s / speed).tolist() if recorded else None,
+    )  # fmt: skip
+    requests = len(recorded) if recorded and requests is None else requests
     with progress_bar("requests") as progress:
         outcomes: list[Outcome] = run_load(
             f"{base}/predict", shots, load, lambda done: progress(done, requests)
         )
 
+    if record is not None:
+        write_trace(record, sorted((one.at_s, one.model) for one in outcomes))
     report: dict[str, Any] = summarise(outcomes, batch)
     _add_servers(report, before, before if isinstance(before, str) else _snapshot(base, late=True))
     report["load"] = {
         "models": len(models),
-        "zipf": zipf,
+        "zipf": zipf if recorded is None else None,
         "batch": batch,
         "seed": seed,
-        "loop": "closed" if rate is None else "open",
-        "concurrency": concurrency if rate is None else None,
+        "loop": "trace" if recorded else "closed" if rate is None else "open",
+        "concurrency": concurrency if rate is None and recorded is None else None,
         "rate": rate,
     }
     if as_json:
@@ -101,7 +125,8 @@ def bench(
     if plot is not None:  # after the report: a full disk must not cost the run
         from flatshare.bench.plot import plot_run
 
-        about = f"{len(models)} models, Zipf({zipf:g}), {report['requests_per_s']} requests/s"
+        kind = f"Zipf({zipf:g})" if trace is None else trace.name
+        about = f"{len(models)} models, {kind}, {report['requests_per_s']} requests/s"
         plot_run(outcomes, plot, about)
         if not as_json:
             out.print(f"drawn: {plot}", soft_wrap=True)

@@ -13,6 +13,7 @@ from flatshare.cli import (
     batch_verb,
     bench_verb,
     fleet,
+    plan_verb,
     platform_verbs,
     registry_verbs,
     settings_verbs,
@@ -53,6 +54,7 @@ fleet.add_to(app)
 settings_verbs.add_to(app)
 task_verbs.add_to(app)
 bench_verb.add_to(app)
+plan_verb.add_to(app)
 registry_verbs.add_to(app)
 audit_verbs.add_to(app)
 tenancy_verbs.add_to(app, registry_verbs.tenants_app)

@@ -20,7 +20,7 @@ import numpy.typing as npt
 
 from flatshare.placement.homes import canonical
 
-__all__ = ["MAX_PLACES", "NODES_PER_PLACE", "SERVER_WEIGHT", "Ring", "ring_of", "server_id"]
+__all__ = ["MAX_PLACES", "NODES_PER_PLACE", "SERVER_WEIGHT", "Ring", "ring_keys", "ring_of", "server_id"]
 
 SERVER_WEIGHT: Final = 100
 """HAProxy's weight of a server. Its default of 1 puts 16 nodes on the ring, and then one of four replicas is
@@ -89,13 +89,25 @@ class Ring:
             node = (node + 1) % len(self._keys)
         return found
 
+    def home_of_each(self, keys: npt.NDArray[np.uint32]) -> npt.NDArray[np.int64]:
+        """The homes of many models at once, by their keys (:func:`ring_keys`); there must be a place."""
+        after = np.searchsorted(self._keys, keys) % len(self._keys)
+        before = (after - 1) % len(self._keys)
+        back, ahead = keys - self._keys[before], self._keys[after] - keys  # modulo 2**32, as these wrap
+        return self._owners[np.where(back <= ahead, before, after)]
+
     def _nearest(self, model_ref: str) -> int:
         """Index of the node whose key is nearest, on either side, as ``chash_get_server_hash`` takes it."""
-        wanted = int(_full_hash(np.array([zlib.crc32(canonical(model_ref).encode())], np.uint32))[0])
+        wanted = int(ring_keys((model_ref,))[0])
         after = int(np.searchsorted(self._keys, np.uint32(wanted))) % len(self._keys)
         before = (after - 1) % len(self._keys)
         back, ahead = (wanted - int(self._keys[before])) % 2**32, (int(self._keys[after]) - wanted) % 2**32
         return before if back <= ahead else after
+
+
+def ring_keys(model_refs: Iterable[str]) -> npt.NDArray[np.uint32]:
+    """Where models stand on the ring."""
+    return _full_hash(np.array([zlib.crc32(canonical(ref).encode()) for ref in model_refs], np.uint32))
 
 
 @functools.lru_cache(maxsize=32)
