@@ -86,12 +86,19 @@ def test_wrong_weights_are_refused_by_name(light: Light, tmp_path: Path) -> None
     assert "Traceback" not in refused.stderr
 
 
+def test_a_plan_needs_nothing_more(light: Light) -> None:
+    done = light.run("flatshare", "plan", "--tenants", "20", "--requests", "1000", "--target", "0.5")
+    assert done.returncode == 0, done.stderr
+    assert "needs" in done.stdout
+
+
 @pytest.mark.parametrize(
     "command",
     [
         ["up"],
         ["edge"],
         ["bench"],
+        ["plan", "--plot", "plan.png"],
         ["train", "base"],
         ["train", "handwritings"],
         ["convert", "a", "b"],

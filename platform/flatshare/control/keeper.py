@@ -17,7 +17,7 @@ from typing import Final
 
 from flatshare.control.decided import AsksFleet, Drained, Placement, Routes, Scaler
 from flatshare.errors import FleetUnavailable
-from flatshare.placement.balance import decide_moves
+from flatshare.placement.balance import LEAST_RATE, MOVE_TICKS, RATE_SHARE, decide_moves
 from flatshare.placement.copies import Spread, decide_copies
 from flatshare.placement.handover import after_loss, to_load
 from flatshare.placement.load import Held, ReplicaLoad
@@ -30,15 +30,6 @@ __all__ = ["Keeper"]
 logger = logging.getLogger("flatshare.control")
 
 TICK_S: Final = 1.0
-RATE_SHARE: Final = 0.2
-"""Of a new rate in the mean of rates: about five seconds."""
-
-MOVE_TICKS: Final = 3
-"""Ticks between two moves, so that one is felt before the next."""
-
-LEAST_RATE: Final = 20.0
-"""Requests a second below which nobody is busy enough for its share to mean anything."""
-
 DRAIN_S: Final = 40.0
 """Seconds that a replica has to end its requests: more than one may take."""
 

@@ -16,7 +16,7 @@ from typing import Final
 from flatshare.placement.load import ReplicaLoad
 from flatshare.placement.ring import Ring
 
-__all__ = ["MOST_MOVED", "decide_moves", "homes_of"]
+__all__ = ["LEAST_RATE", "MOST_MOVED", "MOVE_TICKS", "RATE_SHARE", "decide_moves", "homes_of"]
 
 UNEVEN: Final = 1.15
 """A model moves when the busiest replica has more than this times the mean."""
@@ -28,6 +28,15 @@ ever.
 
 WORTH: Final = 0.05
 """It must be this part of what may move, or the load that it costs is for nothing."""
+
+RATE_SHARE: Final = 0.2
+"""Of a new second's rate in the mean of rates: about five seconds."""
+
+MOVE_TICKS: Final = 3
+"""Decisions between two moves, so that one is felt before the next."""
+
+LEAST_RATE: Final = 20.0
+"""Requests a second of all below which nobody is busy enough for its share to mean anything."""
 
 MOST_MOVED: Final = 256
 """Models that have a home other than the ring's: each is a row in every edge's map."""

@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 import numpy as np
 import numpy.typing as npt
 
-from flatshare.placement.balance import decide_moves, homes_of
+from flatshare.placement.balance import LEAST_RATE, MOVE_TICKS, RATE_SHARE, decide_moves, homes_of
 from flatshare.placement.copies import Spread, decide_copies
 from flatshare.placement.handover import to_load
 from flatshare.placement.load import Held, ReplicaLoad
@@ -25,10 +25,6 @@ from flatshare.simulation.trace import Trace
 
 __all__ = ["Absence", "FleetSetup", "Simulated", "simulate"]
 
-RATE_SHARE = 0.2
-"""Of a second's rate in the mean of rates, as in ``control/keeper.py``."""
-
-MOVE_TICKS = 3
 POPULAR = 8
 """Models that a replica tells of."""
 
@@ -291,7 +287,7 @@ class _Fleet:
             place: share * rate + (1 - share) * self._rates[place] for place, rate in rates.items()
         }
         self._steady += 1
-        if self._steady % MOVE_TICKS:
+        if self._steady % MOVE_TICKS or sum(self._rates.values()) < LEAST_RATE:
             return
         moved = decide_moves(loads, self._rates, self._moved)
         new = {name: place for name, place in moved.items() if self._moved.get(name) != place}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -86,8 +87,8 @@ def slots_needed(rows: Sequence[PlanRow], target: float, policy: str = "lru") ->
             if before is None:
                 return row.slots
             low = getattr(before, policy)
-            share = (target - low) / (rate - low)
-            return int(np.ceil(before.slots * (row.slots / before.slots) ** share))
+            share = float((target - low) / (rate - low))
+            return math.ceil(round(float(before.slots * (row.slots / before.slots) ** share), 6))
         before = row
     return None
 

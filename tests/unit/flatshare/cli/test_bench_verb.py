@@ -164,3 +164,41 @@ def test_a_picture_that_can_not_be_drawn_costs_no_report(
     done = bench(control, "--json", "--plot", str(picture))
     assert json.loads(done.stdout)["requests"] == 20
     assert isinstance(done.exception, OSError)
+
+
+def test_what_was_sent_is_recorded_and_replayed_at_its_times(control: Any, tmp_path: Path) -> None:
+    file = tmp_path / "trace.csv"
+    report(bench(control, "--json", "--record", str(file), "--tenants", "acme,42", "--zipf", "0"))
+    first = [headers[MODEL] for headers in control.predicted]
+    lines = file.read_text().splitlines()
+    assert lines[0] == "time,tenant" and Counter(line.split(",")[1] for line in lines[1:]) == Counter(first)
+    control.predicted.clear()
+    file.write_text("time,tenant\n5.0,acme\n5.3,42\n5.1,acme\n")
+    done = CliRunner().invoke(app, ["bench", "--url", control.url, "--json", "--trace", str(file)])
+    found = report(done)
+    assert (found["requests"], found["load"]["loop"], found["load"]["zipf"]) == (3, "trace", None)
+    assert [headers[MODEL] for headers in control.predicted] == ["acme", "acme", "42"]
+    assert found["seconds"] >= 0.25
+    again = CliRunner().invoke(
+        app, ["bench", "--url", control.url, "--json", "--trace", str(file), "--speed", "100"]
+    )
+    assert report(again)["seconds"] < 0.25
+    both = bench(control, "--trace", str(file), "--tenants", "acme")
+    assert isinstance(both.exception, InvalidInput)
+
+
+def test_plan_says_how_many_slots_a_hit_rate_needs(tmp_path: Path) -> None:
+    file = tmp_path / "trace.csv"
+    file.write_text("time,tenant\n" + "".join(f"{number},{'ab'[number % 2]}\n" for number in range(100)))
+    run = CliRunner().invoke(app, ["plan", "--trace", str(file), "--slots", "1", "--target", "0.9", "--json"])
+    assert run.exit_code == 0, run.output + repr(run.exception)
+    found = json.loads(run.stdout)
+    assert [(row["slots"], row["lru"]) for row in found["rows"]] == [(1, 0.0), (2, 1.0)]
+    assert found["slots_needed"] == {"lru": 2, "sieve": 2}
+    drawn = tmp_path / "plan.png"
+    run = CliRunner().invoke(
+        app, ["plan", "--tenants", "20", "--requests", "2000", "--target", "1", "--plot", str(drawn)]
+    )
+    assert run.exit_code == 0 and drawn.stat().st_size > 5000
+    assert "first requests of a model always miss" in run.stdout or "needs" in run.stdout
+    assert isinstance(CliRunner().invoke(app, ["plan", "--trace", "/nowhere"]).exception, InvalidInput)

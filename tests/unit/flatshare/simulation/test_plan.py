@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -12,9 +13,11 @@ from flatshare.simulation.trace import zipf_trace
 
 def test_hit_rates_rise_with_slots_and_stay_below_their_bounds(tmp_path: Path) -> None:
     told: list[tuple[int, int]] = []
-    rows = plan_for(zipf_trace(200, 1.0, 30_000, rate=1000.0), 10, lambda done, total: told.append((done, total)))
+    rows = plan_for(
+        zipf_trace(200, 1.0, 30_000, rate=1000.0), 10, lambda done, total: told.append((done, total))
+    )
     assert (rows[0].replicas, rows[-1].slots) == (1, 200) and told[-1][0] == told[-1][1]
-    for before, row in zip(rows, rows[1:], strict=False):
+    for before, row in pairwise(rows):
         assert row.lru > before.lru - 0.01 and row.sieve > before.sieve - 0.01 and row.belady >= before.belady
     for row in rows:
         assert row.lru <= row.belady and row.sieve <= row.belady and row.one_lru <= row.belady
