@@ -209,10 +209,11 @@ def test_nothing_accepted_is_lost_and_nothing_is_answered_twice_differently(
 
     def kill(title: str) -> None:
         """With tasks in hand: consumers stand still until some wait, and then the pool, until they are taken."""
-        consumers, pool = (
-            [psutil.Process(pid) for pid in pids_of(platform, name)]
-            for name in ("TaskConsumer", "ServeReplica:flatshare:")
-        )
+        deadline = time.monotonic() + 60
+        while not (consumers := [psutil.Process(pid) for pid in pids_of(platform, "TaskConsumer")]):
+            assert time.monotonic() < deadline, "no consumer came for the tasks that wait"
+            time.sleep(0.1)  # a process's start shows only by looking
+        pool = [psutil.Process(pid) for pid in pids_of(platform, "ServeReplica:flatshare:")]
         for one in consumers:
             one.suspend()
         time.sleep(1)  # while clients send
@@ -256,6 +257,7 @@ def test_nothing_accepted_is_lost_and_nothing_is_answered_twice_differently(
     assert Counter(one["state"] for one in ends.values()) == {"done": len(accepted)}
     for task, shown in ends.items():
         assert shown["result"] == {"predicted_label": expected[accepted[task]]}, task
+    print("runs by task:", Counter(one["attempts"] for one in ends.values()))
     assert max(int(str(one["attempts"])) for one in ends.values()) > 1, (
         "a kill hit nothing: it proves nothing"
     )

@@ -39,7 +39,7 @@ RayOption = Annotated[
 
 def add_to(app: typer.Typer) -> None:
     """Add these verbs to the command."""
-    for function in (up, down, status, edge, rollout):
+    for function in (up, down, status, edge, rollout, config):
         app.command(rich_help_panel="This machine")(function)
 
 
@@ -318,6 +318,30 @@ def edge(
     with contextlib.suppress(KeyboardInterrupt), running_edge(settings, ray_address) as supervisor:
         out.print(f"the edge listens on {url_of(settings)}; Ctrl-C ends it")
         supervisor.run(stop)
+
+
+def config(
+    admin_key_file: Annotated[
+        str, typer.Option(help="Where the cluster's head has the operator's key; not read here.")
+    ] = "",
+    viewer_key_file: Annotated[str, typer.Option(help="The same of the key that may only look.")] = "",
+    environment: Annotated[
+        bool, typer.Option("--environment", help="Print what each node needs before `ray start` instead.")
+    ] = False,
+) -> None:
+    """Print the platform as a config file of Ray Serve, for `serve deploy` on a cluster of your own.
+
+    Settings are those of the environment (FLATSHARE_*); keys are named by file, and never printed.
+    """
+    need_serve_extra()
+    from flatshare.local.serve_config import cluster_environment, serve_config
+
+    settings = load_settings()
+    if environment:
+        for name, value in cluster_environment(settings).items():
+            out.print(f"export {name}={value}", soft_wrap=True)
+        return
+    out.print(serve_config(settings, admin_key_file, viewer_key_file), end="", soft_wrap=True)
 
 
 def rollout(

@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Final, Literal
 
-__all__ = ["prepare", "serve_environment"]
+__all__ = ["prepare", "serve_environment", "variables_of"]
 
 HANDLE_MESSAGE_BYTES: Final = 64 * 1024**2
 """Largest argument of a handle call, in bytes; Ray's own limit of 4 MiB is 1,300 images."""
@@ -60,6 +60,13 @@ def serve_environment(edge: Literal["haproxy", "serve"]) -> dict[str, str]:
     }
 
 
+def variables_of(edge: Literal["haproxy", "serve"], given: Mapping[str, str]) -> dict[str, str]:
+    """Variables for Serve's processes, where an environment is given; what it sets of them wins."""
+    chosen = {name: given.get(name, value) for name, value in serve_environment(edge).items()}
+    chosen |= _without_proxies(given)
+    return chosen | {name: given[name] for name in PASSED_ON if name in given}
+
+
 def prepare(
     edge: Literal["haproxy", "serve"],
     token_file: Path | None = None,
@@ -74,12 +81,9 @@ def prepare(
     token_file
         Holds the cluster's token, where the operator says nothing of Ray's authentication.
     """
-    wanted = serve_environment(edge)
-    given = os.environ if environment is None else environment
-    chosen = {name: given.get(name, value) for name, value in wanted.items()}
-    chosen |= _without_proxies(given)
-    os.environ.update(chosen)
-    chosen |= {name: given[name] for name in PASSED_ON if name in given}
+    given = dict(os.environ if environment is None else environment)
+    chosen = variables_of(edge, given)
+    os.environ.update({name: value for name, value in chosen.items() if name not in PASSED_ON})
     # A driver of ours calls handles from plain threads too, which needs the router's own loop.
     os.environ["RAY_SERVE_RUN_ROUTER_IN_SEPARATE_LOOP"] = "1"
     if "RAY_AUTH_MODE" not in given:
