@@ -12,6 +12,7 @@ from flatshare.cli import (
     audit_verbs,
     batch_verb,
     bench_verb,
+    cluster_verbs,
     fleet,
     plan_verb,
     platform_verbs,
@@ -50,6 +51,7 @@ def before() -> None:
 
 
 platform_verbs.add_to(app)
+cluster_verbs.add_to(app)
 fleet.add_to(app)
 settings_verbs.add_to(app)
 task_verbs.add_to(app)

@@ -1,8 +1,7 @@
-"""Verbs that run a platform on this machine: up, edge, rollout; ``running_verbs`` has down and status."""
+"""Verbs that run a platform on this machine: up, rollout; ``running_verbs`` has down and status."""
 
 from __future__ import annotations
 
-import contextlib
 import os
 import select
 import signal
@@ -39,7 +38,7 @@ RayOption = Annotated[
 
 def add_to(app: typer.Typer) -> None:
     """Add these verbs to the command."""
-    for function in (up, down, status, edge, rollout, config):
+    for function in (up, down, status, rollout):
         app.command(rich_help_panel="This machine")(function)
 
 
@@ -107,13 +106,13 @@ def up(
     try:
         ensure_identity(settings.open_store())  # also sees that it honours conditional writes
     except Unavailable as error:  # what is resident or on the node can be served all the same
-        _warn(f"the store does not answer now: {error.message}")
+        warn(f"the store does not answer now: {error.message}")
 
     from flatshare.local.checks import check_machine
     from flatshare.local.state import PlatformState
 
     PlatformState.make_way(settings.port)
-    check_machine(settings, warn=_warn)
+    check_machine(settings, warn=warn)
     if detach:
         _up_detached(settings)
     else:
@@ -132,7 +131,7 @@ def _up_here(settings: Settings, ray_address: str) -> None:
         stop.set()
         raise KeyboardInterrupt
 
-    _on_stop_signals(on_signal)
+    on_stop_signals(on_signal)
     state = PlatformState.starting(settings, log=os.environ.get("FLATSHARE_UP_LOG", ""))
     try:
         parent = _parent()
@@ -146,6 +145,7 @@ def _up_here(settings: Settings, ray_address: str) -> None:
                 environment = prepare(settings.edge, cluster_token_file(ray_address))
 
                 # Only now: ray reads its flags when it is imported.
+                from flatshare.local.notify import notify
                 from flatshare.local.operators import operators_of
                 from flatshare.local.platform import running_platform
 
@@ -161,7 +161,9 @@ def _up_here(settings: Settings, ray_address: str) -> None:
                     spinner.stop()
                     _announce(state)
                     parent.tell(state.text())
+                    notify("READY=1")
                     watch(stop)
+                    notify("STOPPING=1")
             finally:
                 state.remove()
     except KeyboardInterrupt:
@@ -169,11 +171,12 @@ def _up_here(settings: Settings, ray_address: str) -> None:
     out.print("flatshare is down; nothing was left behind")
 
 
-def _warn(text: str) -> None:
+def warn(text: str) -> None:
+    """Show a warning."""
     err.print(f"warning: {text}", style="yellow", soft_wrap=True)
 
 
-def _on_stop_signals(handler: Callable[[int, FrameType | None], None]) -> None:
+def on_stop_signals(handler: Callable[[int, FrameType | None], None]) -> None:
     """Call this when somebody wants us to end; ``nohup`` and ``&`` say whose signals do not."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if number == signal.SIGTERM or signal.getsignal(number) is not signal.SIG_IGN:
@@ -193,7 +196,7 @@ def _up_detached(settings: Settings) -> None:
     def on_signal(number: int, frame: FrameType | None) -> None:
         raise KeyboardInterrupt
 
-    _on_stop_signals(on_signal)
+    on_stop_signals(on_signal)
     with log.open("wb") as log_file:
         child = subprocess.Popen(
             [sys.executable, "-m", "flatshare.cli.main", *arguments],
@@ -284,64 +287,6 @@ def _last_line(log: Path) -> str:
     return next(
         (line for line in reversed(lines) if "error:" in line), lines[-1] if lines else "it said nothing"
     )
-
-
-def edge(
-    port: PortOption = None,
-    serve_port: Annotated[int | None, typer.Option(show_default="8500")] = None,
-    ray_address: Annotated[str, typer.Option("--ray", help="The cluster whose replicas to serve.")] = "auto",
-) -> None:
-    """Run only the edge, for a pool that runs on a Ray cluster: one on every node that takes requests."""
-    need_serve_extra()
-    settings = load_settings(port=port, serve_port=serve_port)
-
-    from flatshare.local.checks import check_edge
-    from flatshare.local.state import url_of
-
-    check_edge(settings, warn=_warn)
-
-    from flatshare.local.ray_token import cluster_token_file
-    from flatshare.pool.environment import prepare
-
-    prepare(settings.edge, cluster_token_file(ray_address))
-
-    from flatshare.local.platform import running_edge
-
-    stop = threading.Event()
-
-    def on_signal(number: int, frame: FrameType | None) -> None:
-        if not stop.is_set():
-            stop.set()
-            raise KeyboardInterrupt
-
-    _on_stop_signals(on_signal)
-    with contextlib.suppress(KeyboardInterrupt), running_edge(settings, ray_address) as supervisor:
-        out.print(f"the edge listens on {url_of(settings)}; Ctrl-C ends it")
-        supervisor.run(stop)
-
-
-def config(
-    admin_key_file: Annotated[
-        str, typer.Option(help="Where the cluster's head has the operator's key; not read here.")
-    ] = "",
-    viewer_key_file: Annotated[str, typer.Option(help="The same of the key that may only look.")] = "",
-    environment: Annotated[
-        bool, typer.Option("--environment", help="Print what each node needs before `ray start` instead.")
-    ] = False,
-) -> None:
-    """Print the platform as a config file of Ray Serve, for `serve deploy` on a cluster of your own.
-
-    Settings are those of the environment (FLATSHARE_*); keys are named by file, and never printed.
-    """
-    need_serve_extra()
-    from flatshare.local.serve_config import cluster_environment, serve_config
-
-    settings = load_settings()
-    if environment:
-        for name, value in cluster_environment(settings).items():
-            out.print(f"export {name}={value}", soft_wrap=True)
-        return
-    out.print(serve_config(settings, admin_key_file, viewer_key_file), end="", soft_wrap=True)
 
 
 def rollout(

@@ -77,5 +77,5 @@ def serve_config(settings: Settings, admin_key_file: str, viewer_key_file: str =
 
 
 def cluster_environment(settings: Settings) -> dict[str, str]:
-    """Variables that each node must have before ``ray start``: Serve's processes read them when they start."""
+    """Variables that each node needs before ``ray start``: Serve's processes read them when they start."""
     return {**serve_environment(settings.edge), **QUIET, "RAY_worker_niceness": "0"}
