@@ -10,6 +10,7 @@ Pure: rates and what was moved before come as arguments.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Final
 
@@ -20,6 +21,9 @@ __all__ = ["LEAST_RATE", "MOST_MOVED", "MOVE_TICKS", "RATE_SHARE", "decide_moves
 
 UNEVEN: Final = 1.15
 """A model moves when the busiest replica has more than this times the mean."""
+
+NOISE: Final = 3.0
+"""Standard deviations by which it must be busier than that, too."""
 
 GAIN: Final = 0.9
 """It must be small enough that the two replicas come this much nearer, or two of them would swap it for
@@ -79,9 +83,12 @@ def decide_moves(
     if not settled or len(places) < 2 or set(rates) != set(places) or len(kept) >= MOST_MOVED:
         return kept
     mean = sum(rates.values()) / len(rates)
+    # A mean of so many seconds of requests that come at random is uneven by itself, the more the fewer come: of
+    # 20 replicas with 3 requests a second each one is always far above, and moves would only cost loads.
+    chance = NOISE * math.sqrt(mean * RATE_SHARE / (2 - RATE_SHARE))
     busiest = max(places, key=lambda place: (rates[place], -place))
     calmest = min(places, key=lambda place: (rates[place], place))
-    if rates[busiest] <= UNEVEN * mean:
+    if rates[busiest] <= UNEVEN * mean + chance:
         return kept
     popular = next(load.popular for load in loads if load.place == busiest)
     room = (rates[busiest] - rates[calmest]) / 2 * GAIN

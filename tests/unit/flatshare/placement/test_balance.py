@@ -134,3 +134,25 @@ def test_a_model_that_would_not_be_felt_stays() -> None:
         ReplicaLoad("r1", 1, 0, 0, 10, 0, {}, {}),
     ]
     assert decide_moves(pool, {0: 100.0, 1: 10.0}, {}) == {}
+
+
+def test_what_chance_makes_uneven_for_some_seconds_moves_nothing() -> None:
+    """Twenty replicas of three requests a second: the busiest mean of nine seconds is always far above 1.15."""
+    dice = np.random.default_rng(1)
+    moved: dict[str, int] = {}
+    for _ in range(300):
+        rates = {place: float(dice.poisson(3 * 9) / 9) for place in range(20)}
+        loads = [
+            ReplicaLoad(
+                str(place), place, 0, 0, rate, 0, popular={f"m{place}-{n}": rate / 4 for n in range(4)}
+            )
+            for place, rate in rates.items()
+        ]
+        moved = decide_moves(loads, rates, moved)
+    assert len(moved) <= 8, "of 300 decisions; all 300 moved something before"
+    steady = {place: 300.0 if place == 7 else 100.0 for place in range(20)}
+    loads = [
+        ReplicaLoad(str(place), place, 0, 0, rate, 0, popular={f"m{place}-{n}": rate / 4 for n in range(4)})
+        for place, rate in steady.items()
+    ]
+    assert len(decide_moves(loads, steady, {})) == 1, "what is really uneven is mended"
