@@ -65,9 +65,9 @@ def not_counted(original: Any, self: Any, resident: Any, *, evicted: bool) -> No
         resident.parts = {}
 
 
-def load_of_its_own(original: Any, self: Any, record: Any) -> Any:
+def load_of_its_own(original: Any, self: Any, record: Any, timeout_s: float) -> Any:
     self._loads = {key: load for key, load in self._loads.items() if key.tenant != record.tenant}
-    return original(self, record)
+    return original(self, record, timeout_s)
 
 
 @contextlib.contextmanager

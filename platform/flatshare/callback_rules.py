@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import re
 from dataclasses import dataclass
 from typing import Final
 from urllib.parse import urlsplit
@@ -13,8 +14,13 @@ __all__ = ["CallbackRules", "is_public"]
 
 MOST_URL: Final = 2000
 
-_TRANSLATED: Final = tuple(map(ipaddress.ip_network, ("64:ff9b::/96", "2002::/16", "2001::/32")))
-"""IPv6 networks whose addresses hold an IPv4 address that somebody on the way connects to."""
+_INTERNET: Final = ipaddress.IPv6Network("2000::/3")
+"""All of IPv6 that is given out as global unicast; translations of IPv4 (64:ff9b::) are outside of it."""
+
+_NOT_THERE: Final = tuple(map(ipaddress.ip_network, ("2001::/23", "2002::/16", "3fff::/20")))
+"""Of that what holds an IPv4 address that somebody on the way connects to, or is for documents."""
+
+_LABEL: Final = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,7 +84,9 @@ class CallbackRules:
             return
         if parts.scheme != "https" or port not in (None, 443):
             raise BadInput("a callback's URL begins with https:// and names no port")
-        name = parts.hostname.rstrip(".")
+        name = parts.hostname.removesuffix(".")
+        if not _is_host(name):
+            raise BadInput(f"the callback's host {name[:100]!a} is no name and no address")
         above = {"*." + rest for rest in _endings(name)}
         if not self.hosts & {"*", name, *above}:
             raise BadInput(f"callbacks to {name[:100]!a} are not allowed here")
@@ -86,6 +94,17 @@ class CallbackRules:
     def is_origin(self, url: str) -> bool:
         """Whether an operator named this very origin."""
         return _origin(url) in self.origins
+
+
+def _is_host(name: str) -> bool:
+    labels = name.split(".")
+    if ":" in name or labels[-1].isdigit():
+        try:
+            ipaddress.ip_address(name)
+        except ValueError:
+            return False
+        return True
+    return len(name) <= 253 and all(map(_LABEL.fullmatch, labels))
 
 
 def _endings(name: str) -> list[str]:
@@ -114,6 +133,6 @@ def is_public(address: str) -> bool:
     if isinstance(ip, ipaddress.IPv6Address):
         if ip.ipv4_mapped is not None:
             ip = ip.ipv4_mapped
-        elif any(ip in network for network in _TRANSLATED):
+        elif ip not in _INTERNET or any(ip in network for network in _NOT_THERE):
             return False
     return ip.is_global and not ip.is_multicast

@@ -110,6 +110,12 @@ class Settings(RegistrySettings):
         "its ports can run code on it, so a firewall must keep others out.",
     )
 
+    nodes: Literal["one", "several"] = Field(
+        default="one",
+        description="several: replicas are on several Ray nodes and listen on their nodes' addresses, so "
+        "that edges of other nodes reach them; a firewall must keep everybody else out. one: on loopback.",
+    )
+
     # -- who may call
     auth: Literal["on", "off"] = Field(
         default="on", description="off: everybody who reaches the port is the operator. For trying things."
@@ -213,8 +219,9 @@ class Settings(RegistrySettings):
     )
     host_dir: str = Field(
         default="auto",
-        description="Folder of the host tier, shared by a node's replicas; tmpfs is best. auto: "
-        "/dev/shm/flatshare-<uid> where there is a /dev/shm, else the temporary folder. off: none.",
+        description="Folder of the host tier, shared by a node's replicas; tmpfs is best. {node} in it is "
+        "the node's address. auto: /dev/shm/flatshare-<uid> where there is a /dev/shm, else the temporary "
+        "folder. off: none.",
     )
     host_bytes: int = Field(
         default=0,
@@ -333,10 +340,14 @@ class Settings(RegistrySettings):
     tasks_max_body_bytes: int = Field(
         default=64 * 1024**2,
         ge=1024,
+        le=64 * 1024**2,
         description="Longest input of a task, sent or stored; JSON may have max_body_bytes.",
     )
     tasks_max_rows: int = Field(
-        default=16_384, ge=1, description="Most images in one task; they run in passes of max_batch_rows."
+        default=4096,
+        ge=1,
+        description="Most images in one task; they run in passes of max_batch_rows, all of them within "
+        "request_timeout_s.",
     )
     tasks_callback_hosts: str = Field(
         default="",
@@ -452,6 +463,8 @@ class Settings(RegistrySettings):
             )
         if self.host not in LOOPBACK_HOSTS and self.edge == "serve":
             raise ValueError("edge=serve listens on loopback only; edge=haproxy takes other addresses")
+        if self.nodes == "several" and (self.auth == "off" or self.edge == "serve"):
+            raise ValueError("nodes=several needs auth=on and edge=haproxy: replicas listen beyond loopback")
         if self.tls_cert and self.edge == "serve":
             raise ValueError("tls_cert needs edge=haproxy")
         if self.proxy_networks() and self.edge == "serve":

@@ -77,7 +77,7 @@ def test_every_node_has_the_environment_that_serve_reads() -> None:
     config = rayservice()["spec"]["rayClusterConfig"]
     wanted = cluster_environment(Settings())
     for group in (config["headGroupSpec"], *config["workerGroupSpecs"]):
-        (container,) = group["template"]["spec"]["containers"]
+        container = group["template"]["spec"]["containers"][0]
         given = {one["name"]: one["value"] for one in container["env"]}
         assert given.items() >= wanted.items()
 
@@ -92,6 +92,15 @@ def test_its_serve_config_is_for_our_builders_and_names_its_keys_by_file() -> No
 
 def test_workers_have_a_probe_of_their_own() -> None:
     (group,) = rayservice()["spec"]["rayClusterConfig"]["workerGroupSpecs"]
+    ray, edge = group["template"]["spec"]["containers"]
+    sockets = {"name": "ray", "mountPath": "/tmp/ray"}
+    assert sockets in ray["volumeMounts"] and sockets in edge["volumeMounts"], (
+        "the edge joins through the pod's raylet"
+    )
+    config = yaml.safe_load(rayservice()["spec"]["serveConfigV2"])
+    assert config["applications"][0]["args"]["settings"]["nodes"] == "several", (
+        "else no other pod reaches a replica"
+    )
     assert "readinessProbe" in group["template"]["spec"]["containers"][0], "else they never become ready"
 
 

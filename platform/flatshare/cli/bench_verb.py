@@ -79,6 +79,8 @@ def bench(
 
     if plot is not None and (plot.suffix not in PLOT_SUFFIXES or not plot.parent.is_dir()):
         raise InvalidInput(f"--plot {plot}: name a {', '.join(PLOT_SUFFIXES)} file in a folder that exists")
+    if record is not None and not record.parent.is_dir():
+        raise InvalidInput(f"--record {record}: name a file in a folder that exists")
     base = platform_url(url)
     shown = credentials(base)
     own = {} if keys is None else _read_keys(keys)
@@ -105,8 +107,6 @@ def bench(
             f"{base}/predict", shots, load, lambda done: progress(done, requests)
         )
 
-    if record is not None:
-        write_trace(record, sorted((one.at_s, one.model) for one in outcomes))
     report: dict[str, Any] = summarise(outcomes, batch)
     _add_servers(report, before, before if isinstance(before, str) else _snapshot(base, late=True))
     report["load"] = {
@@ -122,6 +122,8 @@ def bench(
         print_json(report)
     else:
         _print(report)
+    if record is not None:  # after the report, as the picture
+        write_trace(record, sorted((one.at_s, one.model) for one in outcomes))
     if plot is not None:  # after the report: a full disk must not cost the run
         from flatshare.bench.plot import plot_run
 
@@ -247,10 +249,16 @@ def _add_servers(report: dict[str, Any], before: Fleet | str, after: Fleet | str
 def _print(report: dict[str, Any]) -> None:
     latency = report["latency_ms"]
     load, servers = report["load"], report["servers"]
-    loop = f"{load['concurrency']} at a time" if load["loop"] == "closed" else f"{load['rate']:g} a second"
+    if load["loop"] == "trace":
+        loop = "at the trace's times"
+    else:
+        pace = (
+            f"{load['concurrency']} at a time" if load["loop"] == "closed" else f"{load['rate']:g} a second"
+        )
+        loop = f"Zipf({load['zipf']:g}), {pace}"
     out.print(
         f"{report['requests']} requests of {load['batch']} images to {load['models']} models, "
-        f"Zipf({load['zipf']:g}), {loop}, {report['seconds']:.1f} s"
+        f"{loop}, {report['seconds']:.1f} s"
     )
     print_table(
         "",

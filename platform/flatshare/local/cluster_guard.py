@@ -52,7 +52,8 @@ def check_cluster(gcs_address: str, settings: Settings) -> None:
     if asks_for_token(gcs_address):
         return
     how = "start Ray with RAY_AUTH_MODE=token"
-    if settings.host not in LOOPBACK_HOSTS and not settings.trust_ray_network:
+    beyond = settings.host not in LOOPBACK_HOSTS or settings.nodes == "several"
+    if beyond and not settings.trust_ray_network:
         raise LocalError(
             f"the Ray cluster at {gcs_address} asks callers for no token, so who reaches its ports can run "
             f"code on it: {how}, listen on loopback only, or set FLATSHARE_TRUST_RAY_NETWORK=1 if a firewall "

@@ -144,7 +144,7 @@ def _applications(
     serve.start(
         proxy_location="HeadOnly",
         http_options={
-            "host": "127.0.0.1",
+            "host": "127.0.0.1" if settings.nodes == "one" else "0.0.0.0",  # noqa: S104  # on purpose
             "port": settings.port if settings.edge == "serve" else settings.serve_port,
         },
     )

@@ -67,7 +67,7 @@ def serve_config(settings: Settings, admin_key_file: str, viewer_key_file: str =
     document = {
         "proxy_location": "HeadOnly",
         "http_options": {
-            "host": "127.0.0.1",
+            "host": "127.0.0.1" if settings.nodes == "one" else "0.0.0.0",  # noqa: S104  # on purpose
             "port": settings.port if settings.edge == "serve" else settings.serve_port,
         },
         "applications": apps,

@@ -83,8 +83,8 @@ def decide_moves(
     if not settled or len(places) < 2 or set(rates) != set(places) or len(kept) >= MOST_MOVED:
         return kept
     mean = sum(rates.values()) / len(rates)
-    # A mean of so many seconds of requests that come at random is uneven by itself, the more the fewer come: of
-    # 20 replicas with 3 requests a second each one is always far above, and moves would only cost loads.
+    # A mean of some seconds of requests that come at random is uneven by itself, the more the fewer come: of
+    # 20 replicas with 3 requests a second each one is always far above; moves would only cost loads.
     chance = NOISE * math.sqrt(mean * RATE_SHARE / (2 - RATE_SHARE))
     busiest = max(places, key=lambda place: (rates[place], -place))
     calmest = min(places, key=lambda place: (rates[place], place))

@@ -29,16 +29,19 @@ class Backlog:
         Tasks that some consumer has in hand.
     oldest_s
         Seconds for which the oldest due one could have been run.
+    held
+        Tasks that a consumer holds back until their time.
     """
 
     due: int = 0
     under_way: int = 0
     oldest_s: float = 0.0
+    held: int = 0
 
     @property
     def quiet(self) -> bool:
-        """Whether nobody has anything to do."""
-        return not self.due and not self.under_way
+        """Whether nobody has anything to do, now or soon."""
+        return not self.due and not self.under_way and not self.held
 
 
 def consumer_wish(

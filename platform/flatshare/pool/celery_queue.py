@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final
@@ -19,8 +20,9 @@ from ray.serve.task_processor import CeleryTaskProcessorAdapter
 from flatshare.pool.task_names import RUN
 from flatshare.tasks.records import TaskId
 from flatshare_registry.errors import Corrupt, RegistryError, Unavailable
+from flatshare_registry.ids import TenantId
 
-__all__ = ["BROKER_S", "QUEUE", "CeleryTasks", "full_url", "queue_config"]
+__all__ = ["BROKER_S", "QUEUE", "CeleryTasks", "OpenTasks", "full_url", "queue_config"]
 
 logger = logging.getLogger("flatshare.tasks")
 
@@ -30,6 +32,29 @@ BROKER_S: Final = 3.0
 """Seconds that a broker has to answer."""
 
 STORE_DOWN_S: Final = 2.0
+
+COUNT_S: Final = 5.0
+"""Seconds for which it is believed how many tasks are open."""
+
+
+class OpenTasks:
+    """How many tasks have not ended, as the store knows: what a broker has in hand may be a dead worker's.
+
+    Parameters
+    ----------
+    open_of
+        Counts those of a tenant, or all; it lists the store.
+    """
+
+    def __init__(self, open_of: Callable[[TenantId | None], int]) -> None:
+        self.of = open_of
+        self._all, self._counted_at = 0, -COUNT_S
+
+    def all(self) -> int:
+        """Of all tenants, as it was some seconds ago at most."""
+        if time.monotonic() - self._counted_at > COUNT_S:
+            self._all, self._counted_at = self.of(None), time.monotonic()
+        return self._all
 
 
 def queue_config(
@@ -124,6 +149,9 @@ class CeleryTasks(CeleryTaskProcessorAdapter):
             except RegistryError as error:  # the store does not answer: it stays as it is
                 logger.warning("task %s: %s", task_id, error.message)
                 delay_s = STORE_DOWN_S
+            except Exception:  # of this task
+                logger.exception("task %s", task_id)
+                delay_s = 5 * STORE_DOWN_S
             if delay_s is None:
                 self.ended(task_id)
             else:

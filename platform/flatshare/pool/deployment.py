@@ -50,8 +50,8 @@ __all__ = ["pool_application"]
 
 logger = logging.getLogger("flatshare.pool")
 
-DOOR_HOST: Final = "127.0.0.1"
-"""Where replicas listen: the edge is on the same machine."""
+LOOPBACK: Final = "127.0.0.1"
+"""Where replicas listen when the edge is on the same machine."""
 
 DOOR_STOP_S: Final = 6.0
 """Seconds that a stopping replica waits for its door's requests to end."""
@@ -71,6 +71,8 @@ class ClassifierPool:
     def __init__(self, settings: Settings, operators: OperatorKeys | None) -> None:
         check_visible(ray.get_gpu_ids(), os.environ.get("CUDA_VISIBLE_DEVICES"))
         node_id = str(ray.get_runtime_context().get_node_id())
+        node = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]  # Ray gives it no types
+        settings = settings.model_copy(update={"host_dir": settings.host_dir.replace("{node}", node)})
         identity = ReplicaIdentity(serve.get_replica_context().replica_id.unique_id, node_id=node_id)
         self._advertiser = Advertiser(self, self.load_model, lambda: self._replica.held_ids())
         self._replica = Replica.build(
@@ -95,7 +97,7 @@ class ClassifierPool:
             identities, max_body_bytes=settings.max_body_bytes, max_rows=settings.max_rows,
             tasks=tasks_of(settings),
         )  # fmt: skip
-        self._door = Door(self._data_plane, DOOR_HOST)
+        self._door = Door(self._data_plane, node if settings.nodes == "several" else LOOPBACK)
         self._warm = asyncio.get_running_loop().create_task(self._warm_up(), name="warm up")
         self._door_open = asyncio.get_running_loop().create_task(self._door.start(), name="open the door")
         self._replica.start()

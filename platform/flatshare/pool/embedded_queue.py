@@ -67,9 +67,9 @@ class EmbeddedQueue:
         if length.tasks >= self._most:
             raise Overloaded(f"{length.tasks} tasks wait, the limit; the oldest for {length.oldest_s:.0f} s")
 
-    def lacks_some_of(self, tasks: int) -> bool:
-        """Whether so many open tasks may be more than it knows: each is there once, whatever is put."""
-        return True
+    def missing_of(self, tasks: int) -> int:
+        """All of them, perhaps: each is there once, whatever is put."""
+        return tasks
 
     def backlog(self) -> Backlog:
         """How much it holds."""
@@ -153,6 +153,9 @@ class SqliteTaskAdapter(TaskProcessorAdapter):
         except RegistryError as error:  # the store does not answer: it stays as it is
             logger.warning("task %s: %s", claim.task, error.message)
             delay_s = 1.0
+        except Exception:  # of this task; the others must not wait for a new process
+            logger.exception("task %s", claim.task)
+            delay_s = 10.0
         finally:
             renewing.cancel()
         if delay_s is None:

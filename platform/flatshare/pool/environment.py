@@ -14,7 +14,7 @@ from typing import Final, Literal
 
 __all__ = ["prepare", "serve_environment", "variables_of"]
 
-HANDLE_MESSAGE_BYTES: Final = 64 * 1024**2
+HANDLE_MESSAGE_BYTES: Final = 80 * 1024**2
 """Largest argument of a handle call, in bytes; Ray's own limit of 4 MiB is 1,300 images."""
 
 

@@ -10,6 +10,7 @@ import functools
 from collections.abc import Callable
 from typing import Any, cast
 
+from amqp.exceptions import AMQPError, NotFound  # type: ignore[import-untyped]  # it has no types
 from kombu.connection import Connection
 from kombu.exceptions import KombuError
 from kombu.pools import connections
@@ -17,7 +18,7 @@ from ray.serve.task_consumer import instantiate_adapter_from_config
 
 from flatshare.errors import Overloaded, TooManyTasks
 from flatshare.placement.consumers import Backlog
-from flatshare.pool.celery_queue import BROKER_S, QUEUE, CeleryTasks, queue_config
+from flatshare.pool.celery_queue import BROKER_S, QUEUE, CeleryTasks, OpenTasks, queue_config
 from flatshare.tasks.records import TaskId
 from flatshare_registry.errors import Unavailable
 from flatshare_registry.ids import TenantId
@@ -33,17 +34,17 @@ class RabbitQueue:
     most, most_of_tenant
         Tasks that may wait, in all and of one tenant.
     open_of
-        How many of a tenant's tasks have not ended.
+        How many of a tenant's tasks, or of all, have not ended.
     """
 
     def __init__(
         self, url: str, password_file: str, run_s: float, most: int, most_of_tenant: int,
-        open_of: Callable[[TenantId], int],
+        open_of: Callable[[TenantId | None], int],
     ) -> None:  # fmt: skip
         self._where = (url, password_file, run_s)
         self._most = most
         self._most_of_tenant = most_of_tenant
-        self._open_of = open_of
+        self._open = OpenTasks(open_of)
 
     @functools.cached_property
     def _adapter(self) -> RabbitTaskAdapter:
@@ -74,19 +75,23 @@ class RabbitQueue:
         Unavailable
             RabbitMQ, or the store, does not answer.
         """
-        of_tenant, waiting = self._open_of(tenant), self._adapter.waiting()
+        of_tenant, waiting = self._open.of(tenant), self._adapter.waiting()
         if of_tenant >= self._most_of_tenant:
             raise TooManyTasks(f"tenant {tenant} has {of_tenant} tasks waiting, the limit")
         if waiting >= self._most:
             raise Overloaded(f"{waiting} tasks wait, the limit")
 
-    def lacks_some_of(self, tasks: int) -> bool:
-        """Whether so many open tasks are more than wait: some of them may be lost."""
-        return self._adapter.waiting() < tasks
+    def missing_of(self, tasks: int) -> int:
+        """How many of so many open tasks it may not know of: what is in hand is among them."""
+        return max(tasks - self._adapter.waiting(), 0)
 
     def backlog(self) -> Backlog:
-        """How many wait; not how many are in hand, nor for how long. Raises ``Unavailable``."""
-        return Backlog(due=self._adapter.waiting())
+        """How many wait, and how many more have not ended, which are in hand or held back; not for how long.
+
+        Raises ``Unavailable``.
+        """
+        due = self._adapter.waiting()
+        return Backlog(due=due, under_way=max(self._open.all() - due, 0))
 
 
 class RabbitTaskAdapter(CeleryTasks):
@@ -110,9 +115,9 @@ class RabbitTaskAdapter(CeleryTasks):
                 with connection.channel() as channel:
                     try:
                         return int(channel.queue_declare(queue=QUEUE, passive=True).message_count)
-                    except connection.channel_errors:  # there is none: nobody has sent anything yet
+                    except NotFound:  # nobody has sent anything yet
                         return 0
-        except (KombuError, OSError) as error:
+        except (KombuError, AMQPError, OSError) as error:
             raise Unavailable(f"RabbitMQ does not answer: {type(error).__name__}") from error
 
     def check(self) -> None:

@@ -12,6 +12,7 @@ import functools
 import json
 import time
 from collections.abc import Callable
+from datetime import datetime
 from typing import Any, Final, TypeVar
 
 import redis
@@ -20,7 +21,7 @@ from ray.serve.task_consumer import instantiate_adapter_from_config
 
 from flatshare.errors import Overloaded, TooManyTasks
 from flatshare.placement.consumers import Backlog
-from flatshare.pool.celery_queue import BROKER_S, QUEUE, CeleryTasks, full_url, queue_config
+from flatshare.pool.celery_queue import BROKER_S, QUEUE, CeleryTasks, OpenTasks, full_url, queue_config
 from flatshare.tasks.records import TaskId
 from flatshare_registry.errors import RegistryError, Unavailable
 from flatshare_registry.ids import TenantId
@@ -32,6 +33,9 @@ T = TypeVar("T")
 
 UNACKED: Final = "unacked"
 """Kombu's hash of messages that workers have in hand, those that they hold back among them."""
+
+MOST_READ: Final = 1000
+"""Messages in workers' hands that are looked into, each second, for whether they are only held back."""
 
 VISIBILITY_S: Final = 120
 """Seconds after which Redis gives back what a dead worker had in hand; kombu looks every hundred or so."""
@@ -49,9 +53,15 @@ class RedisQueue:
     ----------
     most, most_of_tenant
         Tasks that may wait, in all and of one tenant.
+    open_of
+        How many of a tenant's tasks, or of all, have not ended.
     """
 
-    def __init__(self, url: str, password_file: str, run_s: float, most: int, most_of_tenant: int) -> None:
+    def __init__(
+        self, url: str, password_file: str, run_s: float, most: int, most_of_tenant: int,
+        open_of: Callable[[TenantId | None], int],
+    ) -> None:  # fmt: skip
+        self._open = OpenTasks(open_of)
         self._where = (url, password_file, run_s)
         self._most = most
         self._most_of_tenant = most_of_tenant
@@ -98,17 +108,20 @@ class RedisQueue:
         if waiting >= self._most:
             raise Overloaded(f"{waiting} tasks wait, the limit")
 
-    def lacks_some_of(self, tasks: int) -> bool:
-        """Whether so many open tasks are more than wait: some of them may be lost."""
-        return self._asked(lambda: int(self._redis.llen(QUEUE))) < tasks
+    def missing_of(self, tasks: int) -> int:
+        """How many of so many open tasks do not wait: a worker has them in hand, or they are lost."""
+        return max(tasks - self._asked(lambda: int(self._redis.llen(QUEUE))), 0)
 
     def backlog(self) -> Backlog:
-        """How much it holds; one that is held back is under way, as Celery has it. Raises ``Unavailable``."""
+        """How much it holds. Raises ``Unavailable``."""
 
         def look() -> Backlog:
-            waiting = int(self._redis.llen(QUEUE))
+            waiting, in_hand = int(self._redis.llen(QUEUE)), int(self._redis.hlen(UNACKED))
             oldest = self._redis.lindex(QUEUE, -1) if waiting else None
-            return Backlog(waiting, int(self._redis.hlen(UNACKED)), _age_s(oldest))
+            held = sum(map(_is_held, self._redis.hvals(UNACKED))) if in_hand <= MOST_READ else 0
+            # What a killed worker had in hand stays there for minutes, while its tasks have ended long ago.
+            under_way = min(in_hand - held, max(self._open.all() - waiting, 0))
+            return Backlog(waiting, under_way, _age_s(oldest), held)
 
         return self._asked(look)
 
@@ -117,6 +130,15 @@ class RedisQueue:
             return ask()
         except redis.RedisError as error:
             raise Unavailable(f"the queue of tasks does not answer: {type(error).__name__}") from error
+
+
+def _is_held(value: Any) -> bool:
+    """Whether a message in a worker's hand is only held back until its time."""
+    try:
+        eta = json.loads(value)[0]["headers"]["eta"]
+        return eta is not None and datetime.fromisoformat(eta).timestamp() > time.time()
+    except (ValueError, KeyError, TypeError, IndexError):
+        return False
 
 
 def _age_s(message: Any) -> float:

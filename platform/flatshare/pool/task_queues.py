@@ -27,10 +27,11 @@ def queue_of(settings: Settings) -> TaskQueue:
     if settings.tasks == "embedded":
         return EmbeddedQueue(Path(settings.tasks_file), *limits)
     where = (settings.tasks_broker_url, settings.tasks_broker_password_file, run_s(settings))
+    open_of = TaskStore(settings.open_store()).count_open
     if settings.tasks == "rabbitmq":
         from flatshare.pool.rabbit_queue import RabbitQueue
 
-        return RabbitQueue(*where, *limits, TaskStore(settings.open_store()).count_open)
+        return RabbitQueue(*where, *limits, open_of)
     from flatshare.pool.redis_queue import RedisQueue
 
-    return RedisQueue(*where, *limits)
+    return RedisQueue(*where, *limits, open_of)

@@ -90,14 +90,13 @@ class FairSemaphore:
         WouldBeLate
             It would not.
         """
-        wait_s = self.wait_s(tenant)
-        if wait_s > timeout_s:
+        wait_s, has_s = self.wait_s(tenant), max(timeout_s, 0.0)
+        if wait_s > has_s:
             self.refused += 1
-            has_s = max(timeout_s, 0.0)
             error = WouldBeLate(
                 f"its turn would come in about {wait_s:.0f} s, and it has {has_s:.0f} s; retry later"
             )
-            error.retry_after_s = math.ceil(wait_s - has_s)
+            error.retry_after_s = max(math.ceil(wait_s - has_s), 1)
             raise error
 
     async def enter(self, timeout_s: float | None, tenant: str = "") -> None:

@@ -57,8 +57,9 @@ def plan_for(
     models = len(np.unique(trace.models))
     largest = max(-(-models // slots), 1)
     sizes = sorted({max(round(one), 1) for one in np.geomspace(1, largest, SIZES)})
-    warm_s = float(trace.at_s[int(len(trace) * WARM_SHARE)])
     tick_s = max(float(trace.at_s[-1]) / 200, 1e-3)
+    # From the beginning of a tick on: requests may come all in the last one.
+    warm_s = float(trace.at_s[int(len(trace) * WARM_SHARE)]) // tick_s * tick_s
     after = trace.at_s >= warm_s
     rows = []
     for done, replicas in enumerate(sizes):

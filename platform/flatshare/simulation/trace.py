@@ -109,6 +109,8 @@ def read_trace(path: Path) -> Trace:
                 raise InvalidInput(f"{path} has no columns time and tenant in its first line")
             for row in rows:
                 times.append(float(row["time"]))
+                if not row["tenant"]:
+                    raise InvalidInput(f"{path}: line {len(times) + 1} names no tenant")
                 models.append(known.setdefault(row["tenant"], len(known)))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise InvalidInput(

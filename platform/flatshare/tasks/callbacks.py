@@ -11,11 +11,14 @@ from __future__ import annotations
 
 import asyncio
 import base64
+import functools
 import hmac
 import json
+import logging
 import socket
 import ssl
 from collections.abc import Awaitable, Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 import httpx
@@ -28,11 +31,17 @@ from flatshare_registry.keys import parse_key
 
 __all__ = ["CallbackRefused", "CallbackSender", "message_of", "signed_headers", "verify_callback"]
 
-ANSWER_S: Final = 10.0
+ANSWER_S: Final = 5.0
 """Seconds that a receiver has, connecting included."""
+
+NOT_REACHED: Final = "the callback's host could not be reached"
+"""Whatever the reason: it would say which names and doors a network has."""
 
 OLDEST_S: Final = 300.0
 """Seconds after which :func:`verify_callback` takes a message for an old one that is sent again."""
+
+
+logger = logging.getLogger("flatshare.tasks")
 
 
 class CallbackRefused(Exception):
@@ -49,9 +58,15 @@ class CallbackRefused(Exception):
         self.for_good = for_good
 
 
+_RESOLVING: Final = ThreadPoolExecutor(4, thread_name_prefix="resolve callbacks")
+"""Of its own: a name server that is slow must not hold up the store's calls."""
+
+
 async def resolve(host: str, port: int) -> list[str]:
     """The addresses of a name. Raises ``OSError``."""
-    found = await asyncio.get_running_loop().getaddrinfo(host, port, type=socket.SOCK_STREAM)
+    found = await asyncio.get_running_loop().run_in_executor(
+        _RESOLVING, functools.partial(socket.getaddrinfo, host, port, type=socket.SOCK_STREAM)
+    )
     return list(dict.fromkeys(str(address[0]) for *_, address in found))
 
 
@@ -76,7 +91,8 @@ class CallbackSender:
     ) -> None:
         self._rules = rules
         self._find = find
-        self._tls = tls
+        # Once: it takes fifty milliseconds of the event loop.
+        self._tls = tls if tls is not None else ssl.create_default_context()
 
     async def send(self, url: str, headers: Mapping[str, str], body: bytes) -> None:
         """Post a message.
@@ -96,28 +112,31 @@ class CallbackSender:
         except TimeoutError:
             raise CallbackRefused(f"the callback was not answered in {ANSWER_S:g} s") from None
         except (httpx.HTTPError, OSError) as error:
-            # What exactly is not told: it would say which doors of a network are open.
-            raise CallbackRefused("the callback's host could not be reached") from error
+            raise CallbackRefused(NOT_REACHED) from error
+        except (ValueError, httpx.InvalidURL) as error:  # names that no resolver takes, too
+            raise CallbackRefused(NOT_REACHED, for_good=True) from error
         if not 200 <= status < 300:
             raise CallbackRefused(f"the callback was answered {status}", for_good=status == 410)
 
     async def _post(self, url: str, headers: Mapping[str, str], body: bytes) -> int:
         target = httpx.URL(url)
         port = target.port or (443 if target.scheme == "https" else 80)
-        addresses = await self._find(target.host, port)
+        host = target.raw_host.decode("ascii")  # as it was allowed, not as somebody decodes it
+        addresses = await self._find(host, port)
         if not addresses:
-            raise CallbackRefused("the callback's host has no address")
+            raise CallbackRefused(NOT_REACHED)
         if not self._rules.is_origin(url) and not all(map(is_public, addresses)):
-            raise CallbackRefused("the callback's host is not a public one", for_good=True)
+            logger.warning("a callback to %s was not sent: it has an address that is not public", host)
+            raise CallbackRefused(NOT_REACHED, for_good=True)
         shown = {**headers, "host": target.netloc.decode(), "user-agent": "flatshare"}
         # No proxy of the environment: it would resolve the name anew.
         async with httpx.AsyncClient(
-            verify=self._tls if self._tls is not None else ssl.create_default_context(),
+            verify=self._tls,
             trust_env=False, follow_redirects=False, timeout=ANSWER_S,
         ) as client:  # fmt: skip
             request = client.build_request(
                 "POST", target.copy_with(host=addresses[0]), headers=shown, content=body,
-                extensions={"sni_hostname": target.host},
+                extensions={"sni_hostname": host},
             )  # fmt: skip
             reply = await client.send(request, stream=True)
             await reply.aclose()  # what it says beyond its status is not read

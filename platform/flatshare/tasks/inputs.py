@@ -62,12 +62,18 @@ class TaskInputs:
         InvalidInput
             It was removed or changed since.
         """
+        key, changed = (
+            _key(tenant, stored.name),
+            f"stored input {stored.name} was changed since the task was taken",
+        )
         try:
-            found = self._store.get(_key(tenant, stored.name))
+            if self._store.head(key).etag != stored.etag:  # before it is read: it may be of any size by now
+                raise InvalidInput(changed)
+            found = self._store.get(key)
         except NotFound:
             raise InvalidInput(f"stored input {stored.name} was removed") from None
         if found.meta.etag != stored.etag:
-            raise InvalidInput(f"stored input {stored.name} was changed since the task was taken")
+            raise InvalidInput(changed)
         return found.data
 
 

@@ -159,17 +159,18 @@ class TaskKeeper:
         now = self.clock()
         self._put_at = {task: at for task, at in self._put_at.items() if now - at < self.run_s}
         tasks = list(self.store.open(LOST_AFTER_S))
-        lacks_some = bool(tasks) and self.queue.lacks_some_of(len(tasks))
+        missing = self.queue.missing_of(len(tasks)) if tasks else 0
         for task, age_s in tasks:
             try:
                 found = self.store.settle(task, age_s)
             except RegistryError as error:  # of this one
                 logger.warning("task %s: %s", task, error.message)
                 continue
-            if found is None or not lacks_some or task in self._put_at:
+            if found is None or missing <= 0 or task in self._put_at:
                 continue
             record, unchanged_s = found
             held_s = longest_back_off(record.tries) + LOST_AFTER_S
             if unchanged_s > (self.run_s if record.state is TaskState.RUNNING else held_s):
                 self.queue.put(task)
                 self._put_at[task] = now
+                missing -= 1

@@ -22,8 +22,8 @@ class TaskQueue(Protocol):
         """Return if one more may wait. Raises ``TooManyTasks`` and ``Overloaded``."""
         ...
 
-    def lacks_some_of(self, tasks: int) -> bool:
-        """Whether so many open tasks may be more than it knows of."""
+    def missing_of(self, tasks: int) -> int:
+        """How many of so many open tasks it may not know of; as many may be put again."""
         ...
 
     def backlog(self) -> Backlog:

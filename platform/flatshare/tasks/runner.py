@@ -6,6 +6,7 @@ import asyncio
 import logging
 import random
 import time
+from collections import Counter
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -30,6 +31,10 @@ here.
 
 FIRST_BACK_OFF_S: Final = 1.0
 MOST_BACK_OFF_S: Final = 60.0
+
+MOST_CALLING: Final = 8
+"""Callbacks of one consumer at a time, and one of a tenant: a receiver that does not answer must not take the
+places of tasks. The next one is tried a moment later."""
 
 MOST_CALLBACKS_S: Final = 3600.0
 """Seconds after a task's end for which its callback is tried."""
@@ -100,6 +105,7 @@ class TaskRunner:
         self._head = head
         self._ask = ask
         self._callbacks = callbacks
+        self._calling: Counter[str] = Counter()
         self._clock = clock
 
     async def run(self, task: TaskId) -> float | None:
@@ -118,6 +124,8 @@ class TaskRunner:
                 return None
             if open_now[0].owes_callback:
                 return await self._call_back(task)
+            if open_now[0].state is TaskState.QUEUED:
+                return FIRST_BACK_OFF_S  # it was replayed at this very moment
             return self._alone_s or None  # another run is under way: look again when it must have ended
         again_s = await self._run_once(record, task, fence)
         if again_s is None and record.callback is not None:
@@ -190,16 +198,29 @@ class TaskRunner:
             record = await asyncio.to_thread(self._store.read, task)
             if not record.owes_callback or record.callback is None:
                 return None
+            if self._calling[task.tenant] or self._calling.total() >= MOST_CALLING:
+                return random.uniform(0.5, 1.0) * FIRST_BACK_OFF_S  # noqa: S311  # no secret
             attempts, error, over = record.callback.attempts, None, True
+            since = record.callback.ended_at or record.updated_at
+            self._calling[task.tenant] += 1
             try:
                 secret = await asyncio.to_thread(self._secret, record)
                 body = message_of(record)
-                headers = signed_headers(secret, record.id, self._clock(), body)
+                # Of this end of the task: after a replay it has another, which is another message.
+                message = f"{record.id}.{since.timestamp() * 1000:.0f}"
+                headers = signed_headers(secret, message, self._clock(), body)
                 await self._callbacks.send(record.callback.url, headers, body)
-            except CallbackRefused as refused:
-                since = record.callback.ended_at or record.updated_at
+            except NotFound:
+                raise
+            except Exception as refused:  # whatever it is, it counts
+                known = isinstance(refused, CallbackRefused)
+                if not known:
+                    logger.exception("task %s: its callback was not sent", task)
                 late = self._clock() - since.timestamp() > MOST_CALLBACKS_S
-                error, over = str(refused), refused.for_good or late
+                error = str(refused) if known else "the callback was not sent"
+                over = late or (isinstance(refused, CallbackRefused) and refused.for_good)
+            finally:
+                self._calling[task.tenant] -= 1
         except NotFound:  # its tenant has gone: so does it
             await asyncio.to_thread(self._store.forget, task)
             return None
@@ -210,10 +231,11 @@ class TaskRunner:
 
     def _secret(self, record: TaskRecord) -> str:
         """The digest that signs; raises ``CallbackRefused`` where nobody may be told any more."""
-        refusal = self._refusal(record)
+        head = self._head(TenantId(record.tenant))
+        refusal = self._refusal(record, head)
         if refusal is not None or record.key_id is None:
             raise CallbackRefused(refusal or "no tenant's key sent it", for_good=True)
-        return self._head(TenantId(record.tenant)).keys[record.key_id].sha256
+        return head.keys[record.key_id].sha256
 
     async def _give_up(self, task: TaskId, fence: str, error: str) -> None:
         logger.error("task %s is dead: %s", task, error)
@@ -222,9 +244,9 @@ class TaskRunner:
     async def _refuse(self, task: TaskId, fence: str, state: TaskState, error: str, code: str) -> None:
         await asyncio.to_thread(self._store.refuse, task, fence, state, error, code)
 
-    def _refusal(self, record: TaskRecord) -> str | None:
+    def _refusal(self, record: TaskRecord, head: TenantHead | None = None) -> str | None:
         """Why who sent it may not have it run any more. Raises ``NotFound`` for a tenant that is gone."""
-        head = self._head(TenantId(record.tenant))
+        head = head if head is not None else self._head(TenantId(record.tenant))
         if record.owner_since is not None and head.created_at != record.owner_since:
             raise NotFound(f"tenant {record.tenant} is another one by now")
         if head.state is TenantState.SUSPENDED:

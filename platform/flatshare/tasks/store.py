@@ -334,9 +334,10 @@ class TaskStore:
             if found is not None and age_s >= older_than_s:
                 yield TaskId(TenantId(found[0]), found[1]), age_s
 
-    def count_open(self, tenant: TenantId) -> int:
-        """How many of a tenant's tasks have not ended."""
-        return sum(1 for _ in self._store.list(layout.open_tasks_prefix(tenant)))
+    def count_open(self, tenant: TenantId | None) -> int:
+        """How many of a tenant's tasks, or of all, have not ended."""
+        prefix = layout.OPEN_TASKS if tenant is None else layout.open_tasks_prefix(tenant)
+        return sum(1 for _ in self._store.list(prefix))
 
     def settle(self, task: TaskId, age_s: float) -> tuple[TaskRecord, float] | None:
         """Forget that a task is open if it has ended and who is to be told was told, or it never came to be.

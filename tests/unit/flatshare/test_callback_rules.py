@@ -29,7 +29,8 @@ def test_what_is_allowed(url: str) -> None:
         "https://evil.net/#hooks.acme.com", "https://evil.net\\@hooks.acme.com/", "http://10.0.0.5/",
         "http://10.0.0.5:8081/", "http://u@10.0.0.5:8080/", "https://10.0.0.5:8080/", "file:///etc/passwd",
         "gopher://hooks.acme.com/", "https://", "https://hooks.acme.com/\r\nx: y", "https://h\xf6oks.acme.com/",
-        "https://hooks.acme.com:x/", "https://[::1", "", "//hooks.acme.com", "https://hooks.acme.com/" + "x" * 2000,
+        "https://hooks.acme.com../", "https://a..example.org/", "https://" + "a" * 64 + ".example.org/",
+        "https://-a.example.org/", "https://hooks.acme.com:x/", "https://[::1", "", "//hooks.acme.com", "https://hooks.acme.com/" + "x" * 2000,
     ],
 )  # fmt: skip
 def test_what_is_not(url: str) -> None:
@@ -38,7 +39,12 @@ def test_what_is_not(url: str) -> None:
 
 
 def test_any_host_is_a_choice_and_nobody_the_default() -> None:
-    CallbackRules.parse("*").check("https://anything.net/x")
+    anybody = CallbackRules.parse("*")
+    anybody.check("https://anything.net/x")
+    anybody.check("https://93.184.215.14/x")
+    for wrong in ("https://999.1.1.1/", "https://1.2.3/"):
+        with pytest.raises(BadInput):
+            anybody.check(wrong)
     with pytest.raises(BadInput, match="FLATSHARE_TASKS_CALLBACK_HOSTS"):
         CallbackRules().check("https://anything.net/x")
 
@@ -60,6 +66,7 @@ def test_what_is_no_rule(text: str) -> None:
         ("255.255.255.255", False), ("::1", False), ("::", False), ("fe80::1%eth0", False), ("fd00::1", False),
         ("ff0e::1", False), ("::ffff:127.0.0.1", False), ("::ffff:169.254.169.254", False), ("64:ff9b::a00:1", False),
         ("2002:7f00:1::", False), ("2001:0:4136:e378::1", False), ("not an address", False),
+        ("64:ff9b:1::7f00:1", False), ("::127.0.0.1", False), ("fec0::1", False), ("3fff::1", False), ("5f00::1", False),
     ],
 )  # fmt: skip
 def test_public_addresses(address: str, public: bool) -> None:

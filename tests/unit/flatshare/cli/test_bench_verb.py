@@ -183,6 +183,10 @@ def test_what_was_sent_is_recorded_and_replayed_at_its_times(control: Any, tmp_p
         app, ["bench", "--url", control.url, "--json", "--trace", str(file), "--speed", "100"]
     )
     assert report(again)["seconds"] < 0.25
+    shown = CliRunner().invoke(app, ["bench", "--url", control.url, "--trace", str(file), "--speed", "100"])
+    assert shown.exit_code == 0 and "at the trace's times" in shown.stdout, shown.output
+    nowhere = bench(control, "--record", "/nowhere/trace.csv")
+    assert isinstance(nowhere.exception, InvalidInput)
     both = bench(control, "--trace", str(file), "--tenants", "acme")
     assert isinstance(both.exception, InvalidInput)
 

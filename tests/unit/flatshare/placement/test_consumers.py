@@ -27,6 +27,7 @@ def test_none_only_after_a_quiet_while_and_within_the_bounds() -> None:
     assert (wished(Backlog(), 59), wished(Backlog(), 61)) == (1, 0)
     assert wished(Backlog(), 61, Bounds(1, 6, idle_s=60)) == 1
     assert wished(Backlog(1, 0, 0.0), 61) == 1
+    assert wished(Backlog(held=300), 61) == 1, "what is held back needs one to hold it, and no more"
 
 
 backlogs = st.builds(Backlog, st.integers(0, 500), st.integers(0, 24), st.floats(0, 100))

@@ -55,3 +55,22 @@ async def test_what_does_not_end_in_time_is_left_to_another(world: World) -> Non
     await asyncio.wait_for(world.adapter.drain(0.05), 5)
     await asyncio.wait(world.adapter._workers, timeout=5)
     assert world.queue.backlog().under_way == 1, "until its lease ends"
+
+
+async def test_a_task_that_breaks_its_run_is_held_back_and_the_others_go_on(tmp_path: Path) -> None:
+    world = World(tmp_path / "q.sqlite")
+    ran = asyncio.Event()
+
+    async def run(task: str) -> None:
+        world.ran.append(task)
+        if len(world.ran) == 1:
+            raise KeyError("nobody thought of it")
+        ran.set()
+
+    world.adapter.register_task_handle(run, RUN)
+    for _ in range(2):
+        world.queue.put(TaskId.new(TenantId("acme")))
+    await asyncio.wait_for(ran.wait(), 5)
+    assert world.adapter.failed is None
+    await world.adapter.drain(5)
+    assert world.queue.length().tasks == 1, "it is tried again later"

@@ -8,13 +8,14 @@ from __future__ import annotations
 import base64
 import json
 import time
+from datetime import UTC, datetime
 from pathlib import Path
 
 import pytest
 import ray.cloudpickle as cloudpickle
 
 from flatshare.pool.celery_queue import full_url, queue_config
-from flatshare.pool.redis_queue import RedisQueue, RedisTaskAdapter, _age_s
+from flatshare.pool.redis_queue import RedisQueue, RedisTaskAdapter, _age_s, _is_held
 from flatshare.tasks.records import TaskId
 from flatshare_registry import TenantId
 from flatshare_registry.errors import Unavailable
@@ -43,7 +44,7 @@ def test_tls_is_checked() -> None:
 
 @pytest.mark.parametrize("password_file", ["", "/nowhere/password"])
 def test_one_that_is_away_says_so_and_only_to_who_asks(password_file: str) -> None:
-    queue = RedisQueue(NOWHERE, password_file, 45, 10, 10)
+    queue = RedisQueue(NOWHERE, password_file, 45, 10, 10, lambda tenant: 0)
     with pytest.raises(Unavailable):
         queue.check_room(TenantId("acme"))
     with pytest.raises(Unavailable):
@@ -51,7 +52,7 @@ def test_one_that_is_away_says_so_and_only_to_who_asks(password_file: str) -> No
     with pytest.raises(Unavailable):
         queue.backlog()
     with pytest.raises(Unavailable):
-        queue.lacks_some_of(1)
+        queue.missing_of(1)
 
 
 def test_how_old_a_message_is_says_its_tasks_id() -> None:
@@ -60,3 +61,13 @@ def test_how_old_a_message_is_says_its_tasks_id() -> None:
     assert 90 <= _age_s(json.dumps({"body": body}).encode()) < 91
     for nothing in (None, b"", b"[]", b"{}", b'{"body": "AA=="}', json.dumps({"body": "W10="}).encode()):
         assert _age_s(nothing) == 0.0
+
+
+def test_what_is_held_back_until_its_time_is_not_under_way() -> None:
+    def message(eta: str | None) -> bytes:
+        return json.dumps([{"headers": {"eta": eta}, "body": ""}, "flatshare", "flatshare"]).encode()
+
+    soon = datetime.fromtimestamp(time.time() + 30, UTC).isoformat()
+    assert _is_held(message(soon))
+    assert not _is_held(message("2026-01-01T00:00:00+00:00")) and not _is_held(message(None))
+    assert not any(map(_is_held, (b"", b"[]", b"{}", b"[1]")))

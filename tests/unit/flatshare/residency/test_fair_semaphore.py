@@ -265,3 +265,9 @@ async def test_a_store_that_was_slow_a_while_ago_refuses_nobody() -> None:
     await queued(places, "a", 3)
     assert places.wait_s("a") == 0.0
     places.check_in_time(0.5, "a")
+
+
+async def test_a_time_that_is_over_is_no_reason_where_there_is_room() -> None:
+    places = FairSemaphore(1, 1)
+    places.check_in_time(-3.0)
+    assert places.refused == 0

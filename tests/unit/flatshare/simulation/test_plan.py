@@ -5,10 +5,11 @@ from __future__ import annotations
 from itertools import pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 from flatshare.simulation.plan import PlanRow, plan_for, plot_plan, slots_needed
-from flatshare.simulation.trace import zipf_trace
+from flatshare.simulation.trace import Trace, zipf_trace
 
 
 def test_hit_rates_rise_with_slots_and_stay_below_their_bounds(tmp_path: Path) -> None:
@@ -33,3 +34,10 @@ def test_the_slots_of_a_target_lie_between_two_sizes() -> None:
     assert slots_needed(rows, 0.4) == 20
     assert slots_needed(rows, 0.4, "sieve") == 10
     assert slots_needed(rows, 0.6) == 40 and slots_needed(rows, 0.61) is None
+
+
+def test_a_trace_whose_requests_come_nearly_all_at_its_end_is_planned_for() -> None:
+    at_s = np.concatenate([np.arange(100.0), 99.5 + np.arange(1000) / 2000])
+    trace = Trace(at_s, np.arange(1100) % 4, ("a", "b", "c", "d"))
+    rows = plan_for(trace, 4)
+    assert rows[-1].lru > 0.95

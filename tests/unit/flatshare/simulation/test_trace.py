@@ -40,7 +40,7 @@ def test_a_file_is_read_as_it_was_written_in_whatever_order(tmp_path: Path) -> N
     ("text", "why"),
     [
         ("time,who\n1,a\n", "no columns"), ("", "no columns"), ("time,tenant\n", "no request"),
-        ("time,tenant\n1,a\nx,b\n", "line 3"), ("time,tenant\ninf,a\n", "none"), ("time,tenant\n1\n,\n", "line"),
+        ("time,tenant\n1,a\nx,b\n", "line 3"), ("time,tenant\ninf,a\n", "none"), ("time,tenant\n1\n,\n", "line"), ("time,tenant\n1,\n", "line 2 names no tenant"),
     ],
 )  # fmt: skip
 def test_what_is_no_trace_is_refused_with_its_place(tmp_path: Path, text: str, why: str) -> None:

@@ -136,8 +136,11 @@ async def test_a_name_of_a_private_address_is_not_asked(monkeypatch: pytest.Monk
         return ["93.184.215.14", str(ipaddress.ip_address("169.254.169.254"))]
 
     sender = CallbackSender(CallbackRules.parse("hooks.acme.com"), find)
-    with pytest.raises(CallbackRefused, match="not a public one") as refused:
+    with pytest.raises(CallbackRefused) as refused:
         await sender.send("https://hooks.acme.com/x", {}, BODY)
+    assert str(refused.value) == "the callback's host could not be reached", (
+        "no word of what the name means here"
+    )
     assert refused.value.for_good and asked == [("hooks.acme.com", 443)]
 
 
@@ -190,3 +193,13 @@ async def test_what_is_told_of_a_host_that_is_away_names_no_reason() -> None:
     with pytest.raises(CallbackRefused) as refused:
         await CallbackSender(CallbackRules.parse("http://127.0.0.1:9")).send("http://127.0.0.1:9/", {}, BODY)
     assert str(refused.value) == "the callback's host could not be reached"
+
+
+@pytest.mark.parametrize("url", ["https://xn--a.acme.com/", "https://a.acme.com/\x7f"])
+async def test_a_name_that_no_resolver_takes_is_refused_and_raises_nothing_else(url: str) -> None:
+    async def find(host: str, port: int) -> list[str]:
+        raise UnicodeError("label empty or too long")
+
+    with pytest.raises(CallbackRefused) as refused:
+        await CallbackSender(CallbackRules.parse("*.acme.com"), find).send(url, {}, BODY)
+    assert refused.value.for_good

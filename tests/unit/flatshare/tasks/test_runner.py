@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -213,7 +214,8 @@ async def test_who_asked_is_told_of_the_end_by_a_message_that_the_senders_key_si
     ((url, headers, body),) = world.receiver.sent
     verify_callback(world.key_text, headers, body, world.clock())
     told = json.loads(body)
-    assert (url, told["type"], headers["webhook-id"]) == (HOOK, "task.done", str(world.task))
+    assert (url, told["type"]) == (HOOK, "task.done")
+    assert headers["webhook-id"].startswith(f"{world.task}.")
     assert told["data"] == {
         "id": str(world.task), "state": "done", "path": "/predict", "model": "acme", "attempts": 1,
         "status": 200, "version": 7, "digest": "d", "result_url": f"/tasks/{world.task}/result",
@@ -285,3 +287,62 @@ async def test_a_process_that_dies_before_it_told_leaves_it_to_the_next(world: W
     assert world.task in world.open
     assert await world.runner.run(world.task) is None
     assert (world.told.state, world.asked) == (CallbackState.DELIVERED, [])
+
+
+async def test_each_end_of_a_task_is_a_message_of_its_own_and_each_try_of_it_the_same(world: World) -> None:
+    world.take(HOOK)
+    world.receiver.refusals = [CallbackRefused("away")]
+    await world.run(refusal(400, "bad_input"))
+    world.clock.advance(2)
+    await world.runner.run(world.task)
+    world.store.replay(world.task)
+    world.clock.advance(2)
+    await world.run(GOOD)
+    ids = [headers["webhook-id"] for _, headers, _ in world.receiver.sent]
+    assert ids[0] == ids[1] != ids[2], "receivers drop what they have had"
+
+
+async def test_whatever_goes_wrong_with_a_callback_counts_and_comes_to_an_end(world: World) -> None:
+    world.take(HOOK)
+    surprises: Any = world.receiver
+    surprises.refusals = [ValueError("a name that no resolver takes"), KeyError("x")]
+    assert (await world.run(GOOD))[0] is not None
+    assert await world.runner.run(world.task) is not None
+    assert (world.told.attempts, world.told.error) == (2, "the callback was not sent")
+    world.clock.advance(MOST_CALLBACKS_S + 1)
+    surprises.refusals = [RuntimeError("still")]
+    assert await world.runner.run(world.task) is None
+    assert world.told.state is CallbackState.FAILED
+
+
+async def test_a_receiver_that_does_not_answer_takes_one_place_and_not_all(world: World) -> None:
+    answering, asked = asyncio.Event(), asyncio.Event()
+
+    async def slow(url: str, headers: Mapping[str, str], body: bytes) -> None:
+        asked.set()
+        await answering.wait()
+
+    world.receiver.send = slow  # type: ignore[method-assign]
+    world.take(HOOK)
+    first = world.task
+    world.replies = [GOOD, GOOD]
+    telling = asyncio.create_task(world.runner.run(first))
+    await asyncio.wait_for(asked.wait(), 5)
+    world.take(HOOK)
+    later = await asyncio.wait_for(world.runner.run(world.task), 5)
+    assert later is not None and world.told.attempts == 0, "it is tried a moment later, and its place is free"
+    answering.set()
+    assert await telling is None
+    assert await world.runner.run(world.task) is None
+
+
+async def test_a_replay_at_the_moment_of_the_end_is_run_soon(world: World) -> None:
+    await world.run(refusal(400))
+    settle = world.store.settle
+
+    def replayed_meanwhile(task: TaskId, age_s: float) -> object:
+        world.store.replay(task)
+        return settle(task, age_s)
+
+    world.store.settle = replayed_meanwhile  # type: ignore[method-assign, assignment]
+    assert await world.runner.run(world.task) is not None
