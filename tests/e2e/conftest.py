@@ -88,8 +88,8 @@ class Platform:
     def cli_json(self, *arguments: str) -> Any:
         return json.loads(self.cli(*arguments, "--json").stdout)
 
-    def add(self, tenant: str, seed: int, *, promote: bool = False) -> int:
-        """Register random weights as a tenant's next version."""
+    def add(self, tenant: str, seed: int, *, promote: bool = False, tell: bool = True) -> int:
+        """Register random weights as a tenant's next version; a new tenant need not be told of."""
         parsed = TenantId(tenant)
         if not any(head.tenant == tenant for head in self.registry.list_tenants()):
             self.registry.create_tenant(parsed)
@@ -103,7 +103,8 @@ class Platform:
             alias=PRODUCTION if promote else None,
         ).version
         self.modules[record.name] = module
-        self.http.post(f"{self.url}/admin/tenants/{tenant}/refresh").raise_for_status()
+        if tell:
+            self.http.post(f"{self.url}/admin/tenants/{tenant}/refresh").raise_for_status()
         return record.version
 
     def right(self, name: str, rows: NDArray[np.float32]) -> list[int]:

@@ -1,4 +1,6 @@
-"""Two nodes: requests reach both, one is lost under load, and an erasure reaches both nodes' tiers."""
+"""`serve deploy` of what `flatshare config` prints, on a cluster of two nodes that `ray start` made: requests reach
+both, an erasure reaches both nodes' tiers, other settings are deployed, and a node is lost under load.
+"""
 
 from __future__ import annotations
 
@@ -54,6 +56,18 @@ def test_two_nodes_serve_one_is_lost_and_erasures_reach_both(cluster: Cluster, t
         receipts = {one["node_id"]: one for one in reply.raise_for_status().json()["nodes"]}
         assert len(receipts) == 2 and all(one["removed_tensors"] for one in receipts.values()), receipts
         assert all(len(files_of(tmp_path / name)) < len(before[name]) for name in tiers)
+
+        # Other settings: every process is replaced, and the same is answered.
+        assert httpx.get(f"{platform.url}/admin/tenants").status_code == 401, "keys came from the file"
+        assert httpx.get(f"{platform.url}/-/healthz").status_code == 200, "what probes ask"
+        old = cluster.replicas()
+        assert len(old) == 5, "four of the pool, and the control plane"
+        cluster.deploy(FLATSHARE_SLOTS="5")
+        deadline = time.monotonic() + 90
+        while {one["slots"] for one in platform.fleet()["replicas"]} != {5} or cluster.replicas() & old:
+            assert time.monotonic() < deadline, "every process was replaced"
+            time.sleep(0.5)  # their end shows only by looking
+        assert platform.predict("t0", rows).json() == {"predicted_label": right["t0"]}
 
         # One node is lost under load, as by a power cut.
         outcomes: Counter[str] = Counter()

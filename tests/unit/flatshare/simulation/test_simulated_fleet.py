@@ -49,9 +49,9 @@ def test_many_homes_at_once_are_those_of_one_at_a_time() -> None:
 
 
 def test_a_steady_fleet_is_nearly_one_cache_of_its_slots() -> None:
-    trace = zipf_trace(2000, 1.0, 150_000, rate=500.0)
-    found = simulate(trace, FleetSetup(replicas=4, slots=50, warm_s=100.0, host_models=3000))
-    after = trace.at_s >= 100
+    trace = zipf_trace(2000, 1.0, 80_000, rate=500.0)
+    found = simulate(trace, FleetSetup(replicas=4, slots=50, warm_s=80.0, host_models=3000))
+    after = trace.at_s >= 80
     one = lru_hits(trace.models, 200)[after].mean()
     assert 0.96 * one < found.hit_rate <= belady_hits(trace.models, 200)[after].mean()
     assert found.duplicate_factor == pytest.approx(1.0, abs=0.02)
