@@ -16,7 +16,7 @@ import pytest
 import yaml
 
 from flatshare.local.serve_config import cluster_environment
-from flatshare.pool.app import AppArguments
+from flatshare.pool.app_arguments import AppArguments
 from flatshare.settings import Settings
 
 FOLDER = Path(__file__).parents[2] / "platform" / "deploy"

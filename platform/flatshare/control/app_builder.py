@@ -4,7 +4,7 @@
 from ray import serve
 
 from flatshare.control.deployment import control_application
-from flatshare.pool.app import AppArguments, built
+from flatshare.pool.app_arguments import AppArguments, built
 
 __all__ = ["build"]
 

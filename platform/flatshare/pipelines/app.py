@@ -5,7 +5,7 @@ from ray import serve
 
 from flatshare.errors import SettingsError
 from flatshare.pipelines.deployment import step_application
-from flatshare.pool.app import AppArguments, built
+from flatshare.pool.app_arguments import AppArguments, built
 
 __all__ = ["StepArguments", "build"]
 

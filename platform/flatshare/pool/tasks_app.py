@@ -3,7 +3,7 @@
 
 from ray import serve
 
-from flatshare.pool.app import AppArguments, built
+from flatshare.pool.app_arguments import AppArguments, built
 from flatshare.pool.consumer import consumer_application
 
 __all__ = ["build"]

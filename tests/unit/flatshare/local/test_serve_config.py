@@ -19,7 +19,7 @@ from flatshare.local.serve_config import cluster_environment, serve_config
 from flatshare.pipelines import app as pipelines_app
 from flatshare.pool import app as pool_app
 from flatshare.pool import tasks_app
-from flatshare.pool.app import AppArguments, built
+from flatshare.pool.app_arguments import AppArguments, built
 from flatshare.pool.environment import serve_environment
 from flatshare.settings import Settings, StepSettings
 from flatshare_registry.keys import new_key
