@@ -57,9 +57,10 @@ class Receiver(BaseHTTPRequestHandler):
 
     def do_POST(self) -> None:
         body = self.rfile.read(int(self.headers["content-length"]))
-        messages = self.told.setdefault(self.headers["webhook-id"], [])
+        task = json.loads(body)["data"]["id"]
+        messages = self.told.setdefault(task, [])
         messages.append(body)
-        self.headers_of[self.headers["webhook-id"]] = dict(self.headers.items())
+        self.headers_of[task] = dict(self.headers.items())
         self.send_response(503 if len(messages) == 1 else 204)
         self.end_headers()
         if len(messages) > 1:

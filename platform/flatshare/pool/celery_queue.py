@@ -7,6 +7,7 @@ that harmless (``tasks/store.py``).
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 from collections.abc import Awaitable, Callable
@@ -15,14 +16,16 @@ from typing import Any, Final
 from urllib.parse import quote, urlsplit, urlunsplit
 
 from ray.serve.schema import CeleryAdapterConfig, TaskProcessorConfig
+from ray.serve.task_consumer import instantiate_adapter_from_config
 from ray.serve.task_processor import CeleryTaskProcessorAdapter
 
+from flatshare.errors import Overloaded, TooManyTasks
 from flatshare.pool.task_names import RUN
 from flatshare.tasks.records import TaskId
 from flatshare_registry.errors import Corrupt, RegistryError, Unavailable
 from flatshare_registry.ids import TenantId
 
-__all__ = ["BROKER_S", "QUEUE", "CeleryTasks", "OpenTasks", "full_url", "queue_config"]
+__all__ = ["BROKER_S", "QUEUE", "CeleryQueue", "CeleryTasks", "full_url", "queue_config"]
 
 logger = logging.getLogger("flatshare.tasks")
 
@@ -35,26 +38,6 @@ STORE_DOWN_S: Final = 2.0
 
 COUNT_S: Final = 5.0
 """Seconds for which it is believed how many tasks are open."""
-
-
-class OpenTasks:
-    """How many tasks have not ended, as the store knows: what a broker has in hand may be a dead worker's.
-
-    Parameters
-    ----------
-    open_of
-        Counts those of a tenant, or all; it lists the store.
-    """
-
-    def __init__(self, open_of: Callable[[TenantId | None], int]) -> None:
-        self.of = open_of
-        self._all, self._counted_at = 0, -COUNT_S
-
-    def all(self) -> int:
-        """Of all tenants, as it was some seconds ago at most."""
-        if time.monotonic() - self._counted_at > COUNT_S:
-            self._all, self._counted_at = self.of(None), time.monotonic()
-        return self._all
 
 
 def queue_config(
@@ -97,6 +80,70 @@ def full_url(url: str, password_file: str) -> str:
     return urlunsplit(parts)
 
 
+class CeleryQueue:
+    """A queue by Celery, as who takes tasks and who tends them see it. Methods block, and raise
+    ``Unavailable``.
+
+    How many of a tenant's tasks wait is asked of the store, where each open one has a note: brokers do not
+    count by tenant, and may forget.
+
+    Parameters
+    ----------
+    run_s
+        Seconds that a run may take.
+    most, most_of_tenant
+        Tasks that may wait, in all and of one tenant.
+    open_of
+        How many of a tenant's tasks, or of all, have not ended; it lists the store.
+    """
+
+    adapter: type[CeleryTasks]
+
+    def __init__(
+        self, url: str, password_file: str, run_s: float, most: int, most_of_tenant: int,
+        open_of: Callable[[TenantId | None], int],
+    ) -> None:  # fmt: skip
+        self._where = (url, password_file, run_s)
+        self._most = most
+        self._most_of_tenant = most_of_tenant
+        self._open_of = open_of
+        self._open, self._counted_at = 0, -COUNT_S
+
+    @functools.cached_property
+    def _adapter(self) -> Any:
+        """Made at first use: a queue that is away must not keep a replica from starting."""
+        return instantiate_adapter_from_config(queue_config(self.adapter, *self._where))
+
+    def waiting(self) -> int:
+        """Messages that nobody has in hand."""
+        raise NotImplementedError
+
+    def put(self, task: TaskId) -> None:
+        """Have a task run."""
+        try:
+            self._adapter.enqueue_task_sync(RUN, [str(task)])
+        except Exception as error:  # kombu and its libraries have a dozen kinds
+            raise Unavailable(f"the queue of tasks does not answer: {type(error).__name__}") from error
+
+    def check_room(self, tenant: TenantId) -> None:
+        """Return if one more may wait. Raises ``TooManyTasks`` and ``Overloaded``, too."""
+        of_tenant, waiting = self._open_of(tenant), self.waiting()
+        if of_tenant >= self._most_of_tenant:
+            raise TooManyTasks(f"tenant {tenant} has {of_tenant} tasks waiting, the limit")
+        if waiting >= self._most:
+            raise Overloaded(f"{waiting} tasks wait, the limit")
+
+    def missing_of(self, tasks: int) -> int:
+        """How many of so many open tasks do not wait: a worker has them in hand, or they are lost."""
+        return max(tasks - self.waiting(), 0)
+
+    def open_tasks(self) -> int:
+        """Tasks of all that have not ended, as it was some seconds ago at most."""
+        if time.monotonic() - self._counted_at > COUNT_S:
+            self._open, self._counted_at = self._open_of(None), time.monotonic()
+        return self._open
+
+
 class CeleryTasks(CeleryTaskProcessorAdapter):
     """Ray Serve's Celery adapter, with a handler that is a coroutine of the replica's event loop."""
 
@@ -126,9 +173,6 @@ class CeleryTasks(CeleryTaskProcessorAdapter):
         """What kombu is told of the broker."""
         return {}
 
-    def ended(self, task_id: str) -> None:
-        """A task waits no more."""
-
     def register_task_handle(
         self, func: Callable[[str], Awaitable[float | None]], name: str | None = None
     ) -> None:
@@ -152,9 +196,7 @@ class CeleryTasks(CeleryTaskProcessorAdapter):
             except Exception:  # of this task
                 logger.exception("task %s", task_id)
                 delay_s = 5 * STORE_DOWN_S
-            if delay_s is None:
-                self.ended(task_id)
-            else:
+            if delay_s is not None:
                 self.enqueue_task_sync(RUN, [task_id], countdown=delay_s)
 
         super().register_task_handle(run, name)  # type: ignore[no-untyped-call]  # Ray's
@@ -173,7 +215,3 @@ class CeleryTasks(CeleryTaskProcessorAdapter):
         if self._worker_thread is None or not self._worker_thread.is_alive():
             return "Celery's worker has ended"
         return None
-
-    def put(self, task: TaskId) -> None:
-        """Have a task run. Raises whatever kombu and its libraries do."""
-        self.enqueue_task_sync(RUN, [str(task)])

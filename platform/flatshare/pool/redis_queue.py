@@ -17,14 +17,11 @@ from typing import Any, Final, TypeVar
 
 import redis
 from ray.serve.schema import TaskProcessorConfig
-from ray.serve.task_consumer import instantiate_adapter_from_config
 
-from flatshare.errors import Overloaded, TooManyTasks
 from flatshare.placement.consumers import Backlog
-from flatshare.pool.celery_queue import BROKER_S, QUEUE, CeleryTasks, OpenTasks, full_url, queue_config
+from flatshare.pool.celery_queue import BROKER_S, QUEUE, CeleryQueue, CeleryTasks, full_url
 from flatshare.tasks.records import TaskId
 from flatshare_registry.errors import RegistryError, Unavailable
-from flatshare_registry.ids import TenantId
 from flatshare_registry.records import ulid_time_ms
 
 __all__ = ["RedisQueue", "RedisTaskAdapter"]
@@ -41,76 +38,44 @@ VISIBILITY_S: Final = 120
 """Seconds after which Redis gives back what a dead worker had in hand; kombu looks every hundred or so."""
 
 
-def _waiting(tenant: str) -> str:
-    """The set of a tenant's tasks that have not ended."""
-    return f"flatshare:waiting:{tenant}"
+class RedisTaskAdapter(CeleryTasks):
+    """Celery on Redis."""
+
+    def __init__(self, config: TaskProcessorConfig) -> None:
+        super().__init__(config)
+        self._redis = redis.Redis.from_url(self.url, socket_timeout=BROKER_S, socket_connect_timeout=BROKER_S)
+
+    def transport_options(self, run_s: float) -> dict[str, Any]:
+        """See :class:`CeleryTasks`."""
+        return {
+            "visibility_timeout": max(VISIBILITY_S, 2 * run_s),
+            "socket_timeout": BROKER_S,
+            "socket_connect_timeout": BROKER_S,
+        }
+
+    def check(self) -> None:
+        """Return if Redis answers; raises ``Unavailable``."""
+        try:
+            self._redis.ping()
+        except redis.RedisError as error:
+            raise Unavailable(f"Redis does not answer: {type(error).__name__}") from error
 
 
-class RedisQueue:
-    """The queue, as the routes see it. Methods block.
+class RedisQueue(CeleryQueue):
+    """See :class:`CeleryQueue`."""
 
-    Parameters
-    ----------
-    most, most_of_tenant
-        Tasks that may wait, in all and of one tenant.
-    open_of
-        How many of a tenant's tasks, or of all, have not ended.
-    """
-
-    def __init__(
-        self, url: str, password_file: str, run_s: float, most: int, most_of_tenant: int,
-        open_of: Callable[[TenantId | None], int],
-    ) -> None:  # fmt: skip
-        self._open = OpenTasks(open_of)
-        self._where = (url, password_file, run_s)
-        self._most = most
-        self._most_of_tenant = most_of_tenant
-        self._adapter: Any = None
+    adapter = RedisTaskAdapter
 
     @functools.cached_property
     def _redis(self) -> redis.Redis:
-        """Made at first use: a queue that is away must not keep a replica from starting."""
         url, password_file, _ = self._where
         return redis.Redis.from_url(
             full_url(url, password_file), socket_timeout=BROKER_S, socket_connect_timeout=BROKER_S
         )
 
-    def put(self, task: TaskId) -> None:
-        """Have a task run.
-
-        Raises
-        ------
-        Unavailable
-            Redis does not answer.
-        """
-        try:
-            if self._adapter is None:
-                self._adapter = instantiate_adapter_from_config(queue_config(RedisTaskAdapter, *self._where))
-            self._redis.sadd(_waiting(task.tenant), str(task))
-            self._adapter.put(task)
-        except Exception as error:  # redis and kombu have a dozen kinds
-            raise Unavailable(f"the queue of tasks does not answer: {type(error).__name__}") from error
-
-    def check_room(self, tenant: TenantId) -> None:
-        """Return if one more may wait.
-
-        Raises
-        ------
-        TooManyTasks, Overloaded
-            The tenant has too many, or all have.
-        Unavailable
-            Redis does not answer.
-        """
-        of_tenant = self._asked(lambda: int(self._redis.scard(_waiting(tenant))))
-        waiting = self._asked(lambda: int(self._redis.llen(QUEUE)))
-        if of_tenant >= self._most_of_tenant:
-            raise TooManyTasks(f"tenant {tenant} has {of_tenant} tasks waiting, the limit")
-        if waiting >= self._most:
-            raise Overloaded(f"{waiting} tasks wait, the limit")
-
-    def missing_of(self, tasks: int) -> int:
-        """How many of so many open tasks do not wait: a worker has them in hand, or they are lost."""
-        return max(tasks - self._asked(lambda: int(self._redis.llen(QUEUE))), 0)
+    def waiting(self) -> int:
+        """Messages that nobody has in hand."""
+        return self._asked(lambda: int(self._redis.llen(QUEUE)))
 
     def backlog(self) -> Backlog:
         """How much it holds. Raises ``Unavailable``."""
@@ -120,7 +85,7 @@ class RedisQueue:
             oldest = self._redis.lindex(QUEUE, -1) if waiting else None
             held = sum(map(_is_held, self._redis.hvals(UNACKED))) if in_hand <= MOST_READ else 0
             # What a killed worker had in hand stays there for minutes, while its tasks have ended long ago.
-            under_way = min(in_hand - held, max(self._open.all() - waiting, 0))
+            under_way = min(in_hand - held, max(self.open_tasks() - waiting, 0))
             return Backlog(waiting, under_way, _age_s(oldest), held)
 
         return self._asked(look)
@@ -148,30 +113,3 @@ def _age_s(message: Any) -> float:
         return max(time.time() - ulid_time_ms(TaskId.parse(task_id).ulid) / 1000, 0.0)
     except (ValueError, KeyError, TypeError, RegistryError):
         return 0.0
-
-
-class RedisTaskAdapter(CeleryTasks):
-    """Celery on Redis."""
-
-    def __init__(self, config: TaskProcessorConfig) -> None:
-        super().__init__(config)
-        self._redis = redis.Redis.from_url(self.url, socket_timeout=BROKER_S, socket_connect_timeout=BROKER_S)
-
-    def transport_options(self, run_s: float) -> dict[str, Any]:
-        """See :class:`CeleryTasks`."""
-        return {
-            "visibility_timeout": max(VISIBILITY_S, 2 * run_s),
-            "socket_timeout": BROKER_S,
-            "socket_connect_timeout": BROKER_S,
-        }
-
-    def ended(self, task_id: str) -> None:
-        """A task waits no more."""
-        self._redis.srem(_waiting(TaskId.parse(task_id).tenant), task_id)
-
-    def check(self) -> None:
-        """Return if Redis answers; raises ``Unavailable``."""
-        try:
-            self._redis.ping()
-        except redis.RedisError as error:
-            raise Unavailable(f"Redis does not answer: {type(error).__name__}") from error
