@@ -6,6 +6,7 @@ One of it is there, in the control plane, so that it looks also while no consume
 from __future__ import annotations
 
 import asyncio
+import dataclasses
 import logging
 import time
 from collections.abc import Callable
@@ -34,6 +35,10 @@ LOST_AFTER_S: Final = 20.0
 
 REMOVE_S: Final = 600.0
 """Seconds between two looks for tasks past their time: each lists all of them."""
+
+
+NOBODY_KNOWS: Final = 1 << 30
+"""Open tasks, where none were seen at the last look: others may have come since."""
 
 
 class ScalesConsumers(Protocol):
@@ -91,6 +96,7 @@ class TaskKeeper:
     _busy_at: float = 0.0
     _swept_at: float = 0.0
     _removed_at: float = 0.0
+    _open: int = NOBODY_KNOWS
     _put_at: dict[TaskId, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -126,6 +132,8 @@ class TaskKeeper:
         except Unavailable:
             self._tended = Tended(None, self.tended.consumers, self.bounds)
             raise
+        # A note whose task never came to be stays for minutes, and is nobody's work.
+        backlog = dataclasses.replace(backlog, under_way=min(backlog.under_way, self._open))
         if not backlog.quiet:
             self._busy_at = now
         wish = consumer_wish(now, backlog, self.at_a_time, self.bounds, now - self._busy_at)
@@ -158,14 +166,19 @@ class TaskKeeper:
         """Put open tasks into the queue that it lost. Blocks."""
         now = self.clock()
         self._put_at = {task: at for task, at in self._put_at.items() if now - at < self.run_s}
-        tasks = list(self.store.open(LOST_AFTER_S))
-        missing = self.queue.missing_of(len(tasks)) if tasks else 0
+        tasks = list(self.store.open())
+        missing, is_open = self.queue.missing_of(len(tasks)) if tasks else 0, 0
         for task, age_s in tasks:
+            if age_s < LOST_AFTER_S:
+                is_open += 1
+                continue
             try:
                 found = self.store.settle(task, age_s)
             except RegistryError as error:  # of this one
                 logger.warning("task %s: %s", task, error.message)
+                is_open += 1
                 continue
+            is_open += found is not None
             if found is None or missing <= 0 or task in self._put_at:
                 continue
             record, unchanged_s = found
@@ -174,3 +187,4 @@ class TaskKeeper:
                 self.queue.put(task)
                 self._put_at[task] = now
                 missing -= 1
+        self._open = is_open if tasks else NOBODY_KNOWS

@@ -17,6 +17,7 @@ from flatshare.tasks.records import TaskId, TaskState
 from flatshare.tasks.store import TaskStore
 from flatshare_registry import TenantId
 from flatshare_registry.errors import Unavailable
+from flatshare_registry.stores.base import Create
 from flatshare_registry.stores.memory import MemoryStore
 from flatshare_registry.testing.faults import ManualClock
 
@@ -138,3 +139,18 @@ def test_what_the_queue_lost_is_put_again_and_what_is_young_is_not(tmp_path: Pat
     assert queue.backlog().due == 3
     claimed = {claim.task for _ in range(5) if (claim := queue._queue.claim())}
     assert claimed == {tasks["lost"], tasks["dead run"], tasks["owes"]}
+
+
+async def test_a_note_whose_task_never_came_to_be_keeps_no_consumer(world: World) -> None:
+    """Whoever wrote it got a 503: a broker that counts by the store would call it under way for ten minutes."""
+    blobs: Any = world.keeper.store._store
+    blobs.put("open-tasks/acme/01JD8ZQ6E4W7YB1R2N9K3M5T0V", b"{}", Create())
+    old: Any = OldStore(blobs)
+    world.keeper.store = TaskStore(old)
+    world.queue.now = Backlog(under_way=1)
+    await world.pass_s(40)
+    assert world.serve.changes == []
+    world.queue.missing_of = lambda tasks: tasks  # type: ignore[attr-defined]
+    world.keeper.sweep()
+    await world.pass_s(40)
+    assert world.serve.changes == [0]
