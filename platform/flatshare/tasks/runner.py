@@ -220,7 +220,7 @@ class TaskRunner:
                 error = str(refused) if known else "the callback was not sent"
                 over = late or (isinstance(refused, CallbackRefused) and refused.for_good)
             finally:
-                self._calling[task.tenant] -= 1
+                del self._calling[task.tenant]  # one of a tenant at a time, so it was the only one
         except NotFound:  # its tenant has gone: so does it
             await asyncio.to_thread(self._store.forget, task)
             return None

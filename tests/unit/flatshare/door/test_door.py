@@ -205,7 +205,13 @@ class Held:
         self.jobs: list[tuple[NDArray[np.float32], Callable[[Logits], None]]] = []
         self.waiting = True
 
-    def submit(self, lease: object, rows: NDArray[np.float32], done: Callable[[Logits], None]) -> object:
+    def submit(
+        self,
+        lease: object,
+        rows: NDArray[np.float32],
+        done: Callable[[Logits], None],
+        background: bool = False,
+    ) -> object:
         self.jobs.append((rows, done))
         return self.jobs[-1]
 
