@@ -23,7 +23,6 @@ from flatshare.settings import Settings
 from flatshare.pool.details import replica_states
 from flatshare.pool.controller import read_details
 
-scaling.POOL_APP, scaling.POOL_DEPLOYMENT = "app", "Pool"
 ray.init(address="local", num_cpus=8, include_dashboard=False, object_store_memory=80 * 2**20, log_to_driver=False,
          _node_ip_address="127.0.0.1")
 serve.start(proxy_location="Disabled")
@@ -37,7 +36,7 @@ class Pool:
         return [serve.get_replica_context().rank.rank, os.getpid(), serve.get_replica_context().replica_id.unique_id]
 
 handle = serve.run(Pool.bind(), name="app", route_prefix=None, external_scaler_enabled=True)
-scaler = scaling.ServeScaler()
+scaler = scaling.ServeScaler("app", "Pool")
 
 def where():
     return sorted(handle.broadcast("where").results(timeout_s=10))
