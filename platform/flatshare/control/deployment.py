@@ -119,8 +119,9 @@ def _task_keeper(settings: Settings) -> TaskKeeper:
         downscale_delay_s=settings.downscale_delay_s,
         idle_s=settings.downscale_delay_s,
     )
+    store = TaskStore(settings.open_store(), settings.tasks_keep_s)
     return TaskKeeper(
-        TaskStore(settings.open_store(), settings.tasks_keep_s), queue_of(settings),
+        store, queue_of(settings, store),
         ServeScaler(TASKS_APP, CONSUMER_DEPLOYMENT), bounds, settings.tasks_at_a_time, run_s(settings),
     )  # fmt: skip
 

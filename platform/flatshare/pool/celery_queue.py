@@ -10,6 +10,7 @@ import asyncio
 import functools
 import logging
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Awaitable, Callable
 from pathlib import Path
 from typing import Any, Final
@@ -80,7 +81,7 @@ def full_url(url: str, password_file: str) -> str:
     return urlunsplit(parts)
 
 
-class CeleryQueue:
+class CeleryQueue(ABC):
     """A queue by Celery, as who takes tasks and who tends them see it. Methods block, and raise
     ``Unavailable``.
 
@@ -114,9 +115,9 @@ class CeleryQueue:
         """Made at first use: a queue that is away must not keep a replica from starting."""
         return instantiate_adapter_from_config(queue_config(self.adapter, *self._where))
 
+    @abstractmethod
     def waiting(self) -> int:
         """Messages that nobody has in hand."""
-        raise NotImplementedError
 
     def put(self, task: TaskId) -> None:
         """Have a task run."""
@@ -205,9 +206,9 @@ class CeleryTasks(CeleryTaskProcessorAdapter):
         """Take no more, and let what is in hand end, within its time: Celery's warm shutdown, in a thread."""
         await asyncio.to_thread(self.stop_consumer, timeout_s)
 
+    @abstractmethod
     def check(self) -> None:
         """Return if the broker answers; raises ``Unavailable``."""
-        raise NotImplementedError
 
     @property
     def failed(self) -> str | None:

@@ -54,7 +54,7 @@ def tasks_of(settings: Settings) -> Tasks | None:
         return None
     store = TaskStore(settings.open_store(), settings.tasks_keep_s)
     callbacks = CallbackRules.parse(settings.tasks_callback_hosts)
-    return Tasks(store, queue_of(settings), callbacks, settings.tasks_max_body_bytes)
+    return Tasks(store, queue_of(settings, store), callbacks, settings.tasks_max_body_bytes)
 
 
 def _config(settings: Settings) -> TaskProcessorConfig:

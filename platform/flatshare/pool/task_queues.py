@@ -21,17 +21,22 @@ def run_s(settings: Settings) -> float:
     return settings.request_timeout_s + RUN_MARGIN_S
 
 
-def queue_of(settings: Settings) -> TaskQueue:
-    """The queue of these settings; it is reached at its first use. They say that there is one."""
+def queue_of(settings: Settings, tasks: TaskStore) -> TaskQueue:
+    """The queue of these settings, which say that there is one; it is reached at its first use.
+
+    Parameters
+    ----------
+    tasks
+        Knows how many are open, where a broker does not say it.
+    """
     limits = (settings.tasks_queued, settings.tasks_queued_per_tenant)
     if settings.tasks == "embedded":
         return EmbeddedQueue(Path(settings.tasks_file), *limits)
     where = (settings.tasks_broker_url, settings.tasks_broker_password_file, run_s(settings))
-    open_of = TaskStore(settings.open_store()).count_open
     if settings.tasks == "rabbitmq":
         from flatshare.pool.rabbit_queue import RabbitQueue
 
-        return RabbitQueue(*where, *limits, open_of)
+        return RabbitQueue(*where, *limits, tasks.count_open)
     from flatshare.pool.redis_queue import RedisQueue
 
-    return RedisQueue(*where, *limits, open_of)
+    return RedisQueue(*where, *limits, tasks.count_open)
