@@ -1,7 +1,7 @@
 """``CudaRuntime`` over ``torch.cuda``: the only lines that a stand-in can't run.
 
-Written against pytorch.org/docs/stable/notes/cuda.html and the sources of torch 2.14. A GPU has not run them
-yet; ``scripts/gpu-checks`` does where there is one.
+Written against pytorch.org/docs/stable/notes/cuda.html and the sources of torch 2.14. ``scripts/gpu-checks``
+runs them where there is a GPU (an H100 so far: ``platform/DESIGN.md``).
 """
 
 from __future__ import annotations
