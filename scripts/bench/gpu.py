@@ -168,7 +168,7 @@ async def requests_of(
             probe=lambda data: probe_logits(net, data),
         )  # fmt: skip
     settings = Settings(
-        host_dir="off", device="auto", slots=tenants + 1, stack_models=stacked, max_batch_rows=256,
+        host_dir="off", device="auto", slots=tenants + 1, stack_models=stacked,
         max_ongoing_requests=1024, max_queued_requests=4096, tenant_share=1.0,
     )  # fmt: skip
     replica = Replica.build(settings, store, device=device)

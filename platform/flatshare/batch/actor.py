@@ -48,9 +48,9 @@ class UnitRunner:
         """Columns of :data:`flatshare.batch.results.SCHEMA`, and when this began and what it loaded."""
         began, loads = time.time(), self._core.loads
         units = [
-            Unit(str(version), int(file), int(first), np.frombuffer(numbers, np.int64))
-            for version, file, first, numbers in zip(
-                batch["version"], batch["file"], batch["first"], batch["numbers"], strict=True
+            Unit(str(version), int(file), int(first), np.frombuffer(numbers, np.int64), bool(once))
+            for version, file, first, numbers, once in zip(
+                *(batch[name] for name in ("version", "file", "first", "numbers", "once")), strict=True
             )
         ]
         under_way: deque[_Call] = deque()
@@ -80,7 +80,7 @@ class _Call:
         self._numbers = numbers
         self._answer: Future[tuple[NDArray[np.int64], VersionRecord]] = Future()
         try:
-            self._answer = core.start(unit.version, source.rows(unit.file, numbers))
+            self._answer = core.start(unit.version, source.rows(unit.file, numbers), once=unit.once)
         except READ_ERRORS as failure:
             self._answer.set_exception(failure)
 

@@ -55,23 +55,30 @@ class OfflineCore:
 
     def __init__(self, settings: Settings, *, ready: bool = False) -> None:
         self._ready = ready
+        self._once: set[str] = set()
         self._loop = asyncio.new_event_loop()
         self._thread = threading.Thread(target=self._loop.run_forever, name="offline", daemon=True)
         self._thread.start()
         self._replica = asyncio.run_coroutine_threadsafe(self._build(settings), self._loop).result()
 
     async def _build(self, settings: Settings) -> Replica:
-        replica = Replica.build(settings, settings.open_store())
+        replica = Replica.build(
+            settings, settings.open_store(), keeps=lambda record: record.digest not in self._once
+        )
         replica.inference.ready()
         return replica
 
-    def predict(self, version: str, rows: Rows) -> tuple[NDArray[np.int64], VersionRecord]:
+    def predict(
+        self, version: str, rows: Rows, *, once: bool = False
+    ) -> tuple[NDArray[np.int64], VersionRecord]:
         """Labels ``(N,)`` of rows, and exactly what ran.
 
         Parameters
         ----------
         version
             ``acme@7``, or another ref.
+        once
+            No process of this node will ask for it again: its weights are not written to the node's tier.
 
         Raises
         ------
@@ -80,24 +87,26 @@ class OfflineCore:
         NotFound, Suspended, Unavailable, Corrupt, ModelFailed
             The version can't be served.
         """
-        return self.start(version, rows).result()
+        return self.start(version, rows, once=once).result()
 
-    def start(self, version: str, rows: Rows) -> Future[tuple[NDArray[np.int64], VersionRecord]]:
+    def start(
+        self, version: str, rows: Rows, *, once: bool = False
+    ) -> Future[tuple[NDArray[np.int64], VersionRecord]]:
         """As :meth:`predict`, without waiting: a model is loaded while another one computes."""
-        return asyncio.run_coroutine_threadsafe(self._predict(version, rows), self._loop)
+        return asyncio.run_coroutine_threadsafe(self._predict(version, rows, once), self._loop)
 
-    async def _predict(self, version: str, rows: Rows) -> tuple[NDArray[np.int64], VersionRecord]:
+    async def _predict(self, version: str, rows: Rows, once: bool) -> tuple[NDArray[np.int64], VersionRecord]:
         """Tried again while the store, or room, is away: nobody waits for a single call."""
         deadline = time.monotonic() + WAIT_S
         while True:
             try:
-                return await self._once(version, rows)
+                return await self._try(version, rows, once)
             except (Unavailable, Overloaded) as error:
                 if isinstance(error, Wedged | DeviceBroken) or time.monotonic() > deadline:
                     raise
             await asyncio.sleep(AGAIN_S)
 
-    async def _once(self, version: str, rows: Rows) -> tuple[NDArray[np.int64], VersionRecord]:
+    async def _try(self, version: str, rows: Rows, once: bool) -> tuple[NDArray[np.int64], VersionRecord]:
         ref = ModelRef.parse(version)
         replica = self._replica
         record = await replica.resolver.said(ref, WAIT_S)
@@ -108,6 +117,10 @@ class OfflineCore:
         except InvalidInput as error:
             raise ModelFailed(f"{record.name}: its architecture is not installed here") from error
         ready = rows_of(rows, network, ready=self._ready)
+        if once:
+            self._once.add(record.digest)
+        else:
+            self._once.discard(record.digest)
         with await replica.cache.lease(record, WAIT_S) as lease:
             logits = await replica.inference.run(lease, ready)
         return logits.argmax(axis=1), record

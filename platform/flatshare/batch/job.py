@@ -264,7 +264,13 @@ def _labelled(
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     labelled = ray.data.from_items(
         [
-            {"version": one.version, "file": one.file, "first": one.first, "numbers": one.numbers.tobytes()}
+            {
+                "version": one.version,
+                "file": one.file,
+                "first": one.first,
+                "numbers": one.numbers.tobytes(),
+                "once": one.once,
+            }
             for one in units
         ],
         override_num_blocks=min(blocks, len(units)),

@@ -4,8 +4,9 @@ Pure.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Final
 
 import numpy as np
@@ -31,12 +32,15 @@ class Unit:
         Number of the file's first row in the whole input.
     numbers
         Of the rows, within the file; ascending.
+    once
+        There is no other unit of this version.
     """
 
     version: str
     file: int
     first: int
     numbers: NDArray[np.int64]
+    once: bool = False
 
 
 def units_of(
@@ -71,4 +75,5 @@ def units_of(
                 for start in range(0, len(numbers), MOST_ROWS)
             ]
         first += count
-    return found
+    units = Counter(unit.version for unit in found)
+    return [replace(unit, once=units[unit.version] == 1) for unit in found]

@@ -58,7 +58,7 @@ from flatshare_registry.catalog import Registry
 from flatshare_registry.errors import Unavailable
 from flatshare_registry.heads import decode_head
 from flatshare_registry.ids import ModelRef, TenantId
-from flatshare_registry.records import TenantHead
+from flatshare_registry.records import TenantHead, VersionRecord
 from flatshare_registry.stores.base import BlobStore
 
 __all__ = ["Replica"]
@@ -128,6 +128,7 @@ class Replica:
         identity: ReplicaIdentity | None = None,
         device: Device | None = None,
         on_change: Callable[[], None] = lambda: None,
+        keeps: Callable[[VersionRecord], bool] = lambda record: True,
         clock: Callable[[], float] = time.monotonic,
     ) -> Replica:
         """Put one together. Nothing is read yet, and no thread runs but that of the passes.
@@ -142,6 +143,8 @@ class Replica:
             Where models run; None for what the settings mean.
         on_change
             Called when :meth:`held_ids` may have changed; must be quick.
+        keeps
+            Whether what is fetched of a version is worth the node's tier (:class:`TensorSource`).
         clock
             Monotonic seconds, of quotas, heads and fences.
 
@@ -190,7 +193,7 @@ class Replica:
                 ),
             ),
             loader=DeviceLoader(
-                TensorSource(store, host_tier, range_threads),
+                TensorSource(store, host_tier, range_threads, keeps=keeps),
                 device,
                 load_threads,
                 local_threads,

@@ -245,7 +245,7 @@ class DeviceLoader:
             self._try_out(network, record, tensors, held)
             return Prepared(tensors, fetched.tier, proven=False)
         prepared = Prepared(tensors, fetched.tier, self._build(record, tensors, held))
-        if self.source.tier is not None:
+        if self.source.tier is not None and self.source.keeps(record):
             self._warm.keep(tensors)
         return prepared
 

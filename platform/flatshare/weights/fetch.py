@@ -77,6 +77,9 @@ class TensorSource:
     range_threads
         Where ranged GETs of one load run side by side; its size bounds them over all loads. None:
         one after the other.
+    keeps
+        Whether what is fetched of a version is written to the tier: not what this node uses once. What others
+        wrote is read all the same.
 
     Attributes
     ----------
@@ -90,9 +93,11 @@ class TensorSource:
         tier: HostTier | None = None,
         range_threads: Executor | None = None,
         *,
+        keeps: Callable[[VersionRecord], bool] = lambda record: True,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.tier = tier
+        self.keeps = keeps
         self.fetched_bytes = 0
         self.work = ThreadWork()
         self._store = store
@@ -135,6 +140,9 @@ class TensorSource:
         missing = self._look(self.tier, wanted, found)
         if not missing:
             return Fetched(found, Tier.HOST)
+        if not self.keeps(record):
+            found |= self._download(record, missing.values(), None, deadline)
+            return Fetched(found, Tier.STORE)
         with ExitStack() as locks:
             for digest in _to_lock(missing.values()):
                 patience_s = max(deadline - self._clock(), 0) / 2

@@ -44,6 +44,7 @@ def run(settings: Settings, folder: Path) -> dict[str, Any]:
     batch = {
         "version": [one.version for one in units], "file": [one.file for one in units],
         "first": [one.first for one in units], "numbers": [one.numbers.tobytes() for one in units],
+        "once": [one.once for one in units],
     }  # fmt: skip
     return UnitRunner(source, settings, False)(batch)  # type: ignore[arg-type]  # Ray gives arrays
 
@@ -91,7 +92,7 @@ def test_a_process_whose_device_is_lost_ends(
         raise DeviceBroken("lost")
 
     monkeypatch.setattr(actor_module.os, "_exit", end)
-    monkeypatch.setattr("flatshare.batch.core.OfflineCore._once", broken)
+    monkeypatch.setattr("flatshare.batch.core.OfflineCore._try", broken)
     with pytest.raises(Ended):
         run(settings, tmp_path / "x.npy")
     assert ended == [1]

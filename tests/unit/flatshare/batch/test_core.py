@@ -144,3 +144,18 @@ def test_rows_of_three_channels_keep_their_order() -> None:
     flat = np.random.default_rng(0).integers(0, 256, (2, network.input.row_values), dtype=np.uint8)
     shape = (height, width) if channels == 1 else (height, width, channels)
     assert (rows_of(flat, network) == rows_of(flat.reshape(2, *shape), network)).all()
+
+
+def test_weights_that_are_used_once_take_no_room_on_the_node(
+    settings: Settings, registry: Registry, tmp_path: Path
+) -> None:
+    host = tmp_path / "host"
+    with OfflineCore(settings.model_copy(update={"host_dir": str(host)})) as core:
+        labels, _ = core.predict("acme", PIXELS, once=True)
+        assert not list(host.rglob("tensors/*/*"))
+        core.predict("globex", PIXELS)
+        assert list(host.rglob("tensors/*/*"))
+        core.predict("initech", PIXELS, once=True)  # two slots: acme goes
+        again, _ = core.predict("acme", PIXELS)
+        assert (again == labels).all()
+        assert core.loads == 4

@@ -39,3 +39,11 @@ def test_long_files_are_cut_and_nothing_is_left_of_nothing() -> None:
     assert [len(unit.numbers) for unit in units] == [MOST_ROWS, MOST_ROWS, 1]
     assert units_of([3], "acme@1", np.ones(3, bool)) == []
     assert units_of([0], "acme@1", np.zeros(0, bool)) == []
+
+
+def test_a_version_of_one_unit_is_used_once() -> None:
+    refs = np.array(["a", "b", "b", "a", "c"])
+    units = units_of([3, 2], (refs, {"a": "a@1", "b": "b@1", "c": "c@1"}), np.zeros(5, bool))
+    assert [(unit.version, unit.file, unit.once) for unit in units] == [
+        ("a@1", 0, False), ("b@1", 0, True), ("a@1", 1, False), ("c@1", 1, True),
+    ]  # fmt: skip

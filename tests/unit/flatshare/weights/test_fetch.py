@@ -117,3 +117,18 @@ def test_a_slow_stream_ends_at_its_deadline() -> None:
     with pytest.raises(Unavailable, match="in time"):
         source.read(record, {one.name for one in record.tensors}, 10)
     assert now == 12.0, "it did not read on"
+
+
+def test_what_is_used_once_is_read_from_the_tier_and_not_written_to_it(tmp_path: Path) -> None:
+    store = MemoryStore()
+    record, weights = registered(store)
+    wanted = {one.sha256: weights[one.start : one.end] for one in record.tensors}
+    tier = HostTier(tmp_path / "tier", 64 * 1024**2)
+    once = TensorSource(store, tier, keeps=lambda asked: asked.digest != record.digest)
+    assert read(once, record) == wanted
+    assert not any(tier.has(digest) for digest in wanted)
+    assert read(TensorSource(store, tier), record) == wanted, "another process keeps it"
+    before = once.fetched_bytes
+    found = once.read(record, {one.name for one in record.tensors}, 10)
+    assert found.tier is Tier.HOST
+    assert once.fetched_bytes == before
