@@ -1,6 +1,6 @@
 """``flatshare batch`` beside the bare forward pass of the cores, and beside sending the rows to the service.
 
-Rows are raw pixels of 28 x 28 in one Parquet file, spread evenly over the tenants; results of the batch and of
+Rows are raw pixels of 28 x 28 in one Parquet file (octets, or lists of numbers), spread evenly over the tenants; results of the batch and of
 the service are compared row by row. ``bare`` is one process a core, with the module in memory and its rows in
 arrays, 64 rows a pass: no registry, no load, no decoding. The service is a platform with a replica a core that
 has room for 20 models; a client sends each tenant's rows, 64 a request, 16 requests at a time, as octets.
@@ -51,6 +51,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--rows", type=int, default=100_000)
     parser.add_argument("--tenants", type=int, nargs="*", default=[50], help="a measurement for each number")
+    parser.add_argument(
+        "--column", choices=["octets", "lists"], default="octets", help="how the Parquet file holds an image"
+    )
     parser.add_argument("--json", metavar="FILE", help="write the results as a document")
     arguments = parser.parse_args()
     found = []
@@ -67,7 +70,7 @@ def main() -> int:
             )
         for tenants in arguments.tenants:
             say(f"{arguments.rows} rows of {tenants} tenants")
-            found.append(measured(Path(folder), names[:tenants], arguments.rows))
+            found.append(measured(Path(folder), names[:tenants], arguments.rows, arguments.column))
     columns = [name for name in found[0] if name != "failed"]
     print_table("", [f"{name}#" for name in columns], [[one[name] for name in columns] for one in found])
     if arguments.json:
@@ -75,10 +78,12 @@ def main() -> int:
     return 1 if any(one["unequal"] or one["failed"] for one in found) else 0
 
 
-def measured(folder: Path, names: list[str], rows: int) -> dict[str, Any]:
+def measured(folder: Path, names: list[str], rows: int, column: str) -> dict[str, Any]:
     pixels = np.random.default_rng(1).integers(0, 256, (rows, 28, 28), dtype=np.uint8)
     owners = np.array(names)[np.arange(rows) % len(names)]
-    image = pa.FixedSizeListArray.from_arrays(pa.array(pixels.reshape(-1)), 28 * 28)
+    image: Any = pa.FixedSizeListArray.from_arrays(pa.array(pixels.reshape(-1)), 28 * 28)
+    if column == "octets":
+        image = pa.FixedSizeBinaryArray.from_buffers(pa.binary(28 * 28), rows, [None, pa.py_buffer(pixels)])
     source, out = folder / f"{len(names)}.parquet", folder / f"out-{len(names)}"
     pq.write_table(pa.table({"image": image, "tenant": owners}), source)
     bare = bare_rows_per_s(pixels)

@@ -170,13 +170,23 @@ class _Images:
 
 
 def _rows_of_column(column: pa.Array, name: str) -> Rows:
-    """Rows of a column of numbers in lists, of tensors, of raw pixels or of image files."""
+    """Rows of a column of numbers in lists, of tensors, of raw pixels or of image files.
+
+    Octets of one length are raw pixels. They cost next to nothing to read; lists of numbers are taken apart
+    value by value, 20 microseconds for an image of MNIST in each process.
+    """
     if isinstance(column, pa.ChunkedArray):
         column = column.combine_chunks()
     if isinstance(column, pa.ExtensionArray):  # what Ray writes arrays as
         column = column.storage
     if column.null_count:
         raise BadInput(f"column {name} has {column.null_count} rows without a value")
+    if pa.types.is_fixed_size_binary(column.type):
+        width = column.type.byte_width
+        start = column.offset * width
+        octets = np.frombuffer(column.buffers()[1] or b"", np.uint8)[start : start + len(column) * width]
+        pixels: NDArray[Any] = octets.reshape(len(column), width)
+        return pixels
     if pa.types.is_binary(column.type) or pa.types.is_large_binary(column.type):
         return [bytes(value) for value in column.to_pylist()]
     shape: list[int] = [len(column)]

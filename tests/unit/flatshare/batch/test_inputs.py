@@ -35,7 +35,7 @@ def test_an_array_file_is_rows(tmp_path: Path) -> None:
     assert (np.asarray(source.rows(0, numbers(0, 5))) == PIXELS[[0, 5]]).all()
 
 
-@pytest.mark.parametrize("kind", ["nested", "fixed", "tensor", "flat"])
+@pytest.mark.parametrize("kind", ["nested", "fixed", "tensor", "flat", "octets"])
 def test_parquet_holds_arrays_in_several_ways(tmp_path: Path, kind: str) -> None:
     flat = pa.array(PIXELS.reshape(-1))
     image: pa.Array
@@ -46,6 +46,10 @@ def test_parquet_holds_arrays_in_several_ways(tmp_path: Path, kind: str) -> None
     elif kind == "tensor":
         image = pa.ExtensionArray.from_storage(
             pa.fixed_shape_tensor(pa.uint8(), (28, 28)), pa.FixedSizeListArray.from_arrays(flat, 784)
+        )
+    elif kind == "octets":
+        image = pa.FixedSizeBinaryArray.from_buffers(
+            pa.binary(784), len(PIXELS), [None, pa.py_buffer(PIXELS)]
         )
     else:
         image = pa.FixedSizeListArray.from_arrays(flat, 784)
