@@ -20,13 +20,14 @@ from flatshare.api.tasks import Tasks
 from flatshare.control.app import RegistryHeads, create_control_app
 from flatshare.control.fleet import Fleet
 from flatshare.control.keeper import Keeper
+from flatshare.control.nodes import NodeDrain
 from flatshare.control.scaling import Scaling
 from flatshare.control.settings import RunningSettings
 from flatshare.errors import NoSuchPipeline
 from flatshare.models.architecture import architecture
 from flatshare.pipelines.steps import batch_of, step_class
 from flatshare.placement.scaling import Bounds
-from flatshare.pool.details import ReplicaState
+from flatshare.pool.details import ClusterNode, ReplicaState
 from flatshare.pool.embedded_queue import EmbeddedQueue
 from flatshare.replica.build import Replica
 from flatshare.replica.identity import ReplicaIdentity
@@ -46,6 +47,22 @@ from flatshare_registry.testing.files import TINY_SPECS, tiny_weights
 NETWORK = architecture("mnist-cnn")
 MODEL = "serve_multiplexed_model_id"
 ACME, GLOBEX = TenantId("acme"), TenantId("globex")
+
+
+class TwoNodes:
+    """A cluster whose second node has nothing on it."""
+
+    def nodes(self) -> list[ClusterNode]:
+        return [
+            ClusterNode("aaaa", "10.0.0.1", "one", True, 1),
+            ClusterNode("bbbb", "10.0.0.2", "two", False, 1),
+        ]
+
+    def replicas(self, node_id: str) -> list[str]:
+        return []
+
+    def leave(self, node_id: str) -> None:
+        """It does."""
 
 
 class OneReplica:
@@ -198,7 +215,7 @@ class Control:
             RunningSettings(Settings()),
             erasure_key_file=folder / "erasure.key", scaling=Scaling(
                 Keeper(fleet, OneReplica(), Bounds(1, 1), 4.0), lambda *_: None
-            ), task_keeper=TaskKeeper(
+            ), nodes=NodeDrain(TwoNodes(), fleet, dict), task_keeper=TaskKeeper(
                 TaskStore(self.registry.store), EmbeddedQueue(folder / "tasks.sqlite", 9, 9), OneReplica(),
                 Bounds(0, 4), 4, 45.0,
             ),

@@ -142,6 +142,7 @@ CONTROL: dict[tuple[str, str], Row] = {
     ("GET", "/plans"): view(),
     ("GET", "/replicas"): view(),
     ("POST", "/replicas/{replica}/drain"): change(404),
+    ("POST", "/nodes/{node}/drain"): change(404),
     ("GET", "/settings"): view(),
     ("PATCH", "/settings"): change(json={"settings": {"tenant_share": 0.5}}),
     ("GET", "/tasks"): view(),
@@ -212,7 +213,9 @@ async def test_open_routes_of_the_data_plane(data: Data, route: tuple[str, str])
 
 async def ask(control: Control, route: tuple[str, str], who: str, style: str = "bearer") -> httpx.Response:
     method, path = route
-    url = path.format(tenant="acme", version=3, alias="canary", key_id=control.keys.victim, replica="none")
+    url = path.format(
+        tenant="acme", version=3, alias="canary", key_id=control.keys.victim, replica="none", node="none"
+    )
     transport = httpx.ASGITransport(app=control.app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://test") as client:
         request = CONTROL[route].request if route in CONTROL else {}
@@ -300,6 +303,7 @@ async def ask_page(app: Any, route: tuple[str, str], page: dict[str, str], **req
         key_id="acme.none",
         ref="acme",
         replica="none",
+        node="none",
     )
     transport = httpx.ASGITransport(app=app, raise_app_exceptions=False)
     async with httpx.AsyncClient(transport=transport, base_url="http://localhost:8000") as client:

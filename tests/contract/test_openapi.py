@@ -269,6 +269,7 @@ async def test_a_generated_client_calls_every_route_of_the_control_plane(
     await ask("remove_alias", **canary)
     await ask("replicas")
     await ask("drain", 404, replica="none-such")
+    assert (await ask("drain_node", node="10.0.0.2")).left == []
     assert (await ask("get_settings")).revision == 0
     share = models.SettingsChange.from_dict({"settings": {"tenant_share": 0.5}})
     assert (await ask("change_settings", body=share)).settings["tenant_share"] == 0.5

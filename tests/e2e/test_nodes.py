@@ -1,23 +1,28 @@
 """`serve deploy` of what `flatshare config` prints, on a cluster of two nodes that `ray start` made: requests reach
-both, an erasure reaches both nodes' tiers, other settings are deployed, and a node is lost under load.
+both, an erasure reaches both nodes' tiers, other settings are deployed, a node is drained and one lost under load.
 """
 
 from __future__ import annotations
 
+import json
 import signal
+import subprocess
 import threading
 import time
 from collections import Counter
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 
-from .conftest import MODEL, random_rows
+from .conftest import FLATSHARE, MODEL, Platform, random_rows
 from .ray_cluster import Cluster, kill_family
 
 TENANTS = 8
+CLIENTS = 4
 
 
 @pytest.fixture
@@ -69,39 +74,69 @@ def test_two_nodes_serve_one_is_lost_and_erasures_reach_both(cluster: Cluster, t
             time.sleep(0.5)  # their end shows only by looking
         assert platform.predict("t0", rows).json() == {"predicted_label": right["t0"]}
 
-        # One node is lost under load, as by a power cut.
-        outcomes: Counter[str] = Counter()
-        stop = threading.Event()
+        # One node is drained under load, another is lost under load, as by a power cut.
+        third = cluster.add_node("127.0.0.3", cpus=2)
+        with load(platform, {name: right[name] for name in list(right)[:-1]}, rows) as outcomes:
+            while True:  # until the third is seen, there is no room for what is on the second
+                refused = subprocess.run(
+                    [FLATSHARE, "drain", "127.0.0.2", "--url", platform.url, "--json"],
+                    env=platform.environment, capture_output=True, text=True, timeout=180,
+                )  # fmt: skip
+                if "have room for" not in refused.stderr:
+                    break
+                assert time.monotonic() < deadline + 120
+            assert refused.returncode == 0, refused.stderr
+            drained = json.loads(refused.stdout)
+            assert drained["left"] == [], drained
+            fleet = platform.fleet()["replicas"]
+            assert len(fleet) == 4 and drained["node_id"] not in {one["node_id"] for one in fleet}
+            kill_family(second, signal.SIGTERM)  # as `ray stop` there
+            time.sleep(3)  # load without it
+        print("drained", dict(outcomes), drained)
+        assert set(outcomes) == {"ok"} and outcomes["ok"] > 200, outcomes
 
-        def client(number: int) -> None:
-            names = [f"t{n}" for n in range(TENANTS - 1)]
-            with httpx.Client(headers=platform.admin, timeout=60) as http:
-                step = number
-                while not stop.is_set():
-                    name = names[step % len(names)]
-                    step += 1
-                    try:
-                        reply = http.post(
-                            f"{platform.url}/predict", json={"image": rows.tolist()}, headers={MODEL: name}
-                        )
-                    except httpx.TransportError:
-                        outcomes["cut"] += 1  # the edge could not send it again
-                        continue
-                    good = reply.status_code == 200 and reply.json()["predicted_label"] == right[name]
-                    outcomes["ok" if good else str(reply.status_code)] += 1
+        with load(platform, {name: right[name] for name in list(right)[:-1]}, rows) as outcomes:
+            time.sleep(3)  # load before the loss
+            kill_family(third, signal.SIGKILL)
+            time.sleep(
+                15
+            )  # and after it: replicas of that node are taken out, and replaced where there is room
+        print("lost", dict(outcomes))
+        assert outcomes["ok"] > 200 and set(outcomes) <= {"ok", "cut"}, outcomes
+        assert outcomes["cut"] <= CLIENTS, "beyond those that were in the node's hands"
 
-        clients = [threading.Thread(target=client, args=(number,)) for number in range(4)]
-        for one in clients:
-            one.start()
-        time.sleep(3)  # load before the loss
-        kill_family(second, signal.SIGKILL)
-        time.sleep(15)  # and after it: replicas of that node are taken out, and replaced where there is room
+
+@contextmanager
+def load(platform: Platform, right: dict[str, list[int]], rows: np.ndarray) -> Iterator[Counter[str]]:
+    """Clients that ask all the time; what became of their requests."""
+    outcomes: Counter[str] = Counter()
+    stop = threading.Event()
+
+    def client(step: int) -> None:
+        names = sorted(right)
+        with httpx.Client(headers=platform.admin, timeout=60) as http:
+            while not stop.is_set():
+                name = names[step % len(names)]
+                step += 1
+                try:
+                    reply = http.post(
+                        f"{platform.url}/predict", json={"image": rows.tolist()}, headers={MODEL: name}
+                    )
+                except httpx.TransportError:
+                    outcomes["cut"] += 1  # the edge could not send it again
+                    continue
+                good = reply.status_code == 200 and reply.json()["predicted_label"] == right[name]
+                outcomes["ok" if good else f"{reply.status_code} {reply.text[:200]}"] += 1
+
+    clients = [threading.Thread(target=client, args=(number,)) for number in range(CLIENTS)]
+    for one in clients:
+        one.start()
+    try:
+        yield outcomes
+    finally:
         stop.set()
         for one in clients:
             one.join()
-        print(dict(outcomes))
-        assert outcomes["ok"] > 200 and set(outcomes) <= {"ok", "cut"}, outcomes
-        assert outcomes["cut"] <= len(clients), "beyond those that were in the node's hands"
 
 
 def files_of(tier: Path) -> list[str]:

@@ -222,6 +222,16 @@ class Drained(TypedDict):
     waited_s: float
 
 
+class DrainedNode(TypedDict):
+    """How far a node's drain is."""
+
+    node_id: str
+    address: str
+    handed_over: int
+    left: list[str]
+    took_s: float
+
+
 class Task(TypedDict):
     """A task."""
 

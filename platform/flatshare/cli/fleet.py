@@ -3,20 +3,34 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Final
 from urllib.parse import quote
 
 import typer
 
-from flatshare.cli.answers import Drained, Fleet, Labels, Refreshed, Scaling, Unloaded, Unpinned, parsed
+from flatshare.cli.answers import (
+    Drained,
+    DrainedNode,
+    Fleet,
+    Labels,
+    Refreshed,
+    Scaling,
+    Unloaded,
+    Unpinned,
+    parsed,
+)
 from flatshare.cli.context import UrlOption, call, own_store, platform_url
 from flatshare.cli.output import AsJson, err, out, print_json, print_table, size, when
 from flatshare.errors import FleetUnavailable
-from flatshare_registry.errors import InvalidInput
+from flatshare_registry.errors import InvalidInput, NotFound, Unavailable
 from flatshare_registry.ids import ModelRef
 
 MODEL_ID_HEADER = "serve_multiplexed_model_id"
+
+MOVES_S: Final = 60.0
+"""Seconds for which a control plane that was on a node may be away: it starts anew on another."""
 
 RefArgument = Annotated[str, typer.Argument(metavar="MODEL", help="acme, acme:canary or acme@7.")]
 
@@ -117,14 +131,28 @@ def scale(
 
 
 def drain(
-    replica: Annotated[str, typer.Argument(metavar="REPLICA", help="As flatshare replicas names it.")],
+    name: Annotated[
+        str,
+        typer.Argument(
+            metavar="REPLICA|NODE",
+            help="A replica as flatshare replicas names it, or a node's address or id.",
+        ),
+    ],
     url: UrlOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Empty a replica and have it replaced: others load what it holds first, and no request is lost."""
-    with err.status(f"draining {replica} ..."):
-        path = f"/admin/replicas/{quote(replica, safe='')}/drain"
-        reply = call("POST", f"{platform_url(url)}{path}", timeout=70)
+    """Empty a replica, or a whole node, and have it replaced: models move first, and no request is lost.
+
+    A node takes nothing more then, and can't be called back: `ray stop` it, and start Ray anew.
+    """
+    base = platform_url(url)
+    fleet = parsed(call("GET", f"{base}/admin/replicas"), Fleet)
+    if name not in {one["replica"] for one in fleet["replicas"]}:
+        _drain_node(base, name, as_json=as_json)
+        return
+    with err.status(f"draining {name} ..."):
+        path = f"/admin/replicas/{quote(name, safe='')}/drain"
+        reply = call("POST", f"{base}{path}", timeout=70)
     done = parsed(reply, Drained)
     if as_json:
         print_json(done)
@@ -132,6 +160,34 @@ def drain(
     out.print(
         f"{done['replica']} has ended, {done['waited_s']:.1f} s after its last requests were sent; "
         f"others had loaded {done['handed_over']} models; its replacement starts"
+    )
+
+
+def _drain_node(base: str, node: str, *, as_json: bool) -> None:
+    path = f"{base}/admin/nodes/{quote(node, safe='')}/drain"
+    began = time.monotonic()
+    with err.status(f"draining node {node} ...") as status:
+        done = parsed(call("POST", path, timeout=70), DrainedNode)
+        asked_at = time.monotonic()
+        while done["left"]:
+            status.update(f"draining node {node}: {len(done['left'])} replicas are left ...")
+            try:
+                now = parsed(call("POST", path, timeout=70), DrainedNode)
+            except NotFound:  # a control plane that knows of no such node is a new one: it has left
+                done["left"] = []
+            except Unavailable:  # the control plane was on that node, and moves too
+                if time.monotonic() - asked_at > MOVES_S:
+                    raise
+                time.sleep(0.5)  # nobody tells when the new one answers
+            else:
+                done["left"], asked_at = now["left"], time.monotonic()
+        done["took_s"] = round(time.monotonic() - began, 1)
+    if as_json:
+        print_json(done)
+        return
+    out.print(
+        f"node {done['address']} has no replica any more, after {done['took_s']:.1f} s; others had loaded "
+        f"{done['handed_over']} models before; `ray stop` there ends it"
     )
 
 

@@ -89,6 +89,7 @@ RULES: Final[Mapping[tuple[str, str], Access]] = {
     ("GET", "/plans"): Access.VIEW,
     ("GET", "/replicas"): Access.VIEW,
     ("POST", "/replicas/{replica}/drain"): Access.CHANGE,
+    ("POST", "/nodes/{node}/drain"): Access.CHANGE,
     ("GET", "/scaling"): Access.VIEW,
     ("PUT", "/scaling"): Access.CHANGE,
     ("GET", "/tasks"): Access.VIEW,

@@ -20,6 +20,7 @@ from flatshare.control.erasure import Erasing, Erasure, Erasures
 from flatshare.control.erasure_record import Record, Signer
 from flatshare.control.fleet import Fleet, Told
 from flatshare.control.fleet_schemas import FleetReply
+from flatshare.control.nodes import DrainedNodeReply, NodeDrain
 from flatshare.control.scaling import DrainedReply, Scaling, ScalingReply, ScalingRequest
 from flatshare.control.schemas import (
     AliasChange,
@@ -100,6 +101,7 @@ def create_control_app(
     erasure_key_file: Path | None = None,
     *,
     scaling: Scaling | None = None,
+    nodes: NodeDrain | None = None,
     task_keeper: TaskKeeper | None = None,
 ) -> Gate:
     """Build the control plane over a registry and a fleet; mounted under ``/admin``.
@@ -114,6 +116,8 @@ def create_control_app(
         Where the key that signs erasure records is, or will be; None: nothing can be erased.
     scaling
         Decides copies and replicas; None: nobody does.
+    nodes
+        Takes nodes out of the cluster; None: nobody does.
     task_keeper
         Tends tasks; None: none are taken.
     """
@@ -131,6 +135,7 @@ def create_control_app(
     _add_aliases(app, registry, fleet)
     _add_fleet(app, registry, fleet, scaling, running)
     _add_scaling(app, scaling)
+    _add_nodes(app, nodes)
     _add_tasks(app, task_keeper)
     _add_settings(app, fleet, running)
     documented(app)
@@ -414,6 +419,20 @@ def _add_scaling(app: FastAPI, scaling: Scaling | None) -> None:
         return DrainedReply(
             replica=done.replica, handed_over=done.handed_over, waited_s=round(done.waited_s, 3)
         )
+
+
+def _add_nodes(app: FastAPI, nodes: NodeDrain | None) -> None:
+    @app.post("/nodes/{node}/drain", tags=["fleet"], responses={202: {"model": DrainedNodeReply}})
+    async def drain_node(node: str, response: Response) -> DrainedNodeReply:
+        """Take a node out of the cluster: its models move first, then its replicas.
+
+        202: it goes on; ask again.
+        """
+        if nodes is None:
+            raise FleetUnavailable("nobody takes nodes out of this cluster")
+        reply = await nodes.drain(node)
+        response.status_code = 202 if reply.left else 200
+        return reply
 
 
 def _add_tasks(app: FastAPI, keeper: TaskKeeper | None) -> None:

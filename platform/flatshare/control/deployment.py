@@ -16,6 +16,7 @@ from flatshare.control.app import RegistryHeads, create_control_app
 from flatshare.control.decided import Routes
 from flatshare.control.fleet import Fleet
 from flatshare.control.keeper import Keeper
+from flatshare.control.nodes import NodeDrain
 from flatshare.control.scaling import Scaling
 from flatshare.control.settings import RunningSettings
 from flatshare.live_settings import with_live
@@ -37,6 +38,7 @@ from flatshare.pool.kept import (
     remember_bounds,
     remember_moved,
 )
+from flatshare.pool.nodes import RayNodes
 from flatshare.pool.scaling import ServeScaler
 from flatshare.pool.task_names import CONSUMER_DEPLOYMENT, TASKS_APP
 from flatshare.pool.task_queues import queue_of, run_s
@@ -85,6 +87,9 @@ class ControlPlane:
         return create_control_app(
             registry, fleet, identities, running, Path(self._settings.erasure_key_file), scaling=Scaling(
                 self._keeper, remember_bounds, can_wake=self._settings.edge == "haproxy"
+            ), nodes=NodeDrain(
+                RayNodes(self._settings.cpus_per_replica, self._settings.gpus_per_replica), fleet,
+                lambda: self._keeper.placement.moved,
             ), task_keeper=self._task_keeper,
         )  # fmt: skip
 

@@ -9,7 +9,16 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any, Final
 
-__all__ = ["DoorAddress", "ReplicaState", "Target", "app_status", "replica_states", "targets"]
+__all__ = [
+    "ClusterNode",
+    "DoorAddress",
+    "ReplicaState",
+    "Target",
+    "app_status",
+    "replica_states",
+    "replicas_on",
+    "targets",
+]
 
 
 @dataclass(frozen=True, slots=True, order=True)
@@ -50,6 +59,37 @@ class ReplicaState:
     replica: str
     state: str
     node_ip: str
+
+
+@dataclass(frozen=True, slots=True)
+class ClusterNode:
+    """A node of the cluster.
+
+    Attributes
+    ----------
+    room
+        Replicas of the pool that could be placed there besides.
+    leaving
+        It was told to leave: nothing more is placed there.
+    """
+
+    node_id: str
+    address: str
+    name: str
+    is_head: bool
+    room: int
+    leaving: bool = False
+
+
+def replicas_on(details: dict[str, Any], node_id: str) -> list[str]:
+    """Replicas on a node, of every application, by application, deployment and name; sorted."""
+    return sorted(
+        f"{app}/{deployment}/{one['replica_id']}"
+        for app, found in details["applications"].items()
+        for deployment, about in found["deployments"].items()
+        for one in about["replicas"]
+        if one.get("node_id") == node_id
+    )
 
 
 def app_status(details: dict[str, Any], app: str) -> tuple[str, str]:
