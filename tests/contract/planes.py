@@ -215,7 +215,7 @@ class Control:
             RunningSettings(Settings()),
             erasure_key_file=folder / "erasure.key", scaling=Scaling(
                 Keeper(fleet, OneReplica(), Bounds(1, 1), 4.0), lambda *_: None
-            ), nodes=NodeDrain(TwoNodes(), fleet, dict), task_keeper=TaskKeeper(
+            ), nodes=NodeDrain(TwoNodes(), fleet, dict, "pool/"), task_keeper=TaskKeeper(
                 TaskStore(self.registry.store), EmbeddedQueue(folder / "tasks.sqlite", 9, 9), OneReplica(),
                 Bounds(0, 4), 4, 45.0,
             ),

@@ -141,6 +141,7 @@ CONTROL: dict[tuple[str, str], Row] = {
     ("POST", "/tenants/{tenant}/aliases/{alias}/rollback"): change_own(),
     ("GET", "/plans"): view(),
     ("GET", "/replicas"): view(),
+    ("GET", "/metrics"): view(),
     ("POST", "/replicas/{replica}/drain"): change(404),
     ("POST", "/nodes/{node}/drain"): change(404),
     ("GET", "/settings"): view(),

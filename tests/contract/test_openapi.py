@@ -268,6 +268,7 @@ async def test_a_generated_client_calls_every_route_of_the_control_plane(
     await ask("set_alias", body=models.AliasChange.from_dict({"version": 2}), **canary)
     await ask("remove_alias", **canary)
     await ask("replicas")
+    await ask("metrics")
     await ask("drain", 404, replica="none-such")
     assert (await ask("drain_node", node="10.0.0.2")).left == []
     assert (await ask("get_settings")).revision == 0

@@ -88,6 +88,7 @@ RULES: Final[Mapping[tuple[str, str], Access]] = {
     ("POST", "/tenants/{tenant}/aliases/{alias}/rollback"): Access.CHANGE_OWN,
     ("GET", "/plans"): Access.VIEW,
     ("GET", "/replicas"): Access.VIEW,
+    ("GET", "/metrics"): Access.VIEW,
     ("POST", "/replicas/{replica}/drain"): Access.CHANGE,
     ("POST", "/nodes/{node}/drain"): Access.CHANGE,
     ("GET", "/scaling"): Access.VIEW,

@@ -20,6 +20,7 @@ from flatshare.control.erasure import Erasing, Erasure, Erasures
 from flatshare.control.erasure_record import Record, Signer
 from flatshare.control.fleet import Fleet, Told
 from flatshare.control.fleet_schemas import FleetReply
+from flatshare.control.metrics import CONTENT_TYPE, exposition
 from flatshare.control.nodes import DrainedNodeReply, NodeDrain
 from flatshare.control.scaling import DrainedReply, Scaling, ScalingReply, ScalingRequest
 from flatshare.control.schemas import (
@@ -93,6 +94,9 @@ class RegistryHeads:
         return await asyncio.to_thread(self._registry.head, tenant)
 
 
+_PLAIN_TEXT: Final[dict[str, Any]] = {"content": {"text/plain": {"schema": {"type": "string"}}}}
+
+
 def create_control_app(
     registry: Registry,
     fleet: Fleet,
@@ -133,7 +137,7 @@ def create_control_app(
     _add_quotas(app, registry, fleet, running)
     _add_versions(app, registry, fleet)
     _add_aliases(app, registry, fleet)
-    _add_fleet(app, registry, fleet, scaling, running)
+    _add_fleet(app, registry, fleet, scaling, running, task_keeper)
     _add_scaling(app, scaling)
     _add_nodes(app, nodes)
     _add_tasks(app, task_keeper)
@@ -445,7 +449,12 @@ def _add_tasks(app: FastAPI, keeper: TaskKeeper | None) -> None:
 
 
 def _add_fleet(
-    app: FastAPI, registry: Registry, fleet: Fleet, scaling: Scaling | None, running: RunningSettings
+    app: FastAPI,
+    registry: Registry,
+    fleet: Fleet,
+    scaling: Scaling | None,
+    running: RunningSettings,
+    task_keeper: TaskKeeper | None,
 ) -> None:
     async def noted(request: Request, model: str, action: Action, **detail: str) -> str:
         """The ref, once the tenant's log says what is going to be done with it."""
@@ -459,6 +468,14 @@ def _add_fleet(
         """Every replica, the models in it, and fleet totals."""
         placement = scaling.placement if scaling is not None else None
         return FleetReply.of(await fleet.view(), placement, running.revision)
+
+    @app.get("/metrics", tags=["fleet"], response_class=Response, responses={200: _PLAIN_TEXT})
+    async def metrics() -> Response:
+        """The fleet in Prometheus' text format; `platform/METRICS.md` says what each number is."""
+        view = await fleet.view()
+        placement = scaling.placement if scaling is not None else None
+        queue = TaskQueueReply.of(task_keeper.tended) if task_keeper is not None else None
+        return Response(exposition(view, placement, queue), media_type=CONTENT_TYPE)
 
     @app.post("/preload", tags=["fleet"])
     async def preload(body: PreloadRequest, request: Request) -> Refreshed:

@@ -89,7 +89,7 @@ class ControlPlane:
                 self._keeper, remember_bounds, can_wake=self._settings.edge == "haproxy"
             ), nodes=NodeDrain(
                 RayNodes(self._settings.cpus_per_replica, self._settings.gpus_per_replica), fleet,
-                lambda: self._keeper.placement.moved,
+                lambda: self._keeper.placement.moved, f"{POOL_APP}/{POOL_DEPLOYMENT}/",
             ), task_keeper=self._task_keeper,
         )  # fmt: skip
 

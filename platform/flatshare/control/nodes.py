@@ -18,7 +18,6 @@ from flatshare.control.decided import AsksFleet
 from flatshare.errors import FleetUnavailable
 from flatshare.placement.handover import to_load
 from flatshare.pool.details import ClusterNode
-from flatshare.pool.handle import POOL_APP, POOL_DEPLOYMENT
 from flatshare_registry.errors import InvalidInput, NotFound
 
 __all__ = ["DrainedNodeReply", "NodeDrain", "TakesNodesOut"]
@@ -78,6 +77,8 @@ class NodeDrain:
     ----------
     moved
         Homes other than the ring's.
+    pool
+        How the names of the pool's replicas begin: ``application/deployment/``.
     """
 
     def __init__(
@@ -85,12 +86,14 @@ class NodeDrain:
         cluster: TakesNodesOut,
         fleet: AsksFleet,
         moved: Callable[[], Mapping[str, int]],
+        pool: str,
         *,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self._cluster = cluster
         self._fleet = fleet
         self._moved = moved
+        self._pool = pool
         self._clock = clock
         self._drains: dict[str, _Drain] = {}
         self._one_at_a_time = asyncio.Lock()
@@ -145,8 +148,9 @@ class NodeDrain:
             raise InvalidInput(
                 f"{node.address} is the cluster's head, with Serve's controller: it can't be drained"
             )
-        prefix = f"{POOL_APP}/{POOL_DEPLOYMENT}/"
-        leaving = {one.removeprefix(prefix) for one in await self._left(node) if one.startswith(prefix)}
+        leaving = {
+            one.removeprefix(self._pool) for one in await self._left(node) if one.startswith(self._pool)
+        }
         room = sum(one.room for one in nodes if one.node_id != node.node_id and not one.leaving)
         if room < len(leaving):
             raise InvalidInput(

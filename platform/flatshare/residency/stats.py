@@ -20,14 +20,30 @@ _SMALLEST_S: Final = 1e-6
 
 @dataclass(slots=True)
 class LoadTimes:
-    """A histogram of load times with log-spaced buckets, so that replicas' can be added."""
+    """A histogram of load times with log-spaced buckets, so that replicas' can be added.
+
+    Attributes
+    ----------
+    seconds
+        Of all loads together.
+    """
 
     counts: list[int] = field(default_factory=lambda: [0] * _BUCKETS)
+    seconds: float = 0.0
 
     def add(self, seconds: float) -> None:
         """Count one load."""
         position = math.log2(max(seconds, _SMALLEST_S) / _SMALLEST_S) * _BUCKETS_A_DOUBLING
         self.counts[min(int(position), _BUCKETS - 1)] += 1
+        self.seconds += seconds
+
+    def within(self, seconds: float) -> int:
+        """Loads of at most so many seconds, to the width of a bucket."""
+        return sum(
+            count
+            for index, count in enumerate(self.counts)
+            if _SMALLEST_S * 2 ** ((index + 0.5) / _BUCKETS_A_DOUBLING) <= seconds
+        )
 
     def quantile_s(self, share: float) -> float | None:
         """Seconds within which this share of loads ended (the bucket's middle); None without loads."""
@@ -89,4 +105,5 @@ class CacheStats:
                 one + other
                 for one, other in zip(total.load_times.counts, part.load_times.counts, strict=True)
             ]
+            total.load_times.seconds += part.load_times.seconds
         return total

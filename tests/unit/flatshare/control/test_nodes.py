@@ -71,7 +71,7 @@ class World:
 
 
 def drain_of(world: World) -> NodeDrain:
-    return NodeDrain(world, world, dict)
+    return NodeDrain(world, world, dict, f"{POOL_APP}/{POOL_DEPLOYMENT}/")
 
 
 @pytest.fixture(autouse=True)
