@@ -1,0 +1,93 @@
+"""What a real Prometheus reads of a platform under load: names that it takes, sums that agree with everybody else's."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import time
+from pathlib import Path
+
+import httpx
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from tests.debian import program
+
+from flatshare_registry.testing.ports import free_ports
+
+from .conftest import FLATSHARE, Platform, random_rows
+
+
+def leases(text: str) -> float:
+    families = {one.name: one for one in text_string_to_metric_families(text)}
+    return sum(sample.value for sample in families["flatshare_leases"].samples)
+
+
+@pytest.fixture(scope="module")
+def tenants(platform: Platform) -> list[str]:
+    names = [f"counted-{number}" for number in range(5)]
+    for number, name in enumerate(names):
+        platform.add(name, 300 + number)
+    return names
+
+
+def test_sums_are_those_of_replicas_and_of_the_client(platform: Platform, tenants: list[str]) -> None:
+    before = leases(platform.http.get(f"{platform.url}/admin/metrics").raise_for_status().text)
+    shown = platform.fleet()["totals"]["requests"]
+    assert before == shown
+    ran = subprocess.run(
+        [FLATSHARE, "bench", "--tenants", ",".join(tenants), "--requests", "300", "--url", platform.url, "--json"],
+        env=platform.environment, capture_output=True, text=True, timeout=120, check=True,
+    )  # fmt: skip
+    report = json.loads(ran.stdout)
+    assert (report["requests"], report["errors"]) == (300, 0)
+    after = leases(platform.http.get(f"{platform.url}/admin/metrics").text)
+    assert after - before == sum(report["hits"].values()) == 300
+    assert httpx.get(f"{platform.url}/admin/metrics").status_code == 401
+
+
+def test_a_real_prometheus_scrapes_it(platform: Platform, tenants: list[str], tmp_path: Path) -> None:
+    prometheus = program("prometheus", "prometheus", tmp_path)
+    (port,) = free_ports(1)
+    (tmp_path / "key").write_text(platform.admin["authorization"].removeprefix("Bearer "))
+    (tmp_path / "prometheus.yml").write_text(
+        "global: {scrape_interval: 1s, evaluation_interval: 1s}\n"
+        f"rule_files: [{Path(__file__).parents[2] / 'platform/deploy/alerts.yaml'}]\n"
+        "scrape_configs:\n  - job_name: flatshare\n    metrics_path: /admin/metrics\n"
+        f"    authorization: {{credentials_file: {tmp_path / 'key'}}}\n"
+        f"    static_configs: [{{targets: ['127.0.0.1:{platform.port}']}}]\n"
+    )
+    with (tmp_path / "log").open("w") as log:
+        running = subprocess.Popen(
+            [prometheus, f"--config.file={tmp_path / 'prometheus.yml'}", f"--storage.tsdb.path={tmp_path / 'data'}",
+             f"--web.listen-address=127.0.0.1:{port}"], stdout=log, stderr=log,
+        )  # fmt: skip
+    try:
+        rows, deadline = random_rows(1), time.monotonic() + 60
+        while True:  # a rate needs two scrapes with requests between
+            assert time.monotonic() < deadline and running.poll() is None, (tmp_path / "log").read_text()[
+                -2000:
+            ]
+            for name in tenants:
+                platform.predict(name, rows)
+            rate = asked(port, "sum(rate(flatshare_leases_total[30s]))")
+            if rate and float(rate[0]["value"][1]) > 0:
+                break
+            time.sleep(0.2)  # Prometheus scrapes by its own clock
+        assert len(asked(port, "flatshare_replica_info")) == 2
+        assert asked(port, 'flatshare_replicas{state="RUNNING"}')[0]["value"][1] == "2"
+        assert asked(port, "histogram_quantile(0.5, sum by (le) (flatshare_load_seconds_bucket))")
+        rules = httpx.get(f"http://127.0.0.1:{port}/api/v1/rules").json()["data"]["groups"][0]["rules"]
+        assert len(rules) == 10 and all(rule["health"] in ("ok", "unknown") for rule in rules), rules
+    finally:
+        running.terminate()
+        running.wait(20)
+
+
+def asked(port: int, query: str) -> list[dict[str, list[str]]]:
+    """What Prometheus answers; nothing while it starts."""
+    try:
+        reply = httpx.get(f"http://127.0.0.1:{port}/api/v1/query", params={"query": query}, timeout=10)
+        found: list[dict[str, list[str]]] = reply.json()["data"]["result"]
+    except (httpx.TransportError, ValueError, KeyError):
+        return []
+    return found
