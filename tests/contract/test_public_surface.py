@@ -99,5 +99,5 @@ def test_the_command_has_the_verbs_that_are_promised() -> None:
     verbs = set(get_command(app).commands)  # type: ignore[attr-defined]  # a click group
     assert verbs >= {
         "up", "down", "status", "edge", "tenants", "register", "versions", "promote", "rollback", "predict",
-        "replicas", "scale", "drain", "rollout", "settings", "tasks", "batch", "bench", "plan", "config", "convert", "train", "gc", "audit",
+        "replicas", "scale", "drain", "rollout", "settings", "tasks", "batch", "bench", "plan", "config", "convert", "train", "gc", "audit", "doctor",
     }  # fmt: skip

@@ -13,6 +13,7 @@ from flatshare.cli import (
     batch_verb,
     bench_verb,
     cluster_verbs,
+    doctor_verb,
     fleet,
     plan_verb,
     platform_verbs,
@@ -62,6 +63,7 @@ audit_verbs.add_to(app)
 tenancy_verbs.add_to(app, registry_verbs.tenants_app)
 training_verbs.add_to(app)
 batch_verb.add_to(app)
+doctor_verb.add_to(app)
 
 
 def main() -> None:
