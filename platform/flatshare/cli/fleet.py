@@ -168,6 +168,7 @@ def _drain_node(base: str, node: str, *, as_json: bool) -> None:
     began = time.monotonic()
     with err.status(f"draining node {node} ...") as status:
         done = parsed(call("POST", path, timeout=70), DrainedNode)
+        path = f"{base}/admin/nodes/{done['node_id']}/drain"  # another node may come with its address
         asked_at = time.monotonic()
         while done["left"]:
             status.update(f"draining node {node}: {len(done['left'])} replicas are left ...")

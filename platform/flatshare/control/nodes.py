@@ -106,7 +106,8 @@ class NodeDrain:
         Parameters
         ----------
         node
-            Its id or the beginning of it, its address, or its host's name.
+            Its id or the beginning of it, its address, or its host's name. One that has left is known by its
+            id alone.
 
         Raises
         ------
@@ -136,9 +137,10 @@ class NodeDrain:
         return await asyncio.to_thread(self._cluster.replicas, node.node_id)
 
     async def _begun(self, name: str) -> tuple[_Drain, bool]:
+        if name in self._drains:  # by its id: it may have left, and another node have its address
+            return self._drains[name], False
         nodes = await asyncio.to_thread(self._cluster.nodes)
-        known = {one.node_id: one for one in (*(drain.node for drain in self._drains.values()), *nodes)}
-        node = _named(name, list(known.values()))
+        node = _named(name, nodes)
         if node.node_id in self._drains:
             return self._drains[node.node_id], False
         if node.leaving:

@@ -53,6 +53,15 @@ FEW_BYTES: Final = 512 * 1024**2
 
 OLDEST_HAPROXY: Final = (2, 8)
 
+FIXES: Final = {
+    "certificate": "name in tls_cert a PEM file with a certificate and its own key, without a passphrase",
+    "sockets": "set TMPDIR to a short path, as /tmp",
+    "open files": "ulimit -n 65536, LimitNOFILE in a unit, or docker run --ulimit nofile=65536",
+    "port": "choose another with --port, or another address with --host",
+    "serve_port": "choose another with --serve-port",
+}
+"""Where the message of what was found does not say it."""
+
 
 @dataclass(frozen=True, slots=True)
 class Finding:
@@ -153,12 +162,16 @@ def _haproxy(settings: Settings) -> Iterator[Finding]:
 def _machine(settings: Settings) -> Iterator[Finding]:
     """What ``up`` refuses, but for ports that our own platform has."""
     ours = {port for state in known_states() if state.process() for port in (state.port, settings.serve_port)}
-    asked: list[tuple[str, Callable[[], object]]] = [
-        ("certificate", lambda: checks.check_certificate(settings.tls_cert)),
-        ("sockets", lambda: checks.check_socket_folder(Path(tempfile.gettempdir()))),
-        ("open files", lambda: checks.affordable_connections(settings.most_replicas)),
-    ]
-    for name, port in (("port", settings.port), ("serve_port", settings.serve_port)):
+    asked: list[tuple[str, Callable[[], object]]] = []
+    ports = {"port": settings.port}
+    if settings.edge == "haproxy":
+        ports["serve_port"] = settings.serve_port
+        asked = [
+            ("certificate", lambda: checks.check_certificate(settings.tls_cert)),
+            ("sockets", lambda: checks.check_socket_folder(Path(tempfile.gettempdir()))),
+            ("open files", lambda: checks.affordable_connections(settings.most_replicas)),
+        ]
+    for name, port in ports.items():
         if port not in ours:
             host = settings.host if name == "port" else "127.0.0.1"
             asked.append((name, lambda name=name, host=host, port=port: checks.check_port(name, host, port)))  # type: ignore[misc]  # bound now
@@ -167,7 +180,7 @@ def _machine(settings: Settings) -> Iterator[Finding]:
             look()
         except ServeError as error:
             what, _, fix = error.message.partition("; ")
-            yield Finding(name, "wrong", what, fix or "see the message")
+            yield Finding(name, "wrong", what, fix or FIXES[name])
         else:
             yield Finding(name, "ok", "as it should be")
 
