@@ -25,6 +25,7 @@ from pydantic import (
 from pydantic_settings import BaseSettings, PydanticBaseSettingsSource
 from pydantic_settings import SettingsError as BadSource
 
+from flatshare.access_log import log_target
 from flatshare.callback_rules import CallbackRules
 from flatshare.errors import SettingsError
 from flatshare_registry.records import Quotas
@@ -91,6 +92,11 @@ class Settings(RegistrySettings):
     tls_cert: str = Field(
         default="",
         description="PEM file of certificate chain and private key; TLS ends at the edge. Empty: plain HTTP.",
+    )
+    access_log: str = Field(
+        default="off",
+        description="A line of JSON for each request, written by the edge: a file to add it to (rotate it "
+        "with copytruncate), or udp://host:port of who takes them. off: none.",
     )
     max_connections_per_address: int = Field(
         default=1024,
@@ -467,6 +473,9 @@ class Settings(RegistrySettings):
             raise ValueError("nodes=several needs auth=on and edge=haproxy: replicas listen beyond loopback")
         if self.tls_cert and self.edge == "serve":
             raise ValueError("tls_cert needs edge=haproxy")
+        if self.access_log != "off" and self.edge == "serve":
+            raise ValueError("access_log needs edge=haproxy")
+        log_target(self.access_log)
         if self.proxy_networks() and self.edge == "serve":
             raise ValueError("trusted_proxies needs edge=haproxy")
         if bool(self.jwt_issuer) != bool(self.jwt_jwks):

@@ -4,6 +4,7 @@ A platform of its own on loopback, and clients that send bodies of 3 kB, 40 kB a
 is killed at random as soon as another one runs, again and again. What the edge may send again (bodies of up to 64 KiB)
 must be answered, all of it. A longer one gets a 502 in JSON, or, on a connection that carried requests before, is
 closed without a word, which HAProxy does so that the client sends it again. Ends with 1 when a request failed otherwise.
+The edge's access log is on: each request has one line there.
 """
 
 from __future__ import annotations
@@ -64,6 +65,8 @@ def main() -> int:
     with tempfile.TemporaryDirectory() as folder:
         os.environ["FLATSHARE_STORE"] = f"file://{folder}/store"
         os.environ["XDG_STATE_HOME"] = f"{folder}/state"
+        log = Path(folder) / "access.log"
+        os.environ["FLATSHARE_ACCESS_LOG"] = str(log)
         shots = requests(arguments.seed)
         with CONTENDERS["flatshare"].start(Capacity(arguments.replicas, TENANTS * len(ROWS))) as url:
             killer = Killer(url, arguments.kills, arguments.replicas, arguments.seed)
@@ -71,15 +74,19 @@ def main() -> int:
             load = Load(requests=None, concurrency=arguments.concurrency, headers=credentials(url))
             outcomes = run_load(url, itertools.takewhile(lambda _: killer.is_alive(), shots), load)
             killer.join()
+        lines = [one for one in map(json.loads, log.read_text().splitlines()) if one["path"] == "/predict"]
     if killer.error is not None:
         err.print(f"the kills ended early: {killer.error}")
-    document = results(killer, outcomes)
+    document = {**results(killer, outcomes), "lines": len(lines), "ids": len({one["id"] for one in lines})}
+    document["answered_lines"] = sum(one["status"] == 200 and one["tier"] != "-" for one in lines)
     print_table(
         "", ["body", "requests#", "ok#", "502 in JSON#", "closed#", "failed#", "cut#", "wrong#"],
         [(name, *(one[key] for key in ("requests", "ok", "bad_gateway", "closed", "failed", "cut", "wrong")))
          for name, one in document["bodies"].items()],
     )  # fmt: skip
-    out.print(f"{document['kills']} kills under {document['requests']} requests")
+    out.print(
+        f"{document['kills']} kills under {document['requests']} requests, {document['lines']} lines of log"
+    )
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(document, indent=2))
     good = killer.error is None and not (document["failed"] or document["cut"] or document["wrong"])

@@ -114,7 +114,7 @@ class Backend:
 
 class Edge:
     def __init__(self, folder: Path, **changes: Any) -> None:
-        self.process = HaproxyProcess(folder / "edge")
+        self.process = HaproxyProcess(folder / "edge", access_log=changes.pop("log_file", None))
         values: dict[str, Any] = {
             "max_body_bytes": 1_000_000, "retry_body_bytes": 65_536, "request_timeout_s": 10, **changes,
         }  # fmt: skip

@@ -21,3 +21,9 @@ def test_replicas_killed_under_load_cost_no_request(tmp_path: Path) -> None:
     assert (found["kills"], found["failed"], found["cut"], found["wrong"]) == (3, 0, 0, 0), found
     assert all(found["bodies"][name]["ok"] > 50 for name in ("3kb", "40kb")), found
     assert ran.returncode == 0, ran.stdout + ran.stderr
+    assert found["lines"] == found["ids"] == found["requests"], (
+        "one line for each request, and an id of its own"
+    )
+    assert found["answered_lines"] == sum(one["ok"] for one in found["bodies"].values()), (
+        "with the tier that answered"
+    )

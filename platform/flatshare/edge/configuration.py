@@ -71,6 +71,12 @@ OPEN_PATHS: Final = ("/admin/docs", "/admin/redoc", "/admin/openapi.json")
 MAX_PROXIES: Final = 3
 """Trusted proxies one behind the other: a CDN, its load balancer, ours."""
 
+LOG_BYTES: Final = 16 * 1024
+"""Longest line of the access log: what others wrote in it is cut before, so that none is cut in its JSON."""
+
+LOG_CHARS: Final = 1024
+"""Of a path in the access log, in bytes; JSON may make six of one."""
+
 FALLBACK_ID: Final = 2**31 - 1
 """Of Serve's own proxy: the largest that HAProxy takes, which is no place's."""
 
@@ -107,6 +113,9 @@ class EdgeOptions:
         PEM file with which TLS ends here; empty for plain HTTP.
     max_connections_per_address
         Connections of one client at a time; more are closed at once.
+    access_log
+        Where a line for each request goes: ``stdout``, or ``host:port`` of who takes them by UDP. Empty:
+        nowhere.
     trusted_proxies
         Networks of load balancers before this edge: what they say in ``x-forwarded-for`` is whom a request is from.
     hard_stop_after_s
@@ -133,6 +142,7 @@ class EdgeOptions:
     max_connections_per_address: int = 1024
     max_connections: int = 4096
     threads: int = 1
+    access_log: str = ""
     trusted_proxies: tuple[str, ...] = ()
     hard_stop_after_s: float = 3600
     max_old_workers: int = 32
@@ -191,7 +201,7 @@ frontend edge
     # One client that opens connections and says nothing must not take them all.
     stick-table type ipv6 size 100k expire 2m store conn_cur,gpc0,gpc0_rate(10s)
 {_clients(options)}
-    http-request set-var(txn.id) req.hdr(x-request-id) if {{ req.hdr(x-request-id) -m reg ^[A-Za-z0-9._:-]{{1,64}}$ }}
+{_access_log(options)}    http-request set-var(txn.id) req.hdr(x-request-id) if {{ req.hdr(x-request-id) -m reg ^[A-Za-z0-9._:-]{{1,64}}$ }}
     http-request set-var(txn.id) uuid() unless {{ var(txn.id) -m found }}
     http-request set-header x-request-id %[var(txn.id)]
     http-request del-header x-request-timeout-seconds
@@ -299,6 +309,46 @@ def _clients(options: EdgeOptions) -> str:
     ]
     lines += ["http-request track-sc0 src if { var(txn.proxied) -m found }"]
     return "\n".join(f"    {line}" for line in lines)
+
+
+def _access_log(options: EdgeOptions) -> str:
+    """One line of JSON for each request; no body, no query, and of a key only its id.
+
+    What is not there is ``-``, as HAProxy has it.
+    """
+    if not options.access_log:
+        return ""
+    # What somebody else wrote, in the order of the line; cut so that no line is longer than LOG_BYTES.
+    said = {
+        "method": "method,bytes(0,32)", "path": f"path,bytes(0,{LOG_CHARS})",
+        "trace": "req.hdr(traceparent),field(2,-)", "key": "var(txn.shown),field(2,_)",
+    }  # fmt: skip
+    only_if = {
+        "trace": r"{ req.hdr(traceparent) -m reg ^00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}$ }",
+        "key": r"{ var(txn.shown) -m reg ^fs_[A-Za-z0-9-]{1,63}[.][a-z0-9]{10}_[A-Za-z0-9_-]{43}$ }",
+    }
+    replied = ("tenant", "version", "tier", "replica")
+    texts = {
+        "id": "var(txn.id)", **{name: f"var(txn.log_{name})" for name in said},
+        "model": "var(txn.home),bytes(0,256)", **{name: f"var(txn.log_{name})" for name in replied},
+    }  # fmt: skip
+    words = ",".join(f'"{name}":"%[{sample},json(utf8s)]"' for name, sample in texts.items())
+    numbers = '"status":%ST,"ms":%Ta,"wait_ms":%Tw,"bytes_in":%U,"bytes_out":%B'
+    lines = [
+        f"log {options.access_log} len {LOG_BYTES} format raw local0",
+        f"""log-format '{{"time":%Ts.%ms,{words},{numbers},"retries":"%rc","server":"%s","end":"%ts"}}'""",
+        "option dontlognull",
+    ]
+    for name, sample in said.items():
+        if name != "key":  # which is known later
+            condition = f" if {only_if[name]}" if name in only_if else ""
+            lines.append(f"http-request set-var(txn.log_{name}) {sample}{condition}")
+    lines += [
+        f"http-response set-var(txn.log_{name}) res.hdr(x-flatshare-{name}),bytes(0,128)" for name in replied
+    ]
+    # Rules of the answer run after all of the request's: a refused request has its key's id from these.
+    lines.append(f"http-after-response set-var(txn.log_key) {said['key']} if {only_if['key']}")
+    return "".join(f"    {line}\n" for line in lines)
 
 
 def _later(options: EdgeOptions) -> str:

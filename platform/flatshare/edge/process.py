@@ -12,7 +12,7 @@ import subprocess
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Final
+from typing import BinaryIO, Final
 
 from flatshare.edge.copies import COPIES_MAP, map_text, parse_map, replace_map
 from flatshare.edge.servers import RunningServer, running_servers
@@ -58,14 +58,17 @@ class HaproxyProcess:
     ----------
     folder
         Private: made with mode 0700; holds the configuration and the two sockets.
+    access_log
+        A file to which what it says of requests is added, for a configuration that has it say so on stdout.
     """
 
-    def __init__(self, folder: Path, binary: str | None = None) -> None:
+    def __init__(self, folder: Path, binary: str | None = None, access_log: Path | None = None) -> None:
         self._binary = binary or find_haproxy()
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
         folder.chmod(0o700)
         self._config = folder / "haproxy.cfg"
         self._log = folder / "haproxy.log"
+        self._access_log = access_log
         self._master_socket = folder / "master.sock"
         self.admin_socket = folder / "admin.sock"
         self.copies_map = folder / COPIES_MAP
@@ -97,12 +100,12 @@ class HaproxyProcess:
             if os.getppid() != parent:  # it died before the call above
                 os._exit(1)
 
-        with self._log.open("wb") as log:
+        with self._log.open("wb") as log, self._opened_access_log() as access_log:
             self._process = subprocess.Popen(
                 [self._binary, "-W", "-db", "-f", str(self._config), "-S", f"{self._master_socket},mode,600"],
                 cwd=self._config.parent,
                 stdin=subprocess.DEVNULL,
-                stdout=log,
+                stdout=access_log or log,
                 stderr=log,
                 preexec_fn=die_with_parent,
                 # Ctrl-C in a terminal goes to the whole process group; we stop it ourselves, in order.
@@ -121,6 +124,15 @@ class HaproxyProcess:
                 raise LocalError(f"haproxy did not come up in {START_TIMEOUT_S:g} s: {self._last_words()}")
             with contextlib.suppress(subprocess.TimeoutExpired):
                 self._process.wait(0.05)  # ends early if it dies
+
+    def _opened_access_log(self) -> contextlib.AbstractContextManager[BinaryIO | None]:
+        if self._access_log is None:
+            return contextlib.nullcontext()
+        try:
+            handle = os.open(self._access_log, os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC, 0o640)
+        except OSError as error:
+            raise LocalError(f"access_log: {self._access_log}: {error.strerror}") from error
+        return os.fdopen(handle, "ab", 0)
 
     def write(self, configuration: str, copies: Mapping[str, str] | None = None) -> None:
         """Put the files in place with which it starts the next time; nothing changes in what runs.

@@ -20,6 +20,7 @@ import httpx
 import ray
 from ray import serve
 
+from flatshare.access_log import log_target
 from flatshare.api.identity import OperatorKeys
 from flatshare.control.decided import Routes
 from flatshare.control.deployment import CONTROL_APP, CONTROL_PREFIX, control_application
@@ -191,7 +192,7 @@ def deploy(application: serve.Application, name: str, prefix: str | None, *, sca
 @contextlib.contextmanager
 def _edge(settings: Settings) -> Iterator[EdgeSupervisor]:
     folder = Path(tempfile.mkdtemp(prefix="flatshare-edge-"))
-    process = HaproxyProcess(folder)
+    process = HaproxyProcess(folder, access_log=log_target(settings.access_log)[1])
     doors = Doors(ask_replicas)
     decided = Decided()
 
@@ -246,6 +247,7 @@ def edge_options(settings: Settings, admin_socket: Path) -> EdgeOptions:
         max_connections_per_address=settings.max_connections_per_address,
         max_connections=affordable_connections(settings.most_replicas),
         trusted_proxies=settings.proxy_networks(),
+        access_log=log_target(settings.access_log)[0],
         threads=max((os.cpu_count() or 1) // CORES_PER_EDGE_THREAD, 1),
         tasks=settings.tasks != "off",
         max_task_bytes=settings.tasks_max_body_bytes,
