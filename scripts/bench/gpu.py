@@ -24,6 +24,7 @@ from safetensors.torch import save
 
 from flatshare.api.identity import LOCAL_OPERATOR
 from flatshare.cli.output import err, out, print_table
+from flatshare.device.host_memory import keep_freed_memory
 from flatshare.device.opening import open_device
 from flatshare.device.protocol import Device
 from flatshare.engine.passes import forward
@@ -50,6 +51,7 @@ def main() -> int:
     parser.add_argument("--tenants", type=int, action="append", help="of a load (repeatable; 1, 20, 200)")
     parser.add_argument("--concurrency", type=int, action="append", help="in flight (repeatable; 16, 128)")
     options = parser.parse_args()
+    keep_freed_memory()  # as a replica does
     device = open_device(options.device)
     card = torch.cuda.get_device_name() if device.torch_device.type == "cuda" else "CPU"
     out.print(f"{card}; torch {torch.__version__}")

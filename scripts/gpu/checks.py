@@ -115,7 +115,7 @@ def tests(place: Place) -> str:
     )  # fmt: skip
     lines = (done.stdout + done.stderr).strip().splitlines()
     expect(done.returncode == 0, " ".join(lines[-3:]))
-    return lines[-1]
+    return done.stdout.strip().splitlines()[-1]
 
 
 @check(3, "probe errors as shares of the tolerance: FP32 below 0.1, TF32 told", simulated=True)

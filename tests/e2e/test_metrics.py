@@ -77,7 +77,7 @@ def test_a_real_prometheus_scrapes_it(platform: Platform, tenants: list[str], tm
         assert asked(port, 'flatshare_replicas{state="RUNNING"}')[0]["value"][1] == "2"
         assert asked(port, "histogram_quantile(0.5, sum by (le) (flatshare_load_seconds_bucket))")
         rules = httpx.get(f"http://127.0.0.1:{port}/api/v1/rules").json()["data"]["groups"][0]["rules"]
-        assert len(rules) == 10 and all(rule["health"] in ("ok", "unknown") for rule in rules), rules
+        assert len(rules) == 11 and all(rule["health"] in ("ok", "unknown") for rule in rules), rules
     finally:
         running.terminate()
         running.wait(20)

@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from flatshare.codecs.images import decode_images
 from flatshare.codecs.payload import decode_array
+from flatshare.device.host_memory import keep_freed_memory
 from flatshare.errors import BadInput, DeviceBroken, ModelFailed, Overloaded, Suspended, Wedged
 from flatshare.models.architecture import Architecture, architecture
 from flatshare.replica.build import Replica
@@ -62,6 +63,7 @@ class OfflineCore:
         self._replica = asyncio.run_coroutine_threadsafe(self._build(settings), self._loop).result()
 
     async def _build(self, settings: Settings) -> Replica:
+        keep_freed_memory()
         replica = Replica.build(
             settings, settings.open_store(), keeps=lambda record: record.digest not in self._once
         )
@@ -78,7 +80,7 @@ class OfflineCore:
         version
             ``acme@7``, or another ref.
         once
-            No process of this node will ask for it again: its weights are not written to the node's tier.
+            No other unit of this batch will ask for it: its weights are not written to the node's tier.
 
         Raises
         ------

@@ -20,7 +20,8 @@ def add_to(app: typer.Typer) -> None:
 def doctor(as_json: AsJson = False) -> None:
     """Look at versions, settings, the store, ports, limits and keys; say what is wrong, and what to do.
 
-    Exit code 1 when something is wrong. Writes some small objects to the store, and removes them.
+    Exit code 1 when something is wrong. Writes some small objects to the store and removes them, and makes
+    the folders of the host tier.
     """
     findings = []
     with err.status("looking ...") as status:

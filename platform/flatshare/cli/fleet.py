@@ -23,7 +23,7 @@ from flatshare.cli.answers import (
 )
 from flatshare.cli.context import UrlOption, call, own_store, platform_url
 from flatshare.cli.output import AsJson, err, out, print_json, print_table, size, when
-from flatshare.errors import FleetUnavailable
+from flatshare.errors import FleetUnavailable, ServeError
 from flatshare_registry.errors import InvalidInput, NotFound, Unavailable
 from flatshare_registry.ids import ModelRef
 
@@ -31,6 +31,9 @@ MODEL_ID_HEADER = "serve_multiplexed_model_id"
 
 MOVES_S: Final = 60.0
 """Seconds for which a control plane that was on a node may be away: it starts anew on another."""
+
+STALLS_S: Final = 300.0
+"""Seconds after which a drain from which nothing more leaves is told of."""
 
 RefArgument = Annotated[str, typer.Argument(metavar="MODEL", help="acme, acme:canary or acme@7.")]
 
@@ -141,13 +144,14 @@ def drain(
     url: UrlOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Empty a replica, or a whole node, and have it replaced: models move first, and no request is lost.
+    """Empty a replica and have it replaced, or empty a whole node: models move first, no request is lost.
 
     A node takes nothing more then, and can't be called back: `ray stop` it, and start Ray anew.
     """
     base = platform_url(url)
     fleet = parsed(call("GET", f"{base}/admin/replicas"), Fleet)
-    if name not in {one["replica"] for one in fleet["replicas"]}:
+    replicas = {one["replica"] for one in (*fleet["replicas"], *fleet["not_answering"])}
+    if name not in replicas:
         _drain_node(base, name, as_json=as_json)
         return
     with err.status(f"draining {name} ..."):
@@ -169,19 +173,26 @@ def _drain_node(base: str, node: str, *, as_json: bool) -> None:
     with err.status(f"draining node {node} ...") as status:
         done = parsed(call("POST", path, timeout=70), DrainedNode)
         path = f"{base}/admin/nodes/{done['node_id']}/drain"  # another node may come with its address
-        asked_at = time.monotonic()
+        asked_at = fewer_at = time.monotonic()
         while done["left"]:
             status.update(f"draining node {node}: {len(done['left'])} replicas are left ...")
             try:
                 now = parsed(call("POST", path, timeout=70), DrainedNode)
             except NotFound:  # a control plane that knows of no such node is a new one: it has left
                 done["left"] = []
-            except Unavailable:  # the control plane was on that node, and moves too
+            except (Unavailable, ServeError, InvalidInput):  # the control plane was there, and moves too
                 if time.monotonic() - asked_at > MOVES_S:
                     raise
                 time.sleep(0.5)  # nobody tells when the new one answers
             else:
-                done["left"], asked_at = now["left"], time.monotonic()
+                asked_at = time.monotonic()
+                fewer_at = asked_at if len(now["left"]) < len(done["left"]) else fewer_at
+                done["left"] = now["left"]
+            if done["left"] and time.monotonic() - fewer_at > STALLS_S:
+                raise FleetUnavailable(
+                    f"{len(done['left'])} replicas have not left {done['address']} for {STALLS_S:.0f} s: "
+                    f"{', '.join(done['left'])}. Other nodes may have no room for them: add one"
+                )
         done["took_s"] = round(time.monotonic() - began, 1)
     if as_json:
         print_json(done)

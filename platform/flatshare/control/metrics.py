@@ -18,7 +18,7 @@ from prometheus_client.core import (
     HistogramMetricFamily,
     Metric,
 )
-from prometheus_client.exposition import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from prometheus_client.exposition import generate_latest
 from prometheus_client.registry import Collector
 
 from flatshare.control.decided import Placement
@@ -30,7 +30,7 @@ from flatshare.weights.tiers import Tier
 
 __all__ = ["CONTENT_TYPE", "FAMILIES", "Family", "exposition"]
 
-CONTENT_TYPE: Final = CONTENT_TYPE_PLAIN_0_0_4
+CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 LOAD_BUCKETS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 """Upper bounds of the histogram of loads: from a warm tensor to a store that hardly answers."""
@@ -59,7 +59,7 @@ FAMILIES: Final = (
         "flatshare_leases", "counter", "Requests that got a model, by the tier that it came from.",
         ("replica", "tier"),
     ),
-    Family("flatshare_refused_requests", "counter", "Requests that a replica refused for want of room or time.", _OF),
+    Family("flatshare_refused_requests", "counter", "Requests and loads that a replica refused for want of room, or of a turn in time.", _OF),
     Family("flatshare_requests_ongoing", "gauge", "Requests that a replica works on now.", _OF),
     Family("flatshare_requests_queued", "gauge", "Requests that wait in a replica now.", _OF),
     Family("flatshare_passes", "counter", "Forward passes.", _OF),

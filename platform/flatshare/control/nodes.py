@@ -114,7 +114,8 @@ class NodeDrain:
         NotFound
             There is no such node.
         InvalidInput
-            It is the head, several are meant, or others have no room for its replicas.
+            It is the head, several are meant, or others have no room for its replicas of the pool. Whether
+            they have room for what else Serve runs there, as steps of pipelines, is not looked at.
         Unavailable
             The cluster does not answer.
         """
@@ -136,6 +137,9 @@ class NodeDrain:
     async def _left(self, node: ClusterNode) -> list[str]:
         return await asyncio.to_thread(self._cluster.replicas, node.node_id)
 
+    async def _pool_on(self, node: ClusterNode) -> set[str]:
+        return {one.removeprefix(self._pool) for one in await self._left(node) if one.startswith(self._pool)}
+
     async def _begun(self, name: str) -> tuple[_Drain, bool]:
         if name in self._drains:  # by its id: it may have left, and another node have its address
             return self._drains[name], False
@@ -150,17 +154,17 @@ class NodeDrain:
             raise InvalidInput(
                 f"{node.address} is the cluster's head, with Serve's controller: it can't be drained"
             )
-        leaving = {
-            one.removeprefix(self._pool) for one in await self._left(node) if one.startswith(self._pool)
-        }
-        room = sum(one.room for one in nodes if one.node_id != node.node_id and not one.leaving)
+        leaving = await self._pool_on(node)
+        # What other nodes have still to give away takes of the same room.
+        going = [name for one in nodes if one.leaving for name in await self._pool_on(one)]
+        room = sum(one.room for one in nodes if one.node_id != node.node_id and not one.leaving) - len(going)
         if room < len(leaving):
             raise InvalidInput(
-                f"{node.address} has {len(leaving)} replicas, and the other nodes have room for {room}: "
-                "add a node, or flatshare scale to fewer first"
+                f"{node.address} has {len(leaving)} replicas, and the other nodes have room for "
+                f"{max(room, 0)}: add a node, or flatshare scale to fewer first"
             )
         began = self._clock()
-        drain = _Drain(node, began, await self._hand_over(leaving))
+        drain = _Drain(node, began, await self._hand_over({*leaving, *going}))
         await asyncio.to_thread(self._cluster.leave, node.node_id)
         logger.warning("node %s leaves: %d replicas go to others", node.address, len(leaving))
         self._drains[node.node_id] = drain
@@ -190,4 +194,4 @@ def _named(name: str, nodes: list[ClusterNode]) -> ClusterNode:
     known = ", ".join(f"{one.address} ({one.node_id[:12]})" for one in found or nodes)
     if found:
         raise InvalidInput(f"{name} names several nodes: {known}")
-    raise NotFound(f"there is no node {name}; there are {known}")
+    raise NotFound(f"there is no replica and no node {name}; nodes: {known}")

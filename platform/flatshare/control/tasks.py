@@ -28,7 +28,7 @@ class TaskQueueReply(BaseModel):
             answers=backlog is not None,
             due=backlog.due if backlog else None,
             under_way=backlog.under_way if backlog else None,
-            oldest_s=backlog.oldest_s if backlog else None,
+            oldest_s=backlog.oldest_s if backlog and backlog.tells_age else None,
             consumers=tended.consumers,
             min_consumers=bounds.minimum,
             max_consumers=bounds.maximum,

@@ -10,7 +10,6 @@ import torch
 from flatshare.device.cpu import CpuDevice
 from flatshare.device.cuda import CudaDevice
 from flatshare.device.faults import first_line
-from flatshare.device.host_memory import keep_freed_memory
 from flatshare.device.protocol import Device
 from flatshare.device.torch_cuda import TorchCuda
 from flatshare.errors import SettingsError
@@ -25,7 +24,7 @@ issues 20532 and 58466 tell of 0.3 to 0.6 GB; ``scripts/gpu-checks`` measures it
 
 
 def open_device(wanted: str, share: float = 0.0) -> Device:
-    """The device that a setting means on this machine; this process keeps memory for it from now on.
+    """The device that a setting means on this machine.
 
     Parameters
     ----------
@@ -37,7 +36,6 @@ def open_device(wanted: str, share: float = 0.0) -> Device:
     SettingsError
         ``cuda`` was asked for, or a GPU was reserved, and there is none; or it does not compute.
     """
-    keep_freed_memory()
     available = torch.cuda.is_available()
     if not available and wanted != "cpu" and (share or wanted == "cuda"):
         asked = "device=cuda" if wanted == "cuda" else f"gpus_per_replica={share:g}"

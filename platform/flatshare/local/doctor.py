@@ -1,14 +1,15 @@
 """What is wrong with this machine for a platform, each with what to do: ``flatshare doctor``.
 
-It looks and changes nothing, but for some small objects that it writes to the store and removes again. What
-``up`` would refuse is looked at with ``up``'s own eyes (``checks.py``). Imports neither ray nor torch: one of
-them may be what is broken.
+It makes what ``up`` would make when it looks, as the folders of a host tier, and writes some small objects
+to the store, which it removes again. What ``up`` would refuse is looked at with ``up``'s own eyes
+(``checks.py``). Imports neither ray nor torch: one of them may be what is broken.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import socket
 import subprocess
 import sys
 import tempfile
@@ -19,6 +20,7 @@ from dataclasses import dataclass
 from importlib import metadata
 from pathlib import Path
 from typing import Final, Literal
+from urllib.parse import urlsplit
 
 from packaging.requirements import Requirement
 
@@ -29,7 +31,7 @@ from flatshare.local.keys import key_file, read_key
 from flatshare.local.state import known_states
 from flatshare.settings import Settings, load_settings, unknown_variables
 from flatshare.weights.host_place import host_tier_folder
-from flatshare_registry.errors import AlreadyExists, Conflict, RegistryError
+from flatshare_registry.errors import AlreadyExists, Conflict, RegistryError, UnfitStore
 from flatshare_registry.records import new_ulid
 from flatshare_registry.stores.base import BlobStore, Create, Overwrite
 from flatshare_registry.stores.conditions import CHECK_PREFIX, check_conditions
@@ -49,9 +51,11 @@ CLOCK_S: Final = 5.0
 compare times."""
 
 FEW_BYTES: Final = 512 * 1024**2
-"""A host tier below this holds a hundred models of 5 MB."""
+"""A smaller host tier holds fewer than a hundred models of 5 MB."""
 
 OLDEST_HAPROXY: Final = (2, 8)
+
+ATOMIC: Final = "use a store with atomic conditional writes (Amazon S3, MinIO, Ceph, R2)"
 
 FIXES: Final = {
     "certificate": "name in tls_cert a PEM file with a certificate and its own key, without a passphrase",
@@ -81,22 +85,31 @@ class Finding:
 
 def examine(environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:
     """Look at everything, one after the other; never raises for what it finds."""
-    yield from _python()
-    yield from _packages()
-    yield from _variables(environment)
+    for look in (_python, _packages, lambda: _variables(environment)):
+        yield from _looked(look)
     try:
         settings = load_settings()
     except ServeError as error:
         fix = "correct what it names (README.md lists them); what goes by settings was not looked at"
         yield Finding("settings", "wrong", error.message, fix)
-        yield from _keys()
+        yield from _looked(_keys)
         return
     yield Finding("settings", "ok", "all that are set are valid")
-    yield from _haproxy(settings)
-    yield from _machine(settings)
-    yield from _host_tier(settings)
-    yield from _keys()
-    yield from _store(settings)
+    for look_at in (_haproxy, _machine, _host_tier):
+        yield from _looked(lambda look_at=look_at: look_at(settings))  # type: ignore[misc]  # bound now
+    yield from _looked(_keys)
+    yield from _looked(lambda: _store(settings))
+
+
+def _looked(look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
+    """What one look finds; that it could not be made is a finding, too."""
+    try:
+        yield from look()
+    except (ServeError, RegistryError, OSError) as error:
+        text = str(error) if isinstance(error, OSError) else error.message
+        yield Finding(
+            "this machine", "wrong", text, "mend that, and look again: some of it was not looked at"
+        )
 
 
 def _python() -> Iterator[Finding]:
@@ -177,16 +190,23 @@ def _machine(settings: Settings) -> Iterator[Finding]:
             asked.append((name, lambda name=name, host=host, port=port: checks.check_port(name, host, port)))  # type: ignore[misc]  # bound now
     for name, look in asked:
         try:
-            look()
+            found = look()
         except ServeError as error:
-            what, _, fix = error.message.partition("; ")
+            # A port's message says what to do; of the others it says more of what is wrong.
+            what, _, fix = error.message.partition("; ") if "port" in name else (error.message, "", "")
             yield Finding(name, "wrong", what, fix or FIXES[name])
+            continue
+        if name == "open files" and isinstance(found, int) and found < checks.MAX_CONNECTIONS:
+            text = f"room for {found} connections at the edge, of {checks.MAX_CONNECTIONS}"
+            yield Finding(name, "warning", text, FIXES[name])
         else:
             yield Finding(name, "ok", "as it should be")
 
 
 def _host_tier(settings: Settings) -> Iterator[Finding]:
-    folder = host_tier_folder(settings.host_dir.replace("{node}", "node"))
+    named = settings.host_dir.replace("{node}", socket.gethostname())
+    settings = settings.model_copy(update={"host_dir": named})
+    folder = host_tier_folder(named)
     if folder is None:
         yield Finding("host tier", "warning", "off: every load comes from the store", "set host_dir=auto")
         return
@@ -196,9 +216,10 @@ def _host_tier(settings: Settings) -> Iterator[Finding]:
         size = shutil.disk_usage(base)
     except (ServeError, OSError) as error:
         text = error.message if isinstance(error, ServeError) else str(error)
-        yield Finding("host tier", "wrong", text, "give host_dir a folder that only this user can write to")
+        level: Level = "warning" if named == "auto" else "wrong"  # then every load comes from the store
+        yield Finding("host tier", level, text, "give host_dir a folder that only this user can write to")
         return
-    wanted = settings.host_bytes or FEW_BYTES
+    wanted = settings.host_bytes or 4 * FEW_BYTES  # by itself it takes a quarter
     if size.total < wanted:
         yield Finding(
             "host tier", "warning",
@@ -219,6 +240,11 @@ def _keys() -> Iterator[Finding]:
             key = read_key(role)
         except LocalError as error:
             yield Finding(f"{role} key", "wrong", error.message, f"chmod 600 {key_file(role)}")
+        except OSError as error:  # another user's, as root's after sudo
+            yield Finding(
+                f"{role} key", "wrong", f"{error.filename}: {error.strerror}",
+                "it is another user's: chown it to this one, or run as that one",
+            )  # fmt: skip
         else:
             yield Finding(f"{role} key", "ok", str(key_file(role)) if key else "none yet: up makes it")
 
@@ -230,11 +256,21 @@ def _store(settings: Settings) -> Iterator[Finding]:
             "set FLATSHARE_STORE to s3://bucket/prefix, or to file:///path on one machine",
         )  # fmt: skip
         return
+    folder = Path(urlsplit(settings.store).path)
+    if settings.store.startswith("file://") and not folder.exists():
+        yield Finding(
+            "store", "warning", f"{folder} is not there: it is made at the first use",
+            "see that the path is right, and the same for everybody who registers",
+        )  # fmt: skip
+        return
     try:
         store = settings.open_store()
         check_conditions(store)
         wins = [_race(store) for _ in range(RACES)]
         skew_s = _skew(store)
+    except UnfitStore as error:
+        yield Finding("store", "wrong", error.message, ATOMIC)
+        return
     except RegistryError as error:
         yield Finding(
             "store", "wrong", error.message, "see that it is there, that its keys may write, and its endpoint"
@@ -243,7 +279,7 @@ def _store(settings: Settings) -> Iterator[Finding]:
     if wins != [1] * RACES:
         yield Finding(
             "store", "wrong", f"{store.url}: of {RACERS} at once {wins} created one object",
-            "use a store with atomic conditional writes (Amazon S3, MinIO, Ceph, R2)",
+            ATOMIC,
         )  # fmt: skip
     else:
         yield Finding("store", "ok", f"{store.url}: one of {RACERS} wins, {RACES} times of {RACES}")

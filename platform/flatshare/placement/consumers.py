@@ -31,12 +31,15 @@ class Backlog:
         Seconds for which the oldest due one could have been run.
     held
         Tasks that a consumer holds back until their time.
+    tells_age
+        Whether ``oldest_s`` is known; it is 0 where it is not.
     """
 
     due: int = 0
     under_way: int = 0
     oldest_s: float = 0.0
     held: int = 0
+    tells_age: bool = True
 
     @property
     def quiet(self) -> bool:

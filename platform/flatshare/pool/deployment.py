@@ -21,6 +21,7 @@ from flatshare.api.hot import HotRoutes
 from flatshare.api.identity import LOCAL_OPERATOR, Identities, OperatorKeys
 from flatshare.api.tokens import token_verifier
 from flatshare.codecs.payload import READY, decode_array
+from flatshare.device.host_memory import keep_freed_memory
 from flatshare.door.listener import Door
 from flatshare.errors import BadInput
 from flatshare.models.architecture import Architecture
@@ -75,6 +76,7 @@ class ClassifierPool:
         settings = settings.model_copy(update={"host_dir": settings.host_dir.replace("{node}", node)})
         identity = ReplicaIdentity(serve.get_replica_context().replica_id.unique_id, node_id=node_id)
         self._advertiser = Advertiser(self, self.load_model, lambda: self._replica.held_ids())
+        keep_freed_memory()
         self._replica = Replica.build(
             settings, settings.open_store(), identity=identity, on_change=self._advertiser.changed
         )

@@ -67,4 +67,4 @@ class RabbitQueue(CeleryQueue):
         Raises ``Unavailable``.
         """
         due = self.waiting()
-        return Backlog(due=due, under_way=max(self.open_tasks() - due, 0))
+        return Backlog(due=due, under_way=max(self.open_tasks() - due, 0), tells_age=False)

@@ -406,7 +406,7 @@ class Replica:
             settings_revision=self.settings_revision,
             ongoing=self.service.admission.ongoing,
             queued=self.service.admission.queued,
-            refused=self.service.admission.refused,
+            refused=self.service.admission.refused + self.service.cold.refused + self.cache.refused,
             advertised=sorted(advertised),
             models=self.cache.snapshot(),
             stats=dataclasses.replace(self.cache.stats),

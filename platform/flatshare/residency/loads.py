@@ -104,6 +104,11 @@ class Loads:
         return list(self._loads)
 
     @property
+    def refused(self) -> int:
+        """Loads that were refused a turn because it would have come too late."""
+        return self._loading.refused + self._loading_local.refused
+
+    @property
     def wait_s(self) -> float:
         """Seconds that another load from the store would wait for its turn, at the present rate."""
         return self._loading.wait_s()

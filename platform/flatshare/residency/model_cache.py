@@ -333,6 +333,11 @@ class ModelCache:
         return self._loads.keys
 
     @property
+    def refused(self) -> int:
+        """Loads that were refused a turn because it would have come too late."""
+        return self._loads.refused
+
+    @property
     def wait_s(self) -> float:
         """Seconds that another load from the store would wait for its turn, at the present rate."""
         return self._loads.wait_s

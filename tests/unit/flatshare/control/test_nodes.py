@@ -122,7 +122,7 @@ async def test_a_new_control_plane_goes_on() -> None:
 
 async def test_what_can_not_be_drained_is_refused_before_anything_happens() -> None:
     world = World(room=1)
-    with pytest.raises(NotFound, match=r"no node 10.0.0.9; there are 10.0.0.1 \(aaaa1111\)"):
+    with pytest.raises(NotFound, match=r"no replica and no node 10.0.0.9; nodes: 10.0.0.1 \(aaaa1111\)"):
         await drain_of(world).drain("10.0.0.9")
     with pytest.raises(InvalidInput, match="several nodes"):
         await drain_of(world).drain("host")
@@ -139,6 +139,20 @@ async def test_nodes_that_leave_are_no_room_for_each_other() -> None:
     await drain.drain("10.0.0.3")
     with pytest.raises(InvalidInput, match="room for 0"):
         await drain.drain("10.0.0.2")
+
+
+async def test_two_nodes_are_not_promised_the_same_room() -> None:
+    world = World(room=3)
+    world.goes = False
+    world.on[OTHER] = ["x/y/z"]
+    fourth = ClusterNode("dddd4444", "10.0.0.4", "fourth", False, 0)
+    world.on[fourth.node_id] = [f"{POOL_APP}/{POOL_DEPLOYMENT}/r0", f"{POOL_APP}/{POOL_DEPLOYMENT}/r9"]
+    nodes = world.nodes
+    world.nodes = lambda: [*nodes(), fourth]  # type: ignore[method-assign]  # one more
+    drain = drain_of(world)
+    await drain.drain("10.0.0.2")
+    with pytest.raises(InvalidInput, match="has 2 replicas, and the other nodes have room for 1"):
+        await drain.drain("10.0.0.4")
 
 
 async def test_a_silent_fleet_is_drained_cold_and_a_silent_cluster_is_told_of() -> None:
