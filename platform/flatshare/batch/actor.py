@@ -4,6 +4,7 @@ apart.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import time
@@ -43,6 +44,9 @@ class UnitRunner:
     def __init__(self, source: Input, settings: Settings, ready: bool) -> None:
         self._source = source
         self._core = OfflineCore(settings, ready=ready)
+        if len(source.files) == 1:  # while others start; of many files nobody knows yet which one comes
+            with contextlib.suppress(*READ_ERRORS):  # its rows will say so
+                source.rows(0, np.zeros(1, np.int64))
 
     def __call__(self, batch: dict[str, NDArray[Any]]) -> dict[str, NDArray[Any]]:
         """Columns of :data:`flatshare.batch.results.SCHEMA`, and when this began and what it loaded."""

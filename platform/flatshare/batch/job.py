@@ -42,6 +42,9 @@ PART_SHARE: Final = 0.05
 time so far: what one that is killed has to do again.
 """
 
+UNITS_A_TASK: Final = 4
+"""Full units of one task of an actor: seconds of work, and what one that is killed does again."""
+
 LOOK_UPS: Final = 16
 """Refs resolved, and audit entries written, at a time."""
 
@@ -258,7 +261,8 @@ def _labelled(
     import ray.data
 
     actors = min(plan.actors or _actors(plan.gpus_per_actor), len(units))
-    blocks = max(sum(len(unit.numbers) for unit in units) // MOST_ROWS, 4 * actors)
+    # Units of one task overlap; between two tasks a process waits for some 20 ms.
+    blocks = max(sum(len(unit.numbers) for unit in units) // (UNITS_A_TASK * MOST_ROWS), 4 * actors)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     logging.getLogger("ray.data").setLevel(logging.ERROR)
