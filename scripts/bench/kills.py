@@ -4,7 +4,7 @@ A platform of its own on loopback, and clients that send bodies of 3 kB, 40 kB a
 is killed at random as soon as another one runs, again and again. What the edge may send again (bodies of up to 64 KiB)
 must be answered, all of it. A longer one gets a 502 in JSON, or, on a connection that carried requests before, is
 closed without a word, which HAProxy does so that the client sends it again. Ends with 1 when a request failed otherwise.
-The edge's access log is on: each request has one line there.
+The edge's access log is on: each request has one line there, but for those that are closed without a word.
 """
 
 from __future__ import annotations
