@@ -20,7 +20,7 @@ _M_MMAP_THRESHOLD: Final = -3
 KEPT_BYTES: Final = 64 * 1024**2
 """Kept free at the end of each heap: what a pass of 64 images of ``mnist-cnn`` takes, and the weights of some
 loads. Requests of 64 images to one replica: one hot tenant 3,261 images/s without and 4,399 with, 20 in turn
-3,497 and 4,392 (``scripts/bench-gpu --device cpu``, medians of three; AMD EPYC), for 40 to 150 MB more of a
+3,497 and 4,392 (``scripts/bench-gpu --device cpu``, medians of three; Intel Xeon), for 40 to 150 MB more of a
 replica's memory."""
 
 MOST_HEAP_BYTES: Final = 32 * 1024**2

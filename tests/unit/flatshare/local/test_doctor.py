@@ -136,7 +136,7 @@ def nobody() -> Path:
 def key_of_root(machine: Machine) -> None:
     def denied(role: str) -> str | None:
         if role == "admin":
-            raise PermissionError(13, "Permission denied", "/root/admin.key")
+            raise PermissionError(13, "Permission denied", "admin.key")
         return None
 
     machine.patch.setattr(doctor, "read_key", denied)
