@@ -17,6 +17,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Final, Literal
@@ -85,7 +86,7 @@ class Finding:
 
 def examine(environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:
     """Look at everything, one after the other; never raises for what it finds."""
-    for look in (_python, _packages, lambda: _variables(environment)):
+    for look in (_python, _packages, partial(_variables, environment)):
         yield from _looked(look)
     try:
         settings = load_settings()
@@ -96,9 +97,9 @@ def examine(environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:
         return
     yield Finding("settings", "ok", "all that are set are valid")
     for look_at in (_haproxy, _machine, _host_tier):
-        yield from _looked(lambda look_at=look_at: look_at(settings))  # type: ignore[misc]  # bound now
+        yield from _looked(partial(look_at, settings))
     yield from _looked(_keys)
-    yield from _looked(lambda: _store(settings))
+    yield from _looked(partial(_store, settings))
 
 
 def _looked(look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
@@ -187,7 +188,7 @@ def _machine(settings: Settings) -> Iterator[Finding]:
     for name, port in ports.items():
         if port not in ours:
             host = settings.host if name == "port" else "127.0.0.1"
-            asked.append((name, lambda name=name, host=host, port=port: checks.check_port(name, host, port)))  # type: ignore[misc]  # bound now
+            asked.append((name, partial(checks.check_port, name, host, port)))
     for name, look in asked:
         try:
             found = look()
