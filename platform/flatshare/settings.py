@@ -122,6 +122,12 @@ class Settings(RegistrySettings):
         "that edges of other nodes reach them; a firewall must keep everybody else out. one: on loopback.",
     )
 
+    peer_tiers: bool = Field(
+        default=True,
+        description="With nodes=several: ask other nodes' host tiers for weights before the store. They are "
+        "asked on the replicas' doors, with a key of the cluster's own.",
+    )
+
     # -- who may call
     auth: Literal["on", "off"] = Field(
         default="on", description="off: everybody who reaches the port is the operator. For trying things."

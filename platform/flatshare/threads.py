@@ -11,7 +11,7 @@ import asyncio
 import contextlib
 import threading
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Executor, Future
 from typing import TypeVar
 
@@ -55,6 +55,16 @@ class ThreadWork:
             raise
         future.add_done_callback(lambda _: self._end(tenant))
         return future
+
+    @contextlib.contextmanager
+    def counted(self, tenant: str) -> Iterator[bool]:
+        """Count what is done in here for a tenant, as if a thread did it; False when it is stopped."""
+        with self._lock:
+            self._running[tenant] += 1
+        try:
+            yield not self.is_stopped(tenant)
+        finally:
+            self._end(tenant)
 
     async def run(self, threads: Executor, tenant: str, work: Callable[[], T]) -> T:
         """As :func:`in_thread`; the work counts also when the caller has gone."""

@@ -83,6 +83,10 @@ deployed = kept.Deployed(Settings(slots=7, plans=plans, max_replicas=3), Operato
 kept.remember_deployed(deployed)
 found["recalled"] = kept.recall_bounds()
 found["moved"] = [kept.recall_moved(), kept.remember_moved({"acme": 1}), kept.recall_moved()]
+found["key"] = [kept.shared_peer_key(one).decode() for one in (b"first", b"second")]
+kept.forget()
+found["key"].append(kept.shared_peer_key(b"third").decode())
+kept.remember_deployed(deployed)
 found["same"] = kept.recall_deployed() == deployed
 kept.change_deployed(lambda now: now.model_copy(update={"tenant_share": 0.5}))
 changed = kept.recall_deployed()

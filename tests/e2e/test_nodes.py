@@ -56,6 +56,9 @@ def test_two_nodes_serve_one_is_lost_and_erasures_reach_both(cluster: Cluster, t
         # An erasure reaches both: the tenant's weights are put on both nodes first.
         platform.http.post(f"{platform.url}/admin/preload", json={"model": "t7"}).raise_for_status()
         before = {name: files_of(tmp_path / name) for name in tiers}
+        loaded = [one for replica in platform.fleet()["replicas"] for one in replica["models"]]
+        sources = Counter(one["tier"] for one in loaded if one["tenant"] == "t7")
+        assert sources["peer"], f"one node has the weights from the other: {sources}"
         while (reply := platform.http.post(f"{platform.url}/admin/tenants/t7/erase")).status_code == 202:
             pass  # it goes on; asking waits for it
         receipts = {one["node_id"]: one for one in reply.raise_for_status().json()["nodes"]}

@@ -359,7 +359,7 @@ def _reply_headers() -> dict[str, Any]:
         "x-flatshare-tenant": "Whose model answered.",
         "x-flatshare-version": "Which of its versions.",
         "x-flatshare-digest": "sha256 of the weights that answered.",
-        "x-flatshare-tier": "Where they were found: device, host or store.",
+        "x-flatshare-tier": "Where they were found: device, host, peer (another node's files) or store.",
         "x-flatshare-replica": "Which replica answered.",
         REQUEST_ID_HEADER: "The request's id: yours if it is safe, else a new one.",
     }

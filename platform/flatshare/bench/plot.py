@@ -12,7 +12,7 @@ from flatshare.bench.report import TIERS
 
 __all__ = ["plot_run"]
 
-_COLOURS = {"device": "#2b7a4b", "host": "#c9a227", "store": "#b5442e"}
+_COLOURS = {"device": "#2b7a4b", "host": "#c9a227", "peer": "#d9772b", "store": "#b5442e"}
 
 
 def plot_run(outcomes: Sequence[Outcome], path: Path, title: str) -> None:

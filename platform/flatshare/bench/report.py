@@ -12,7 +12,7 @@ from flatshare.bench.load import Outcome
 
 __all__ = ["compare_hits", "latency_ms", "summarise"]
 
-TIERS: Final = ("device", "host", "store")
+TIERS: Final = ("device", "host", "peer", "store")
 
 
 def latency_ms(outcomes: Sequence[Outcome]) -> dict[str, float | None]:

@@ -15,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from flatshare.api.hot import HotRoutes
 from flatshare.api.http import REQUEST_ID_HEADER, request_id_of
 from flatshare.door.protocol import DoorProtocol
+from flatshare.weights.peers import PEER_PATH
 
 __all__ = ["HEALTH_PATH", "Door"]
 
@@ -47,6 +48,8 @@ class Door:
         Address to listen on.
     port
         0: any that is free.
+    tier
+        Answers other nodes' replicas; None: they find nothing here.
 
     Raises
     ------
@@ -54,7 +57,9 @@ class Door:
         The address can't be had.
     """
 
-    def __init__(self, data_plane: HotRoutes, host: str, port: int = 0) -> None:
+    def __init__(
+        self, data_plane: HotRoutes, host: str, port: int = 0, *, tier: ASGIApp | None = None
+    ) -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         # With the protocol's number: asyncio asks for it before it sets TCP_NODELAY; without that an answer
         # in two writes waits 40 ms for the client's acknowledgement.
@@ -70,7 +75,7 @@ class Door:
         self.host, self.port = self._socket.getsockname()[:2]
         self.taking = True
         config = uvicorn.Config(
-            _Plain(data_plane, self),
+            _Plain(data_plane, self, tier),
             # uvicorn calls it for each connection, and asks no more of it.
             http=cast("Any", functools.partial(DoorProtocol, hot=data_plane)),
             loop="none",
@@ -124,10 +129,11 @@ class Door:
 
 
 class _Plain:
-    """The usual way: health, and what Serve does for an app: a request id on every request and reply."""
+    """The usual way: health, peers, and what Serve does: a request id on every request and reply."""
 
-    def __init__(self, app: ASGIApp, door: Door) -> None:
+    def __init__(self, app: ASGIApp, door: Door, tier: ASGIApp | None) -> None:
         self._app = app
+        self._tier = tier
         self._door = door
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -147,6 +153,9 @@ class _Plain:
                 message = {**message, "headers": headers}
             await send(message)
 
+        if scope["path"] == PEER_PATH and self._tier is not None:
+            await self._tier(scope, receive, send)
+            return
         if scope["path"] == HEALTH_PATH:
             status = 200 if self._door.taking else 503
             await JSONResponse({"taking": self._door.taking}, status)(scope, receive, with_id)

@@ -23,6 +23,7 @@ from flatshare.api.tokens import token_verifier
 from flatshare.codecs.payload import READY, decode_array
 from flatshare.device.host_memory import keep_freed_memory
 from flatshare.door.listener import Door
+from flatshare.door.peers import TierServer
 from flatshare.errors import BadInput
 from flatshare.models.architecture import Architecture
 from flatshare.placement.handover import to_load
@@ -35,6 +36,7 @@ from flatshare.pool.gpus import allocator_variables, check_visible
 from flatshare.pool.handle import POOL_DEPLOYMENT
 from flatshare.pool.inside import InsideIdentities, answered
 from flatshare.pool.multiplex import NEVER_EVICT, Advertiser
+from flatshare.pool.peers import PeerDoors
 from flatshare.pool.router import PLACE, HomeReplicaRouter
 from flatshare.pool.steps import Steps
 from flatshare.replica.build import Replica
@@ -45,6 +47,7 @@ from flatshare.replica.ticket import Rows
 from flatshare.resolution.trust import TrustedHeads
 from flatshare.settings import Settings
 from flatshare.tasks.runner import Asked, Reply
+from flatshare.weights.peers import PeerTiers
 from flatshare_registry.ids import ModelRef
 
 __all__ = ["pool_application"]
@@ -77,9 +80,11 @@ class ClassifierPool:
         identity = ReplicaIdentity(serve.get_replica_context().replica_id.unique_id, node_id=node_id)
         self._advertiser = Advertiser(self, self.load_model, lambda: self._replica.held_ids())
         keep_freed_memory()
+        self._peers = PeerDoors(node) if settings.nodes == "several" and settings.peer_tiers else None
         self._replica = Replica.build(
-            settings, settings.open_store(), identity=identity, on_change=self._advertiser.changed
-        )
+            settings, settings.open_store(), identity=identity, on_change=self._advertiser.changed,
+            peers=PeerTiers(self._peers.key, self._peers.of) if self._peers is not None else None,
+        )  # fmt: skip
         self._settings = SettingsFollower(self._replica.take_settings)
         self._decoding = DecodeRoom()
         identities = Identities(
@@ -99,12 +104,21 @@ class ClassifierPool:
             identities, max_body_bytes=settings.max_body_bytes, max_rows=settings.max_rows,
             tasks=tasks_of(settings),
         )  # fmt: skip
-        self._door = Door(self._data_plane, node if settings.nodes == "several" else LOOPBACK)
+        self._door = Door(
+            self._data_plane, node if settings.nodes == "several" else LOOPBACK, tier=self._tier_server()
+        )
         self._warm = asyncio.get_running_loop().create_task(self._warm_up(), name="warm up")
         self._door_open = asyncio.get_running_loop().create_task(self._door.start(), name="open the door")
         self._replica.start()
         device = self._replica.device.name
         logger.info("replica %s on %s with %d slots", self._replica.name, device, settings.slots)
+
+    def _tier_server(self) -> TierServer | None:
+        """What other nodes' replicas may ask; nothing where there are none, or no tier."""
+        tier = self._replica.host_tier
+        if self._peers is None or tier is None:
+            return None
+        return TierServer(tier, self._replica.thread_work, self._peers.key)
 
     def __serve_build_asgi_app__(self) -> HotRoutes:
         """Called by Serve after the constructor: the same data plane, for what comes by Serve's own ways."""
@@ -230,6 +244,8 @@ class ClassifierPool:
         """
         with contextlib.suppress(Exception):  # it is logged, and looked for again
             await self._settings.now()
+        if self._peers is not None:
+            await self._peers.look()
         if self._replica.settings.warm_up_s == 0:
             return
         try:

@@ -2,8 +2,8 @@
 
 A control plane that dies, and a command that joins the cluster later, find there what an operator allowed
 and what was deployed. It is of the cluster's trust domain, as Serve's own records of the same arguments are:
-settings without secrets, and digests of operators' keys. ``tests/contract/test_ray_scaling.py`` pins the
-calls.
+settings without secrets, digests of operators' keys, and the key that the pool's own replicas show each
+other, which is kept nowhere else. ``tests/contract/test_ray_scaling.py`` pins the calls.
 """
 
 from __future__ import annotations
@@ -30,6 +30,7 @@ __all__ = [
     "remember_bounds",
     "remember_deployed",
     "remember_moved",
+    "shared_peer_key",
 ]
 
 _NAMESPACE: Final = b"flatshare"
@@ -125,9 +126,21 @@ def recall_moved() -> dict[str, int]:
     return found
 
 
+def shared_peer_key(candidate: bytes) -> bytes:
+    """The key that the pool's replicas share: the first one that any of them proposed."""
+    try:
+        internal_kv._internal_kv_put(b"peer-key", candidate, overwrite=False, namespace=_NAMESPACE)
+        kept = _get(b"peer-key")
+    except Exception as error:  # ray and gRPC have a dozen kinds
+        raise Unavailable(f"the cluster does not say the pool's key: {type(error).__name__}") from error
+    if kept is None:
+        raise Unavailable("the cluster does not keep the pool's key")
+    return kept
+
+
 def forget() -> None:
     """Forget all of a platform that was here before: a new one begins with its own settings."""
-    for key in (b"bounds", b"moved", b"deployed"):
+    for key in (b"bounds", b"moved", b"deployed", b"peer-key"):
         internal_kv._internal_kv_del(key, namespace=_NAMESPACE)
 
 

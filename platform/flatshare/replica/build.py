@@ -47,11 +47,12 @@ from flatshare.resolution.heads import TenantHeads
 from flatshare.resolution.resolver import Resolver
 from flatshare.resolution.swaps import Swaps
 from flatshare.settings import Settings
-from flatshare.threads import in_thread
+from flatshare.threads import ThreadWork, in_thread
 from flatshare.weights.device_loader import DeviceLoader
 from flatshare.weights.fetch import TensorSource
 from flatshare.weights.host_place import open_host_tier
 from flatshare.weights.host_tier import HostTier, Scrubbed
+from flatshare.weights.peers import PeerTiers
 from flatshare.weights.scrubber import HostScrubber
 from flatshare.weights.tiers import ModelKey
 from flatshare_registry.catalog import Registry
@@ -93,6 +94,8 @@ class Replica:
         Notes which keys were used.
     meter
         How busy it was lately.
+    thread_work
+        What threads do with each tenant's weights: an erasure waits for it.
     settings_revision
         How often the settings had been changed that it goes by.
     """
@@ -110,6 +113,7 @@ class Replica:
     service: InferenceService
     key_use: KeyUse
     meter: LoadMeter
+    thread_work: ThreadWork
     _on_change: Callable[[], None]
     _threads: list[ThreadPoolExecutor]
     _view_threads: ThreadPoolExecutor
@@ -129,6 +133,7 @@ class Replica:
         device: Device | None = None,
         on_change: Callable[[], None] = lambda: None,
         keeps: Callable[[VersionRecord], bool] = lambda record: True,
+        peers: PeerTiers | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> Replica:
         """Put one together. Nothing is read yet, and no thread runs but that of the passes.
@@ -145,6 +150,8 @@ class Replica:
             Called when :meth:`held_ids` may have changed; must be quick.
         keeps
             Whether what is fetched of a version is worth the node's tier (:class:`TensorSource`).
+        peers
+            Other nodes' tiers, asked before the store; None to do without.
         clock
             Monotonic seconds, of quotas, heads and fences.
 
@@ -175,6 +182,8 @@ class Replica:
         registry = Registry(store)
         host_tier = open_host_tier(settings.host_dir, settings.host_bytes)
 
+        source = TensorSource(store, host_tier, range_threads, keeps=keeps, peers=peers)
+
         def head_changed(old: TenantHead | None, new: TenantHead | None) -> None:
             swaps.moved(old, new)
             on_change()
@@ -192,13 +201,7 @@ class Replica:
                     settings.gpus_per_replica or 1.0,
                 ),
             ),
-            loader=DeviceLoader(
-                TensorSource(store, host_tier, range_threads, keeps=keeps),
-                device,
-                load_threads,
-                local_threads,
-                clock=clock,
-            ),
+            loader=DeviceLoader(source, device, load_threads, local_threads, clock=clock),
             load_concurrency=settings.load_concurrency,
             room_timeout_s=settings.request_timeout_s,
             fetch_timeout_s=settings.fetch_timeout_s,
@@ -250,6 +253,7 @@ class Replica:
             service=service,
             key_use=KeyUse(store, key_threads),
             meter=LoadMeter(reading, clock),
+            thread_work=source.work,
             _on_change=on_change,
             _threads=threads,
             _view_threads=view_threads,

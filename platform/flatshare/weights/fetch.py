@@ -1,4 +1,4 @@
-"""From a version's record to the bytes of its tensors: the host tier first, then the store.
+"""From a version's record to the bytes of its tensors: the host tier, other nodes' tiers, then the store.
 
 Only what is missing is asked for: neighbouring tensors in one ranged GET, long runs in several that
 go side by side. Each tensor's sha256 is worked out as its bytes arrive (``hasher.py``) and checked before
@@ -24,7 +24,8 @@ from typing import Final
 from flatshare.threads import ThreadWork
 from flatshare.weights.hasher import Hasher
 from flatshare.weights.host_tier import HostTier
-from flatshare.weights.tier_writer import TensorWriter
+from flatshare.weights.peers import Peer, PeerFailed, PeerTiers
+from flatshare.weights.tensor_sink import TensorSink
 from flatshare.weights.tiers import Tier
 from flatshare_registry import layout
 from flatshare_registry.errors import Corrupt, InvalidInput, NotFound, Unavailable
@@ -80,6 +81,8 @@ class TensorSource:
     keeps
         Whether what is fetched of a version is written to the tier: not what this node uses once. What others
         wrote is read all the same.
+    peers
+        Other nodes' tiers, asked before the store; None to do without.
 
     Attributes
     ----------
@@ -94,12 +97,14 @@ class TensorSource:
         range_threads: Executor | None = None,
         *,
         keeps: Callable[[VersionRecord], bool] = lambda record: True,
+        peers: PeerTiers | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.tier = tier
         self.keeps = keeps
         self.fetched_bytes = 0
         self.work = ThreadWork()
+        self._peers = peers
         self._store = store
         self._range_threads = range_threads
         self._clock = clock
@@ -136,13 +141,12 @@ class TensorSource:
         wanted = _wanted(record, names)
         found: dict[str, memoryview] = {}
         if self.tier is None:
-            return Fetched(self._download(record, wanted.values(), None, deadline), Tier.STORE)
+            return Fetched(found, self._obtain(record, wanted, found, None, deadline))
         missing = self._look(self.tier, wanted, found)
         if not missing:
             return Fetched(found, Tier.HOST)
         if not self.keeps(record):
-            found |= self._download(record, missing.values(), None, deadline)
-            return Fetched(found, Tier.STORE)
+            return Fetched(found, self._obtain(record, missing, found, None, deadline))
         with ExitStack() as locks:
             for digest in _to_lock(missing.values()):
                 patience_s = max(deadline - self._clock(), 0) / 2
@@ -152,8 +156,7 @@ class TensorSource:
             missing = self._look(self.tier, missing, found)  # others may have fetched it while we waited
             if not missing:
                 return Fetched(found, Tier.HOST)
-            found |= self._download(record, missing.values(), self.tier, deadline)
-        return Fetched(found, Tier.STORE)
+            return Fetched(found, self._obtain(record, missing, found, self.tier, deadline))
 
     def recheck(self, record: VersionRecord) -> list[str]:
         """Hash the host tier's files of a version again and remove the wrong ones; returns their digests.
@@ -185,6 +188,59 @@ class TensorSource:
                 found[digest] = data
         return missing
 
+    def _obtain(
+        self,
+        record: VersionRecord,
+        missing: Mapping[str, TensorRecord],
+        found: dict[str, memoryview],
+        tier: HostTier | None,
+        deadline: float,
+    ) -> Tier:
+        """Get what this node has not, from other nodes or the store; returns the slowest of these."""
+        left = dict(missing)
+        for peer in self._peers.to_ask(record.tenant) if self._peers is not None else ():
+            # Half of the time that is left: the store must still be able to answer.
+            until = self._clock() + max(deadline - self._clock(), 0) / 2
+            received = self._receive(peer, record, list(left.values()), tier, until)
+            found |= received
+            left = {digest: tensor for digest, tensor in left.items() if digest not in received}
+            if not left:
+                return Tier.PEER
+        found |= self._download(record, left.values(), tier, deadline)
+        return Tier.STORE
+
+    def _receive(
+        self,
+        peer: Peer,
+        record: VersionRecord,
+        tensors: Sequence[TensorRecord],
+        tier: HostTier | None,
+        deadline: float,
+    ) -> dict[str, memoryview]:
+        """Those of the tensors that a peer has, each checked and published as one from the store is.
+
+        Raises
+        ------
+        NotFound
+            The tenant was erased meanwhile.
+        """
+        assert self._peers is not None, "it has a peer"
+        done: dict[str, memoryview] = {}
+        sink: TensorSink | None = None
+        with Hasher() as hasher:
+            try:
+                for tensor, piece in self._peers.read(peer, record, tensors, deadline):
+                    sink = sink or TensorSink(record, tensor, tier, hasher, self.work)
+                    if sink.write(piece, len(piece)):
+                        done[tensor.sha256] = sink.finish()
+                        sink = None
+            except (PeerFailed, Corrupt) as error:  # what is whole is right: it was checked
+                self._peers.avoid(peer, error)
+            finally:
+                if sink is not None:
+                    sink.abort()
+        return done
+
     def _download(
         self, record: VersionRecord, tensors: Collection[TensorRecord], tier: HostTier | None, deadline: float
     ) -> dict[str, memoryview]:
@@ -192,14 +248,14 @@ class TensorSource:
         by_start = sorted(tensors, key=lambda one: one.start)
         pending = list(reversed(by_start))
         done: dict[str, memoryview] = {}
-        sink: _Sink | None = None
+        sink: TensorSink | None = None
         with Hasher() as hasher:
             try:
                 for start, data in self._read_ranges(record, _ranges(by_start), deadline):
                     view = memoryview(data)
                     while pending and pending[-1].start < start + len(view):
                         tensor = pending[-1]
-                        sink = sink or _Sink(record, tensor, tier, hasher, self.work)
+                        sink = sink or TensorSink(record, tensor, tier, hasher, self.work)
                         piece = view[tensor.start + sink.written - start : tensor.end - start]
                         if sink.write(piece, len(view)):
                             done[tensor.sha256] = sink.finish()
@@ -275,73 +331,6 @@ class TensorSource:
                     raise
                 # A store has no event to await. Apart, so that all who failed together do not come together.
                 time.sleep(random.uniform(0, RETRY_S))  # noqa: S311  # no secret
-
-
-@dataclass(slots=True)
-class _Sink:
-    """One tensor on its way from the store into the tier, or into memory where the tier has no room."""
-
-    record: VersionRecord
-    tensor: TensorRecord
-    tier: HostTier | None
-    hasher: Hasher
-    work: ThreadWork
-    written: int = 0
-    writer: TensorWriter | None = None
-    memory: bytearray | None = None
-    only: memoryview | None = None
-
-    def __post_init__(self) -> None:
-        if self.tier is not None:
-            self.writer = self.tier.writer(self.tensor.sha256, self.tensor.size_bytes)
-
-    def write(self, data: memoryview, range_bytes: int) -> bool:
-        """Take the next bytes, of a range of so many; whether the tensor is complete."""
-        self.hasher.update(data)
-        whole = not self.written and len(data) == self.tensor.size_bytes
-        self.written += len(data)
-        if self.writer is not None and not self.writer.write(data):
-            partial, self.writer = self.writer, None
-            before = self.written - len(data)
-            self.memory = bytearray(partial.read_back()[:before])
-            partial.abort()
-        if self.writer is None:
-            if whole and 2 * len(data) > range_bytes:
-                self.only = data  # no copy: most of the range is this tensor, and may live as long as it
-            else:
-                self.memory = self.memory if self.memory is not None else bytearray()
-                self.memory += data
-        return self.written == self.tensor.size_bytes
-
-    def finish(self) -> memoryview:
-        """Check the digest, publish, and give the bytes back as the tier has them.
-
-        Raises
-        ------
-        Corrupt
-            The bytes are not the registered ones. Nothing was published.
-        NotFound
-            The tenant was erased meanwhile. Nothing was published.
-        """
-        if self.work.is_stopped(self.record.tenant):
-            self.abort()
-            raise NotFound(f"{self.record.name} was erased")
-        if self.hasher.hexdigest() != self.tensor.sha256:
-            self.abort()
-            raise Corrupt(f"stored tensor {self.tensor.name} of {self.record.name} does not have its sha256")
-        writer, self.writer = self.writer, None
-        if writer is not None:
-            return writer.publish()
-        if self.only is not None:
-            return self.only
-        assert self.memory is not None, "without a writer the bytes are in memory"
-        return memoryview(self.memory).toreadonly()
-
-    def abort(self) -> None:
-        """Forget it."""
-        writer, self.writer = self.writer, None
-        if writer is not None:
-            writer.abort()
 
 
 def _wanted(record: VersionRecord, names: Collection[str]) -> dict[str, TensorRecord]:

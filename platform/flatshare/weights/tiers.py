@@ -21,6 +21,8 @@ class Tier(StrEnum):
     """It was resident."""
     HOST = "host"
     """It was loaded from files that the node's replicas share."""
+    PEER = "peer"
+    """It was fetched from another node's files."""
     STORE = "store"
     """It was fetched from the registry's store."""
 

@@ -119,12 +119,12 @@ def test_shots_are_the_same_for_the_same_seed_and_follow_the_shares() -> None:
 
 
 def fleet(device: int, store: int, *replicas: str) -> dict[str, Any]:
-    hits = {"device": device, "host": 0, "store": store}
+    hits = {"device": device, "host": 0, "peer": 0, "store": store}
     return {"totals": {"hits": hits}, "replicas": [{"replica": name} for name in replicas]}
 
 
 def test_client_and_servers_are_compared() -> None:
-    seen = {"device": 8, "host": 0, "store": 2}
+    seen = {"device": 8, "host": 0, "peer": 0, "store": 2}
     same = compare_hits(seen, fleet(100, 10, "a"), fleet(108, 12, "a"))
     assert (same["agree"], same["hit_rate"]["device"]) == (True, 0.8)
     more = compare_hits(seen, fleet(100, 10, "a"), fleet(120, 12, "a"))

@@ -89,7 +89,7 @@ async def test_every_lease_ends_with_its_request_and_a_hit_takes_one() -> None:
     story.runs.gate.set()
     assert (await hit).tier is Tier.DEVICE
     assert story.leases == 0
-    assert story.cache.stats.hits == {Tier.STORE: 3, Tier.HOST: 0, Tier.DEVICE: 1}
+    assert story.cache.stats.hits == {Tier.STORE: 3, Tier.PEER: 0, Tier.HOST: 0, Tier.DEVICE: 1}
 
 
 async def test_callers_of_a_handle_are_held_to_the_rows_of_their_tenant_too() -> None:

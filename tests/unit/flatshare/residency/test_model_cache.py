@@ -150,7 +150,7 @@ async def test_a_miss_loads_and_a_hit_does_not(loader: FakeLoader) -> None:
     second = await cache.lease(version("acme"), 5)
     assert (first.tier, second.tier) == (Tier.STORE, Tier.DEVICE)
     assert loader.fetches == ["acme@1"]
-    assert cache.stats.hits == {Tier.DEVICE: 1, Tier.HOST: 0, Tier.STORE: 1}
+    assert cache.stats.hits == {Tier.DEVICE: 1, Tier.HOST: 0, Tier.PEER: 0, Tier.STORE: 1}
     assert (cache.stats.requests, cache.stats.loads) == (2, 1)
 
 

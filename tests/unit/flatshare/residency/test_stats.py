@@ -36,6 +36,6 @@ def test_totals_are_sums() -> None:
     two.load_times.add(0.02)
     total = CacheStats.total([one, two])
     assert (total.loads, total.evictions, total.load_failures, total.requests) == (11, 2, 3, 13)
-    assert total.hits == {Tier.DEVICE: 12, Tier.HOST: 0, Tier.STORE: 1}
+    assert total.hits == {Tier.DEVICE: 12, Tier.HOST: 0, Tier.PEER: 0, Tier.STORE: 1}
     assert sum(total.load_times.counts) == 2
     assert (one.loads, sum(one.load_times.counts)) == (1, 1), "the parts are not changed"

@@ -1,0 +1,68 @@
+"""Which nodes are asked for a tenant's weights: others than this one, in the ring's order, one door each."""
+
+from __future__ import annotations
+
+import asyncio
+
+import pytest
+
+from flatshare.placement.ring import ring_of
+from flatshare.pool import peers
+from flatshare.pool.details import DoorAddress
+from flatshare.pool.peers import PeerDoors
+from flatshare.weights.peers import Peer
+
+
+def door(place: int, host: str) -> DoorAddress:
+    return DoorAddress(f"r{place}", host, 9000 + place, place)
+
+
+DOORS = [door(0, "a"), door(1, "a"), door(2, "b"), door(3, "b"), door(4, "c"), door(5, "d")]
+
+
+async def test_other_nodes_are_asked_in_the_rings_order_one_door_each() -> None:
+    found = PeerDoors("a", lambda: DOORS, lambda candidate: candidate)
+    assert found.key() is None and found.of("acme") == ()
+    await found.look()
+    assert len(found.key() or b"") == 32
+    for number in range(50):
+        tenant = f"t{number}"
+        order = [DOORS[place] for place in ring_of(range(6)).homes(tenant)]
+        hosts = list(dict.fromkeys(one.host for one in order if one.host != "a"))[:2]
+        first = {host: next(one for one in order if one.host == host) for host in hosts}
+        assert found.of(tenant) == tuple(Peer(first[host].host, first[host].port) for host in hosts)
+
+
+async def test_it_looks_again_when_somebody_asks_and_the_look_is_old() -> None:
+    now, looks = 0.0, 0
+
+    def ask() -> list[DoorAddress]:
+        nonlocal looks
+        looks += 1
+        return DOORS if looks > 1 else DOORS[:2]
+
+    found = PeerDoors("a", ask, lambda candidate: candidate, clock=lambda: now)
+    await found.look()
+    assert (found.of("acme"), looks) == ((), 1)
+    now = peers.FRESH_S + 1
+    assert await asyncio.to_thread(found.of, "acme") == (), "nobody waits for a look"
+    while not found.of("acme"):
+        await asyncio.sleep(0)
+    assert looks == 2
+
+
+async def test_a_look_that_fails_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    answers = [DOORS, RuntimeError("GCS")]
+
+    def ask() -> list[DoorAddress]:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    found = PeerDoors("a", ask, lambda candidate: candidate)
+    await found.look()
+    before = found.of("acme")
+    await found.look()
+    assert found.of("acme") == before and len(before) == 2
+    assert "RuntimeError" in caplog.text
