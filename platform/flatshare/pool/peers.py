@@ -7,6 +7,7 @@ too. So the first nodes of a tenant's order are those that most likely have its 
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
 import time
@@ -25,6 +26,12 @@ logger = logging.getLogger("flatshare.pool")
 
 FRESH_S: Final = 10.0
 """Seconds after which replicas are asked again where they listen, when a load wants to know."""
+
+FEW_FRESH_S: Final = 1.0
+"""The same while no other node is known: at the start of a pool replicas begin one after the other."""
+
+LOOK_S: Final = 0.25
+"""Seconds that a load waits for such a look."""
 
 KEY_BYTES: Final = 32
 
@@ -65,9 +72,22 @@ class PeerDoors:
         return self._key
 
     def of(self, tenant: str) -> Sequence[Peer]:
-        """Doors to ask for a tenant, the likeliest first, one a node; as far as they are known now."""
-        if self._clock() - self._looked_at > FRESH_S:
+        """Doors to ask for a tenant, the likeliest first, one a node; as far as they are known now.
+
+        Not to be called on the event loop: it may wait for it.
+        """
+        age_s = self._clock() - self._looked_at
+        found = self._of(tenant)
+        if not found and age_s > FEW_FRESH_S:
+            looking = asyncio.run_coroutine_threadsafe(self._looked(), self._loop)
+            with contextlib.suppress(TimeoutError):
+                looking.result(LOOK_S)
+            return self._of(tenant)
+        if age_s > FRESH_S:
             self._loop.call_soon_threadsafe(self.look)
+        return found
+
+    def _of(self, tenant: str) -> Sequence[Peer]:
         by_place = self._by_place  # replaced as a whole by each look
         by_host: dict[str, Peer] = {}
         for place in ring_of(by_place).homes(tenant):
@@ -84,6 +104,9 @@ class PeerDoors:
             self._looked_at = self._clock()
             self._look = self._loop.create_task(self._once(), name="look for peers")
         return self._look
+
+    async def _looked(self) -> None:
+        await asyncio.shield(self.look())
 
     async def _once(self) -> None:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import threading
 
 import pytest
 
@@ -44,11 +45,25 @@ async def test_it_looks_again_when_somebody_asks_and_the_look_is_old() -> None:
     found = PeerDoors("a", ask, lambda candidate: candidate, clock=lambda: now)
     await found.look()
     assert (found.of("acme"), looks) == ((), 1)
-    now = peers.FRESH_S + 1
-    assert await asyncio.to_thread(found.of, "acme") == (), "nobody waits for a look"
-    while not found.of("acme"):
-        await asyncio.sleep(0)
+    now = peers.FEW_FRESH_S + 1
+    known = await asyncio.to_thread(found.of, "acme")
+    assert (len(known), looks) == (2, 2), "while no other node is known, a load waits for the look"
+    now += peers.FEW_FRESH_S + 1
+    assert await asyncio.to_thread(found.of, "acme") == known
     assert looks == 2
+    now += peers.FRESH_S
+    assert await asyncio.to_thread(found.of, "acme") == known, "and else nobody waits"
+    while looks == 2:
+        await asyncio.sleep(0)
+
+
+async def test_a_cluster_that_hangs_costs_a_load_a_moment(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(peers, "LOOK_S", 0.05)
+    go = threading.Event()
+    found = PeerDoors("a", lambda: [DOORS[0]] * go.wait(10), lambda candidate: candidate)
+    assert await asyncio.to_thread(found.of, "acme") == ()
+    go.set()
+    await found.look()
 
 
 async def test_a_look_that_fails_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
