@@ -128,6 +128,19 @@ class Settings(RegistrySettings):
         "asked on the replicas' doors, with a key of the cluster's own.",
     )
 
+    metrics_tenants: int = Field(
+        default=20,
+        ge=0,
+        le=50,
+        description="Tenants that `GET /admin/metrics` names, the busiest of the last minute. 0: none.",
+    )
+    usage_interval_s: float = Field(
+        default=60.0,
+        ge=0,
+        description="Seconds between the writes of what tenants used (`flatshare usage`); a replica that is "
+        "killed loses what it counted since. 0: nothing is written.",
+    )
+
     # -- who may call
     auth: Literal["on", "off"] = Field(
         default="on", description="off: everybody who reaches the port is the operator. For trying things."

@@ -1,7 +1,8 @@
 """Garbage collection: what a crash or a deletion left behind, after a grace period.
 
-Collected are blobs that no committed version names, version records that no head names, and announcements
-of changes that no reader looks for any more. No head is changed, so there is nothing to announce.
+Collected are blobs that no committed version names, version records that no head names, announcements
+of changes that no reader looks for any more, and counts of usage that are older than a bill can be. No head
+is changed, so there is nothing to announce.
 Objects are listed *before* heads are read, and a registration that reuses an old blob writes it
 again first, so whatever a registration in progress needs is younger than the grace period. Age is
 read again just before each delete; a delete may still come late, or twice, so weights go in two steps
@@ -13,6 +14,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from datetime import UTC, datetime
 from typing import Final
 
 from flatshare_registry import layout
@@ -22,6 +24,7 @@ from flatshare_registry.feed import ChangeFeed
 from flatshare_registry.records import TenantHead
 from flatshare_registry.store_clock import agreed_now
 from flatshare_registry.stores.base import BlobMeta, BlobStore
+from flatshare_registry.usage import old_usage
 
 __all__ = ["DEFAULT_GRACE_S", "MIN_GRACE_S", "GarbageReport", "collect"]
 
@@ -46,6 +49,8 @@ class GarbageReport:
         How many blobs are in use.
     announcements
         How many old announcements of changes went, or would go.
+    usage
+        How many objects of what tenants used, likewise.
     """
 
     removed: bool
@@ -53,6 +58,7 @@ class GarbageReport:
     spared: int
     live_blobs: int
     announcements: int = 0
+    usage: int = 0
 
     @property
     def size_bytes(self) -> int:
@@ -113,10 +119,11 @@ def collect(
         garbage = tuple(meta for meta in garbage if layout.digest_of(meta.key) not in back)
     live_blobs = sum(layout.digest_of(meta.key) in live_digests for meta in blobs)
     announced = ChangeFeed(store, clock).old(now_s)
+    used = old_usage(store, datetime.fromtimestamp(now_s, UTC))
     if remove:
-        for key in announced:
+        for key in (*announced, *used):
             store.purge(key)
-    return GarbageReport(remove, garbage, len(unnamed) - len(garbage), live_blobs, len(announced))
+    return GarbageReport(remove, garbage, len(unnamed) - len(garbage), live_blobs, len(announced), len(used))
 
 
 def _remove_unless_renewed(store: BlobStore, meta: BlobMeta, removal: BlobRemoval) -> bool:

@@ -19,12 +19,14 @@
     open-tasks/<tenant>/<ulid>                  empty: this task has not ended
     blobs/sha256/<ab>/<digest>.safetensors      weights, named by content, shared by equal versions
     held/<digest>.safetensors                   weights that are being removed, until nobody can name them
+    usage/<yyyy-mm-ddThh>/<writer>.json         what tenants used of one replica in one hour
     store.json                                  the store's identity
 """
 
 from __future__ import annotations
 
 import re
+from datetime import UTC, datetime
 from typing import Final
 
 from flatshare_registry.errors import Corrupt
@@ -38,6 +40,7 @@ HELD: Final = "held/"
 CHANGES: Final = "changes/"
 TASKS: Final = "tasks/"
 OPEN_TASKS: Final = "open-tasks/"
+USAGE: Final = "usage/"
 
 _HEAD: Final = re.compile(r"tenants/([^/]+)/head\.json")
 _VERSION: Final = re.compile(r"tenants/([^/]+)/versions/([0-9]{8})\.json")
@@ -150,6 +153,16 @@ def task_once_key(tenant: TenantId, digest: str) -> str:
 def is_task_once(key: str) -> bool:
     """Whether a key below ``tasks/`` is of such a note."""
     return key.count("/") == 2 and key.rpartition("/")[2].startswith("once-")
+
+
+def usage_hour(moment: datetime) -> str:
+    """How the hour of a moment is named, in UTC; names sort as hours do."""
+    return moment.astimezone(UTC).strftime("%Y-%m-%dT%H")
+
+
+def usage_key(moment: datetime, writer: str) -> str:
+    """Key of what one process counted in the hour of a moment."""
+    return f"{USAGE}{usage_hour(moment)}/{writer}.json"
 
 
 def task_inputs_prefix(tenant: TenantId) -> str:

@@ -35,7 +35,9 @@ from flatshare.codecs.payload import decode_json
 from flatshare.models.architecture import architecture
 from flatshare.models.probe import probe_logits
 from flatshare.replica.build import Replica
+from flatshare.replica.ticket import Prediction
 from flatshare.settings import Settings
+from flatshare.weights.tiers import Tier
 from flatshare_registry import Registry, TenantId
 from flatshare_registry.ids import ModelRef
 from flatshare_registry.settings import RegistrySettings
@@ -70,6 +72,8 @@ def main() -> int:
         [(name, f"{known[name]:.3f}" if name != "requests_per_s" else f"{known[name]:.0f}",
           f"{unknown[name]:.3f}" if name != "requests_per_s" else f"{unknown[name]:.0f}") for name in known],
     )  # fmt: skip
+    counting = alone["count an answer, and its status"] / 10 / (known["replicas"] + known["edge (HAProxy)"])
+    out.print(f"what is counted of a request takes {counting:.2f} % of its CPU in replicas and edge")
     print_table(
         "", ["alone, on one core", "microseconds#"], [(name, f"{us:.0f}") for name, us in alone.items()]
     )
@@ -78,6 +82,7 @@ def main() -> int:
             "under_load_ms": known,
             "unknown_tenant_ms": unknown,
             "alone_us": alone,
+            "counting_percent": counting,
             "cores": os.cpu_count(),
         }
         Path(arguments.json).write_text(json.dumps(document, indent=2))
@@ -146,6 +151,15 @@ async def parts_alone(registry: Registry, rows: np.ndarray) -> dict[str, float]:
         held.release()
 
     await whole()
+    record = await replica.heads.resolve(ref, 5)
+    logits = np.zeros((1, 10), np.float32)
+
+    def count() -> None:
+        replica.usage.answered(
+            record, Tier.DEVICE, 0.001, Prediction(logits, record, Tier.DEVICE).label_list(), 7000
+        )
+        replica.usage.replied(200)
+
     held = replica.cache.try_lease(await replica.heads.resolve(ref, 5))
     assert held is not None
     many = torch.from_numpy(np.repeat(rows, 4, axis=0))
@@ -159,6 +173,7 @@ async def parts_alone(registry: Registry, rows: np.ndarray) -> dict[str, float]:
         ),
         "all from the caller's identity to logits, as a task": await microseconds(whole),
         "the same as the door does it": await microseconds(hot),
+        "count an answer, and its status": await microseconds(count),
         "encode: labels to a response": await microseconds(
             lambda: PlainResponse(
                 b'{"predicted_label":[2]}', {"x-flatshare-version": "1"}, "application/json"

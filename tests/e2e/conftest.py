@@ -149,6 +149,7 @@ def start(folder: Path, s3_url: str, prefix: str, *options: str, **settings: str
         "no_proxy": "127.0.0.1",
         "XDG_STATE_HOME": str(folder),
         "FLATSHARE_HOST_DIR": str(folder / "host"),
+        "FLATSHARE_USAGE_INTERVAL_S": "1",
         **settings,
     }
     platform = Platform(

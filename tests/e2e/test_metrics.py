@@ -18,8 +18,17 @@ from .conftest import FLATSHARE, Platform, random_rows
 
 
 def leases(text: str) -> float:
+    return summed(text, "flatshare_leases")
+
+
+def summed(text: str, family: str, ending: str = "_total", **labels: str) -> float:
+    """The sum of a family's samples of that ending, and with those labels."""
     families = {one.name: one for one in text_string_to_metric_families(text)}
-    return sum(sample.value for sample in families["flatshare_leases"].samples)
+    return sum(
+        sample.value
+        for sample in families[family].samples
+        if sample.name == family + ending and labels.items() <= sample.labels.items()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -31,7 +40,8 @@ def tenants(platform: Platform) -> list[str]:
 
 
 def test_sums_are_those_of_replicas_and_of_the_client(platform: Platform, tenants: list[str]) -> None:
-    before = leases(platform.http.get(f"{platform.url}/admin/metrics").raise_for_status().text)
+    page = platform.http.get(f"{platform.url}/admin/metrics").raise_for_status().text
+    before = leases(page)
     shown = platform.fleet()["totals"]["requests"]
     assert before == shown
     ran = subprocess.run(
@@ -40,9 +50,48 @@ def test_sums_are_those_of_replicas_and_of_the_client(platform: Platform, tenant
     )  # fmt: skip
     report = json.loads(ran.stdout)
     assert (report["requests"], report["errors"]) == (300, 0)
-    after = leases(platform.http.get(f"{platform.url}/admin/metrics").text)
+    said = platform.http.get(f"{platform.url}/admin/metrics").text
+    after = leases(said)
+    for family, ending, labels in (
+        ("flatshare_requests", "_total", {"status": "200"}),
+        ("flatshare_request_seconds", "_count", {}),
+        ("flatshare_request_seconds", "_bucket", {"le": "+Inf"}),
+    ):
+        assert summed(said, family, ending, **labels) - summed(page, family, ending, **labels) == 300, family
     assert after - before == sum(report["hits"].values()) == 300
     assert httpx.get(f"{platform.url}/admin/metrics").status_code == 401
+
+
+def test_usage_is_what_the_client_was_answered(platform: Platform, tenants: list[str]) -> None:
+    rows, asked_for = random_rows(3), dict.fromkeys(tenants, 0)
+    before = used(platform)
+    for number in range(20):
+        name = tenants[number % 3]
+        assert platform.predict(name, rows).status_code == 200
+        asked_for[name] += 1
+    wanted = {
+        name: (before.get(name, (0, 0))[0] + n, before.get(name, (0, 0))[1] + 3 * n)
+        for name, n in asked_for.items()
+    }
+    deadline = time.monotonic() + 30
+    while {name: used(platform).get(name, (0, 0)) for name in tenants} != wanted:
+        assert time.monotonic() < deadline, (used(platform), wanted)
+        time.sleep(0.5)  # replicas write by their own clock
+    compared = subprocess.run(
+        [FLATSHARE, "versions", tenants[0], "--compare", "--json"],
+        env=platform.environment, capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    (version,) = json.loads(compared.stdout)["versions"]
+    assert sum(version["labels"]) == version["rows"] and version["seconds"] > 0
+
+
+def used(platform: Platform) -> dict[str, tuple[int, int]]:
+    """Requests and rows by tenant, by `flatshare usage`."""
+    ran = subprocess.run(
+        [FLATSHARE, "usage", "--since", "1h", "--json"],
+        env=platform.environment, capture_output=True, text=True, timeout=60, check=True,
+    )  # fmt: skip
+    return {one["tenant"]: (one["requests"], one["rows"]) for one in json.loads(ran.stdout)["tenants"]}
 
 
 def test_a_real_prometheus_scrapes_it(platform: Platform, tenants: list[str], tmp_path: Path) -> None:

@@ -282,6 +282,7 @@ def create_app(
         answers,
         {"/predict": predict, "/": predict},
         lambda path: infer if is_infer_path(path) else None,
+        service.usage.replied,
     )
 
 

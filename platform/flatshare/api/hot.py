@@ -18,7 +18,7 @@ from typing import Protocol
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flatshare.api.bodies import BodyReader
 from flatshare.api.decoding import INLINE_BYTES, DecodeRoom
@@ -237,6 +237,8 @@ class HotRoutes:
         By path, relative to where the app is mounted.
     route_of
         The hot route of other paths, if it is one.
+    replied
+        Told the status of each answer.
     """
 
     def __init__(
@@ -245,11 +247,13 @@ class HotRoutes:
         answers: HotAnswers,
         routes: Mapping[str, HotRoute],
         route_of: Callable[[str], HotRoute | None],
+        replied: Callable[[int], None],
     ) -> None:
         self._app = app
         self._routes = routes
         self._route_of = route_of
         self.answers = answers
+        self.replied = replied
 
     def route(self, path: str) -> HotRoute | None:
         """The hot route of POSTs to a path; None when it is none."""
@@ -257,11 +261,18 @@ class HotRoutes:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI's entry point."""
-        route = None
-        if scope["type"] == "http" and scope["method"] == "POST":
-            route = self.route(route_path(scope))
-        if route is None:
+        if scope["type"] != "http":
             await self._app(scope, receive, send)
+            return
+
+        async def counted(message: Message) -> None:
+            if message["type"] == "http.response.start":
+                self.replied(message["status"])
+            await send(message)
+
+        route = self.route(route_path(scope)) if scope["method"] == "POST" else None
+        if route is None:
+            await self._app(scope, receive, counted)
             return
         try:
             response = await self.answers.answer(route, HotRequest(scope, receive))
@@ -269,4 +280,4 @@ class HotRoutes:
             return  # nobody is there to be answered
         except Exception as error:  # the last handler on this path: everything becomes an error reply
             response = error_reply(Request(scope, receive), error, route.form)
-        await response(scope, receive, send)
+        await response(scope, receive, counted)

@@ -22,6 +22,7 @@ from flatshare.cli import (
     task_verbs,
     tenancy_verbs,
     training_verbs,
+    usage_verb,
 )
 from flatshare.cli.errors import ABOUT_EXIT_CODES, exit_code
 from flatshare.cli.output import err, printable, take_streams
@@ -61,6 +62,7 @@ plan_verb.add_to(app)
 registry_verbs.add_to(app)
 audit_verbs.add_to(app)
 tenancy_verbs.add_to(app, registry_verbs.tenants_app)
+usage_verb.add_to(app)
 training_verbs.add_to(app)
 batch_verb.add_to(app)
 doctor_verb.add_to(app)

@@ -16,6 +16,7 @@ from flatshare.cli.context import (
     tell_replicas,
 )
 from flatshare.cli.output import AsJson, out, print_json, print_table, size, when
+from flatshare.cli.usage_verb import SinceOption, print_comparison
 from flatshare.models.architecture import architecture
 from flatshare_registry.errors import InvalidInput
 from flatshare_registry.gc import DEFAULT_GRACE_S, collect
@@ -148,9 +149,20 @@ def register(
     told.check()
 
 
-def versions(tenant: TenantArgument, store: StoreOption = None, as_json: AsJson = False) -> None:
-    """List a tenant's versions."""
+def versions(
+    tenant: TenantArgument,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="How they did: requests, failures, time, answers by class.")
+    ] = False,
+    since: SinceOption = "24h",
+    store: StoreOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """List a tenant's versions; with --compare, how those that were used since did."""
     registry = open_registry(store)
+    if compare:
+        print_comparison(registry, TenantId(tenant), since, as_json)
+        return
     head = registry.head(TenantId(tenant))
     records = registry.list_versions(TenantId(tenant))
     names = {number: sorted(a for a, n in head.aliases.items() if n == number) for number in head.versions}
@@ -236,7 +248,7 @@ def gc(
     store: StoreOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Remove weights that no version names, and old announcements (a dry run unless --delete)."""
+    """Remove weights that no version names, old announcements and counts (a dry run unless --delete)."""
     report = collect(open_registry(store).store, grace_s=grace_hours * 3600, remove=delete)
     if as_json:
         print_json(
@@ -247,6 +259,7 @@ def gc(
                 "spared": report.spared,
                 "live_blobs": report.live_blobs,
                 "announcements": report.announcements,
+                "usage": report.usage,
             }
         )
         return
@@ -256,7 +269,7 @@ def gc(
     out.print(
         f"{verb}: {len(report.garbage)} objects, {size(report.size_bytes)}; "
         f"too young: {report.spared}; in use: {report.live_blobs} blobs; "
-        f"old announcements of changes: {report.announcements}"
+        f"old announcements of changes: {report.announcements}; old counts of usage: {report.usage}"
     )
 
 

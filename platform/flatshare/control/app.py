@@ -475,7 +475,8 @@ def _add_fleet(
         view = await fleet.view()
         placement = scaling.placement if scaling is not None else None
         queue = TaskQueueReply.of(task_keeper.tended) if task_keeper is not None else None
-        return Response(exposition(view, placement, queue), media_type=CONTENT_TYPE)
+        text = exposition(view, placement, queue, running.settings.metrics_tenants)
+        return Response(text, media_type=CONTENT_TYPE)
 
     @app.post("/preload", tags=["fleet"])
     async def preload(body: PreloadRequest, request: Request) -> Refreshed:

@@ -2,11 +2,13 @@
 
 Replicas count in plain numbers; here they become samples, one series for each replica, at each scrape. So a
 scrape costs one broadcast, and the hot path nothing. Counters begin at zero with each replica's process: take
-``rate()`` of each before a sum, as of anything that restarts. No metric has a tenant: these have no bound.
+``rate()`` of each before a sum, as of anything that restarts. One metric has a tenant, of the busiest few:
+tenants have no bound.
 """
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Literal
@@ -25,8 +27,9 @@ from flatshare.control.decided import Placement
 from flatshare.control.fleet import FleetView
 from flatshare.control.tasks import TaskQueueReply
 from flatshare.replica.snapshot import ReplicaSnapshot
-from flatshare.residency.stats import LoadTimes
+from flatshare.residency.stats import Durations
 from flatshare.weights.tiers import Tier
+from flatshare_registry.usage import OTHERS
 
 __all__ = ["CONTENT_TYPE", "FAMILIES", "Family", "exposition"]
 
@@ -34,6 +37,12 @@ CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
 
 LOAD_BUCKETS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 """Upper bounds of the histogram of loads: from a warm tensor to a store that hardly answers."""
+
+
+REQUEST_BUCKETS_S: Final = (
+    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
+)  # fmt: skip
+"""OpenTelemetry's of ``http.server.request.duration``, and two below them: a hot request takes a millisecond."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +67,20 @@ FAMILIES: Final = (
     Family(
         "flatshare_leases", "counter", "Requests that got a model, by the tier that it came from.",
         ("replica", "tier"),
+    ),
+    Family(
+        "flatshare_requests", "counter", "Requests that a replica answered over HTTP, by status.",
+        ("replica", "status"),
+    ),
+    Family(
+        "flatshare_request_seconds", "histogram",
+        "Seconds of an answered request, from when its body was here until its answer was made.",
+        ("replica", "tier"),
+    ),
+    Family(
+        "flatshare_tenant_requests_per_second", "gauge",
+        "Answered requests a second in the last minute, of the busiest tenants; (others) is the rest of these.",
+        ("tenant",),
     ),
     Family("flatshare_refused_requests", "counter", "Requests and loads that a replica refused for want of room, or of a turn in time.", _OF),
     Family("flatshare_requests_ongoing", "gauge", "Requests that a replica works on now.", _OF),
@@ -97,10 +120,18 @@ FAMILIES: Final = (
 """All of them, in the order of an exposition; ``METRICS.md`` is made of this."""
 
 
-def exposition(view: FleetView, placement: Placement | None, tasks: TaskQueueReply | None) -> bytes:
-    """The fleet at this moment in Prometheus' text format."""
+def exposition(
+    view: FleetView, placement: Placement | None, tasks: TaskQueueReply | None, tenants: int = 20
+) -> bytes:
+    """The fleet at this moment in Prometheus' text format.
+
+    Parameters
+    ----------
+    tenants
+        How many of the busiest are named; 0 for none.
+    """
     registry = CollectorRegistry()
-    registry.register(_Fleet(view, placement, tasks))
+    registry.register(_Fleet(view, placement, tasks, tenants))
     return generate_latest(registry)
 
 
@@ -109,6 +140,7 @@ class _Fleet(Collector):
     view: FleetView
     placement: Placement | None
     tasks: TaskQueueReply | None
+    tenants: int
 
     def collect(self) -> Iterable[Metric]:
         """Called at a scrape."""
@@ -119,8 +151,12 @@ class _Fleet(Collector):
         for one in self.view.snapshots:
             times = one.stats.load_times
             found["flatshare_load_seconds"].add_metric(
-                [one.replica], _buckets(times), sum_value=times.seconds
+                [one.replica], _buckets(times, LOAD_BUCKETS_S), sum_value=times.seconds
             )
+            for tier, took in one.requests.durations.items():
+                found["flatshare_request_seconds"].add_metric(
+                    [one.replica, tier.value], _buckets(took, REQUEST_BUCKETS_S), sum_value=took.seconds
+                )
         return [metric for metric in found.values() if metric.samples]
 
     def _samples(self) -> Iterator[tuple[str, tuple[object, ...], float | None]]:
@@ -137,6 +173,8 @@ class _Fleet(Collector):
                 yield "flatshare_leases", (one.replica, tier.value), one.stats.hits[tier]
             yield "flatshare_loads", (one.replica, "ok"), one.stats.loads
             yield "flatshare_loads", (one.replica, "failed"), one.stats.load_failures
+            for status, count in sorted(one.requests.statuses.items()):
+                yield "flatshare_requests", (one.replica, status), count
             for name, value in _numbers(one).items():
                 yield name, (one.replica,), value
             if one.host is not None and one.node_id not in seen:
@@ -144,6 +182,8 @@ class _Fleet(Collector):
                 node = (one.node, one.node_id)
                 yield "flatshare_host_tier_budget_bytes", node, one.host.budget_bytes
                 yield "flatshare_host_tier_bytes", node, one.host.used_bytes
+        for tenant, rate in self._busiest():
+            yield "flatshare_tenant_requests_per_second", (tenant,), rate
         if self.placement is not None:
             yield "flatshare_replicas_wanted", (), self.placement.wanted
             yield "flatshare_replicas_allowed", ("min",), self.placement.bounds.minimum
@@ -155,6 +195,18 @@ class _Fleet(Collector):
             yield "flatshare_tasks_under_way", (), self.tasks.under_way
             yield "flatshare_tasks_oldest_seconds", (), self.tasks.oldest_s
             yield "flatshare_task_consumers", (), self.tasks.consumers
+
+    def _busiest(self) -> Iterator[tuple[str, float]]:
+        rates: dict[str, float] = {}
+        for one in self.view.snapshots:
+            for tenant, rate in one.requests.busiest:
+                rates[tenant] = rates.get(tenant, 0.0) + rate
+        rest = rates.pop(OTHERS, 0.0)
+        named = heapq.nlargest(self.tenants, rates.items(), key=lambda one: one[1])
+        yield from named
+        rest += sum(rates.values()) - sum(rate for _, rate in named)
+        if self.tenants and rates:
+            yield OTHERS, max(rest, 0.0)
 
 
 def _numbers(one: ReplicaSnapshot) -> Mapping[str, float | None]:
@@ -187,10 +239,10 @@ def _numbers(one: ReplicaSnapshot) -> Mapping[str, float | None]:
     }
 
 
-def _buckets(times: LoadTimes) -> list[tuple[str, float]]:
+def _buckets(times: Durations, bounds: tuple[float, ...]) -> list[tuple[str, float]]:
     """Cumulative counts, as Prometheus has them."""
     return [
-        *((f"{bound:g}", float(times.within(bound))) for bound in LOAD_BUCKETS_S),
+        *((f"{bound:g}", float(times.within(bound))) for bound in bounds),
         ("+Inf", float(sum(times.counts))),
     ]
 

@@ -267,6 +267,7 @@ class DoorProtocol(HttpToolsProtocol):
         pieces.append(b"\r\n" if exchange.keep_alive else b"connection: close\r\n\r\n")
         pieces.append(bytes(response.body))
         self.transport.write(b"".join(pieces))
+        self._hot.replied(response.status_code)
         if not exchange.keep_alive:
             self.transport.close()
         self.on_response_complete()

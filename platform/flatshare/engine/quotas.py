@@ -235,9 +235,15 @@ class QuotaKeeper:
 
 
 class UnderWay:
-    """``with``: a request under way."""
+    """``with``: a request under way.
 
-    __slots__ = ("_account", "_counted", "_held", "_keeper", "_size")
+    Attributes
+    ----------
+    body_bytes
+        Of its body, as far as it was said.
+    """
+
+    __slots__ = ("_account", "_counted", "_held", "_keeper", "_size", "body_bytes")
 
     def __init__(self, keeper: QuotaKeeper, account: _Account, counted: bool) -> None:
         self._keeper = keeper
@@ -245,10 +251,13 @@ class UnderWay:
         self._counted = counted
         self._held = 0
         self._size = 0
+        self.body_bytes = 0
 
     def hold_more(self, size: int) -> None:
         """As :meth:`hold_bytes`, of so many bytes beside those that count already."""
+        body_bytes = self.body_bytes
         self.hold_bytes(self._size + size)
+        self.body_bytes = body_bytes
 
     def hold_bytes(self, size: int) -> None:
         """Say how many bytes this request holds now, or will in a moment; more than that or less than before.
@@ -258,6 +267,7 @@ class UnderWay:
         TooManyBytesAtOnce, Overloaded
             All requests of the tenant together hold too many, or all of the replica.
         """
+        self.body_bytes = size
         counted = max(size - FREE_BYTES, 0)
         more = counted - self._held
         if not more:

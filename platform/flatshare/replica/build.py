@@ -37,6 +37,7 @@ from flatshare.replica.pins import restore_pins
 from flatshare.replica.receipt import EraseReceipt, HostReceipt
 from flatshare.replica.request import InferenceService
 from flatshare.replica.snapshot import ReplicaSnapshot
+from flatshare.replica.usage import UsageCounter
 from flatshare.replica.warm_up import warm_up
 from flatshare.residency.fair_semaphore import FairSemaphore
 from flatshare.residency.ledger import Ledger
@@ -59,7 +60,7 @@ from flatshare_registry.catalog import Registry
 from flatshare_registry.errors import Unavailable
 from flatshare_registry.heads import decode_head
 from flatshare_registry.ids import ModelRef, TenantId
-from flatshare_registry.records import TenantHead, VersionRecord
+from flatshare_registry.records import TenantHead, VersionRecord, new_ulid
 from flatshare_registry.stores.base import BlobStore
 
 __all__ = ["Replica"]
@@ -96,6 +97,8 @@ class Replica:
         How busy it was lately.
     thread_work
         What threads do with each tenant's weights: an erasure waits for it.
+    usage
+        Counts requests, and writes what tenants used.
     settings_revision
         How often the settings had been changed that it goes by.
     """
@@ -114,6 +117,7 @@ class Replica:
     key_use: KeyUse
     meter: LoadMeter
     thread_work: ThreadWork
+    usage: UsageCounter
     _on_change: Callable[[], None]
     _threads: list[ThreadPoolExecutor]
     _view_threads: ThreadPoolExecutor
@@ -170,9 +174,14 @@ class Replica:
                 ("load-range", settings.fetch_concurrency),
                 ("registry", VIEW_THREADS),
                 ("key-use", 1),
+                ("usage", 1),
             )
         ]
-        load_threads, local_threads, range_threads, view_threads, key_threads = threads
+        load_threads, local_threads, range_threads, view_threads, key_threads, usage_threads = threads
+        identity = identity or ReplicaIdentity()
+        usage = UsageCounter(
+            store, f"{identity.replica}-{new_ulid()}", usage_threads, settings.usage_interval_s
+        )
         quotas = QuotaKeeper(
             settings.plans,
             clock,
@@ -226,6 +235,7 @@ class Replica:
             admission=FairSemaphore(settings.max_ongoing_requests, settings.max_queued_requests),
             cold=cold_places(settings.max_queued_requests),
             quotas=quotas,
+            usage=usage,
             timeout_s=settings.request_timeout_s,
             clock=clock,
         )
@@ -240,7 +250,7 @@ class Replica:
             )
 
         return cls(
-            identity=identity or ReplicaIdentity(),
+            identity=identity,
             settings=settings,
             device=device,
             registry=registry,
@@ -254,6 +264,7 @@ class Replica:
             key_use=KeyUse(store, key_threads),
             meter=LoadMeter(reading, clock),
             thread_work=source.work,
+            usage=usage,
             _on_change=on_change,
             _threads=threads,
             _view_threads=view_threads,
@@ -288,6 +299,7 @@ class Replica:
             self._scrubber = HostScrubber(self.host_tier, damaged)
             self._scrubber.start()
         self.meter.start()
+        self.usage.start()
         self._restoring = loop.create_task(
             restore_pins(
                 lambda: in_thread(self._view_threads, self.registry.pins.refs),
@@ -320,6 +332,7 @@ class Replica:
         self.swaps.close()
         await self.cache.close(DRAIN_S)
         await asyncio.to_thread(self.inference.close)
+        await self.usage.close()
         self.device.close()
         self.service.deadlines.close()
         for threads in self._threads:
@@ -414,6 +427,7 @@ class Replica:
             advertised=sorted(advertised),
             models=self.cache.snapshot(),
             stats=dataclasses.replace(self.cache.stats),
+            requests=self.usage.stats,
         )
 
     # -- what the control plane may ask

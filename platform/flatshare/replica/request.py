@@ -23,6 +23,7 @@ from flatshare.errors import (
     DeadlineExceeded,
     IsolationBroken,
     ModelFailed,
+    OverQuota,
     ProbeFailed,
     Suspended,
     Wedged,
@@ -30,6 +31,7 @@ from flatshare.errors import (
 from flatshare.models.architecture import Architecture, architecture
 from flatshare.replica.deadlines import Deadlines
 from flatshare.replica.ticket import Decode, MayPredict, Prediction, Rows, Ticket
+from flatshare.replica.usage import UsageCounter
 from flatshare.residency.fair_semaphore import FairSemaphore
 from flatshare.residency.lease import Lease
 from flatshare.residency.model_cache import ModelCache
@@ -80,11 +82,18 @@ Done = Callable[["Prediction | Exception"], None]
 class _Begun:
     """A request that waits for its pass and for nothing else; nobody awaits it."""
 
-    __slots__ = ("_done", "_lease", "_service", "_ticket", "_version", "job")
+    __slots__ = ("_began", "_done", "_lease", "_service", "_ticket", "_version", "job")
 
     def __init__(
-        self, service: InferenceService, ticket: Ticket, version: VersionRecord, lease: Lease, done: Done
+        self,
+        service: InferenceService,
+        ticket: Ticket,
+        version: VersionRecord,
+        lease: Lease,
+        done: Done,
+        began: float,
     ) -> None:
+        self._began = began
         self._service = service
         self._ticket = ticket
         self._version = version
@@ -107,6 +116,7 @@ class _Begun:
         if done is None:  # it was told already that it took too long
             return
         if isinstance(answer, Exception):
+            service.usage.failed(self._version)
             done(answer)
             return
         try:
@@ -114,7 +124,7 @@ class _Begun:
         except NotFound as error:
             done(error)
             return
-        done(Prediction(answer, self._version, tier))
+        done(service.answered(self._ticket, Prediction(answer, self._version, tier), self._began))
 
     def expired(self) -> None:
         """It took too long. While its pass runs, the lease and its place stay."""
@@ -124,6 +134,7 @@ class _Begun:
         if self._service.inference.withdraw(self.job):
             self._service.admission.leave()
             self._lease.release()
+        self._service.usage.failed(self._version)
         done(self._service.too_late())
 
 
@@ -141,6 +152,8 @@ class InferenceService:
         What answers a ref here, and what a tenant is.
     quotas
         What each tenant may use.
+    usage
+        Counts how requests end.
     timeout_s
         Seconds that a request may take, waiting included.
     """
@@ -154,6 +167,7 @@ class InferenceService:
         admission: FairSemaphore,
         cold: FairSemaphore,
         quotas: QuotaKeeper,
+        usage: UsageCounter,
         timeout_s: float,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -164,6 +178,7 @@ class InferenceService:
         self.admission = admission
         self.cold = cold
         self.quotas = quotas
+        self.usage = usage
         self.inference = inference
         self.deadlines: Deadlines[_Begun] = Deadlines(timeout_s, _Begun.expired)
         self._timeout_s = timeout_s
@@ -237,6 +252,7 @@ class InferenceService:
             What :meth:`predict` raises before a pass; ``done`` is not called.
         """
         ref = ticket.ref
+        began = self._clock()
         version = self.resolver.serving_now(ref)
         if version is None or not self.admission.has_room:
             return False
@@ -250,7 +266,7 @@ class InferenceService:
         lease = self.cache.try_lease(version)
         if lease is None:
             return False
-        begun = _Begun(self, ticket, version, lease, done)
+        begun = _Begun(self, ticket, version, lease, done, began)
         try:
             self._check_weights(lease, version)
             begun.job = self.inference.submit(lease, rows, begun.answered, ticket.background)
@@ -283,6 +299,8 @@ class InferenceService:
         ref = ticket.ref
         loop = asyncio.get_running_loop()
         deadline = loop.time() + self._timeout_s
+        began = self._clock()
+        leasing: VersionRecord | None = None
         try:
             async with asyncio.timeout_at(deadline):
                 version = await self._resolve(ref)
@@ -292,7 +310,7 @@ class InferenceService:
                 if rows.nbytes > FREE_BYTES:
                     ticket.under_way.hold_more(rows.nbytes)
                 self.check_fence(ref)  # what the registry said may be older than the fence
-                lease = self.cache.try_lease(version)
+                lease, leasing = self.cache.try_lease(version), version
                 if lease is None:
                     if not self.cache.is_loading(version):  # to join a load costs nothing
                         self.quotas.cold_load(ticket.head)
@@ -308,9 +326,34 @@ class InferenceService:
                         self.take_failure(lease, error)
                         raise
                 self.check_fence(ref)  # it may have come while this was under way
-                return Prediction(logits, version, lease.tier)
+                return self.answered(ticket, Prediction(logits, version, lease.tier), began)
+        except OverQuota:
+            raise  # its caller's
         except TimeoutError:
+            if leasing is not None:
+                self.usage.failed(leasing)
             raise self.too_late() from None
+        except Exception:
+            if leasing is not None:
+                self.usage.failed(leasing)
+            raise
+
+    def answered(self, ticket: Ticket, prediction: Prediction, began: float) -> Prediction:
+        """Count an answer.
+
+        Parameters
+        ----------
+        began
+            By the clock, when the request's body was here.
+        """
+        self.usage.answered(
+            prediction.version,
+            prediction.tier,
+            self._clock() - began,
+            prediction.label_list(),
+            ticket.under_way.body_bytes,
+        )
+        return prediction
 
     def too_late(self) -> DeadlineExceeded:
         """What a request gets that was not answered in time."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from flatshare.device.memory import DeviceMemory
+from flatshare.replica.usage import RequestStats
 from flatshare.residency.stats import CacheStats
 from flatshare.weights.host_tier import HostUsage
 from flatshare.weights.tiers import ResidentInfo, SwapInfo
@@ -45,6 +46,8 @@ class ReplicaSnapshot:
         Refs that Ray's routers are told are here.
     models
         Most recently used first.
+    requests
+        How they ended.
     """
 
     replica: str
@@ -73,3 +76,4 @@ class ReplicaSnapshot:
     advertised: list[str]
     models: list[ResidentInfo]
     stats: CacheStats
+    requests: RequestStats

@@ -9,36 +9,36 @@ from typing import Final
 
 from flatshare.weights.tiers import Tier
 
-__all__ = ["CacheStats", "LoadTimes"]
+__all__ = ["CacheStats", "Durations"]
 
 _BUCKETS_A_DOUBLING: Final = 8
-"""Load times fall into buckets 9 % wide: good enough for a p99, and 240 numbers cover 1 us to 18 min."""
+"""Durations fall into buckets 9 % wide: good enough for a p99, and 240 numbers cover 1 us to 18 min."""
 
 _BUCKETS: Final = 240
 _SMALLEST_S: Final = 1e-6
 
 
 @dataclass(slots=True)
-class LoadTimes:
-    """A histogram of load times with log-spaced buckets, so that replicas' can be added.
+class Durations:
+    """A histogram of durations with log-spaced buckets, so that replicas' can be added.
 
     Attributes
     ----------
     seconds
-        Of all loads together.
+        Of all together.
     """
 
     counts: list[int] = field(default_factory=lambda: [0] * _BUCKETS)
     seconds: float = 0.0
 
     def add(self, seconds: float) -> None:
-        """Count one load."""
+        """Count one."""
         position = math.log2(max(seconds, _SMALLEST_S) / _SMALLEST_S) * _BUCKETS_A_DOUBLING
         self.counts[min(int(position), _BUCKETS - 1)] += 1
         self.seconds += seconds
 
     def within(self, seconds: float) -> int:
-        """Loads of at most so many seconds, to the width of a bucket."""
+        """How many took at most so many seconds, to the width of a bucket."""
         return sum(
             count
             for index, count in enumerate(self.counts)
@@ -46,7 +46,7 @@ class LoadTimes:
         )
 
     def quantile_s(self, share: float) -> float | None:
-        """Seconds within which this share of loads ended (the bucket's middle); None without loads."""
+        """Seconds within which this share of loads ended (the bucket's middle); None without any."""
         wanted = share * sum(self.counts)
         if not wanted:
             return None
@@ -82,7 +82,7 @@ class CacheStats:
     evictions: int = 0
     quarantined: int = 0
     swaps: int = 0
-    load_times: LoadTimes = field(default_factory=LoadTimes)
+    load_times: Durations = field(default_factory=Durations)
 
     @property
     def requests(self) -> int:

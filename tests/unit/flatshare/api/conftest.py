@@ -21,6 +21,7 @@ from flatshare.engine.inference import Inference
 from flatshare.engine.quotas import QuotaKeeper
 from flatshare.models.architecture import architecture
 from flatshare.replica.request import InferenceService
+from flatshare.replica.usage import UsageCounter
 from flatshare.residency.fair_semaphore import FairSemaphore
 from flatshare.residency.ledger import Ledger
 from flatshare.residency.model_cache import ModelCache
@@ -64,6 +65,7 @@ class World:
             cold=self.cold,
             quotas=QuotaKeeper(clock=self.clock),
             timeout_s=5,
+            usage=UsageCounter(MemoryStore(), "test", ThreadPoolExecutor(1), 0),
         )
         self.operators = {role: new_key(role.name).text for role in Role}
         self.app = self.secured(None)

@@ -21,6 +21,7 @@ from flatshare.placement.scaling import Bounds
 from flatshare.pool.details import ReplicaState
 from flatshare.pool.embedded_queue import EmbeddedQueue
 from flatshare.replica.snapshot import ReplicaSnapshot
+from flatshare.replica.usage import RequestStats
 from flatshare.residency.stats import CacheStats
 from flatshare.settings import Settings
 from flatshare.tasks.keeper import TaskKeeper
@@ -65,7 +66,7 @@ class Replicas:
             budget_bytes=None, held_bytes=16, reserved_bytes=0, device_memory=DeviceMemory(),
             host=HostUsage("/dev/shm/x", 100, 16, 0), loading=[], load_wait_s=0.0, passes=5, rows=8,
             swaps=[SwapInfo("acme", "canary", 1, 2, "")],
-            ongoing=0, queued=0, refused=0, advertised=["acme"], models=[model], stats=stats,
+            ongoing=0, queued=0, refused=0, advertised=["acme"], models=[model], requests=RequestStats(), stats=stats,
         )  # fmt: skip
 
     def broadcast(self, method: str, *arguments: str | bool) -> Answers:
@@ -178,7 +179,10 @@ async def test_the_fleet_is_shown_with_totals_and_those_that_cannot_answer(clien
     assert replica["models"][0]["tenant"] == "acme"
     assert document["not_answering"] == [{"replica": "r9", "state": "STARTING", "node_ip": "127.0.0.1"}]
     totals = document["totals"]
-    assert (totals["requests"], totals["hit_rate"]) == (8, {"device": 0.75, "host": 0.0, "store": 0.25})
+    assert (totals["requests"], totals["hit_rate"]) == (
+        8,
+        {"device": 0.75, "host": 0.0, "peer": 0.0, "store": 0.25},
+    )
     assert totals["load_ms_p50"] == pytest.approx(10, rel=0.1)
 
 

@@ -6,7 +6,10 @@ import dataclasses
 import re
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from prometheus_client.parser import text_string_to_metric_families
@@ -20,9 +23,12 @@ from flatshare.device.memory import DeviceMemory
 from flatshare.placement.scaling import Bounds
 from flatshare.pool.details import ReplicaState
 from flatshare.replica.snapshot import ReplicaSnapshot
+from flatshare.replica.usage import RequestStats, UsageCounter
 from flatshare.residency.stats import CacheStats
 from flatshare.weights.host_tier import HostUsage
 from flatshare.weights.tiers import ResidentInfo, State, SwapInfo, Tier
+from flatshare_registry.stores.memory import MemoryStore
+from flatshare_registry.usage import OTHERS
 
 ROOT = Path(__file__).parents[4]
 QUEUE = TaskQueueReply(
@@ -34,6 +40,8 @@ PLACEMENT = Placement({"acme": (0, 1)}, Bounds(1, 4), 2, 2, None, {"globex": 1, 
 def replica(name: str) -> ReplicaSnapshot:
     stats = CacheStats(loads=2, load_failures=1, evictions=3, swaps=4, quarantined=5)
     stats.hits[Tier.DEVICE], stats.hits[Tier.STORE] = 6, 2
+    requests = RequestStats({200: 8, 429: 3}, busiest=[("acme", 2.0), ("globex", 0.5), (OTHERS, 0.25)])
+    requests.durations[Tier.DEVICE].add(0.002)
     for seconds in (0.004, 0.2):
         stats.load_times.add(seconds)
     model = ResidentInfo(
@@ -45,6 +53,7 @@ def replica(name: str) -> ReplicaSnapshot:
         device_memory=DeviceMemory(), host=HostUsage("/dev/shm/x", 100, 17, 1, 2, 3), loading=["a@1"],
         load_wait_s=0.5, passes=50, rows=80, swaps=[SwapInfo("acme", "canary", 1, 2, "gone")],
         ongoing=11, queued=12, refused=13, advertised=["acme"], models=[model], stats=stats,
+        requests=requests,
     )  # fmt: skip
 
 
@@ -78,6 +87,13 @@ def test_every_number_is_there_and_right() -> None:
         ("flatshare_host_tier_bytes", ("host", "n1")): 17, ("flatshare_pinned_models", ("r1",)): 1,
         ("flatshare_swaps_failing", ("r1",)): 1, ("flatshare_device_budget_bytes", ("r2",)): 1000,
         ("flatshare_replicas_wanted", ()): 2, ("flatshare_replicas_allowed", ("max",)): 4,
+        ("flatshare_requests_total", ("r1", "200")): 8, ("flatshare_requests_total", ("r1", "429")): 3,
+        ("flatshare_request_seconds_bucket", ("r1", "device", "0.001")): 0,
+        ("flatshare_request_seconds_bucket", ("r1", "device", "0.0025")): 1,
+        ("flatshare_request_seconds_sum", ("r1", "device")): 0.002,
+        ("flatshare_tenant_requests_per_second", ("acme",)): 4,
+        ("flatshare_tenant_requests_per_second", ("globex",)): 1,
+        ("flatshare_tenant_requests_per_second", (OTHERS,)): 0.5,
         ("flatshare_copied_models", ()): 1, ("flatshare_moved_models", ()): 2,
         ("flatshare_tasks_due", ()): 4, ("flatshare_tasks_oldest_seconds", ()): 1.5,
     }  # fmt: skip
@@ -97,6 +113,29 @@ def test_what_is_not_known_has_no_sample_and_no_replica_is_a_zero() -> None:
     named = {name for name, _ in found}
     assert not [name for name in named if "budget" in name or "host_tier" in name or "task" in name]
     assert "flatshare_replicas_wanted" not in named
+
+
+def test_only_the_busiest_tenants_are_named_of_a_hundred_thousand() -> None:
+    def named(tenants: int) -> dict[str, float]:
+        found = samples(exposition(fleet, None, None, tenants))
+        name = "flatshare_tenant_requests_per_second"
+        return {labels[0]: value for (sample, labels), value in found.items() if sample == name}
+
+    replicas, now = [], [0.0]
+    for number in range(4):
+        now[0] = 0.0
+        counter = UsageCounter(MemoryStore(), f"r{number}", ThreadPoolExecutor(1), 0, clock=lambda: now[0])
+        for tenant in range(number, 100_000, 4):
+            record = SimpleNamespace(tenant=f"t{tenant}", version=1)
+            for _ in range(1 if tenant else 60):
+                counter.answered(cast("Any", record), Tier.DEVICE, 0.001, [0], 10)
+        now[0] = 60.0
+        counter.look_at_the_busiest()
+        replicas.append(dataclasses.replace(replica(f"r{number}"), requests=counter.stats))
+    fleet = FleetView(replicas, {}, CacheStats())
+    assert len(named(20)) == 21 and named(20)["t0"] == 1.0 and OTHERS in named(20)
+    assert len(named(50)) <= 51
+    assert named(0) == {}
 
 
 def test_the_page_is_made_of_the_code() -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable, Collection
-from concurrent.futures import Executor, Future
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from typing import Any, TypeVar
 
 import numpy as np
@@ -16,6 +16,7 @@ from flatshare.engine.quotas import QuotaKeeper
 from flatshare.models.stages import Model
 from flatshare.replica.request import InferenceService
 from flatshare.replica.ticket import Prediction, Ticket
+from flatshare.replica.usage import UsageCounter
 from flatshare.residency.fair_semaphore import FairSemaphore
 from flatshare.residency.lease import Lease
 from flatshare.residency.ledger import Ledger
@@ -134,8 +135,7 @@ class Story:
         self.service = InferenceService(
             resolver=Resolver(self.heads, self.swaps), cache=self.cache,
             inference=self.runs, admission=FairSemaphore(8, 8), cold=self.cold, quotas=self.quotas,
-            timeout_s=timeout_s, clock=self.clock,
-        )  # fmt: skip
+            timeout_s=timeout_s, clock=self.clock, usage=UsageCounter(MemoryStore(), "test", ThreadPoolExecutor(1), 0),)  # fmt: skip
 
     def register(self, tenant: TenantId, value: float, architecture: str = "mnist-cnn") -> int:
         done = self.registry.register(tenant, tiny_weights(value), architecture, TINY_SPECS)

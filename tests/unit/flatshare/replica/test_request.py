@@ -21,6 +21,7 @@ from flatshare.models.architecture import architecture
 from flatshare.models.probe import probe_logits
 from flatshare.replica.request import InferenceService
 from flatshare.replica.ticket import Prediction
+from flatshare.replica.usage import UsageCounter
 from flatshare.residency.fair_semaphore import FairSemaphore
 from flatshare.residency.ledger import Ledger
 from flatshare.residency.model_cache import ModelCache
@@ -60,8 +61,7 @@ class World:
         self.inference = Inference(CpuDevice())
         self.service = InferenceService(
             resolver=Resolver(view, Swaps(self.cache, view.record, timeout_s=5)), cache=self.cache,
-            inference=self.inference, admission=FairSemaphore(8, 8), cold=FairSemaphore(8, 0), quotas=QuotaKeeper(), timeout_s=10,
-        )  # fmt: skip
+            inference=self.inference, admission=FairSemaphore(8, 8), cold=FairSemaphore(8, 0), quotas=QuotaKeeper(), timeout_s=10, usage=UsageCounter(MemoryStore(), "test", ThreadPoolExecutor(1), 0),)  # fmt: skip
 
     async def ask(self, rows: NDArray[np.float32] = ROWS) -> Prediction:
         with await self.service.enter(LOCAL_OPERATOR, ModelRef.parse("acme")) as ticket:

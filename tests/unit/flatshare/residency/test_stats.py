@@ -2,13 +2,13 @@
 
 import numpy as np
 
-from flatshare.residency.stats import CacheStats, LoadTimes
+from flatshare.residency.stats import CacheStats, Durations
 from flatshare.weights.tiers import Tier
 
 
 def test_quantiles_are_within_a_bucket_of_the_truth() -> None:
     values = np.random.default_rng(0).lognormal(-5, 1, 5000)
-    times = LoadTimes()
+    times = Durations()
     for value in values:
         times.add(float(value))
     for share in (0.5, 0.9, 0.99):
@@ -19,11 +19,11 @@ def test_quantiles_are_within_a_bucket_of_the_truth() -> None:
 
 
 def test_no_loads_no_quantile() -> None:
-    assert LoadTimes().quantile_s(0.5) is None
+    assert Durations().quantile_s(0.5) is None
 
 
 def test_extremes_are_counted() -> None:
-    times = LoadTimes()
+    times = Durations()
     for value in (0.0, -1.0, 1e9):
         times.add(value)
     assert sum(times.counts) == 3

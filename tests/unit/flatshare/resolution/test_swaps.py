@@ -16,6 +16,7 @@ from flatshare.engine.quotas import QuotaKeeper
 from flatshare.models.architecture import architecture
 from flatshare.replica.request import InferenceService
 from flatshare.replica.ticket import Prediction
+from flatshare.replica.usage import UsageCounter
 from flatshare.residency.fair_semaphore import FairSemaphore
 from flatshare.residency.ledger import Ledger
 from flatshare.residency.model_cache import ModelCache
@@ -60,8 +61,7 @@ class World:
         self.resolver = Resolver(self.heads, self.swaps)
         self.service = InferenceService(
             resolver=self.resolver, cache=self.cache, inference=self.inference,
-            admission=FairSemaphore(8, 8), cold=FairSemaphore(8, 0), quotas=QuotaKeeper(), timeout_s=5,
-        )  # fmt: skip
+            admission=FairSemaphore(8, 8), cold=FairSemaphore(8, 0), quotas=QuotaKeeper(), timeout_s=5, usage=UsageCounter(MemoryStore(), "test", ThreadPoolExecutor(1), 0),)  # fmt: skip
 
     def _before(self, operation: str, key: str) -> None:
         if key.startswith("blobs/") and self.down:

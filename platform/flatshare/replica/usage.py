@@ -1,0 +1,209 @@
+"""What a replica counts of requests: how they ended, how long they took, and whose they were.
+
+Plain numbers on the event loop: two clocks, a logarithm and a few additions, some 2 us a request
+(``scripts/bench-parts``). Metrics read them from snapshots; what tenants used is written to the store once a
+minute (``flatshare_registry.usage``), behind the requests.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import heapq
+import logging
+import time
+from collections import deque
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import Executor
+from dataclasses import dataclass, field, replace
+from datetime import UTC, datetime, timedelta
+from typing import Final
+
+from flatshare.residency.stats import Durations
+from flatshare.threads import in_thread
+from flatshare.weights.tiers import Tier
+from flatshare_registry.errors import RegistryError
+from flatshare_registry.records import VersionRecord
+from flatshare_registry.stores.base import BlobStore
+from flatshare_registry.usage import OTHERS, Used, UsedVersion, write_usage
+
+__all__ = ["RequestStats", "UsageCounter"]
+
+logger = logging.getLogger("flatshare.replica")
+
+MAX_VERSIONS: Final = 20_000
+"""Versions whose use in one hour is kept apart; what comes beyond them counts as ``OTHERS``."""
+
+MAX_LABELS: Final = 256
+"""Classes whose answers are counted one by one; a network with more has none counted."""
+
+MAX_UNWRITTEN: Final = 24
+"""Hours that are kept while the store is down."""
+
+BUSIEST: Final = 50
+"""Tenants whose rates are told."""
+
+HOUR: Final = timedelta(hours=1)
+
+
+@dataclass(slots=True)
+class RequestStats:
+    """Requests since the replica started.
+
+    Attributes
+    ----------
+    statuses
+        By the HTTP status of their answers; those that came by a handle are not here.
+    durations
+        Of those that were answered, by the tier that they found their model in: from when the body was here
+        until the answer was made.
+    busiest
+        Requests a second of the tenants that had most in the last minute.
+    """
+
+    statuses: dict[int, int] = field(default_factory=dict)
+    durations: dict[Tier, Durations] = field(default_factory=lambda: {tier: Durations() for tier in Tier})
+    busiest: Sequence[tuple[str, float]] = ()
+
+
+class UsageCounter:
+    """Counts a replica's requests. To be used on one event loop.
+
+    Parameters
+    ----------
+    writer
+        The name under which this process writes.
+    threads
+        Where the blocking writes run: none that requests wait for.
+    interval_s
+        Seconds between writes; 0 for never.
+    clock
+        POSIX seconds.
+    """
+
+    def __init__(
+        self,
+        store: BlobStore,
+        writer: str,
+        threads: Executor,
+        interval_s: float,
+        clock: Callable[[], float] = time.time,
+    ) -> None:
+        self.stats = RequestStats()
+        self._store = store
+        self._writer = writer
+        self._threads = threads
+        self._interval_s = interval_s
+        self._clock = clock
+        self._hour = self._now()
+        self._used: dict[UsedVersion, Used] = {}
+        self._changed = False
+        self._unwritten: deque[tuple[datetime, dict[UsedVersion, Used]]] = deque(maxlen=MAX_UNWRITTEN)
+        self._before: dict[str, int] = {}
+        self._looked_at = clock()
+        self._writing: asyncio.Task[None] | None = None
+
+    # -- the hot path
+
+    def replied(self, status: int) -> None:
+        """A request was answered with this HTTP status."""
+        statuses = self.stats.statuses
+        statuses[status] = statuses.get(status, 0) + 1
+
+    def answered(
+        self, version: VersionRecord, tier: Tier, seconds: float, labels: Sequence[int], body_bytes: int
+    ) -> None:
+        """A request has its prediction.
+
+        Parameters
+        ----------
+        labels
+            The class of each row.
+        """
+        self.stats.durations[tier].add(seconds)
+        used = self._of(version)
+        used.requests += 1
+        used.rows += len(labels)
+        used.cold_loads += tier is not Tier.DEVICE
+        used.body_bytes += body_bytes
+        used.seconds += seconds
+        counts = used.labels
+        for label in labels:
+            if label >= len(counts):
+                if label >= MAX_LABELS:
+                    return
+                counts.extend([0] * (label + 1 - len(counts)))
+            counts[label] += 1
+
+    def failed(self, version: VersionRecord) -> None:
+        """A request for a version that was known has no prediction, and not by its caller's fault."""
+        self._of(version).failed += 1
+
+    def _of(self, version: VersionRecord) -> Used:
+        self._changed = True
+        key = UsedVersion(version.tenant, version.version)
+        used = self._used.get(key)
+        if used is None:
+            if len(self._used) >= MAX_VERSIONS:
+                key = UsedVersion(OTHERS, 0)
+            used = self._used.setdefault(key, Used())
+        return used
+
+    # -- behind it
+
+    def start(self) -> None:
+        """Begin to write."""
+        if self._interval_s:
+            self._writing = asyncio.get_running_loop().create_task(self._write_on(), name="write usage")
+
+    async def close(self) -> None:
+        """End it, with a last write."""
+        if self._writing is not None:
+            self._writing.cancel()
+            await asyncio.gather(self._writing, return_exceptions=True)
+            await self.write()
+
+    async def write(self) -> None:
+        """Write what was counted since the last time. A store that is down has it the next time."""
+        self.look_at_the_busiest()
+        if (hour := self._now()) != self._hour:
+            if self._used:
+                self._unwritten.append((self._hour, self._used))
+            self._hour, self._used, self._changed = hour, {}, False
+            self._before = {}
+        try:
+            while self._unwritten:
+                await self._put(*self._unwritten[0])
+                self._unwritten.popleft()
+            if self._changed and self._used:
+                self._changed = False
+                await self._put(self._hour, self._used)
+        except RegistryError as error:
+            self._changed = True
+            logger.warning("what tenants used was not written, and is tried again: %s", error)
+
+    async def _write_on(self) -> None:
+        while True:
+            await asyncio.sleep(self._interval_s)
+            await self.write()
+
+    async def _put(self, hour: datetime, used: Mapping[UsedVersion, Used]) -> None:
+        # A copy, made here: the thread must not see half of an addition.
+        copy = {key: replace(one, labels=list(one.labels)) for key, one in used.items()}
+        await in_thread(self._threads, lambda: write_usage(self._store, hour, self._writer, copy))
+
+    def look_at_the_busiest(self) -> None:
+        """Work out the rates since the last look."""
+        counts: dict[str, int] = {}
+        for key, used in self._used.items():
+            counts[key.tenant] = counts.get(key.tenant, 0) + used.requests
+        now = self._clock()
+        passed_s = max(now - self._looked_at, 1e-3)
+        rates = (
+            (tenant, (count - self._before.get(tenant, 0)) / passed_s) for tenant, count in counts.items()
+        )
+        top = heapq.nlargest(BUSIEST, rates, key=lambda one: one[1])
+        self.stats.busiest = tuple((tenant, rate) for tenant, rate in top if rate > 0)
+        self._before, self._looked_at = counts, now
+
+    def _now(self) -> datetime:
+        return datetime.fromtimestamp(self._clock(), UTC).replace(minute=0, second=0, microsecond=0)
