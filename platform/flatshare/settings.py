@@ -93,6 +93,14 @@ class Settings(RegistrySettings):
         default="",
         description="PEM file of certificate chain and private key; TLS ends at the edge. Empty: plain HTTP.",
     )
+    edge_metrics_port: int = Field(
+        default=0,
+        ge=0,
+        le=65535,
+        description="Port on loopback where the edge's own counters (HAProxy's exporter, `/metrics`) can be "
+        "read. 0: none.",
+    )
+
     access_log: str = Field(
         default="off",
         description="A line of JSON for each request, written by the edge: a file to add it to (rotate it "

@@ -203,6 +203,10 @@ def s3_url_e2e() -> Iterator[str]:
 @pytest.fixture(scope="package")
 def platform(tmp_path_factory: pytest.TempPathFactory, s3_url_e2e: str) -> Iterator[Platform]:
     """Two replicas of three slots behind HAProxy, shared by the tests that do not change it."""
-    running = start(tmp_path_factory.mktemp("state"), s3_url_e2e, "shared", "--replicas", "2", "--slots", "3")
+    (metrics_port,) = free_ports(1)
+    running = start(
+        tmp_path_factory.mktemp("state"), s3_url_e2e, "shared", "--replicas", "2", "--slots", "3",
+        FLATSHARE_EDGE_METRICS_PORT=str(metrics_port),
+    )  # fmt: skip
     yield running
     end(running)

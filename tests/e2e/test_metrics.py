@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import json
+import signal
 import subprocess
+import sys
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
@@ -15,6 +18,9 @@ from tests.debian import program
 from flatshare_registry.testing.ports import free_ports
 
 from .conftest import FLATSHARE, Platform, random_rows
+
+ROOT = Path(__file__).parents[2]
+DASHBOARD = ROOT / "platform/deploy/dashboard.json"
 
 
 def leases(text: str) -> float:
@@ -62,23 +68,19 @@ def test_sums_are_those_of_replicas_and_of_the_client(platform: Platform, tenant
     assert httpx.get(f"{platform.url}/admin/metrics").status_code == 401
 
 
-def test_usage_is_what_the_client_was_answered(platform: Platform, tenants: list[str]) -> None:
-    rows, asked_for = random_rows(3), dict.fromkeys(tenants, 0)
-    before = used(platform)
+def test_usage_is_what_the_client_was_answered(platform: Platform) -> None:
+    names = [f"billed-{number}" for number in range(3)]
+    for number, name in enumerate(names):
+        platform.add(name, 330 + number)
     for number in range(20):
-        name = tenants[number % 3]
-        assert platform.predict(name, rows).status_code == 200
-        asked_for[name] += 1
-    wanted = {
-        name: (before.get(name, (0, 0))[0] + n, before.get(name, (0, 0))[1] + 3 * n)
-        for name, n in asked_for.items()
-    }
+        assert platform.predict(names[number % 3], random_rows(3)).status_code == 200
+    wanted = {"billed-0": (7, 21), "billed-1": (7, 21), "billed-2": (6, 18)}
     deadline = time.monotonic() + 30
-    while {name: used(platform).get(name, (0, 0)) for name in tenants} != wanted:
-        assert time.monotonic() < deadline, (used(platform), wanted)
+    while {name: count for name, count in used(platform).items() if name in names} != wanted:
+        assert time.monotonic() < deadline, used(platform)
         time.sleep(0.5)  # replicas write by their own clock
     compared = subprocess.run(
-        [FLATSHARE, "versions", tenants[0], "--compare", "--json"],
+        [FLATSHARE, "versions", names[0], "--compare", "--json"],
         env=platform.environment, capture_output=True, text=True, timeout=60, check=True,
     )  # fmt: skip
     (version,) = json.loads(compared.stdout)["versions"]
@@ -95,20 +97,12 @@ def used(platform: Platform) -> dict[str, tuple[int, int]]:
 
 
 def test_a_real_prometheus_scrapes_it(platform: Platform, tenants: list[str], tmp_path: Path) -> None:
-    prometheus = program("prometheus", "prometheus", tmp_path)
     (port,) = free_ports(1)
-    (tmp_path / "key").write_text(platform.admin["authorization"].removeprefix("Bearer "))
-    (tmp_path / "prometheus.yml").write_text(
-        "global: {scrape_interval: 1s, evaluation_interval: 1s}\n"
-        f"rule_files: [{Path(__file__).parents[2] / 'platform/deploy/alerts.yaml'}]\n"
-        "scrape_configs:\n  - job_name: flatshare\n    metrics_path: /admin/metrics\n"
-        f"    authorization: {{credentials_file: {tmp_path / 'key'}}}\n"
-        f"    static_configs: [{{targets: ['127.0.0.1:{platform.port}']}}]\n"
-    )
+    program("prometheus", "prometheus", tmp_path)  # or the test is skipped
     with (tmp_path / "log").open("w") as log:
         running = subprocess.Popen(
-            [prometheus, f"--config.file={tmp_path / 'prometheus.yml'}", f"--storage.tsdb.path={tmp_path / 'data'}",
-             f"--web.listen-address=127.0.0.1:{port}"], stdout=log, stderr=log,
+            [sys.executable, ROOT / "scripts/observe.py", "--url", platform.url, "--port", str(port), "--interval", "1s"],
+            env=platform.environment, stdout=log, stderr=log, restore_signals=True,
         )  # fmt: skip
     try:
         rows, deadline = random_rows(1), time.monotonic() + 60
@@ -126,10 +120,27 @@ def test_a_real_prometheus_scrapes_it(platform: Platform, tenants: list[str], tm
         assert asked(port, 'flatshare_replicas{state="RUNNING"}')[0]["value"][1] == "2"
         assert asked(port, "histogram_quantile(0.5, sum by (le) (flatshare_load_seconds_bucket))")
         rules = httpx.get(f"http://127.0.0.1:{port}/api/v1/rules").json()["data"]["groups"][0]["rules"]
+        silent = dict(panels())
+        while silent:  # each query of each panel gives something, once two scrapes lie within its window
+            assert time.monotonic() < deadline, silent
+            for name in tenants:
+                platform.predict(name, rows)
+            for panel, query in list(silent.items()):
+                found = asked(port, query.replace("$__rate_interval", "30s"))
+                if any(one["value"][1] != "NaN" for one in found):
+                    del silent[panel]
+            time.sleep(0.2)  # Prometheus scrapes by its own clock
         assert len(rules) == 11 and all(rule["health"] in ("ok", "unknown") for rule in rules), rules
     finally:
-        running.terminate()
-        running.wait(20)
+        running.send_signal(signal.SIGINT)
+        assert running.wait(20) == 0
+
+
+def panels() -> Iterator[tuple[str, str]]:
+    """Every query of the dashboard, by its panel and number."""
+    for panel in json.loads(DASHBOARD.read_text())["panels"]:
+        for number, target in enumerate(panel.get("targets", ())):
+            yield f"{panel['title']} {number}", target["expr"]
 
 
 def asked(port: int, query: str) -> list[dict[str, list[str]]]:

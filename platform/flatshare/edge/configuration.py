@@ -116,6 +116,8 @@ class EdgeOptions:
     access_log
         Where a line for each request goes: ``stdout``, or ``host:port`` of who takes them by UDP. Empty:
         nowhere.
+    metrics_port
+        Where HAProxy's own counters can be read, on loopback; 0: nowhere.
     trusted_proxies
         Networks of load balancers before this edge: what they say in ``x-forwarded-for`` is whom a request is from.
     hard_stop_after_s
@@ -143,6 +145,7 @@ class EdgeOptions:
     max_connections: int = 4096
     threads: int = 1
     access_log: str = ""
+    metrics_port: int = 0
     trusted_proxies: tuple[str, ...] = ()
     hard_stop_after_s: float = 3600
     max_old_workers: int = 32
@@ -196,7 +199,7 @@ backend quotas
 backend operators
     stick-table type binary len 32 size 10k expire {OPERATOR_S}s store gpc0
 
-frontend edge
+{_metrics(options)}frontend edge
     bind {_bind_address(options)}
     # One client that opens connections and says nothing must not take them all.
     stick-table type ipv6 size 100k expire 2m store conn_cur,gpc0,gpc0_rate(10s)
@@ -309,6 +312,18 @@ def _clients(options: EdgeOptions) -> str:
     ]
     lines += ["http-request track-sc0 src if { var(txn.proxied) -m found }"]
     return "\n".join(f"    {line}" for line in lines)
+
+
+def _metrics(options: EdgeOptions) -> str:
+    """HAProxy's own exporter for Prometheus: without a key, so on loopback only."""
+    if not options.metrics_port:
+        return ""
+    return f"""frontend metrics
+    bind 127.0.0.1:{options.metrics_port}
+    http-request return status 404 unless {{ path /metrics }}
+    http-request use-service prometheus-exporter
+
+"""
 
 
 def _access_log(options: EdgeOptions) -> str:

@@ -248,6 +248,7 @@ def edge_options(settings: Settings, admin_socket: Path) -> EdgeOptions:
         max_connections=affordable_connections(settings.most_replicas),
         trusted_proxies=settings.proxy_networks(),
         access_log=log_target(settings.access_log)[0],
+        metrics_port=settings.edge_metrics_port,
         threads=max((os.cpu_count() or 1) // CORES_PER_EDGE_THREAD, 1),
         tasks=settings.tasks != "off",
         max_task_bytes=settings.tasks_max_body_bytes,

@@ -146,6 +146,18 @@ def test_the_page_is_made_of_the_code() -> None:
     assert made.stdout == (ROOT / "platform/METRICS.md").read_text(), "run scripts/metrics.py"
 
 
+def test_the_dashboard_is_made_by_its_script_and_asks_for_metrics_that_there_are() -> None:
+    made = subprocess.run(
+        [sys.executable, "-c", "import sys; sys.path.insert(0, 'scripts'); import dashboard; print(dashboard.document(), end='')"],
+        capture_output=True, text=True, cwd=ROOT, check=True,
+    ).stdout  # fmt: skip
+    assert made == (ROOT / "platform/deploy/dashboard.json").read_text(), "run scripts/dashboard.py"
+    endings = {"counter": ("_total",), "gauge": ("",), "histogram": ("_bucket",)}
+    names = {one.name + ending for one in FAMILIES for ending in endings[one.kind]}
+    asked = set(re.findall(r"flatshare_[a-z0-9_]+", made))
+    assert len(asked) > 20 and asked <= names, asked - names
+
+
 def test_promtool_takes_the_metrics_and_the_alerts(tmp_path: Path) -> None:
     promtool = program("promtool", "prometheus", tmp_path)
     checked = subprocess.run(
