@@ -20,6 +20,7 @@ import pytest
 from flatshare.api.openapi import DOCS_PATHS
 from flatshare.control.access import BURST, RULES, Access
 from flatshare.control.deployment import CONTROL_PREFIX
+from flatshare.control.ui import UI_PATHS
 from flatshare.edge.configuration import OPEN_PATHS
 
 from .planes import MODEL, Control, Data, data_plane
@@ -115,7 +116,7 @@ def change_own(status: int = 200, **request: Any) -> Row:
     return Row(404, 403, status, status, status, 403, request)
 
 
-CONTROL_OPEN = {("GET", path) for path in DOCS_PATHS}
+CONTROL_OPEN = {("GET", path) for path in (*DOCS_PATHS, *UI_PATHS)}
 CONTROL: dict[tuple[str, str], Row] = {
     ("GET", "/tenants"): view(),
     ("POST", "/tenants"): change(201, json={"id": "new"}),
@@ -142,6 +143,7 @@ CONTROL: dict[tuple[str, str], Row] = {
     ("GET", "/plans"): view(),
     ("GET", "/replicas"): view(),
     ("GET", "/metrics"): view(),
+    ("GET", "/history"): view(),
     ("POST", "/replicas/{replica}/drain"): change(404),
     ("POST", "/nodes/{node}/drain"): change(404),
     ("GET", "/settings"): view(),

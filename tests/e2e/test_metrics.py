@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -98,11 +99,12 @@ def used(platform: Platform) -> dict[str, tuple[int, int]]:
 
 def test_a_real_prometheus_scrapes_it(platform: Platform, tenants: list[str], tmp_path: Path) -> None:
     (port,) = free_ports(1)
-    program("prometheus", "prometheus", tmp_path)  # or the test is skipped
+    found = Path(program("prometheus", "prometheus", tmp_path))
+    environment = {**platform.environment, "PATH": f"{found.parent}:{os.environ['PATH']}"}
     with (tmp_path / "log").open("w") as log:
         running = subprocess.Popen(
             [sys.executable, ROOT / "scripts/observe.py", "--url", platform.url, "--port", str(port), "--interval", "1s"],
-            env=platform.environment, stdout=log, stderr=log, restore_signals=True,
+            env=environment, stdout=log, stderr=log,
         )  # fmt: skip
     try:
         rows, deadline = random_rows(1), time.monotonic() + 60

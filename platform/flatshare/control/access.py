@@ -28,6 +28,7 @@ from flatshare.api.http import encoding_of, error_reply, read_body
 from flatshare.api.identity import Caller, Identities, Role
 from flatshare.api.local_only import check_local
 from flatshare.api.openapi import DOCS_PATHS
+from flatshare.control.ui import UI_PATHS
 from flatshare.engine.quotas import Bucket
 from flatshare.errors import Forbidden, OtherStore, ServeError, TooManyAtOnce, TooManyRequests
 from flatshare.single_flight import SingleFlight
@@ -63,7 +64,7 @@ class Access(Enum):
 
 
 RULES: Final[Mapping[tuple[str, str], Access]] = {
-    **{("GET", path): Access.OPEN for path in DOCS_PATHS},
+    **{("GET", path): Access.OPEN for path in (*DOCS_PATHS, *UI_PATHS)},
     ("GET", "/tenants"): Access.VIEW,
     ("POST", "/tenants"): Access.CHANGE,
     ("GET", "/tenants/{tenant}"): Access.VIEW_OWN,
@@ -89,6 +90,7 @@ RULES: Final[Mapping[tuple[str, str], Access]] = {
     ("GET", "/plans"): Access.VIEW,
     ("GET", "/replicas"): Access.VIEW,
     ("GET", "/metrics"): Access.VIEW,
+    ("GET", "/history"): Access.VIEW,
     ("POST", "/replicas/{replica}/drain"): Access.CHANGE,
     ("POST", "/nodes/{node}/drain"): Access.CHANGE,
     ("GET", "/scaling"): Access.VIEW,

@@ -20,6 +20,7 @@ from flatshare.control.erasure import Erasing, Erasure, Erasures
 from flatshare.control.erasure_record import Record, Signer
 from flatshare.control.fleet import Fleet, Told
 from flatshare.control.fleet_schemas import FleetReply
+from flatshare.control.history import History, HistoryReply
 from flatshare.control.metrics import CONTENT_TYPE, exposition
 from flatshare.control.nodes import DrainedNodeReply, NodeDrain
 from flatshare.control.scaling import DrainedReply, Scaling, ScalingReply, ScalingRequest
@@ -50,6 +51,7 @@ from flatshare.control.schemas import (
 )
 from flatshare.control.settings import RunningSettings, SettingsChange, SettingsReply
 from flatshare.control.tasks import TaskQueueReply
+from flatshare.control.ui import add_ui
 from flatshare.engine.quotas import effective_quotas
 from flatshare.errors import FleetUnavailable, NoTasks, ServeError, TooManyAtOnce
 from flatshare.tasks.keeper import TaskKeeper
@@ -107,6 +109,7 @@ def create_control_app(
     scaling: Scaling | None = None,
     nodes: NodeDrain | None = None,
     task_keeper: TaskKeeper | None = None,
+    history: History | None = None,
 ) -> Gate:
     """Build the control plane over a registry and a fleet; mounted under ``/admin``.
 
@@ -124,6 +127,8 @@ def create_control_app(
         Takes nodes out of the cluster; None: nobody does.
     task_keeper
         Tends tasks; None: none are taken.
+    history
+        Keeps the last hour; None: nobody does.
     """
     app = FastAPI(
         title="flatshare control plane", description=_ABOUT, version="1", responses=ERROR_REPLIES,
@@ -137,7 +142,8 @@ def create_control_app(
     _add_quotas(app, registry, fleet, running)
     _add_versions(app, registry, fleet)
     _add_aliases(app, registry, fleet)
-    _add_fleet(app, registry, fleet, scaling, running, task_keeper)
+    _add_fleet(app, registry, fleet, scaling, running, task_keeper, history)
+    add_ui(app)
     _add_scaling(app, scaling)
     _add_nodes(app, nodes)
     _add_tasks(app, task_keeper)
@@ -455,6 +461,7 @@ def _add_fleet(
     scaling: Scaling | None,
     running: RunningSettings,
     task_keeper: TaskKeeper | None,
+    history: History | None,
 ) -> None:
     async def noted(request: Request, model: str, action: Action, **detail: str) -> str:
         """The ref, once the tenant's log says what is going to be done with it."""
@@ -477,6 +484,11 @@ def _add_fleet(
         queue = TaskQueueReply.of(task_keeper.tended) if task_keeper is not None else None
         text = exposition(view, placement, queue, running.settings.metrics_tenants)
         return Response(text, media_type=CONTENT_TYPE)
+
+    @app.get("/history", tags=["fleet"])
+    async def get_history() -> HistoryReply:
+        """The last hour in few numbers, and the busiest tenants of the last minute: what the page draws."""
+        return history.reply if history is not None else HistoryReply(points=[], tenants=[])
 
     @app.post("/preload", tags=["fleet"])
     async def preload(body: PreloadRequest, request: Request) -> Refreshed:

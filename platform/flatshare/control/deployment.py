@@ -15,6 +15,7 @@ from flatshare.control.access import Gate
 from flatshare.control.app import RegistryHeads, create_control_app
 from flatshare.control.decided import Routes
 from flatshare.control.fleet import Fleet
+from flatshare.control.history import History
 from flatshare.control.keeper import Keeper
 from flatshare.control.nodes import NodeDrain
 from flatshare.control.scaling import Scaling
@@ -65,6 +66,7 @@ class ControlPlane:
         self._keeping: asyncio.Task[None] | None = None
         self._tending: asyncio.Task[None] | None = None
         self._task_keeper: TaskKeeper | None = None
+        self._remembering: asyncio.Task[None] | None = None
 
     def __serve_build_asgi_app__(self) -> Gate:
         """Called by Serve after the constructor."""
@@ -78,6 +80,7 @@ class ControlPlane:
             remember_moved=remember_moved,
         )  # fmt: skip
         self._keeper.begin_with(recall_moved())
+        self._history = History(fleet)
         if self._settings.tasks != "off":
             self._task_keeper = _task_keeper(self._settings)
         identities = Identities(RegistryHeads(registry), self._operators, token_verifier(self._settings))
@@ -90,13 +93,15 @@ class ControlPlane:
             ), nodes=NodeDrain(
                 RayNodes(self._settings.cpus_per_replica, self._settings.gpus_per_replica), fleet,
                 lambda: self._keeper.placement.moved, f"{POOL_APP}/{POOL_DEPLOYMENT}/",
-            ), task_keeper=self._task_keeper,
+            ), task_keeper=self._task_keeper, history=self._history,
         )  # fmt: skip
 
     async def check_health(self) -> None:
         """Called by Serve, first before the control plane answers; starts the keepers."""
         if self._keeping is None:
             self._keeping = asyncio.create_task(self._keeper.run(), name="keep the fleet")
+        if self._remembering is None:
+            self._remembering = asyncio.create_task(self._history.run(), name="remember the last hour")
         if self._tending is None and self._task_keeper is not None:
             self._tending = asyncio.create_task(self._task_keeper.run(), name="tend tasks")
         if self._keeping.done() or (self._tending is not None and self._tending.done()):

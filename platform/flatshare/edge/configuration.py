@@ -65,7 +65,7 @@ back, the tenant's quota goes on filling, and all of that must be used within th
 OPERATOR_S: Final = 3600
 """How long after the control plane took a key it is not kept off with the others of its address."""
 
-OPEN_PATHS: Final = ("/admin/docs", "/admin/redoc", "/admin/openapi.json")
+OPEN_PATHS: Final = ("/admin/docs", "/admin/redoc", "/admin/openapi.json", "/admin/ui")
 """Of the control plane, answered without a key: that one was shown there says nothing of it."""
 
 MAX_PROXIES: Final = 3
