@@ -92,7 +92,7 @@ async function overview() {
   return [
     el("h2", {}, "Fleet"),
     el("dl", { class: "tiles" },
-      tile("Replicas", fleet.replicas.length + (fleet.pending.length ? ` and ${fleet.pending.length} to come` : "")),
+      tile("Replicas", fleet.replicas.length + (fleet.not_answering.length ? ` and ${fleet.not_answering.length} to come` : "")),
       tile("Models held", models), tile("Hit rate", percent(last?.device ?? null)),
       tile("Requests a second", last ? last.requests_per_s.toFixed(1) : "–"),
       tile("p99", milliseconds(last?.p99 ?? null)), tile("Loads that failed", fleet.totals.load_failures)),
