@@ -21,6 +21,7 @@ __all__ = [
     "Erased",
     "Erasing",
     "Fleet",
+    "History",
     "Labels",
     "LiveSettings",
     "Plans",
@@ -281,6 +282,26 @@ class Fleet(TypedDict):
     not_answering: list[_Pending]
     totals: _Totals
     placement: _Placement
+
+
+class _Point(TypedDict):
+    at: float
+    requests_per_s: float
+    device: float | None
+    p50: float | None
+    p99: float | None
+
+
+class _BusyTenant(TypedDict):
+    tenant: str
+    requests_per_s: float
+
+
+class History(TypedDict):
+    """The last hour of a fleet."""
+
+    points: list[_Point]
+    tenants: list[_BusyTenant]
 
 
 def parsed(reply: httpx.Response, shape: type[T]) -> T:

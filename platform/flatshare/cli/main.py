@@ -21,6 +21,7 @@ from flatshare.cli import (
     settings_verbs,
     task_verbs,
     tenancy_verbs,
+    top_verb,
     training_verbs,
     usage_verb,
 )
@@ -62,6 +63,7 @@ plan_verb.add_to(app)
 registry_verbs.add_to(app)
 audit_verbs.add_to(app)
 tenancy_verbs.add_to(app, registry_verbs.tenants_app)
+top_verb.add_to(app)
 usage_verb.add_to(app)
 training_verbs.add_to(app)
 batch_verb.add_to(app)
