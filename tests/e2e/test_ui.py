@@ -34,12 +34,17 @@ def filled(platform: Platform) -> Platform:
 
 
 @pytest.fixture
-def page(filled: Platform) -> Iterator[playwright.Page]:
+def said() -> list[str]:
+    """Errors and warnings of the page's console; none may be left at the end."""
+    return []
+
+
+@pytest.fixture
+def page(filled: Platform, said: list[str]) -> Iterator[playwright.Page]:
     """A page on which nothing may go wrong unnoticed."""
     with playwright.sync_playwright() as running:
         browser = running.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
         opened = browser.new_page(viewport={"width": 1200, "height": 1000})
-        said: list[str] = []
         opened.on(
             "console",
             lambda message: said.append(message.text) if message.type in ("error", "warning") else None,
@@ -121,7 +126,7 @@ def test_who_may_promotes_pins_and_rolls_back(page: playwright.Page, filled: Pla
     playwright.expect(status).to_have_text("Unpin: done.")
 
 
-def test_a_tenants_text_cannot_act(page: playwright.Page, filled: Platform) -> None:
+def test_a_tenants_text_cannot_act(page: playwright.Page, filled: Platform, said: list[str]) -> None:
     key = filled.http.post(
         f"{filled.url}/admin/tenants/shown-1/keys", json={"label": EVIL, "scopes": ["predict"]}
     )
@@ -141,7 +146,10 @@ def test_a_tenants_text_cannot_act(page: playwright.Page, filled: Platform) -> N
         }"""
     )
     assert refused.startswith(("img-src", "script-src")) and page.title() == "flatshare"
-    page.evaluate("console.clear()")
+    assert all(
+        "400" in one or "Content Security Policy" in one or "violates" in one or "401" in one for one in said
+    ), said
+    said.clear()
 
 
 def test_the_files_are_for_everybody_and_what_they_ask_for_is_not(filled: Platform) -> None:
