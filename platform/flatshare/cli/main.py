@@ -15,6 +15,7 @@ from flatshare.cli import (
     cluster_verbs,
     doctor_verb,
     fleet,
+    logs_verb,
     plan_verb,
     platform_verbs,
     registry_verbs,
@@ -64,6 +65,7 @@ registry_verbs.add_to(app)
 audit_verbs.add_to(app)
 tenancy_verbs.add_to(app, registry_verbs.tenants_app)
 top_verb.add_to(app)
+logs_verb.add_to(app)
 usage_verb.add_to(app)
 training_verbs.add_to(app)
 batch_verb.add_to(app)
