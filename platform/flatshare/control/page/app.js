@@ -95,15 +95,15 @@ async function overview() {
       tile("Replicas", fleet.replicas.length + (fleet.not_answering.length ? ` and ${fleet.not_answering.length} to come` : "")),
       tile("Models held", models), tile("Hit rate", percent(last?.device ?? null)),
       tile("Requests a second", last ? last.requests_per_s.toFixed(1) : "–"),
-      tile("p99", milliseconds(last?.p99 ?? null)), tile("Loads that failed", fleet.totals.load_failures)),
+      tile("p99", milliseconds(last?.p99 ?? null)), tile("Evictions", fleet.totals.evictions), tile("Loads that failed", fleet.totals.load_failures)),
     el("h2", {}, "The last hour"),
     el("div", { class: "plots" },
       plot("Found on the device", history.points, ["device"], percent),
       plot("Time of a request", history.points, ["p50", "p99"], milliseconds)),
     el("h2", {}, "Replicas"),
-    table("Replicas", ["replica", "place#", "node", "device", "state", "slots#", "ongoing#", "queued#", "bytes#", "refused#", "evictions of all#"],
-      fleet.replicas.map((one, index) => [replicaLink(one.replica), one.place, one.node, one.device, one.state, `${one.slots_used} of ${one.slots}`,
-        one.ongoing, one.queued, bytes(one.held_bytes), one.refused, index ? "" : fleet.totals.evictions])),
+    table("Replicas", ["replica", "place#", "node", "device", "state", "slots#", "ongoing#", "queued#", "bytes#", "refused#"],
+      fleet.replicas.map((one) => [replicaLink(one.replica), one.place, one.node, one.device, one.state, `${one.slots_used} of ${one.slots}`,
+        one.ongoing, one.queued, bytes(one.held_bytes), one.refused])),
     el("h2", {}, "What is where"),
     el("p", { class: "quiet" }, "Each box is a model, by the tier that it was loaded from: host, peer or store."),
     el("div", { class: "nodes" }, nodes(fleet.replicas)),
@@ -156,7 +156,7 @@ async function tenant(id) {
   return [
     el("h2", {}, `Tenant ${id}`),
     el("p", {}, `${head.state}, plan ${head.plan}, since ${new Date(head.created_at).toLocaleDateString()}; production is version ${promoted ?? "–"}; ` +
-      `resident on ${where.length} replicas, ${hits} hits since it was loaded there.`),
+      `resident on ${where.length} of ${fleet.replicas.length} replicas, with ${hits} hits since it was loaded there.`),
     el("p", {}, act("Roll back", ["POST", `${path}/aliases/production/rollback`]),
       " ", act("Preload everywhere", ["POST", "/preload"], { model: id }), " ", act("Pin", ["POST", "/preload"], { model: id, pin: true }),
       " ", act("Unpin", ["POST", "/unpin"], { model: id }), " ", act("Unload", ["POST", "/unload"], { model: id })),
@@ -174,7 +174,7 @@ async function tenant(id) {
       swap.from_version, swap.to_version, swap.error || "it is being loaded"])) : null,
     el("h2", {}, "History"),
     table("History", ["when", "who", "what", "alias", "from#", "to#", "detail"], [...audit.entries].reverse().slice(0, 50).map((one) => [
-      new Date(one.at).toLocaleString(), one.actor, one.action, one.alias ?? "", one.from_version ?? "", one.to_version ?? "", one.detail ?? ""])),
+      new Date(one.at).toLocaleString(), one.actor, one.action, one.alias ?? "", one.from_version ?? "", one.to_version ?? "", Object.entries(one.detail ?? {}).map(([key, value]) => `${key}=${value}`).join(" ")])),
   ];
 }
 
