@@ -7,6 +7,7 @@ import asyncio
 import json
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any, cast
 
 import httpx
@@ -24,11 +25,12 @@ from flatshare_registry.stores.memory import MemoryStore
 
 
 def planes() -> dict[str, tuple[ASGIApp, str]]:
-    """Both applications and where they are mounted, over nothing: no route of theirs is called."""
+    """Both applications and where they are mounted, over nothing: only their documents are asked for."""
     registry, nothing = Registry(MemoryStore()), cast("Any", None)
+    service = cast("Any", SimpleNamespace(usage=SimpleNamespace(replied=lambda status: None)))
     identities = Identities(RegistryHeads(registry), OperatorKeys({}))
     return {
-        "data-plane": (create_app(nothing, identities, replica="none", max_body_bytes=1, max_rows=1), ""),
+        "data-plane": (create_app(service, identities, replica="none", max_body_bytes=1, max_rows=1), ""),
         "control-plane": (
             create_control_app(registry, Fleet(nothing, list), identities, RunningSettings(Settings())),
             "/admin",

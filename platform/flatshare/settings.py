@@ -145,6 +145,7 @@ class Settings(RegistrySettings):
     usage_interval_s: float = Field(
         default=60.0,
         ge=0,
+        le=60,
         description="Seconds between the writes of what tenants used (`flatshare usage`); a replica that is "
         "killed loses what it counted since. 0: nothing is written.",
     )

@@ -79,8 +79,20 @@ class Used:
             self.labels[label] += count
 
 
-def write_usage(store: BlobStore, hour: datetime, writer: str, used: Mapping[UsedVersion, Used]) -> None:
+def write_usage(
+    store: BlobStore,
+    hour: datetime,
+    writer: str,
+    used: Mapping[UsedVersion, Used],
+    *,
+    last: bool = False,
+) -> None:
     """Write one process's counts of one hour; what it wrote of that hour before is replaced.
+
+    Parameters
+    ----------
+    last
+        It is not written again: what a bucket with versions kept of earlier writes goes.
 
     Raises
     ------
@@ -94,7 +106,10 @@ def write_usage(store: BlobStore, hour: datetime, writer: str, used: Mapping[Use
             round(one.seconds, 6), one.labels,
         ]  # fmt: skip
     document = json.dumps({"format": 1, "tenants": tenants}, separators=(",", ":")).encode()
-    store.put(layout.usage_key(hour, writer), document, Overwrite())
+    key = layout.usage_key(hour, writer)
+    store.put(key, document, Overwrite())
+    if last:
+        store.purge(key, keep_latest=True)
 
 
 def read_usage(
@@ -136,9 +151,8 @@ def _objects(store: BlobStore, since: datetime | None, until: datetime) -> Itera
     after = layout.USAGE + layout.usage_hour(since) if since is not None else ""
     last = layout.usage_hour(until)
     for meta in store.list(layout.USAGE, after=after):
-        if meta.key.removeprefix(layout.USAGE).partition("/")[0] > last:
-            return
-        yield meta
+        if meta.key.removeprefix(layout.USAGE).partition("/")[0] <= last:  # stores list in any order
+            yield meta
 
 
 def _read(store: BlobStore, key: str) -> Iterable[tuple[UsedVersion, Used]]:

@@ -156,7 +156,7 @@ async def parts_alone(registry: Registry, rows: np.ndarray) -> dict[str, float]:
 
     def count() -> None:
         replica.usage.answered(
-            record, Tier.DEVICE, 0.001, Prediction(logits, record, Tier.DEVICE).label_list(), 7000
+            record, Tier.DEVICE, 0.001, Prediction(logits, record, Tier.DEVICE).label_list(), 7000, 10
         )
         replica.usage.replied(200)
 

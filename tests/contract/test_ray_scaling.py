@@ -128,6 +128,10 @@ def test_a_replica_is_ended_by_its_name_and_replaced(found: dict[str, Any]) -> N
     assert found["ended"] == 0, "at its place"
 
 
+def test_the_first_key_is_the_pools_for_as_long_as_the_cluster_lives(found: dict[str, Any]) -> None:
+    assert found["key"] == ["first", "first", "first"], "replicas of the one before may still run"
+
+
 def test_what_an_operator_allowed_is_kept_by_the_cluster(found: dict[str, Any]) -> None:
     assert (found["recalled_before"], found["recalled"]) == ([None, None], [1, 6])
     assert found["same"] is True

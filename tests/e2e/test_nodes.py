@@ -53,6 +53,11 @@ def test_two_nodes_serve_one_is_lost_and_erasures_reach_both(cluster: Cluster, t
         tiers = sorted(path.name for path in tmp_path.glob("tier-*"))
         assert len(tiers) == 2 and "tier-127.0.0.2" in tiers, "each node has a host tier of its own"
 
+        asked = httpx.post(f"{platform.url}/-/peer/tensors", headers={"x-flatshare-peer": "1.0"})
+        assert (asked.status_code, asked.json()["error"]["code"]) == (404, "no_such_route"), (
+            "no edge passes it on"
+        )
+
         # An erasure reaches both: the tenant's weights are put on both nodes first.
         platform.http.post(f"{platform.url}/admin/preload", json={"model": "t7"}).raise_for_status()
         before = {name: files_of(tmp_path / name) for name in tiers}

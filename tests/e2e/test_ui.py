@@ -100,6 +100,9 @@ def test_who_looks_sees_the_fleet_a_replica_and_a_tenant(page: playwright.Page, 
     page.get_by_role("link", name=fleet["replicas"][0]["replica"], exact=True).first.click()
     playwright.expect(page.get_by_role("region", name="Models of this replica")).to_be_visible()
     shot(page, "replica")
+    # It goes on being drawn, where one is and while one types elsewhere.
+    first = page.get_by_role("status").inner_text()
+    playwright.expect(page.get_by_role("status")).not_to_have_text(first, timeout=15_000)
 
     # By keyboard alone: the search, then the tenant.
     page.get_by_role("combobox", name="Tenant").focus()
@@ -119,6 +122,8 @@ def test_who_may_promotes_pins_and_rolls_back(page: playwright.Page, filled: Pla
     status = page.get_by_role("status")
     page.get_by_role("button", name="Promote 2").click()
     playwright.expect(status).to_have_text("Promote 2: done.")
+    playwright.expect(page.get_by_role("button", name="Promote 1")).to_be_visible()
+    playwright.expect(page.get_by_role("button", name="Promote 2")).to_have_count(0)
     assert filled.predict("shown-0", random_rows(1)).headers["x-flatshare-version"] == "2"
     page.get_by_role("button", name="Roll back").click()
     playwright.expect(status).to_have_text("Roll back: done.")
@@ -141,6 +146,7 @@ def test_a_tenants_text_cannot_act(page: playwright.Page, filled: Platform, said
     playwright.expect(page.get_by_role("status")).to_have_class("bad")
     page.evaluate("location.hash = '#/tenant/shown-1'")
     playwright.expect(page.get_by_role("heading", name="Tenant shown-1")).to_be_visible()
+    playwright.expect(page.get_by_role("region", name="History")).to_contain_text(EVIL)
     assert page.title() == "flatshare" and page.locator("main img").count() == 0
     # And what came to be markup all the same could do nothing.
     refused = page.evaluate(

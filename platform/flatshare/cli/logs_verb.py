@@ -42,9 +42,10 @@ def logs(
     try:
         for line in lines_of(file or _own(), follow):
             one = _parsed(line)
-            if one is None or (wanted is not None and one.get("tenant") != wanted):
+            if one is None or (wanted is not None and _tenant(one) != wanted):
                 continue
-            if failed and int(one.get("status", 0)) < 400:
+            status = one.get("status")
+            if failed and not (isinstance(status, int) and status >= 400):
                 continue
             text = line if as_json else _text(one)
             out.print(printable(text), soft_wrap=True)
@@ -104,6 +105,12 @@ def _parsed(line: str) -> dict[str, Any] | None:
     except ValueError:
         return None
     return one if isinstance(one, dict) else None
+
+
+def _tenant(one: dict[str, Any]) -> str:
+    """Whose model was asked for: an answer names the tenant, a refusal only has what was asked."""
+    tenant = str(one.get("tenant", "-"))
+    return tenant if tenant != "-" else str(one.get("model", "-")).partition("@")[0].partition(":")[0]
 
 
 def _text(one: dict[str, Any]) -> str:

@@ -87,7 +87,7 @@ def frame(fleet: Fleet, history: History, note: str = "") -> Group:
     ):
         lines.add_row(name, text, Text(spark(values), style="cyan"))
     replicas = _table(
-        "replica", "place#", "node", "device", "state", "slots#", "ongoing#", "queued#", "refused#", "bytes#"
+        "replica", "place#", "node", "device", "state", "slots#", "ongoing#", "queued#", "bytes#"
     )
     for one in fleet["replicas"]:
         _add(

@@ -131,12 +131,15 @@ def moment_of(text: str, now: datetime) -> datetime:
     """
     ago = _AGO.fullmatch(text)
     if ago is not None:
-        return now - timedelta(**{_UNITS[ago[2]]: int(ago[1])})
+        try:
+            return now - timedelta(**{_UNITS[ago[2]]: int(ago[1])})
+        except OverflowError:
+            raise InvalidInput(f"{text} is longer ago than there are dates") from None
     try:
         moment = datetime.fromisoformat(text)
     except ValueError:
         raise InvalidInput(f"{text!r} is no time; write 90m, 24h, 7d or 2026-11-27T08:00Z") from None
-    moment = moment if moment.tzinfo is not None else moment.replace(tzinfo=UTC)
+    moment = moment.replace(tzinfo=UTC) if moment.tzinfo is None else moment.astimezone(UTC)
     if moment > now:
         raise InvalidInput(f"{text} lies ahead")
     return moment

@@ -20,6 +20,7 @@ from flatshare.control.fleet import Fleet
 from flatshare.replica.snapshot import ReplicaSnapshot
 from flatshare.residency.stats import Durations
 from flatshare.weights.tiers import Tier
+from flatshare_registry.usage import OTHERS
 
 __all__ = ["History", "HistoryReply"]
 
@@ -120,6 +121,7 @@ class History:
                 p99=None if p99 is None else p99 * 1e3,
             )
         )
+        tenants.pop(OTHERS, None)
         ordered = sorted(tenants.items(), key=lambda one: -one[1])[:BUSIEST]
         self._busiest = [BusyTenant(tenant=tenant, requests_per_s=rate) for tenant, rate in ordered]
         self._before, self._at = after, now

@@ -69,7 +69,7 @@ FAMILIES: Final = (
         ("replica", "tier"),
     ),
     Family(
-        "flatshare_requests", "counter", "Requests that a replica answered over HTTP, by status.",
+        "flatshare_requests", "counter", "Requests that a replica answered over HTTP, and for tasks, by status.",
         ("replica", "status"),
     ),
     Family(

@@ -128,6 +128,10 @@ class Door:
                 transport.abort()
 
 
+def _came_by_an_edge(scope: Scope) -> bool:
+    return any(name == b"x-forwarded-for" for name, _ in scope["headers"])
+
+
 class _Plain:
     """The usual way: health, peers, and what Serve does: a request id on every request and reply."""
 
@@ -153,7 +157,8 @@ class _Plain:
                 message = {**message, "headers": headers}
             await send(message)
 
-        if scope["path"] == PEER_PATH and self._tier is not None:
+        # What comes by an edge names its client, and finds no such path.
+        if scope["path"] == PEER_PATH and self._tier is not None and not _came_by_an_edge(scope):
             await self._tier(scope, receive, send)
             return
         if scope["path"] == HEALTH_PATH:

@@ -6,12 +6,13 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Final
 
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
-from flatshare.threads import ThreadWork, in_thread
+from flatshare.threads import ThreadWork
 from flatshare.weights.host_tier import HostTier
 from flatshare.weights.peers import HAVE_HEADER, SIGNATURE_HEADER, PeerAsked, read_peer_request
 
@@ -30,7 +31,7 @@ SEND_S: Final = 10.0
 """Seconds that an answer may take: what it has mapped can't be erased meanwhile."""
 
 PIECE_BYTES: Final = 256 * 1024
-"""Sent at a time: requests that wait for the event loop meanwhile wait some 50 us."""
+"""Sent at a time: requests that wait for the event loop meanwhile wait some 50 us; more on a disk."""
 
 
 class TierServer:
@@ -57,11 +58,18 @@ class TierServer:
         self._key = key
         self._clock = clock
         self._ongoing = 0
+        self._threads = ThreadPoolExecutor(
+            MOST_AT_ONCE, thread_name_prefix="peer"
+        )  # none runs before it is asked
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request: 200 with tensors, 404 without any; 401, 405, 413 or 503."""
         if scope["method"] != "POST":
             await _refuse(405, scope, receive, send)
+            return
+        signature = _signature(scope)
+        if not signature:  # nobody without one takes a place
+            await _refuse(401, scope, receive, send)
             return
         if self._ongoing >= MOST_AT_ONCE:
             await _refuse(503, scope, receive, send)
@@ -69,26 +77,29 @@ class TierServer:
         self._ongoing += 1
         try:
             async with asyncio.timeout(SEND_S):
-                await self._answer(scope, receive, send)
+                await self._answer(signature, scope, receive, send)
         except TimeoutError:
             logger.warning("a peer took its tensors too slowly: its answer was cut")
         finally:
             self._ongoing -= 1
 
-    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
+    async def _answer(self, signature: str, scope: Scope, receive: Receive, send: Send) -> None:
         body = await _body(receive)
         if body is None:
             await _refuse(413, scope, receive, send)
             return
         key = self._key()
-        shown = [value for name, value in scope["headers"] if name == SIGNATURE_HEADER.encode()]
-        signature = shown[0].decode("latin-1") if len(shown) == 1 else ""
         asked = read_peer_request(key, body, signature, self._clock()) if key is not None else None
         if asked is None:
             await _refuse(401, scope, receive, send)
             return
         with self._work.counted(asked.tenant) as may_go_on:
-            found = await in_thread(None, lambda: self._open(asked)) if may_go_on else {}
+            # Counted for itself too: a thread goes on when nobody waits for it any more.
+            found = (
+                await self._work.run(self._threads, asked.tenant, lambda: self._open(asked))
+                if may_go_on
+                else {}
+            )
             if not found:
                 await _refuse(404, scope, receive, send)
                 return
@@ -106,11 +117,18 @@ class TierServer:
                         return  # erased meanwhile: uvicorn cuts an answer that is not whole
                     piece = bytes(view[start : start + PIECE_BYTES])
                     await send({"type": "http.response.body", "body": piece, "more_body": True})
+                    await asyncio.sleep(0)  # uvicorn waits only where its buffer is full
             await send({"type": "http.response.body", "body": b""})
 
     def _open(self, asked: PeerAsked) -> dict[int, memoryview]:
         views = ((index, self._tier.open(*one)) for index, one in enumerate(asked.tensors))
         return {index: view for index, view in views if view is not None}
+
+
+def _signature(scope: Scope) -> str:
+    """What a request shows; empty for nothing, or for more than one."""
+    shown = [value for name, value in scope["headers"] if name == SIGNATURE_HEADER.encode()]
+    return shown[0].decode("latin-1") if len(shown) == 1 else ""
 
 
 async def _body(receive: Receive) -> bytes | None:

@@ -139,8 +139,11 @@ def shared_peer_key(candidate: bytes) -> bytes:
 
 
 def forget() -> None:
-    """Forget all of a platform that was here before: a new one begins with its own settings."""
-    for key in (b"bounds", b"moved", b"deployed", b"peer-key"):
+    """Forget all of a platform that was here before: a new one begins with its own settings.
+
+    The peers' key stays: a new one comes to this while replicas of the old one still run.
+    """
+    for key in (b"bounds", b"moved", b"deployed"):
         internal_kv._internal_kv_del(key, namespace=_NAMESPACE)
 
 

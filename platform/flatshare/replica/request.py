@@ -21,8 +21,10 @@ from flatshare.engine.jobs import Answer, Job
 from flatshare.engine.quotas import FREE_BYTES, QuotaKeeper, UnderWay
 from flatshare.errors import (
     DeadlineExceeded,
+    DeviceBroken,
     IsolationBroken,
     ModelFailed,
+    Overloaded,
     OverQuota,
     ProbeFailed,
     Suspended,
@@ -116,7 +118,8 @@ class _Begun:
         if done is None:  # it was told already that it took too long
             return
         if isinstance(answer, Exception):
-            service.usage.failed(self._version)
+            if not _is_refusal(answer):
+                service.usage.failed(self._version)
             done(answer)
             return
         try:
@@ -273,6 +276,8 @@ class InferenceService:
         except Exception as error:
             self.take_failure(lease, error)
             lease.release()
+            if not _is_refusal(error):
+                self.usage.failed(version)
             raise
         self.admission.enter_now()
         self.deadlines.add(begun)
@@ -327,14 +332,12 @@ class InferenceService:
                         raise
                 self.check_fence(ref)  # it may have come while this was under way
                 return self.answered(ticket, Prediction(logits, version, lease.tier), began)
-        except OverQuota:
-            raise  # its caller's
         except TimeoutError:
             if leasing is not None:
                 self.usage.failed(leasing)
             raise self.too_late() from None
-        except Exception:
-            if leasing is not None:
+        except Exception as error:
+            if leasing is not None and not _is_refusal(error):
                 self.usage.failed(leasing)
             raise
 
@@ -352,6 +355,7 @@ class InferenceService:
             self._clock() - began,
             prediction.label_list(),
             ticket.under_way.body_bytes,
+            prediction.logits.shape[1],
         )
         return prediction
 
@@ -403,6 +407,13 @@ class InferenceService:
             return version
         async with self.cold.hold(self._timeout_s, ref.tenant):
             return await self.resolver.serving(ref, self._timeout_s)
+
+
+def _is_refusal(error: Exception) -> bool:
+    """Whether a request was refused: its caller is over a limit or gone, or there is no room."""
+    if isinstance(error, (Wedged, DeviceBroken)):
+        return False
+    return isinstance(error, (OverQuota, NotFound, Overloaded))
 
 
 def _installed(version: VersionRecord) -> Architecture:

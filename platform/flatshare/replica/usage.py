@@ -1,6 +1,6 @@
 """What a replica counts of requests: how they ended, how long they took, and whose they were.
 
-Plain numbers on the event loop: two clocks, a logarithm and a few additions, some 2 us a request
+Plain numbers on the event loop: two clocks, a logarithm and a few additions, some 3 us a request
 (``scripts/bench-parts``). Metrics read them from snapshots; what tenants used is written to the store once a
 minute (``flatshare_registry.usage``), behind the requests.
 """
@@ -15,7 +15,7 @@ from collections import deque
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor
 from dataclasses import dataclass, field, replace
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from typing import Final
 
 from flatshare.residency.stats import Durations
@@ -42,7 +42,14 @@ MAX_UNWRITTEN: Final = 24
 BUSIEST: Final = 50
 """Tenants whose rates are told."""
 
-HOUR: Final = timedelta(hours=1)
+LOOK_S: Final = 60.0
+"""Seconds between looks at who is busiest, where nothing is written."""
+
+LAST_WRITE_S: Final = 3.0
+"""Seconds that a stopping replica gives the store."""
+
+SLICE: Final = 500
+"""Versions that are copied at a time: 1 ms."""
 
 
 @dataclass(slots=True)
@@ -110,7 +117,13 @@ class UsageCounter:
         statuses[status] = statuses.get(status, 0) + 1
 
     def answered(
-        self, version: VersionRecord, tier: Tier, seconds: float, labels: Sequence[int], body_bytes: int
+        self,
+        version: VersionRecord,
+        tier: Tier,
+        seconds: float,
+        labels: Sequence[int],
+        body_bytes: int,
+        classes: int,
     ) -> None:
         """A request has its prediction.
 
@@ -118,6 +131,8 @@ class UsageCounter:
         ----------
         labels
             The class of each row.
+        classes
+            How many there are.
         """
         self.stats.durations[tier].add(seconds)
         used = self._of(version)
@@ -126,12 +141,12 @@ class UsageCounter:
         used.cold_loads += tier is not Tier.DEVICE
         used.body_bytes += body_bytes
         used.seconds += seconds
+        if classes > MAX_LABELS:
+            return
         counts = used.labels
+        if len(counts) < classes:
+            counts.extend([0] * (classes - len(counts)))
         for label in labels:
-            if label >= len(counts):
-                if label >= MAX_LABELS:
-                    return
-                counts.extend([0] * (label + 1 - len(counts)))
             counts[label] += 1
 
     def failed(self, version: VersionRecord) -> None:
@@ -151,45 +166,60 @@ class UsageCounter:
     # -- behind it
 
     def start(self) -> None:
-        """Begin to write."""
-        if self._interval_s:
-            self._writing = asyncio.get_running_loop().create_task(self._write_on(), name="write usage")
+        """Begin to look, and to write."""
+        self._writing = asyncio.get_running_loop().create_task(self._write_on(), name="write usage")
 
     async def close(self) -> None:
-        """End it, with a last write."""
-        if self._writing is not None:
-            self._writing.cancel()
-            await asyncio.gather(self._writing, return_exceptions=True)
-            await self.write()
+        """End it, with a last write, which may take a moment and no longer."""
+        if self._writing is None:
+            return
+        self._writing.cancel()
+        await asyncio.gather(self._writing, return_exceptions=True)
+        try:
+            async with asyncio.timeout(LAST_WRITE_S):
+                await self.write()
+        except TimeoutError:
+            logger.warning("what tenants used in the last minute was not written: the store does not answer")
 
     async def write(self) -> None:
         """Write what was counted since the last time. A store that is down has it the next time."""
         self.look_at_the_busiest()
-        if (hour := self._now()) != self._hour:
-            if self._used:
+        if (hour := self._now()) > self._hour:  # a clock that is set back changes nothing
+            if self._used and self._interval_s:
                 self._unwritten.append((self._hour, self._used))
             self._hour, self._used, self._changed = hour, {}, False
             self._before = {}
+        if not self._interval_s:
+            return
         try:
             while self._unwritten:
-                await self._put(*self._unwritten[0])
+                await self._put(*self._unwritten[0], last=True)
                 self._unwritten.popleft()
             if self._changed and self._used:
                 self._changed = False
-                await self._put(self._hour, self._used)
-        except RegistryError as error:
+                await self._put(self._hour, self._used, last=False)
+        except BaseException as error:
             self._changed = True
+            if not isinstance(error, RegistryError):
+                raise
             logger.warning("what tenants used was not written, and is tried again: %s", error)
 
     async def _write_on(self) -> None:
         while True:
-            await asyncio.sleep(self._interval_s)
-            await self.write()
+            await asyncio.sleep(self._interval_s or LOOK_S)
+            try:
+                await self.write()
+            except Exception:
+                logger.exception("what tenants used was not written, and is tried again")
 
-    async def _put(self, hour: datetime, used: Mapping[UsedVersion, Used]) -> None:
-        # A copy, made here: the thread must not see half of an addition.
-        copy = {key: replace(one, labels=list(one.labels)) for key, one in used.items()}
-        await in_thread(self._threads, lambda: write_usage(self._store, hour, self._writer, copy))
+    async def _put(self, hour: datetime, used: Mapping[UsedVersion, Used], *, last: bool) -> None:
+        # A copy, made here: the thread must not see half of an addition. In slices: requests wait meanwhile.
+        copy: dict[UsedVersion, Used] = {}
+        for key in list(used):
+            copy[key] = replace(used[key], labels=list(used[key].labels))
+            if len(copy) % SLICE == 0:
+                await asyncio.sleep(0)
+        await in_thread(self._threads, lambda: write_usage(self._store, hour, self._writer, copy, last=last))
 
     def look_at_the_busiest(self) -> None:
         """Work out the rates since the last look."""

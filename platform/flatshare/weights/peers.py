@@ -51,6 +51,13 @@ HAVE_HEADER: Final = "x-flatshare-tensors"
 SIGNED_FOR_S: Final = 60.0
 """Seconds that a signature is good for, before and after its second: clocks of nodes differ."""
 
+NOTHING: Final = (
+    http.client.NOT_FOUND,
+    http.client.REQUEST_ENTITY_TOO_LARGE,
+    http.client.SERVICE_UNAVAILABLE,
+)
+"""Answers of a peer that has nothing, can't be asked for so much, or is busy: the next one is asked."""
+
 PEERS_ASKED: Final = 2
 """Nodes that are asked before the store is."""
 
@@ -195,7 +202,7 @@ class PeerTiers:
                 connection.sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
                 connection.request("POST", PEER_PATH, body, {SIGNATURE_HEADER: signature})
                 with connection.getresponse() as response:
-                    if response.status == http.client.NOT_FOUND:
+                    if response.status in NOTHING:
                         return
                     if response.status != http.client.OK:
                         raise PeerFailed(f"it answered with {response.status}")
@@ -213,7 +220,7 @@ class PeerTiers:
         while left:
             if self._clock() >= deadline:
                 raise PeerFailed("it is too slow")
-            piece = response.read(min(left, PIECE_BYTES))
+            piece = response.read1(min(left, PIECE_BYTES))
             if not piece:
                 raise PeerFailed("its answer broke off")
             with self._lock:

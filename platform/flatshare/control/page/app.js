@@ -1,7 +1,7 @@
 // The page at /admin/ui: what the control plane says, drawn. Text of tenants is only ever put in as text.
 "use strict";
 
-const EVERY_MS = 5000;
+const EVERY_MS = 5000, TENANT_EVERY_MS = 30000; // a tenant's history is read from the store
 const PLOT_W = 600, PLOT_H = 120;
 const KEY = "flatshare-key";
 const main = document.getElementById("main");
@@ -60,7 +60,7 @@ const bytes = (size) => {
 };
 const percent = (share) => (share === null ? "–" : `${(100 * share).toFixed(1)} %`);
 const milliseconds = (value) => (value === null ? "–" : `${value < 10 ? value.toFixed(1) : value.toFixed(0)} ms`);
-const moment = (seconds) => new Date(1000 * seconds).toLocaleTimeString();
+const moment = (seconds) => new Date(1000 * seconds).toLocaleString();
 const tenantLink = (tenant, text = tenant) => el("a", { href: `#/tenant/${enc(tenant)}` }, text);
 const replicaLink = (name) => el("a", { href: `#/replica/${enc(name)}` }, name);
 
@@ -89,6 +89,8 @@ async function overview() {
   const last = history.points.at(-1);
   const tile = (name, value) => el("div", {}, el("dt", {}, name), el("dd", {}, value));
   const models = fleet.replicas.reduce((sum, one) => sum + one.models.length, 0);
+  const resident = [...new Set(fleet.replicas.flatMap((one) => one.models.map((model) => model.tenant)))].sort();
+  document.getElementById("tenants").replaceChildren(...resident.slice(0, 500).map((id) => el("option", { value: id })));
   return [
     el("h2", {}, "Fleet"),
     el("dl", { class: "tiles" },
@@ -146,7 +148,7 @@ async function replica(name) {
 
 async function tenant(id) {
   const path = `/tenants/${enc(id)}`;
-  const [head, versions, audit, fleet] = await Promise.all([ask(path), ask(`${path}/versions`), ask(`${path}/audit`), ask("/replicas")]);
+  const [head, versions, audit, fleet] = await Promise.all([ask(path), ask(`${path}/versions`), ask(`${path}/audit?limit=50`), ask("/replicas")]);
   const where = fleet.replicas.flatMap((one) => one.models.filter((model) => model.tenant === id).map((model) => [one, model]));
   const swaps = fleet.replicas.flatMap((one) => one.swaps.filter((swap) => swap.tenant === id).map((swap) => [one, swap]));
   const hits = where.reduce((sum, [, model]) => sum + model.hits, 0);
@@ -173,7 +175,7 @@ async function tenant(id) {
     swaps.length ? table("Promotions under way", ["replica", "alias", "from#", "to#", "why"], swaps.map(([one, swap]) => [replicaLink(one.replica), swap.alias,
       swap.from_version, swap.to_version, swap.error || "it is being loaded"])) : null,
     el("h2", {}, "History"),
-    table("History", ["when", "who", "what", "alias", "from#", "to#", "detail"], [...audit.entries].reverse().slice(0, 50).map((one) => [
+    table("History", ["when", "who", "what", "alias", "from#", "to#", "detail"], [...audit.entries].reverse().map((one) => [
       new Date(one.at).toLocaleString(), one.actor, one.action, one.alias ?? "", one.from_version ?? "", one.to_version ?? "", Object.entries(one.detail ?? {}).map(([key, value]) => `${key}=${value}`).join(" ")])),
   ];
 }
@@ -185,7 +187,7 @@ async function change(text, [method, path], body) {
   say(`${text} …`);
   try {
     await ask(path, { method, body: body ? JSON.stringify(body) : undefined });
-    await draw();
+    await draw(true);
     say(`${text}: done.`);
   } catch (error) {
     say(`${text}: ${error.message}`, true);
@@ -197,18 +199,20 @@ function say(text, bad = false) {
   statusLine.classList.toggle("bad", bad);
 }
 
-async function draw() {
+async function draw(forced = false) {
   const mine = ++turn;
+  const here = location.hash || "#/";
   const [, kind, name] = location.hash.split("/");
   try {
     const made = kind === "tenant" ? await tenant(decodeURIComponent(name)) : kind === "replica" ? await replica(decodeURIComponent(name)) : await overview();
     if (mine !== turn) return;
-    const active = document.activeElement, scrolled = window.scrollY;
-    if (main.contains(active) && drawn === location.hash) return; // a button that is about to be pressed stays where it is
+    const active = document.activeElement, scrolled = window.scrollY, moved = drawn !== here;
+    // A button that is about to be pressed stays where it is.
+    if (!moved && !forced && active !== main && main.contains(active)) return;
     main.replaceChildren(...made.filter((one) => one !== null));
-    window.scrollTo(0, drawn === location.hash ? scrolled : 0);
-    if (drawn !== location.hash && drawn) main.focus();
-    drawn = location.hash || "#/";
+    window.scrollTo(0, moved ? 0 : scrolled);
+    if (moved && drawn) main.focus({ preventScroll: true });
+    drawn = here;
     login.hidden = true;
     forget.hidden = !sessionStorage.getItem(KEY);
     say(`As of ${new Date().toLocaleTimeString()}.`);
@@ -226,7 +230,7 @@ async function draw() {
 async function drawOn() {
   clearTimeout(timer);
   if (!document.hidden && login.hidden) await draw();
-  timer = setTimeout(drawOn, EVERY_MS);
+  timer = setTimeout(drawOn, location.hash.startsWith("#/tenant/") ? TENANT_EVERY_MS : EVERY_MS);
 }
 
 login.addEventListener("submit", (event) => {
@@ -243,12 +247,6 @@ document.getElementById("search").addEventListener("submit", (event) => {
   const id = document.getElementById("tenant").value.trim();
   if (id) location.hash = `#/tenant/${enc(id)}`;
 });
-document.getElementById("tenant").addEventListener("focus", async () => {
-  try {
-    const found = await ask("/tenants");
-    document.getElementById("tenants").replaceChildren(...found.slice(0, 500).map((one) => el("option", { value: one.id })));
-  } catch { /* the search works without */ }
-}, { once: true });
 window.addEventListener("hashchange", () => { document.activeElement?.blur(); drawOn(); });
 document.addEventListener("visibilitychange", drawOn);
 drawOn();

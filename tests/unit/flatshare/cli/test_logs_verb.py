@@ -38,6 +38,10 @@ def test_lines_are_shown_by_tenant_and_by_outcome(log: Path) -> None:
     assert "globex\\x1b[2J" in second and second.endswith("i2"), "nothing moves the terminal's cursor"
     assert [one.rpartition(" ")[2] for one in ok("--tenant", "acme")] == ["i1"]
     assert [one.rpartition(" ")[2] for one in ok("--failed")] == ["i2"]
+    assert ok("--tenant", "acme", "--failed") == []
+    with log.open("a") as file:
+        file.write('": 1}\n' + json.dumps({**BAD, "model": "acme:canary", "id": "i3"}) + "\n")
+    assert [one.rpartition(" ")[2] for one in ok("--tenant", "acme", "--failed")] == ["i3"]
     assert json.loads(ok("--json", "--tenant", "acme")[0]) == GOOD
 
 

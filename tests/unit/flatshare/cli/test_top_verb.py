@@ -31,6 +31,10 @@ def test_one_moment_where_nobody_looks() -> None:
     result = CliRunner().invoke(app, ["top"])
     assert result.exit_code == 0, result.output
     assert "r1" in result.output and "RUNNING" in result.output and "requests/s" in result.output
+    lines = result.output.splitlines()
+    head = next(line for line in lines if line.startswith("replica "))
+    row = next(line for line in lines if line.startswith("r1 "))
+    assert head.index("state") == row.index("RUNNING") and head.index("node") == row.index("127.0.0.1")
     document = json.loads(CliRunner().invoke(app, ["top", "--json"]).stdout)
     assert document["history"] == {"points": [], "tenants": []}
 

@@ -68,7 +68,7 @@ def test_versions_are_compared() -> None:
 
 @pytest.mark.parametrize(
     ("arguments", "error"),
-    [(["usage", "--since", "soon"], InvalidInput), (["usage", "--since", "2999-01-01"], InvalidInput),
+    [(["usage", "--since", "soon"], InvalidInput), (["usage", "--since", "999999d"], InvalidInput), (["usage", "--since", "2999-01-01"], InvalidInput),
      (["usage", "--json", "--csv"], InvalidInput), (["versions", "nobody", "--compare"], NotFound)],
 )  # fmt: skip
 def test_what_makes_no_sense_is_said(arguments: list[str], error: type[Exception]) -> None:
@@ -79,3 +79,4 @@ def test_times_as_people_write_them() -> None:
     assert moment_of("90m", NOW) == NOW - timedelta(minutes=90)
     assert moment_of("2026-01-02", NOW) == datetime(2026, 1, 2, tzinfo=UTC)
     assert moment_of("2026-01-02T03:00+02:00", NOW) == datetime(2026, 1, 2, 1, tzinfo=UTC)
+    assert moment_of("2026-01-02T03:00+02:00", NOW).hour == 1

@@ -128,7 +128,7 @@ def test_only_the_busiest_tenants_are_named_of_a_hundred_thousand() -> None:
         for tenant in range(number, 100_000, 4):
             record = SimpleNamespace(tenant=f"t{tenant}", version=1)
             for _ in range(1 if tenant else 60):
-                counter.answered(cast("Any", record), Tier.DEVICE, 0.001, [0], 10)
+                counter.answered(cast("Any", record), Tier.DEVICE, 0.001, [0], 10, 10)
         now[0] = 60.0
         counter.look_at_the_busiest()
         replicas.append(dataclasses.replace(replica(f"r{number}"), requests=counter.stats))

@@ -187,12 +187,62 @@ async def test_nobody_without_the_key_gets_anything(nodes: Nodes, monkeypatch: p
     assert (await post(body, good)).status == 413
     monkeypatch.setattr(server, "MOST_AT_ONCE", 0)
     assert (await post(body, good)).status == 503
-    for key in (None, b"another"):
-        source, peers = nodes.asking(key=key)
-        monkeypatch.undo()
+
+
+@pytest.mark.parametrize("key", [None, b"another"])
+async def test_who_has_another_key_or_none_asks_the_store(nodes: Nodes, key: bytes | None) -> None:
+    nodes.fill()
+    source, peers = nodes.asking(key=key)
+    assert (await nodes.read(source)).tier is Tier.STORE
+    assert (peers.received_bytes, peers.to_ask("acme")) == (0, [])
+
+
+async def test_a_busy_peer_is_asked_again(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
+    nodes.fill()
+    monkeypatch.setattr(server, "MOST_AT_ONCE", 0)
+    source, peers = nodes.asking()
+    assert (await nodes.read(source)).tier is Tier.STORE
+    assert len(peers.to_ask("acme")) == 1
+
+
+async def test_who_comes_by_an_edge_finds_no_such_path(nodes: Nodes) -> None:
+    nodes.fill()
+    first = nodes.record.tensors[0]
+    asked = PeerAsked("acme", ((first.sha256, first.size_bytes),))
+    body, signature = peer_request(KEY, asked, time.time())
+    shown = [(SIGNATURE_HEADER, signature)]
+    assert (await ask(nodes.door, request(body, shown, path=PEER_PATH))).status == 200
+    for path in (PEER_PATH, "/%2d/peer/tensors"):
+        answer = await ask(nodes.door, request(body, [*shown, ("x-forwarded-for", "192.0.2.1")], path=path))
+        assert answer.status == 404 and b"no_such_route" in answer.body
+
+
+async def test_a_peer_that_drips_is_given_up_in_time(nodes: Nodes, monkeypatch: pytest.MonkeyPatch) -> None:
+    stop = threading.Event()
+
+    def drip(listener: socket.socket) -> None:
+        connection, _ = listener.accept()
+        with connection:
+            connection.recv(65536)
+            head = f"HTTP/1.1 200 OK\r\ncontent-length: 9000000\r\n{client.HAVE_HEADER}: 1\r\n\r\n"
+            connection.sendall(head.encode())
+            while not stop.wait(0.05):
+                try:
+                    connection.sendall(b"x")
+                except OSError:
+                    return
+
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        thread = threading.Thread(target=drip, args=(listener,))
+        thread.start()
+        peers = PeerTiers(lambda: KEY, lambda tenant: [Peer(*listener.getsockname())])
+        source = TensorSource(nodes.store, nodes.mine, peers=peers)
         names = {one.name for one in nodes.record.tensors}
-        found = await asyncio.to_thread(source.read, nodes.record, names, 10)
-        assert (found.tier, peers.received_bytes) == (Tier.STORE if key is None else Tier.HOST, 0)
+        began = time.monotonic()
+        found = await asyncio.to_thread(source.read, nodes.record, names, 2)
+        assert found.tier is Tier.STORE and time.monotonic() - began < 2, "half of its time"
+        stop.set()
+        thread.join()
 
 
 async def test_a_door_without_a_tier_knows_no_such_path(world: World) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime, timedelta
@@ -63,7 +65,7 @@ def world() -> Iterator[World]:
 
 
 def answer(counter: UsageCounter, record: VersionRecord, tier: Tier = Tier.DEVICE, *labels: int) -> None:
-    counter.answered(record, tier, 0.25, labels or (3,), 100)
+    counter.answered(record, tier, 0.25, labels or (3,), 100, 10)
 
 
 async def test_what_is_written_again_counts_once_and_replicas_add_up(world: World) -> None:
@@ -80,7 +82,7 @@ async def test_what_is_written_again_counts_once_and_replicas_add_up(world: Worl
     await two.write()
     assert world.read() == {
         UsedVersion("acme", 1): Used(3, 1, 5, 1, 300, 0.75, [0, 2, 0, 2, 0, 0, 0, 0, 0, 1]),
-        UsedVersion("acme", 2): Used(1, 0, 1, 0, 100, 0.25, [0, 0, 0, 1]),
+        UsedVersion("acme", 2): Used(1, 0, 1, 0, 100, 0.25, [0, 0, 0, 1, 0, 0, 0, 0, 0, 0]),
     }
 
 
@@ -113,18 +115,69 @@ async def test_the_last_minute_is_written_at_the_end_and_nothing_where_it_is_off
         each.start()
         answer(each, version("acme"))
         await each.close()
-    assert world.read() == {UsedVersion("acme", 1): Used(1, 0, 1, 0, 100, 0.25, [0, 0, 0, 1])}
+    assert world.read() == {
+        UsedVersion("acme", 1): Used(1, 0, 1, 0, 100, 0.25, [0, 0, 0, 1, 0, 0, 0, 0, 0, 0])
+    }
+
+
+async def test_a_write_that_is_cut_off_is_made_at_the_end(world: World) -> None:
+    counter = world.counter("one", 0.001)
+    going, go = threading.Event(), threading.Event()
+    world.threads.submit(lambda: (going.set(), go.wait(10)))
+    going.wait(10)
+    counter.start()
+    answer(counter, version("acme"))
+    while counter._changed:  # until a write is under way, behind what the thread does
+        await asyncio.sleep(0.001)
+    closing = asyncio.create_task(counter.close())
+    await asyncio.sleep(0)
+    go.set()
+    await closing
+    assert world.read()[UsedVersion("acme", 1)].requests == 1
+
+
+async def test_a_clock_that_is_set_back_overwrites_nothing(world: World) -> None:
+    counter = world.counter("one")
+    answer(counter, version("acme"))
+    answer(counter, version("acme"))
+    await counter.write()
+    world.now += timedelta(hours=1)
+    await counter.write()
+    world.now -= timedelta(hours=1)
+    answer(counter, version("acme"))
+    await counter.write()
+    world.now += timedelta(hours=1)
+    assert world.read(1)[UsedVersion("acme", 1)].requests == 3
+
+
+async def test_stores_list_in_any_order(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    counter = world.counter("one")
+    for _ in range(3):
+        answer(counter, version("acme"))
+        await counter.write()
+        world.now += timedelta(hours=1)
+        await counter.write()
+    listed = world.store.list
+    monkeypatch.setattr(
+        world.store,
+        "list",
+        lambda prefix, after="": iter(
+            sorted(listed(prefix, after=after), key=lambda one: one.key, reverse=True)
+        ),
+    )
+    world.now -= timedelta(hours=2)
+    assert world.read(1)[UsedVersion("acme", 1)].requests == 2
 
 
 async def test_memory_is_bound(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(usage, "MAX_VERSIONS", 2)
     counter = world.counter("one")
     for name in ("a", "b", "c", "d", "a"):
-        answer(counter, version(name), Tier.DEVICE, 5, usage.MAX_LABELS)
+        counter.answered(version(name), Tier.DEVICE, 0.25, (5, 400, 5), 100, usage.MAX_LABELS + 1)
     await counter.write()
     found = {key.tenant: used.requests for key, used in world.read().items()}
     assert found == {"a": 2, "b": 1, OTHERS: 2}
-    assert len(world.read()[UsedVersion("a", 1)].labels) == 6
+    assert world.read()[UsedVersion("a", 1)].labels == [], "all of them or none"
 
 
 @pytest.mark.parametrize("data", [b"", b"[]", b"{}", b'{"format":2,"tenants":{}}', b'{"format":1,"tenants":{"a":{"1":[1]}}}'])  # fmt: skip
