@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -48,6 +49,7 @@ def main() -> int:
             prometheus, f"--config.file={folder / 'prometheus.yml'}", f"--storage.tsdb.path={folder / 'data'}",
             f"--web.listen-address=127.0.0.1:{options.port}", "--log.level=warn",
         ]  # fmt: skip
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # who ends this ends Prometheus
         with subprocess.Popen(command, start_new_session=True) as running:
             try:
                 return running.wait()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import signal
 import subprocess
 import sys
 import time
@@ -136,7 +135,7 @@ def test_a_real_prometheus_scrapes_it(platform: Platform, tenants: list[str], tm
             time.sleep(0.2)  # Prometheus scrapes by its own clock
         assert len(rules) == 11 and all(rule["health"] in ("ok", "unknown") for rule in rules), rules
     finally:
-        running.send_signal(signal.SIGINT)
+        running.terminate()
         assert running.wait(20) == 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -16,7 +17,7 @@ from flatshare.api.identity import LOCAL_OPERATOR
 from flatshare.device.cpu import CpuDevice
 from flatshare.engine.inference import Inference
 from flatshare.engine.quotas import QuotaKeeper
-from flatshare.errors import IsolationBroken, ModelFailed
+from flatshare.errors import IsolationBroken, ModelFailed, Overloaded
 from flatshare.models.architecture import architecture
 from flatshare.models.probe import probe_logits
 from flatshare.replica.request import InferenceService
@@ -33,9 +34,11 @@ from flatshare.weights.fetch import TensorSource
 from flatshare.weights.host_tier import HostTier
 from flatshare.weights.tiers import LeaseTag, ModelKey, State, Tier
 from flatshare_registry.catalog import Registry
+from flatshare_registry.errors import NotFound
 from flatshare_registry.ids import ModelRef, TenantId
 from flatshare_registry.stores.memory import MemoryStore
 from flatshare_registry.testing.faults import ManualClock
+from flatshare_registry.usage import UsedVersion
 
 NETWORK = architecture("mnist-cnn")
 ROWS = NETWORK.preprocess(torch.randint(0, 256, (3, 28, 28), dtype=torch.uint8).numpy())
@@ -61,7 +64,9 @@ class World:
         self.inference = Inference(CpuDevice())
         self.service = InferenceService(
             resolver=Resolver(view, Swaps(self.cache, view.record, timeout_s=5)), cache=self.cache,
-            inference=self.inference, admission=FairSemaphore(8, 8), cold=FairSemaphore(8, 0), quotas=QuotaKeeper(), timeout_s=10, usage=UsageCounter(MemoryStore(), "test", ThreadPoolExecutor(1), 0),)  # fmt: skip
+            inference=self.inference, admission=FairSemaphore(8, 8), cold=FairSemaphore(8, 0), quotas=QuotaKeeper(), timeout_s=10,
+            usage=UsageCounter(MemoryStore(), "test", threads, 0),
+        )  # fmt: skip
 
     async def ask(self, rows: NDArray[np.float32] = ROWS) -> Prediction:
         with await self.service.enter(LOCAL_OPERATOR, ModelRef.parse("acme")) as ticket:
@@ -145,3 +150,37 @@ async def test_a_slot_that_fails_an_isolation_check_is_quarantined_and_the_next_
         torch.from_numpy((await world.ask()).logits), world.right(), rtol=1e-5, atol=1e-5
     )
     assert world.cache.occupied == 2
+
+
+async def test_answers_and_failures_are_counted_alike_on_both_ways_and_refusals_are_not(world: World) -> None:
+    used = world.service.usage._used
+    key = UsedVersion("acme", 1)
+    small = ROWS[:, :, :5, :5].copy()  # no network of this shape takes it
+
+    async def begun(rows: NDArray[np.float32]) -> Prediction | Exception:
+        answered: asyncio.Future[Prediction | Exception] = asyncio.get_running_loop().create_future()
+        with await world.service.enter(LOCAL_OPERATOR, ModelRef.parse("acme")) as ticket:
+            ticket.hold_bytes(50)
+            assert world.service.begin(ticket, lambda network: rows, answered.set_result)
+            return await answered
+
+    first = await world.ask()
+    assert isinstance(await begun(ROWS), Prediction)
+    one = used[key]
+    assert (one.requests, one.rows, one.cold_loads, one.body_bytes, one.failed) == (2, 6, 1, 50, 0)
+    assert sum(one.labels) == 6 and one.labels[first.label_list()[0]] >= 2
+    with pytest.raises(ModelFailed):
+        await world.ask(small)
+    assert isinstance(await begun(small), ModelFailed)
+    assert (one.requests, one.failed) == (2, 2)
+
+    world.service.fence(TenantId("acme"), 60)
+    with pytest.raises(NotFound):
+        await world.ask()
+    world.service._fences.clear()
+    world.cache.unload(ACME)
+    world.service.cold = FairSemaphore(0, 0)
+    with pytest.raises(Overloaded):
+        await world.ask()
+    assert (one.requests, one.failed) == (2, 2), "a refusal is no failure"
+    assert world.service.usage.stats.durations[Tier.DEVICE].seconds > 0
