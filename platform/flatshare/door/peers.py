@@ -58,9 +58,7 @@ class TierServer:
         self._key = key
         self._clock = clock
         self._ongoing = 0
-        self._threads = ThreadPoolExecutor(
-            MOST_AT_ONCE, thread_name_prefix="peer"
-        )  # none runs before it is asked
+        self._threads = ThreadPoolExecutor(MOST_AT_ONCE, thread_name_prefix="peer")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request: 200 with tensors, 404 without any; 401, 405, 413 or 503."""
