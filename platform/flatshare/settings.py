@@ -28,6 +28,7 @@ from pydantic_settings import SettingsError as BadSource
 from flatshare.access_log import log_target
 from flatshare.callback_rules import CallbackRules
 from flatshare.errors import SettingsError
+from flatshare.process_log import LogFormat, LogLevel
 from flatshare_registry.records import Quotas
 from flatshare_registry.settings import RegistrySettings
 
@@ -93,6 +94,12 @@ class Settings(RegistrySettings):
         default="",
         description="PEM file of certificate chain and private key; TLS ends at the edge. Empty: plain HTTP.",
     )
+    log_format: LogFormat = Field(
+        default="text",
+        description="How the platform's own processes log, on stderr: text, or json (a line each record).",
+    )
+    log_level: LogLevel = Field(default="WARNING", description="Least of what they log.")
+
     edge_metrics_port: int = Field(
         default=0,
         ge=0,

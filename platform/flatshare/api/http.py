@@ -245,7 +245,13 @@ def error_reply(request: WithHeaders, error: Exception, form: ErrorForm = own_fo
     request_id = request_id_of(request.headers)
     described = describe_error(error)
     if described.status >= 500 and described.status != 503:
-        logger.error("request %s failed: %s", request_id, described.code, exc_info=error)
+        logger.error(
+            "request %s failed: %s",
+            request_id,
+            described.code,
+            exc_info=error,
+            extra={"request_id": request_id},
+        )
     return error_response(described, request_id, form)
 
 

@@ -13,6 +13,7 @@ from flatshare.cli.context import need_serve_extra
 from flatshare.cli.output import out
 from flatshare.cli.platform_verbs import on_stop_signals, warn
 from flatshare.cli.running_verbs import PortOption
+from flatshare.process_log import log_as
 from flatshare.settings import load_settings
 
 __all__ = ["add_to"]
@@ -32,6 +33,7 @@ def edge(
     """Run only the edge, for a pool that runs on a Ray cluster: one on every node that takes requests."""
     need_serve_extra()
     settings = load_settings(port=port, serve_port=serve_port)
+    log_as(settings.log_format, settings.log_level, "edge")
 
     from flatshare.local.checks import check_edge
     from flatshare.local.notify import notify

@@ -20,6 +20,7 @@ from flatshare.cli.output import err, out
 from flatshare.cli.running_verbs import STOP_TIMEOUT_S, PortOption, down, status
 from flatshare.cli.settings_verbs import named_values
 from flatshare.errors import LocalError, SettingsError
+from flatshare.process_log import log_as
 from flatshare.settings import Settings, load_settings
 from flatshare_registry.errors import Unavailable
 from flatshare_registry.identity import ensure_identity
@@ -111,6 +112,7 @@ def up(
     from flatshare.local.checks import check_machine
     from flatshare.local.state import PlatformState
 
+    log_as(settings.log_format, settings.log_level, "up")
     PlatformState.make_way(settings.port)
     check_machine(settings, warn=warn)
     if detach:

@@ -43,6 +43,7 @@ from flatshare.pool.nodes import RayNodes
 from flatshare.pool.scaling import ServeScaler
 from flatshare.pool.task_names import CONSUMER_DEPLOYMENT, TASKS_APP
 from flatshare.pool.task_queues import queue_of, run_s
+from flatshare.process_log import log_as
 from flatshare.settings import Settings
 from flatshare.tasks.keeper import TaskKeeper
 from flatshare.tasks.store import TaskStore
@@ -61,6 +62,7 @@ class ControlPlane:
     """Composition root of the control plane."""
 
     def __init__(self, settings: Settings, operators: OperatorKeys | None) -> None:
+        log_as(settings.log_format, settings.log_level, "control plane")
         self._settings = settings
         self._operators = operators
         self._keeping: asyncio.Task[None] | None = None

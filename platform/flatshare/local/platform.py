@@ -157,9 +157,7 @@ def _applications(
 
     try:
         for name, step in settings.pipelines.items():
-            deploy(
-                step_application(name, step, environment, settings.request_timeout_s), step_app(name), None
-            )
+            deploy(step_application(name, step, environment, settings), step_app(name), None)
         # First: replicas and the control plane look there for what was changed in place.
         forget()
         remember_deployed(Deployed(settings, operators, environment))

@@ -22,5 +22,4 @@ def build(args: StepArguments) -> serve.Application:
     step = found.settings.pipelines.get(args.pipeline)
     if step is None:
         raise SettingsError(f"settings name no pipeline {args.pipeline}")
-    timeout_s = found.settings.request_timeout_s
-    return step_application(args.pipeline, step, found.environment, timeout_s)
+    return step_application(args.pipeline, step, found.environment, found.settings)

@@ -16,7 +16,8 @@ from ray import serve
 from flatshare.errors import ServeError, StepFailed
 from flatshare.pipelines.steps import arrays_of, batch_of, step_class
 from flatshare.pool.steps import STEP_DEPLOYMENT, StepRequest
-from flatshare.settings import StepSettings
+from flatshare.process_log import LogFormat, LogLevel, log_as
+from flatshare.settings import Settings, StepSettings
 from flatshare_registry.errors import RegistryError
 
 __all__ = ["step_application"]
@@ -42,9 +43,12 @@ class StepReplica:
         Of the step's class; see :func:`flatshare.pipelines.steps.step_class`.
     limit_s
         Seconds that one run in the thread may take: nobody waits for it longer.
+    log
+        How it logs, and from which level on.
     """
 
-    def __init__(self, name: str, path: str, limit_s: float) -> None:
+    def __init__(self, name: str, path: str, limit_s: float, log: tuple[LogFormat, LogLevel]) -> None:
+        log_as(*log, f"step {name}")
         self._name = name
         self._step = step_class(name, path)()
         # One: what a body expands to is in memory once, and more work at a time is a matter of replicas.
@@ -71,7 +75,10 @@ class StepReplica:
             raise
         except Exception:
             # Its words may be of anything; they are the operator's to read, by the request's id.
-            logger.exception("pipeline %s, tenant %s, request %s", self._name, request.tenant, request.id)
+            about = {"request_id": request.id}
+            logger.exception(
+                "pipeline %s, tenant %s, request %s", self._name, request.tenant, request.id, extra=about
+            )
             raise StepFailed(f"the step of pipeline {self._name} failed") from None
 
     async def check_health(self) -> None:
@@ -92,7 +99,7 @@ class StepReplica:
 
 
 def step_application(
-    name: str, step: StepSettings, environment: dict[str, str], request_timeout_s: float
+    name: str, step: StepSettings, environment: dict[str, str], settings: Settings
 ) -> serve.Application:
     """A pipeline's step as a Serve application.
 
@@ -136,5 +143,7 @@ def step_application(
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=20,
     )
-    application: serve.Application = deployment.bind(name, step.step, request_timeout_s)
+    application: serve.Application = deployment.bind(
+        name, step.step, settings.request_timeout_s, (settings.log_format, settings.log_level)
+    )
     return application

@@ -17,6 +17,7 @@ from flatshare.pool.embedded_queue import SqliteTaskAdapter
 from flatshare.pool.handle import control_handle, pool_handle
 from flatshare.pool.task_names import CONSUMER_DEPLOYMENT, RUN
 from flatshare.pool.task_queues import queue_of, run_s
+from flatshare.process_log import log_as
 from flatshare.settings import Settings
 from flatshare.tasks.callbacks import CallbackSender
 from flatshare.tasks.records import TaskId
@@ -86,6 +87,7 @@ class TaskConsumer:
     _adapter: Adapter
 
     def __init__(self, settings: Settings) -> None:
+        log_as(settings.log_format, settings.log_level, "consumer of tasks")
         store = settings.open_store()
         tasks = TaskStore(store, settings.tasks_keep_s)
         # The embedded queue's leases say that a run has died; where there are none, its time does.

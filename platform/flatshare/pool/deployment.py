@@ -39,6 +39,7 @@ from flatshare.pool.multiplex import NEVER_EVICT, Advertiser
 from flatshare.pool.peers import PeerDoors
 from flatshare.pool.router import PLACE, HomeReplicaRouter
 from flatshare.pool.steps import Steps
+from flatshare.process_log import log_as
 from flatshare.replica.build import Replica
 from flatshare.replica.identity import ReplicaIdentity
 from flatshare.replica.receipt import EraseReceipt, HostReceipt
@@ -78,6 +79,7 @@ class ClassifierPool:
         node = str(ray.util.get_node_ip_address())  # type: ignore[no-untyped-call]  # Ray gives it no types
         settings = settings.model_copy(update={"host_dir": settings.host_dir.replace("{node}", node)})
         identity = ReplicaIdentity(serve.get_replica_context().replica_id.unique_id, node_id=node_id)
+        log_as(settings.log_format, settings.log_level, f"replica {identity.replica}")
         self._advertiser = Advertiser(self, self.load_model, lambda: self._replica.held_ids())
         keep_freed_memory()
         self._peers = PeerDoors(node) if settings.nodes == "several" and settings.peer_tiers else None

@@ -72,7 +72,9 @@ def test_each_tenants_own_key_is_shown(control: Any, tmp_path: Path, monkeypatch
     file = tmp_path / "keys"
     file.write_text("# of the demo\n\n" + "\n".join(f" {key} " for key in keys.values()) + "\n")
     found = report(bench(control, "--json", "--keys", str(file)))
-    assert found["servers"]["hits"] == {"device": 0, "host": 0, "store": 0}, "the operator's key asked these"
+    assert found["servers"]["hits"] == {"device": 0, "host": 0, "peer": 0, "store": 0}, (
+        "the operator's key asked these"
+    )
     assert sent(control) == {name: {key} for name, key in keys.items()}
     control.predicted.clear()
     report(bench(control, "--json", "--keys", str(file), "--tenants", "acme,42"))
