@@ -247,7 +247,7 @@ class ClassifierPool:
         with contextlib.suppress(Exception):  # it is logged, and looked for again
             await self._settings.now()
         if self._peers is not None:
-            await self._peers.look()
+            self._peers.look()  # beside the rest: a load that comes before it has ended waits a moment for it
         if self._replica.settings.warm_up_s == 0:
             return
         try:

@@ -3,7 +3,8 @@
 It is told twice: :meth:`InferenceService.begin` for a request that has to wait for its pass only, with no
 task, and :meth:`InferenceService.predict` for all others. Both do the same checks in the same order.
 
-Knows no protocol: HTTP and handles are thin shells around :meth:`InferenceService.predict`.
+Knows no protocol: HTTP and handles are thin shells around :meth:`InferenceService.predict`. Long: the two
+tellings and their checks are to be read side by side.
 """
 
 from __future__ import annotations

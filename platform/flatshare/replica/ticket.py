@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from types import TracebackType
 from typing import Final, Protocol
 
@@ -129,6 +129,7 @@ class Prediction:
     logits: NDArray[np.float32]
     version: VersionRecord
     tier: Tier
+    _label_list: list[int] = field(default_factory=list, init=False, repr=False, compare=False)
 
     @property
     def labels(self) -> NDArray[np.int64]:
@@ -138,7 +139,9 @@ class Prediction:
 
     def label_list(self) -> list[int]:
         """The same as plain numbers; for few rows without letting the GIL go (see ``codecs/payload.py``)."""
-        if len(self.logits) > FEW_ROWS:
-            numbers: list[int] = self.labels.tolist()
-            return numbers
-        return [row.index(max(row)) for row in self.logits.tolist()]
+        if not self._label_list:  # worked out once: the answer has them, and what is counted of it
+            few = len(self.logits) <= FEW_ROWS
+            self._label_list.extend(
+                [row.index(max(row)) for row in self.logits.tolist()] if few else self.labels.tolist()
+            )
+        return self._label_list

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -16,6 +17,7 @@ _BUCKETS_A_DOUBLING: Final = 8
 
 _BUCKETS: Final = 240
 _SMALLEST_S: Final = 1e-6
+_MIDDLES_S: Final = tuple(_SMALLEST_S * 2 ** ((n + 0.5) / _BUCKETS_A_DOUBLING) for n in range(_BUCKETS))
 
 
 @dataclass(slots=True)
@@ -39,11 +41,7 @@ class Durations:
 
     def within(self, seconds: float) -> int:
         """How many took at most so many seconds, to the width of a bucket."""
-        return sum(
-            count
-            for index, count in enumerate(self.counts)
-            if _SMALLEST_S * 2 ** ((index + 0.5) / _BUCKETS_A_DOUBLING) <= seconds
-        )
+        return sum(self.counts[: bisect.bisect_right(_MIDDLES_S, seconds)])
 
     def quantile_s(self, share: float) -> float | None:
         """Seconds within which this share of loads ended (the bucket's middle); None without any."""
@@ -54,7 +52,7 @@ class Durations:
         for index, count in enumerate(self.counts):
             seen += count
             if seen >= wanted:
-                return float(_SMALLEST_S * 2 ** ((index + 0.5) / _BUCKETS_A_DOUBLING))
+                return _MIDDLES_S[index]
         raise AssertionError("the counts sum to less than their sum")
 
 

@@ -160,13 +160,14 @@ class PeerTiers:
 
     def to_ask(self, tenant: str) -> list[Peer]:
         """Whom to ask for a tenant's tensors now."""
+        found = self._peers_of(tenant)  # first: it looks for the key too, where that is not known
         if self._key() is None:
             return []
         now = self._clock()
         with self._lock:
             self._avoid = {peer: until for peer, until in self._avoid.items() if until > now}
             avoided = set(self._avoid)
-        return [peer for peer in self._peers_of(tenant) if peer not in avoided][:PEERS_ASKED]
+        return [peer for peer in found if peer not in avoided][:PEERS_ASKED]
 
     def avoid(self, peer: Peer, why: object) -> None:
         """Do not ask this one for a while."""

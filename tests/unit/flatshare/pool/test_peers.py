@@ -11,7 +11,7 @@ from flatshare.placement.ring import ring_of
 from flatshare.pool import peers
 from flatshare.pool.details import DoorAddress
 from flatshare.pool.peers import PeerDoors
-from flatshare.weights.peers import Peer
+from flatshare.weights.peers import Peer, PeerTiers
 
 
 def door(place: int, host: str) -> DoorAddress:
@@ -64,6 +64,23 @@ async def test_a_cluster_that_hangs_costs_a_load_a_moment(monkeypatch: pytest.Mo
     assert await asyncio.to_thread(found.of, "acme") == ()
     go.set()
     await found.look()
+
+
+async def test_a_key_that_could_not_be_read_is_read_by_the_next_load() -> None:
+    now, answers = 0.0, [RuntimeError("GCS"), b"key"]
+
+    def key_of(candidate: bytes) -> bytes:
+        answer = answers.pop(0)
+        if isinstance(answer, Exception):
+            raise answer
+        return answer
+
+    found = PeerDoors("a", lambda: DOORS, key_of, clock=lambda: now)
+    asks = PeerTiers(found.key, found.of)
+    await found.look()
+    assert await asyncio.to_thread(asks.to_ask, "acme") == [], "a moment ago"
+    now = peers.FEW_FRESH_S + 1
+    assert len(await asyncio.to_thread(asks.to_ask, "acme")) == 2
 
 
 async def test_a_look_that_fails_changes_nothing(caplog: pytest.LogCaptureFixture) -> None:
