@@ -9,6 +9,7 @@ from __future__ import annotations
 import difflib
 import re
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from ipaddress import ip_network
 from typing import Any, Final, Literal, Self
 from urllib.parse import urlsplit
@@ -29,8 +30,10 @@ from flatshare.access_log import log_target
 from flatshare.callback_rules import CallbackRules
 from flatshare.errors import SettingsError
 from flatshare.process_log import LogFormat, LogLevel
+from flatshare.telemetry.exporting import check_endpoint
 from flatshare_registry.records import Quotas
 from flatshare_registry.settings import RegistrySettings
+from flatshare_registry.stores.s3 import S3Options
 
 __all__ = ["LOOPBACK_HOSTS", "Settings", "StepSettings", "load_settings", "settings_of", "unknown_variables"]
 
@@ -112,6 +115,18 @@ class Settings(RegistrySettings):
         default="off",
         description="A line of JSON for each request, written by the edge: a file to add it to (rotate it "
         "with copytruncate), or udp://host:port of who takes them. off: none.",
+    )
+    traces: str = Field(
+        default="off",
+        description="Where spans of sampled requests go: http://host:4318 of a collector that takes "
+        "OpenTelemetry's OTLP over HTTP. off: none are recorded. Needs the extra `traces`.",
+    )
+    trace_ratio: float = Field(
+        default=0.01,
+        ge=0,
+        le=1,
+        description="Part of the requests that the edge samples for traces, by dice: a caller's own "
+        "`traceparent` joins them to its trace, and can't switch them on.",
     )
     max_connections_per_address: int = Field(
         default=1024,
@@ -511,11 +526,24 @@ class Settings(RegistrySettings):
         if self.access_log != "off" and self.edge == "serve":
             raise ValueError("access_log needs edge=haproxy")
         log_target(self.access_log)
+        if self.traces != "off":
+            if self.edge == "serve":
+                raise ValueError("traces needs edge=haproxy: else callers say what is sampled")
+            check_endpoint(self.traces)
         if self.proxy_networks() and self.edge == "serve":
             raise ValueError("trusted_proxies needs edge=haproxy")
         if bool(self.jwt_issuer) != bool(self.jwt_jwks):
             raise ValueError("jwt_issuer and jwt_jwks go together")
         return self
+
+    @property
+    def s3_options(self) -> S3Options:
+        """The S3 part as one value; with traces, calls to the store are part of them."""
+        if self.traces == "off":
+            return super().s3_options
+        from flatshare.telemetry.tracing import watch_s3  # no light install has OpenTelemetry
+
+        return replace(super().s3_options, watch=watch_s3)
 
     def proxy_networks(self) -> tuple[str, ...]:
         """``trusted_proxies``, one by one; raises ``ValueError`` for what is no network."""

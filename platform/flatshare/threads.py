@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import contextvars
 import threading
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -25,10 +26,12 @@ async def in_thread(threads: Executor | None, work: Callable[[], T]) -> T:
 
     ``run_in_executor`` leaves its result in a reference cycle (the future's callbacks refer to the
     future, CPython 3.11 to 3.13), which lives until the cycle collector comes by: a model that was
-    evicted meanwhile would keep its memory. Here only the caller has the result.
+    evicted meanwhile would keep its memory. Here only the caller has the result. The work sees the caller's
+    context variables: what it does is part of the caller's trace.
     """
     box: list[T] = []
-    await asyncio.get_running_loop().run_in_executor(threads, lambda: box.append(work()))
+    context = contextvars.copy_context()
+    await asyncio.get_running_loop().run_in_executor(threads, lambda: box.append(context.run(work)))
     return box.pop()
 
 
@@ -45,11 +48,14 @@ class ThreadWork:
         self._waiting: dict[str, list[Callable[[], None]]] = {}  # guarded by _lock
 
     def submit(self, threads: Executor, tenant: str, work: Callable[[], T]) -> Future[T]:
-        """Hand work over; it counts until it has ended, or was cancelled before it began."""
+        """Hand work over; it counts until it has ended, or was cancelled before it began.
+
+        It sees the caller's context variables.
+        """
         with self._lock:
             self._running[tenant] += 1
         try:
-            future = threads.submit(work)
+            future = threads.submit(contextvars.copy_context().run, work)
         except BaseException:
             self._end(tenant)
             raise

@@ -38,6 +38,7 @@ from flatshare.edge.configuration import OPEN_PATHS, REFUSALS, EdgeOptions, rend
 from flatshare.edge.copies import COPIES_MAP
 from flatshare.edge.process import HaproxyProcess, find_haproxy, run_check
 from flatshare.edge.servers import Server
+from flatshare.edge.spans import span_of
 from flatshare.engine.quotas import Bucket
 from flatshare.errors import LocalError
 from flatshare_registry.testing.ports import free_ports
@@ -708,6 +709,7 @@ from flatshare.edge.configuration import EdgeOptions, render
 from flatshare.edge.process import HaproxyProcess
 from flatshare.local.checks import affordable_connections
 from flatshare.edge.servers import Server
+from flatshare.edge.spans import span_of
 
 folder, port, limit, replicas = Path(sys.argv[1]), *map(int, sys.argv[2:])
 resource.setrlimit(resource.RLIMIT_NOFILE, (limit, limit))
@@ -860,3 +862,80 @@ async def test_a_tenant_over_its_quota_gets_its_quota_all_the_time(edge: Edge, f
         assert replica.refused < 3 * seconds * rate, (
             "a flood costs the replica no more than a few times its quota"
         )
+
+
+CALLERS = ("0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331")
+
+
+@pytest.mark.parametrize("ratio", [0.0, 1.0])
+@pytest.mark.parametrize("flags", ["01", "00", None, "junk"])
+def test_the_edge_says_what_is_sampled_and_no_caller_does(
+    tmp_path: Path, backends: list[Backend], ratio: float, flags: str | None
+) -> None:
+    """A caller's trace is joined, so that its id goes on; its flag is not believed."""
+    lines = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    lines.bind(str(tmp_path / "spans.sock"))
+    edge = Edge(tmp_path, spans=tmp_path / "spans.sock", trace_ratio=ratio)
+    try:
+        edge.process.start(edge.config(backends[:1]))
+        sent = {None: {}, "junk": {"traceparent": "00-junk-01"}}.get(
+            flags, {"traceparent": "-".join(("00", *CALLERS, str(flags)))}
+        )
+        before_us = time.time() * 1e6
+        reply = httpx.post(f"{edge.url}/predict", content=b"{}", headers={MODEL: "acme", **sent})
+        assert reply.status_code == 200
+        got = backends[0].requests[-1].get("traceparent")
+        joins = flags in ("00", "01")
+        if ratio == 0:
+            assert got == ("-".join(("00", *CALLERS, "00")) if joins else None)
+            lines.settimeout(0.3)
+            with pytest.raises(TimeoutError):
+                lines.recv(100_000)
+            return
+        assert got is not None
+        version, trace, span, sampled = got.split("-")
+        assert (version, sampled) == ("00", "01")
+        assert re.fullmatch("[0-9a-f]{32}", trace)
+        assert re.fullmatch("[0-9a-f]{16}", span)
+        assert span != CALLERS[1]
+        lines.settimeout(5)
+        made = span_of(json.loads(lines.recv(100_000)))
+        assert (made.trace_id, made.span_id) == (trace, span)
+        assert (made.trace_id, made.parent_id) == (CALLERS if joins else (trace, ""))
+        assert before_us - 1e5 < made.began_ns / 1e3 <= made.ended_ns / 1e3 < time.time() * 1e6 + 1e5
+        assert made.attributes["http.response.status_code"] == 200
+        assert made.attributes["url.path"] == "/predict"
+    finally:
+        edge.process.stop()
+        lines.close()
+
+
+def test_sampled_requests_stand_in_the_access_log_like_others(
+    tmp_path: Path, backends: list[Backend]
+) -> None:
+    lines = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    lines.bind(str(tmp_path / "spans.sock"))
+    log = tmp_path / "access.log"
+    edge = Edge(tmp_path, spans=tmp_path / "spans.sock", trace_ratio=0.5, access_log="stdout", log_file=log)
+    try:
+        edge.process.start(edge.config(backends[:1]))
+        spans: list[str] = []
+        lines.settimeout(2)
+
+        def take() -> None:  # beside: a socket holds ten
+            with contextlib.suppress(TimeoutError):
+                while True:
+                    spans.append(json.loads(lines.recv(100_000))["trace"])
+
+        with ThreadPoolExecutor(1) as threads, httpx.Client() as client:
+            taken = threads.submit(take)
+            for _ in range(60):
+                client.post(f"{edge.url}/predict", content=b"{}", headers={MODEL: "acme"})
+            taken.result()
+    finally:
+        edge.process.stop()
+        lines.close()
+    logged = [json.loads(line)["trace"] for line in log.read_text().splitlines()]
+    assert len(logged) == 60
+    assert 10 < len(spans) < 50
+    assert sorted(one for one in logged if one != "-") == sorted(spans)

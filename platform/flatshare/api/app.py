@@ -50,6 +50,7 @@ from flatshare.errors import BadInput
 from flatshare.models.architecture import Architecture
 from flatshare.replica.request import InferenceService
 from flatshare.replica.ticket import Prediction, Rows, Ticket
+from flatshare.telemetry.tracing import line_trace
 from flatshare_registry.ids import ModelRef
 
 __all__ = ["create_app"]
@@ -86,6 +87,7 @@ def create_app(
     room: DecodeRoom | None = None,
     pipelines: Pipelines | None = None,
     tasks: Tasks | None = None,
+    traced: bool = False,
 ) -> HotRoutes:
     """Build the data plane of one replica, an ASGI app.
 
@@ -103,6 +105,8 @@ def create_app(
         Served beside it; none by default.
     tasks
         Where requests are taken to be answered later; None: nowhere.
+    traced
+        Whether requests that are sampled leave spans.
     """
     # A redirect by slash would name http:// behind TLS, and send the key after it in clear.
     app = FastAPI(
@@ -207,7 +211,9 @@ def create_app(
                     return decoding.here_or_there(tenant, len(body), lambda: ticket.decode(max_rows, pixels))
                 return decoding.run(tenant, images)
 
-            return _reply(await service.predict(ticket, decode), replica)
+            response = _reply(await service.predict(ticket, decode), replica)
+            ticket.trace.lap("encode")
+            return response
 
     @app.post(
         "/predict/stream",
@@ -229,7 +235,10 @@ def create_app(
         async def predict_line(line: bytes) -> Prediction:
             # Each line is a request: a key that is revoked ends the stream, a full quota slows it down.
             caller = await identities.identify(request.headers)
-            with await service.enter(caller, stream_ticket.ref, within=stream_ticket) as ticket:
+            with (
+                line_trace("line"),
+                await service.enter(caller, stream_ticket.ref, within=stream_ticket) as ticket,
+            ):
                 ticket.hold_bytes(len(line))
 
                 def decode(network: Architecture) -> Rows | Awaitable[Rows]:
@@ -283,6 +292,7 @@ def create_app(
         {"/predict": predict, "/": predict},
         lambda path: infer if is_infer_path(path) else None,
         service.usage.replied,
+        traced,
     )
 
 

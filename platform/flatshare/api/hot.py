@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Final, Protocol
 
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -23,6 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from flatshare.api.bodies import BodyReader
 from flatshare.api.decoding import INLINE_BYTES, DecodeRoom
 from flatshare.api.http import (
+    REQUEST_ID_HEADER,
     ErrorForm,
     Incoming,
     WithHeaders,
@@ -35,9 +36,12 @@ from flatshare.api.identity import Identities
 from flatshare.models.architecture import Architecture
 from flatshare.replica.request import InferenceService
 from flatshare.replica.ticket import Prediction, Rows, Ticket
+from flatshare.telemetry.tracing import NO_TRACE, TRACEPARENT, RequestTrace, Trace, request_trace, sent_on
 from flatshare_registry.ids import ModelRef
 
 __all__ = ["Call", "HotAnswers", "HotRequest", "HotRoute", "HotRoutes", "RawHeaders"]
+
+_TRACEPARENT: Final = TRACEPARENT.encode()
 
 RawHeaders = Sequence[tuple[bytes, bytes]]
 """Headers as they came: names in lower case, in order, doubles and all."""
@@ -119,13 +123,18 @@ class HotAnswers:
             return await self.finish(route, ticket, request.headers, body)
 
     def enter_now(
-        self, route: HotRoute, headers: Mapping[str, str], raw: RawHeaders, path: str
+        self,
+        route: HotRoute,
+        headers: Mapping[str, str],
+        raw: RawHeaders,
+        path: str,
+        trace: Trace = NO_TRACE,
     ) -> Ticket | None:
         """Let a request in whose caller and tenant are known; None for one that must be looked up first."""
         caller = self._identities.identify_now(headers)
         if caller is None:
             return None
-        return self._service.enter_now(caller, route.ref(raw, path))
+        return self._service.enter_now(caller, route.ref(raw, path), trace=trace)
 
     def expected_length(self, ticket: Ticket, claimed: str) -> int:
         """The length of a body, by its Content-Length; it counts as held from now on.
@@ -168,6 +177,7 @@ class HotAnswers:
                 if isinstance(result, Exception):
                     raise result
                 response = call.reply(result)
+                ticket.trace.lap("encode")
             except Exception as error:  # the last handler on this way: everything becomes an error reply
                 response = error_reply(request, error, route.form)
             done(response)
@@ -185,7 +195,9 @@ class HotAnswers:
                 ticket.ref.tenant, len(body), lambda: self._rows(ticket, call, network)
             )
 
-        return call.reply(await self._service.predict(ticket, decode))
+        response = call.reply(await self._service.predict(ticket, decode))
+        ticket.trace.lap("encode")
+        return response
 
     def _rows(self, ticket: Ticket, call: Call, network: Architecture) -> Rows:
         return ticket.decode(self._max_rows, lambda most: call.rows(network, most))
@@ -239,6 +251,8 @@ class HotRoutes:
         The hot route of other paths, if it is one.
     replied
         Told the status of each answer.
+    traced
+        Whether requests that are sampled leave spans.
     """
 
     def __init__(
@@ -248,8 +262,10 @@ class HotRoutes:
         routes: Mapping[str, HotRoute],
         route_of: Callable[[str], HotRoute | None],
         replied: Callable[[int], None],
+        traced: bool = False,
     ) -> None:
         self._app = app
+        self._traced = traced
         self._routes = routes
         self._route_of = route_of
         self.answers = answers
@@ -259,12 +275,42 @@ class HotRoutes:
         """The hot route of POSTs to a path; None when it is none."""
         return self._routes.get(path) or self._route_of(path)
 
+    def trace(self, headers: Mapping[str, str], path: str) -> RequestTrace | None:
+        """The trace of a request, if it is sampled."""
+        if not self._traced:
+            return None
+        about = {"url.path": path, "flatshare.request_id": headers.get(REQUEST_ID_HEADER, "")}
+        return request_trace(headers, "request", about)
+
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """ASGI's entry point."""
         if scope["type"] != "http":
             await self._app(scope, receive, send)
             return
+        trace = None
+        if self._traced:
+            trace = self.trace(HotRequest(scope, receive).headers, route_path(scope))
+        if trace is None:
+            await self._answer(scope, receive, send)
+            return
+        status, shown = 499, []  # as if nobody was there any more
 
+        async def watched(message: Message) -> None:
+            nonlocal status, shown
+            if message["type"] == "http.response.start":
+                status, shown = message["status"], list(message.get("headers", ()))
+            await send(message)
+
+        with trace.entered():
+            # FastAPI makes spans of its own, of what this header names.
+            headers = [pair for pair in scope["headers"] if pair[0] != _TRACEPARENT]
+            ours = {**scope, "headers": [*headers, (_TRACEPARENT, sent_on().encode())]}
+            try:
+                await self._answer(ours, receive, watched)
+            finally:
+                trace.end(status, shown)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
                 self.replied(message["status"])

@@ -143,4 +143,6 @@ def add_pipeline_routes(
                 )
                 return await rows if isinstance(rows, Awaitable) else rows
 
-            return reply(await service.predict(ticket, decode))
+            response = reply(await service.predict(ticket, decode))
+            ticket.trace.lap("encode")
+            return response

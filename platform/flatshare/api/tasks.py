@@ -30,6 +30,7 @@ from flatshare.tasks.inputs import StoredBody
 from flatshare.tasks.queues import TaskQueue
 from flatshare.tasks.records import CallbackState, TaskId, TaskRecord, TaskState
 from flatshare.tasks.store import TaskStore
+from flatshare.telemetry.tracing import sent_on
 from flatshare.threads import in_thread
 from flatshare_registry.errors import NotFound, Unavailable
 from flatshare_registry.ids import ModelRef, TenantId
@@ -275,6 +276,7 @@ def add_task_routes(
                 partial(
                     place.store.take,
                     owner_since=ticket.head.created_at, pinned=pinned, callback=callback,
+                    traceparent=sent_on() or None,
                 ),
                 task, path, str(ticket.ref), headers, body, caller.name, _key_of(caller),
             )  # fmt: skip

@@ -14,6 +14,7 @@ pipeline, flow control and shutdown go on as they are. What is relied on of uvic
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 from typing import Any, Final, cast
 
@@ -26,6 +27,7 @@ from flatshare.api.hot import HotRoute, HotRoutes
 from flatshare.api.http import BODY_TIMEOUT_S, REQUEST_ID_HEADER, error_reply, request_id_of
 from flatshare.errors import TooSlow
 from flatshare.replica.ticket import Ticket
+from flatshare.telemetry.tracing import NO_TRACE, RequestTrace
 
 __all__ = ["DoorProtocol"]
 
@@ -57,7 +59,7 @@ class _Exchange:
 
     __slots__ = (
         "disconnected", "headers", "keep_alive", "message_event", "missing", "parts", "response_complete",
-        "route", "ticket", "too_slow",
+        "route", "ticket", "too_slow", "trace",
     )  # fmt: skip
 
     def __init__(self, route: HotRoute, headers: dict[str, str], keep_alive: bool) -> None:
@@ -71,6 +73,7 @@ class _Exchange:
         self.missing = 0
         self.parts: list[bytes] = []
         self.too_slow: asyncio.TimerHandle | None = None
+        self.trace: RequestTrace | None = None
 
     @property
     def is_waiting(self) -> bool:
@@ -198,8 +201,10 @@ class DoorProtocol(HttpToolsProtocol):
         headers[REQUEST_ID_HEADER] = request_id_of(headers)
         exchange = _Exchange(route, headers, self.parser.should_keep_alive())
         refusal: Exception | None = None
+        path = self.url.decode()
+        trace = exchange.trace = self._hot.trace(headers, path)
         try:
-            ticket = self._hot.answers.enter_now(route, headers, self.headers, self.url.decode())
+            ticket = self._hot.answers.enter_now(route, headers, self.headers, path, trace or NO_TRACE)
             if ticket is None:
                 return False
             exchange.ticket = ticket
@@ -236,7 +241,8 @@ class DoorProtocol(HttpToolsProtocol):
     async def _finish(self, exchange: _Exchange, ticket: Ticket, body: bytes) -> None:
         """The rest of a request that has to wait for more than its pass."""
         try:
-            response = await self._hot.answers.finish(exchange.route, ticket, exchange.headers, body)
+            with exchange.trace.entered() if exchange.trace is not None else contextlib.nullcontext():
+                response = await self._hot.answers.finish(exchange.route, ticket, exchange.headers, body)
         except Exception as error:
             self._fail(exchange, error)
         except BaseException:  # cancelled: nobody is answered
@@ -256,6 +262,8 @@ class DoorProtocol(HttpToolsProtocol):
         """Write an answer in one piece, and let uvicorn go on with the connection."""
         exchange.leave()
         exchange.response_complete = True
+        if exchange.trace is not None:
+            exchange.trace.end(response.status_code, response.raw_headers)
         if exchange.disconnected or self.transport.is_closing():
             return
         pieces = [STATUS_LINE[response.status_code]]

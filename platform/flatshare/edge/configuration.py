@@ -116,6 +116,10 @@ class EdgeOptions:
     access_log
         Where a line for each request goes: ``stdout``, or ``host:port`` of who takes them by UDP. Empty:
         nowhere.
+    spans
+        Socket of who takes a line for each sampled request; None: no request is sampled.
+    trace_ratio
+        Part of the requests that are.
     metrics_port
         Where HAProxy's own counters can be read, on loopback; 0: nowhere.
     trusted_proxies
@@ -145,6 +149,8 @@ class EdgeOptions:
     max_connections: int = 4096
     threads: int = 1
     access_log: str = ""
+    spans: Path | None = None
+    trace_ratio: float = 0.0
     metrics_port: int = 0
     trusted_proxies: tuple[str, ...] = ()
     hard_stop_after_s: float = 3600
@@ -204,7 +210,7 @@ backend operators
     # One client that opens connections and says nothing must not take them all.
     stick-table type ipv6 size 100k expire 2m store conn_cur,gpc0,gpc0_rate(10s)
 {_clients(options)}
-{_access_log(options)}    http-request set-var(txn.id) req.hdr(x-request-id) if {{ req.hdr(x-request-id) -m reg ^[A-Za-z0-9._:-]{{1,64}}$ }}
+{_log(options)}    http-request set-var(txn.id) req.hdr(x-request-id) if {{ req.hdr(x-request-id) -m reg ^[A-Za-z0-9._:-]{{1,64}}$ }}
     http-request set-var(txn.id) uuid() unless {{ var(txn.id) -m found }}
     http-request set-header x-request-id %[var(txn.id)]
     http-request del-header x-request-timeout-seconds
@@ -255,7 +261,7 @@ backend operators
     http-request set-header serve_multiplexed_model_id %[path,field(4,/),url_dec] if {{ path_beg /v2/models/ }}
     {_refuse(400, options)} if {{ path_beg /v2/models/ }} {{ req.hdr(serve_multiplexed_model_id) -m reg '[^ -~]' }}
     http-request set-var(txn.home) req.hdr(serve_multiplexed_model_id),regsub(:production$,)
-    use_backend control if {{ var(txn.control) -m found }}
+{_sampling(options)}    use_backend control if {{ var(txn.control) -m found }}
     default_backend pool
 
 backend pool
@@ -326,12 +332,13 @@ def _metrics(options: EdgeOptions) -> str:
 """
 
 
-def _access_log(options: EdgeOptions) -> str:
+def _log(options: EdgeOptions) -> str:
     """One line of JSON for each request; no body, no query, and of a key only its id.
 
-    What is not there is ``-``, as HAProxy has it.
+    What is not there is ``-``, as HAProxy has it. Who makes spans of them gets those of sampled requests only,
+    which are told apart by their level.
     """
-    if not options.access_log:
+    if not options.access_log and options.spans is None:
         return ""
     # What somebody else wrote, in the order of the line; cut so that no line is longer than LOG_BYTES.
     said = {
@@ -349,8 +356,11 @@ def _access_log(options: EdgeOptions) -> str:
     }  # fmt: skip
     words = ",".join(f'"{name}":"%[{sample},json(utf8s)]"' for name, sample in texts.items())
     numbers = '"status":%ST,"ms":%Ta,"wait_ms":%Tw,"bytes_in":%U,"bytes_out":%B'
-    lines = [
-        f"log {options.access_log} len {LOG_BYTES} format raw local0",
+    lines = [f"log {options.access_log} len {LOG_BYTES} format raw local0"] if options.access_log else []
+    if options.spans is not None:
+        lines.append(f"log {_quoted(options.spans)} len {LOG_BYTES} format raw local0 notice")
+        words += "".join(f',"{name}":"%[var(txn.{name})]"' for name in ("span", "caller", "began", "ended"))
+    lines += [
         f"""log-format '{{"time":%Ts.%ms,{words},{numbers},"retries":"%rc","server":"%s","end":"%ts"}}'""",
         "option dontlognull",
     ]
@@ -363,6 +373,32 @@ def _access_log(options: EdgeOptions) -> str:
     ]
     # Rules of the answer run after all of the request's: a refused request has its key's id from these.
     lines.append(f"http-after-response set-var(txn.log_key) {said['key']} if {only_if['key']}")
+    return "".join(f"    {line}\n" for line in lines)
+
+
+def _sampling(options: EdgeOptions) -> str:
+    """Which requests are traced: thrown dice say so, and no caller's flag.
+
+    A caller's trace is joined, so its id stays; what it says of sampling is overwritten.
+    """
+    if options.spans is None:
+        return ""
+    joins = "{ var(txn.log_trace) -m found }"
+    sampled = "{ var(txn.span) -m found }"
+    lines = [
+        f"http-request set-var(txn.caller) req.hdr(traceparent),field(3,-) if {joins}",
+        f"http-request set-var(txn.span) uuid(),regsub(-,,g),bytes(16,16) if "
+        f"{{ rand(1000000) lt {round(options.trace_ratio * 1e6)} }} !{{ var(txn.control) -m found }}",
+        f"http-request set-var(txn.log_trace) uuid(),regsub(-,,g) if {sampled} !{joins}",
+        f"http-request set-header traceparent 00-%[var(txn.log_trace)]-%[var(txn.span)]-01 if {sampled}",
+        f"http-request set-header traceparent 00-%[var(txn.log_trace)]-%[var(txn.caller)]-00 if !{sampled} {joins}",
+        f"http-request del-header traceparent if !{sampled} !{joins}",
+        f"http-request set-log-level notice if {sampled}",
+        f"http-request set-var(txn.began) date(0,us) if {sampled}",
+        f"http-after-response set-var(txn.ended) date(0,us) if {sampled}",
+    ]
+    if not options.access_log:
+        lines.append(f"http-request set-log-level silent if !{sampled}")
     return "".join(f"    {line}\n" for line in lines)
 
 

@@ -28,6 +28,7 @@ from flatshare.engine.runner import Pass, PassRunner
 from flatshare.engine.stacked import Stacks
 from flatshare.errors import NoRoom, Wedged
 from flatshare.residency.lease import Lease
+from flatshare.telemetry.tracing import current_trace
 
 __all__ = ["MAX_BATCH_ROWS", "Inference"]
 
@@ -276,7 +277,9 @@ class Inference:
 
         job = self.submit(lease, rows, done, background)
         try:
-            return await logits
+            answer = await logits
+            current_trace().passed(job.began)
+            return answer
         except asyncio.CancelledError:
             # A caller that goes away must not let go of the lease while its pass runs: a job that nobody
             # took is taken out, one whose pass runs is waited for, however often we are cancelled.
@@ -333,9 +336,12 @@ class Inference:
                     self._end(under_way)
                     under_way = None
                 continue
-            self.rows += sum(job.size for job in batch)
+            now = self._clock()
+            for job in batch:
+                self.rows += job.size
+                job.began = now
             if under_way is None:
-                self._pass_began = self._clock()
+                self._pass_began = now
             begun = self._runner.begin(batch)
             del batch  # a job in here would keep its model alive while the thread waits
             if under_way is not None:

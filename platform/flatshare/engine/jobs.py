@@ -50,6 +50,8 @@ class Job:
         It is a task's.
     ended
         Its pass has ended, and the event loop knows.
+    began
+        By the clock, when its pass began; 0 before.
     """
 
     lease: Lease
@@ -62,6 +64,7 @@ class Job:
     background: bool = False
     over: asyncio.Future[None] | None = None
     ended: bool = False
+    began: float = 0.0
 
 
 def joined(block: Sequence[Job], probe: NDArray[np.float32] | None) -> NDArray[np.float32]:

@@ -16,6 +16,7 @@ from typing import Final
 
 from flatshare.errors import LocalError, SettingsError
 from flatshare.settings import Settings
+from flatshare.telemetry.exporting import need_sdk
 from flatshare.weights.host_place import demand_host_tier, host_tier_folder
 
 __all__ = ["affordable_connections", "check_edge", "check_machine"]
@@ -62,9 +63,11 @@ def check_edge(settings: Settings, warn: Warn) -> None:
     LocalError
         Something on this machine is in the way.
     SettingsError
-        The certificate can't be used.
+        The certificate can't be used, or nothing here exports traces.
     """
     check_certificate(settings.tls_cert)
+    if settings.traces != "off":
+        need_sdk()
     check_socket_folder(Path(tempfile.gettempdir()))
     room = affordable_connections(settings.most_replicas)
     if room < MAX_CONNECTIONS:

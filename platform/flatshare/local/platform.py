@@ -27,6 +27,7 @@ from flatshare.control.deployment import CONTROL_APP, CONTROL_PREFIX, control_ap
 from flatshare.edge.configuration import EdgeOptions
 from flatshare.edge.process import HaproxyProcess
 from flatshare.edge.servers import Server
+from flatshare.edge.spans import EdgeSpans
 from flatshare.edge.supervisor import EdgeSupervisor, EdgeTargets
 from flatshare.errors import LocalError
 from flatshare.local.checks import affordable_connections
@@ -42,6 +43,7 @@ from flatshare.pool.handle import POOL_APP, POOL_DEPLOYMENT, control_handle
 from flatshare.pool.kept import Deployed, forget, remember_deployed
 from flatshare.pool.task_names import TASKS_APP
 from flatshare.settings import LOOPBACK_HOSTS, Settings
+from flatshare.telemetry.exporting import SpanWriter
 from flatshare_registry.errors import Unavailable
 
 __all__ = ["Report", "deploy", "running_edge", "running_platform"]
@@ -194,9 +196,13 @@ def _edge(settings: Settings) -> Iterator[EdgeSupervisor]:
     doors = Doors(ask_replicas)
     decided = Decided()
 
+    spans = None
+    if settings.traces != "off":
+        writer = SpanWriter(settings.traces, "flatshare.edge", os.uname().nodename)
+        spans = EdgeSpans(folder / "spans.sock", writer)
     supervisor = EdgeSupervisor(
         process,
-        edge_options(settings, process.admin_socket),
+        edge_options(settings, process.admin_socket, spans.path if spans is not None else None),
         lambda: edge_targets(doors, decided.routes()),
         decided.wake,
     )
@@ -205,6 +211,8 @@ def _edge(settings: Settings) -> Iterator[EdgeSupervisor]:
         yield supervisor
     finally:
         supervisor.stop()
+        if spans is not None:
+            spans.close()
         shutil.rmtree(folder, ignore_errors=True)
 
 
@@ -231,8 +239,14 @@ CORES_PER_EDGE_THREAD: Final = 8
 """Cores whose replicas one thread of HAProxy serves: each core's do up to 1,000 requests/s."""
 
 
-def edge_options(settings: Settings, admin_socket: Path) -> EdgeOptions:
-    """The part of the settings that the edge needs."""
+def edge_options(settings: Settings, admin_socket: Path, spans: Path | None = None) -> EdgeOptions:
+    """The part of the settings that the edge needs.
+
+    Parameters
+    ----------
+    spans
+        Socket of who takes lines of sampled requests; None where nothing is traced.
+    """
     return EdgeOptions(
         host=settings.host,
         port=settings.port,
@@ -246,6 +260,8 @@ def edge_options(settings: Settings, admin_socket: Path) -> EdgeOptions:
         max_connections=affordable_connections(settings.most_replicas),
         trusted_proxies=settings.proxy_networks(),
         access_log=log_target(settings.access_log)[0],
+        spans=spans,
+        trace_ratio=settings.trace_ratio,
         metrics_port=settings.edge_metrics_port,
         threads=max((os.cpu_count() or 1) // CORES_PER_EDGE_THREAD, 1),
         tasks=settings.tasks != "off",

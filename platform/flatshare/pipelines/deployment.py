@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import inspect
 import logging
+import os
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -18,6 +19,8 @@ from flatshare.pipelines.steps import arrays_of, batch_of, step_class
 from flatshare.pool.steps import STEP_DEPLOYMENT, StepRequest
 from flatshare.process_log import LogFormat, LogLevel, log_as
 from flatshare.settings import Settings, StepSettings
+from flatshare.telemetry.exporting import export_spans
+from flatshare.telemetry.tracing import joined
 from flatshare_registry.errors import RegistryError
 
 __all__ = ["step_application"]
@@ -45,10 +48,15 @@ class StepReplica:
         Seconds that one run in the thread may take: nobody waits for it longer.
     log
         How it logs, and from which level on.
+    traces
+        Where its spans go; see :func:`flatshare.telemetry.exporting.export_spans`.
     """
 
-    def __init__(self, name: str, path: str, limit_s: float, log: tuple[LogFormat, LogLevel]) -> None:
+    def __init__(
+        self, name: str, path: str, limit_s: float, log: tuple[LogFormat, LogLevel], traces: str
+    ) -> None:
         log_as(*log, f"step {name}")
+        export_spans(traces, "flatshare.step", f"{name} {os.getpid()}")
         self._name = name
         self._step = step_class(name, path)()
         # One: what a body expands to is in memory once, and more work at a time is a matter of replicas.
@@ -66,6 +74,10 @@ class StepReplica:
         StepFailed
             The step's.
         """
+        with joined(request.traceparent, "step", attributes={"flatshare.pipeline": self._name}):
+            return await self._run(request)
+
+    async def _run(self, request: StepRequest) -> dict[str, NDArray[Any]]:
         try:
             if inspect.iscoroutinefunction(self._step.run):
                 batch = await self._in_thread(lambda: batch_of(request.body))
@@ -144,6 +156,7 @@ def step_application(
         graceful_shutdown_timeout_s=20,
     )
     application: serve.Application = deployment.bind(
-        name, step.step, settings.request_timeout_s, (settings.log_format, settings.log_level)
-    )
+        name, step.step, settings.request_timeout_s, (settings.log_format, settings.log_level),
+        settings.traces,
+    )  # fmt: skip
     return application

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import os
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Final, Protocol, cast
 
@@ -23,6 +24,7 @@ from flatshare.tasks.callbacks import CallbackSender
 from flatshare.tasks.records import TaskId
 from flatshare.tasks.runner import Asked, Reply, TaskRunner
 from flatshare.tasks.store import TaskStore
+from flatshare.telemetry.exporting import export_spans
 from flatshare_registry.catalog import Registry
 
 __all__ = ["consumer_application", "tasks_of"]
@@ -88,6 +90,7 @@ class TaskConsumer:
 
     def __init__(self, settings: Settings) -> None:
         log_as(settings.log_format, settings.log_level, "consumer of tasks")
+        export_spans(settings.traces, "flatshare.consumer", str(os.getpid()))
         store = settings.open_store()
         tasks = TaskStore(store, settings.tasks_keep_s)
         # The embedded queue's leases say that a run has died; where there are none, its time does.

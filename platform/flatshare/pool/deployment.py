@@ -48,6 +48,8 @@ from flatshare.replica.ticket import Rows
 from flatshare.resolution.trust import TrustedHeads
 from flatshare.settings import Settings
 from flatshare.tasks.runner import Asked, Reply
+from flatshare.telemetry.exporting import export_spans
+from flatshare.telemetry.tracing import joined
 from flatshare.weights.peers import PeerTiers
 from flatshare_registry.ids import ModelRef
 
@@ -80,6 +82,7 @@ class ClassifierPool:
         settings = settings.model_copy(update={"host_dir": settings.host_dir.replace("{node}", node)})
         identity = ReplicaIdentity(serve.get_replica_context().replica_id.unique_id, node_id=node_id)
         log_as(settings.log_format, settings.log_level, f"replica {identity.replica}")
+        export_spans(settings.traces, "flatshare.replica", identity.replica)
         self._advertiser = Advertiser(self, self.load_model, lambda: self._replica.held_ids())
         keep_freed_memory()
         self._peers = PeerDoors(node) if settings.nodes == "several" and settings.peer_tiers else None
@@ -101,6 +104,7 @@ class ClassifierPool:
             replica=self._replica.name,
             room=self._decoding,
             pipelines=Steps(settings.pipelines),
+            traced=settings.traces != "off",
         )
         self._data_plane = self._plane(
             identities, max_body_bytes=settings.max_body_bytes, max_rows=settings.max_rows,
@@ -159,7 +163,7 @@ class ClassifierPool:
 
     # -- handles
 
-    async def predict(self, batch: dict[str, Any]) -> dict[str, Any]:
+    async def predict(self, batch: dict[str, Any], traceparent: str = "") -> dict[str, Any]:
         """The handle form: ``handle.options(multiplexed_model_id="acme").predict.remote(batch)``.
 
         Parameters
@@ -167,15 +171,20 @@ class ClassifierPool:
         batch
             ``{"image": array}``, shapes as over HTTP. With ``"values": "model-ready"`` whole numbers of 0 to
             255 are taken as they are, and not refused as raw pixels.
+        traceparent
+            W3C trace context of a caller that traces, if it sampled its trace.
 
         Returns
         -------
         dict
             The batch and ``predicted_label``, int64 ``(N,)``.
         """
-        return await self._predict(_named_model(), batch)
+        with joined(traceparent, "request"):
+            return await self._predict(_named_model(), batch)
 
-    async def predict_each(self, batches: list[dict[str, Any]]) -> AsyncGenerator[dict[str, Any], None]:
+    async def predict_each(
+        self, batches: list[dict[str, Any]], traceparent: str = ""
+    ) -> AsyncGenerator[dict[str, Any], None]:
         """The streaming form: an answer for each batch, as it is ready, in order; the first error ends it.
 
         ``handle.options(stream=True, multiplexed_model_id="acme").predict_each.remote(batches)``. Each batch
@@ -183,7 +192,9 @@ class ClassifierPool:
         """
         model_ref = _named_model()
         for batch in batches:
-            yield await self._predict(model_ref, batch)
+            with joined(traceparent, "request"):
+                answer = await self._predict(model_ref, batch)
+            yield answer
 
     async def _predict(self, model_ref: ModelRef, batch: dict[str, Any]) -> dict[str, Any]:
         if not isinstance(cast("object", batch), dict):  # a handle passes on whatever it was given

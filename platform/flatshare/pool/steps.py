@@ -19,6 +19,7 @@ from ray.exceptions import RayActorError, RayTaskError
 from ray.serve.exceptions import BackPressureError, RayServeException
 
 from flatshare.errors import NoSuchPipeline, Overloaded, ServeError, StepFailed, StepUnavailable
+from flatshare.telemetry.tracing import sent_on
 
 __all__ = ["BY_VALUE_BYTES", "STEP_DEPLOYMENT", "StepRequest", "Steps", "step_app"]
 
@@ -53,11 +54,14 @@ class StepRequest:
         The request's.
     tenant
         Whose model will answer.
+    traceparent
+        Of the trace that it is part of; empty for none.
     """
 
     body: bytes
     id: str
     tenant: str
+    traceparent: str = ""
 
 
 class Steps:
@@ -100,7 +104,7 @@ class Steps:
             Too many wait for it, or it died each time that it was asked.
         """
         self.check(name)
-        request = StepRequest(body, request_id, tenant)
+        request = StepRequest(body, request_id, tenant, sent_on())
         if name not in self._handles:
             self._handles[name] = self._handle_of(name)
         handle = self._handles[name]

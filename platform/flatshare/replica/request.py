@@ -39,6 +39,7 @@ from flatshare.residency.fair_semaphore import FairSemaphore
 from flatshare.residency.lease import Lease
 from flatshare.residency.model_cache import ModelCache
 from flatshare.resolution.resolver import Resolver
+from flatshare.telemetry.tracing import NO_TRACE, Trace, current_trace, part
 from flatshare_registry.errors import InvalidInput, NotFound, Unavailable
 from flatshare_registry.ids import ModelRef, TenantId
 from flatshare_registry.records import TenantHead, TenantState, VersionRecord
@@ -107,6 +108,8 @@ class _Begun:
     def answered(self, answer: Answer) -> None:
         """The pass has ended."""
         service, lease = self._service, self._lease
+        if self.job is not None:
+            self._ticket.trace.passed(self.job.began)
         service.deadlines.remove(self)
         service.admission.leave()
         tier = lease.tier
@@ -209,7 +212,8 @@ class InferenceService:
         Unavailable
             The tenant is not known here, and the store does not answer.
         """
-        ticket = self.enter_now(caller, ref, within=within)
+        trace = current_trace()
+        ticket = self.enter_now(caller, ref, within=within, trace=trace)
         if ticket is not None:
             return ticket
         try:
@@ -217,20 +221,24 @@ class InferenceService:
                 head = await self.resolver.head(ref.tenant)
         except TimeoutError:
             raise Unavailable(f"the registry did not answer within {self._timeout_s:g} s") from None
-        return self._ticket(caller, ref, head, within)
+        return self._ticket(caller, ref, head, within, trace)
 
-    def enter_now(self, caller: MayPredict, ref: ModelRef, *, within: Ticket | None = None) -> Ticket | None:
+    def enter_now(
+        self, caller: MayPredict, ref: ModelRef, *, within: Ticket | None = None, trace: Trace = NO_TRACE
+    ) -> Ticket | None:
         """As :meth:`enter` for a tenant that is known; None, and nothing counted, for one that is not."""
         caller.may_predict(ref)
         self.check_fence(ref)
         head = self.resolver.head_now(ref.tenant)
-        return None if head is None else self._ticket(caller, ref, head, within)
+        return None if head is None else self._ticket(caller, ref, head, within, trace)
 
-    def _ticket(self, caller: MayPredict, ref: ModelRef, head: TenantHead, within: Ticket | None) -> Ticket:
+    def _ticket(
+        self, caller: MayPredict, ref: ModelRef, head: TenantHead, within: Ticket | None, trace: Trace
+    ) -> Ticket:
         if head.state is TenantState.SUSPENDED:
             raise Suspended(f"tenant {ref.tenant} is suspended; ask your operator")
         under_way = self.quotas.request(head, counted=within is None)
-        return Ticket(ref, head, self.quotas.limits(head), under_way, caller.background)
+        return Ticket(ref, head, self.quotas.limits(head), under_way, caller.background, trace)
 
     def another_place(self, ticket: Ticket) -> UnderWay | None:
         """A place for one more line of a stream at a time; None when its tenant has all that it may have."""
@@ -260,6 +268,7 @@ class InferenceService:
         version = self.resolver.serving_now(ref)
         if version is None or not self.admission.has_room:
             return False
+        resolved_ns = ticket.trace.now()
         rows = decode(_installed(version))
         ticket.check_rows(len(rows))
         if len(rows) > self.inference.max_rows:
@@ -270,6 +279,8 @@ class InferenceService:
         lease = self.cache.try_lease(version)
         if lease is None:
             return False
+        ticket.trace.lap("resolve", resolved_ns)
+        ticket.trace.lap("decode")
         begun = _Begun(self, ticket, version, lease, done, began)
         try:
             self._check_weights(lease, version)
@@ -310,19 +321,23 @@ class InferenceService:
         try:
             async with asyncio.timeout_at(deadline):
                 version = await self._resolve(ref)
+                ticket.trace.lap("resolve")
                 decoded = decode(_installed(version))
                 rows = decoded if isinstance(decoded, np.ndarray) else await decoded
                 ticket.check_rows(len(rows))
                 if rows.nbytes > FREE_BYTES:
                     ticket.under_way.hold_more(rows.nbytes)
                 self.check_fence(ref)  # what the registry said may be older than the fence
+                ticket.trace.lap("decode")
                 lease, leasing = self.cache.try_lease(version), version
                 if lease is None:
                     if not self.cache.is_loading(version):  # to join a load costs nothing
                         self.quotas.cold_load(ticket.head)
-                    async with self.cold.hold(self._timeout_s, ref.tenant):
-                        # A little less than is left: then the cache says why there is no lease.
-                        lease = await self.cache.lease(version, (deadline - loop.time()) * LEASE_SHARE)
+                    with part("wait"):
+                        async with self.cold.hold(self._timeout_s, ref.tenant):
+                            # A little less than is left: then the cache says why there is no lease.
+                            lease = await self.cache.lease(version, (deadline - loop.time()) * LEASE_SHARE)
+                    ticket.trace.skip()
                 with lease:
                     try:
                         self._check_weights(lease, version)

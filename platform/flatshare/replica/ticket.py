@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from flatshare.engine.quotas import UnderWay
 from flatshare.errors import RowsOverQuota, TooLarge
 from flatshare.models.architecture import Architecture
+from flatshare.telemetry.tracing import NO_TRACE, Trace
 from flatshare.weights.tiers import Tier
 from flatshare_registry.ids import ModelRef
 from flatshare_registry.records import Quotas, TenantHead, VersionRecord
@@ -54,6 +55,8 @@ class Ticket:
         What holds for its size.
     background
         Nobody waits for it at this moment: it is a task's.
+    trace
+        Where its parts are recorded, if it is sampled.
     """
 
     ref: ModelRef
@@ -61,6 +64,7 @@ class Ticket:
     limits: Quotas
     under_way: UnderWay
     background: bool = False
+    trace: Trace = NO_TRACE
 
     def __enter__(self) -> Ticket:
         """Begin."""

@@ -21,6 +21,7 @@ from flatshare.residency.lease import Lease, Resident
 from flatshare.residency.load import Abandoned, Load, let_go
 from flatshare.residency.residency import NoMemoryNow, NoRoomNow, Residency
 from flatshare.residency.stats import CacheStats
+from flatshare.telemetry.tracing import part
 from flatshare.weights.loader import Held, Loader, Placed, Prepared
 from flatshare.weights.tiers import ModelKey, Part
 from flatshare_registry.errors import Unavailable
@@ -179,7 +180,9 @@ class Loads:
         self, key: ModelKey, record: VersionRecord, claimed: Mapping[Part, int], load: Load
     ) -> None:
         try:
-            resident = await self._load(record, claimed, load)
+            with part("load", {"flatshare.version": record.name}) as span:
+                resident = await self._load(record, claimed, load)
+                span.set_attribute("flatshare.tier", resident.tier.value)
         except Abandoned:
             pass  # nobody waits any more; whoever asks next begins anew
         except BaseException as error:

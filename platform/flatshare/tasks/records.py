@@ -147,6 +147,8 @@ class TaskRecord(_Frozen):
         Why the last run did not answer it, or why it was refused.
     callback
         Who is told of its end; None: nobody.
+    traceparent
+        Of the request that sent it, if that was sampled: its runs are part of that trace.
     """
 
     schema_version: int = 1
@@ -169,6 +171,7 @@ class TaskRecord(_Frozen):
     code: str | None = None
     answer: Answered | None = None
     callback: Callback | None = None
+    traceparent: str | None = None
 
     @property
     def open(self) -> bool:

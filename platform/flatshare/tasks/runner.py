@@ -13,9 +13,12 @@ from datetime import UTC, datetime
 from functools import partial
 from typing import Final, Protocol
 
+from opentelemetry.trace import SpanKind
+
 from flatshare.tasks.callbacks import CallbackRefused, message_of, signed_headers
 from flatshare.tasks.records import Answered, TaskId, TaskRecord, TaskState
 from flatshare.tasks.store import TaskStore
+from flatshare.telemetry.tracing import TRACEPARENT, joined, sent_on
 from flatshare_registry.errors import InvalidInput, NotFound, RegistryError
 from flatshare_registry.ids import TenantId
 from flatshare_registry.records import TenantHead, TenantState, new_ulid
@@ -127,7 +130,9 @@ class TaskRunner:
             if open_now[0].state is TaskState.QUEUED:
                 return FIRST_BACK_OFF_S  # it was replayed at this very moment
             return self._alone_s or None  # another run is under way: look again when it must have ended
-        again_s = await self._run_once(record, task, fence)
+        about: dict[str, str | int] = {"flatshare.task": str(task), "flatshare.attempt": record.attempts}
+        with joined(record.traceparent or "", "task", SpanKind.CONSUMER, about):
+            again_s = await self._run_once(record, task, fence)
         if again_s is None and record.callback is not None:
             return await self._call_back(task)
         return again_s
@@ -144,7 +149,8 @@ class TaskRunner:
                 return None
             body = await asyncio.to_thread(self._store.body, record)
             ref = record.pinned or record.input.ref
-            asked = Asked(record.input.path, ref, record.input.headers, body, task.ulid)
+            traced = {TRACEPARENT: sent} if (sent := sent_on()) else {}
+            asked = Asked(record.input.path, ref, {**record.input.headers, **traced}, body, task.ulid)
             reply = await self._ask(asked)
         except NotFound:  # its tenant has gone: so does it
             await asyncio.to_thread(self._store.forget, task)

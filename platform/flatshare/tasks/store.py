@@ -86,6 +86,7 @@ class TaskStore:
         owner_since: datetime | None = None,
         pinned: str | None = None,
         callback: str | None = None,
+        traceparent: str | None = None,
     ) -> TaskRecord:
         """Keep a task. Once this returns it is not lost. One that is kept by this id already stays as it is.
 
@@ -100,6 +101,7 @@ class TaskStore:
         record = TaskRecord(
             id=str(task), tenant=task.tenant, state=TaskState.QUEUED, caller=caller, key_id=key_id,
             owner_since=owner_since, pinned=pinned, callback=Callback(url=callback) if callback else None,
+            traceparent=traceparent,
             input=TaskInput(
                 path=path, ref=ref, headers=headers,
                 size_bytes=body.size_bytes if isinstance(body, StoredBody) else len(body),

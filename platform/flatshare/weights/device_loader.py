@@ -23,6 +23,7 @@ from flatshare.errors import DeviceBroken, DeviceFull, ModelFailed, ProbeFailed
 from flatshare.models.architecture import Architecture
 from flatshare.models.probe import check_probe
 from flatshare.models.stages import Model, Stage, device_tensor, plan_of, tensor_view
+from flatshare.telemetry.tracing import part
 from flatshare.threads import in_thread
 from flatshare.weights.fetch import Fetched, TensorSource
 from flatshare.weights.host_cache import HostTensorCache
@@ -206,7 +207,7 @@ class DeviceLoader:
         """See :class:`Loader`."""
         model = prepared.model
         if model is None:
-            with self._judged(f"{record.name} could not be placed on {self.device.name}"):
+            with self._judged(f"{record.name} could not be placed on {self.device.name}"), part("copy"):
                 tensors = await in_thread(None, lambda: self.device.place(prepared.tensors))
             left_over = tensors
             try:
@@ -230,9 +231,11 @@ class DeviceLoader:
     ) -> Prepared | None:
         network = architecture_of(record)
         wanted = [one for one in record.tensors if part_of(one) not in held]
-        fetched = read({one.name for one in wanted})
-        if fetched is None:
-            return None
+        with part("fetch") as span:
+            fetched = read({one.name for one in wanted})
+            if fetched is None:
+                return None
+            span.set_attribute("flatshare.tier", fetched.tier.value)
         tensors = {
             part_of(one): device_tensor(
                 tensor_view(fetched.data.get(one.sha256, memoryview(b"")), one),
@@ -279,7 +282,8 @@ class DeviceLoader:
         self, network: Architecture, record: VersionRecord, model: Model, device: torch.device
     ) -> None:
         try:
-            check_probe(network, record, model, device)
+            with part("probe"):
+                check_probe(network, record, model, device)
         except ProbeFailed:
             self.source.recheck(record)
             raise
@@ -303,7 +307,7 @@ class DeviceLoader:
     ) -> Model:
         """Make the model of shared and new tensors, and let it answer its probe."""
         network = architecture_of(record)
-        with _as_model_failure(record):
+        with part("build"), _as_model_failure(record):
             model = self._assemble(network, record, {**tensors, **held})
         if prove:
             self._prove(network, record, model, self.device.torch_device)

@@ -5,8 +5,11 @@ from __future__ import annotations
 import hashlib
 import queue
 import threading
+import time
 from types import TracebackType
 from typing import Final
+
+from flatshare.telemetry.tracing import record
 
 __all__ = ["Hasher"]
 
@@ -27,6 +30,7 @@ class Hasher:
     """
 
     def __init__(self) -> None:
+        self._began_s = self._ended_s = self._busy_s = 0.0  # of whoever hashes, one at a time
         self._hash = hashlib.sha256()
         self._todo: queue.Queue[memoryview | None] = queue.Queue(AHEAD)
         self._thread: threading.Thread | None = None
@@ -43,11 +47,13 @@ class Hasher:
         if self._thread is not None:
             self._todo.put(None)
             self._thread.join()
+        if self._began_s:
+            record("verify", self._began_s, self._ended_s, {"flatshare.busy_ms": self._busy_s * 1000})
 
     def update(self, data: memoryview) -> None:
         """Take the next bytes of a tensor, which must not change until :meth:`hexdigest`."""
         if not self._beside and len(data) < BESIDE_FROM_BYTES:
-            self._hash.update(data)
+            self._take(data)
             return
         self._beside = True  # what follows must wait its turn
         if self._thread is None:
@@ -64,8 +70,15 @@ class Hasher:
         found, self._hash = self._hash.hexdigest(), hashlib.sha256()
         return found
 
+    def _take(self, data: memoryview) -> None:
+        now_s = time.monotonic()
+        self._began_s = self._began_s or now_s
+        self._hash.update(data)
+        self._ended_s = time.monotonic()
+        self._busy_s += self._ended_s - now_s
+
     def _work(self) -> None:
         while (data := self._todo.get()) is not None:
-            self._hash.update(data)
+            self._take(data)
             del data  # it may be the last reference to megabytes
             self._todo.task_done()

@@ -84,6 +84,8 @@ class S3Options:
         Connections kept by one client: concurrent requests beyond it wait.
     sse, sse_kms_key_id
         Server-side encryption for writes: ``AES256`` or ``aws:kms``, and its key.
+    watch
+        Called once with the client's events (``client.meta.events``), by who wants to see its calls.
     """
 
     endpoint_url: str | None = None
@@ -94,6 +96,7 @@ class S3Options:
     max_connections: int = 32
     sse: str | None = None
     sse_kms_key_id: str | None = None
+    watch: Callable[[Any], None] | None = None
 
 
 def make_s3_client(options: S3Options) -> S3Client:
@@ -133,6 +136,8 @@ def make_s3_client(options: S3Options) -> S3Client:
         raise _bad_endpoint(options, str(error)) from None
     if urlsplit(client.meta.endpoint_url).scheme not in ("http", "https"):
         raise _bad_endpoint(options, client.meta.endpoint_url)
+    if options.watch is not None:
+        options.watch(client.meta.events)
     return client
 
 
