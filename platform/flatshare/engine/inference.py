@@ -278,7 +278,7 @@ class Inference:
         job = self.submit(lease, rows, done, background)
         try:
             answer = await logits
-            current_trace().passed(job.began)
+            current_trace().passed(job)
             return answer
         except asyncio.CancelledError:
             # A caller that goes away must not let go of the lease while its pass runs: a job that nobody

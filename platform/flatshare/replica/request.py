@@ -108,8 +108,7 @@ class _Begun:
     def answered(self, answer: Answer) -> None:
         """The pass has ended."""
         service, lease = self._service, self._lease
-        if self.job is not None:
-            self._ticket.trace.passed(self.job.began)
+        self._ticket.trace.passed(self.job)
         service.deadlines.remove(self)
         service.admission.leave()
         tier = lease.tier

@@ -14,7 +14,7 @@ import contextlib
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextvars import ContextVar
-from typing import Any, Final
+from typing import Any, Final, Protocol
 
 from opentelemetry import context as otel
 from opentelemetry import trace
@@ -36,6 +36,18 @@ _ODD: Final = frozenset("13579bdf")
 """Last digits of flags that have the sampled bit."""
 
 
+class HasBegun(Protocol):
+    """Rows of a request in a pass.
+
+    Attributes
+    ----------
+    began
+        When the pass began, by the monotonic clock; 0 before.
+    """
+
+    began: float
+
+
 class Trace:
     """What a request that is not sampled has: it does nothing."""
 
@@ -51,8 +63,8 @@ class Trace:
     def skip(self) -> None:
         """Have the next part begin now."""
 
-    def passed(self, began_s: float) -> None:
-        """Record its wait for a pass and the pass, which began at this time of the monotonic clock."""
+    def passed(self, job: HasBegun | None) -> None:
+        """Record its wait for a pass, and the pass, which has ended."""
 
 
 NO_TRACE: Final = Trace()
@@ -85,10 +97,10 @@ class RequestTrace(Trace):
         """See :meth:`Trace.skip`."""
         self._since_ns = time.time_ns()
 
-    def passed(self, began_s: float) -> None:
+    def passed(self, job: HasBegun | None) -> None:
         """See :meth:`Trace.passed`."""
-        if began_s:
-            self.lap("wait", time.time_ns() - int((time.monotonic() - began_s) * 1e9))
+        if job is not None and job.began:
+            self.lap("wait", time.time_ns() - int((time.monotonic() - job.began) * 1e9))
             self.lap("pass")
 
     @contextlib.contextmanager
