@@ -24,15 +24,15 @@ from flatshare.mnist.pixels import preprocess
 
 from .conftest import MODEL, Platform, end, processes_of, start
 
-README = Path(__file__).parents[2] / "README.md"
+API = Path(__file__).parents[2] / "platform/API.md"
 PIXELS: NDArray[np.uint8] = np.random.default_rng(4).integers(0, 256, (10, 28, 28), dtype=np.uint8)
 
 
 @pytest.fixture(scope="module")
 def platform(tmp_path_factory: pytest.TempPathFactory, s3_url_e2e: str) -> Iterator[Platform]:
     folder = tmp_path_factory.mktemp("state")
-    # The README's step of one's own, as it stands there.
-    (found,) = re.findall(r"```python\n# (\w+)\.py\n(.*?)```", README.read_text(), re.DOTALL)
+    # API.md's step of one's own, as it stands there.
+    (found,) = re.findall(r"```python\n# (\w+)\.py\n(.*?)```", API.read_text(), re.DOTALL)
     (folder / f"{found[0]}.py").write_text(found[1])
     pipelines = {
         "images": {

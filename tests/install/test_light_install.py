@@ -101,6 +101,7 @@ def test_a_plan_needs_nothing_more(light: Light) -> None:
         ["plan", "--plot", "plan.png"],
         ["train", "base"],
         ["train", "handwritings"],
+        ["train", "digits"],
         ["convert", "a", "b"],
     ],
 )

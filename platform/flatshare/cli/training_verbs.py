@@ -1,4 +1,4 @@
-"""Verbs that make weights: train base, train tenant, handwritings, convert."""
+"""Verbs that make weights: train base, train tenant, digits, handwritings, convert."""
 
 from __future__ import annotations
 
@@ -163,6 +163,41 @@ def train_tenant(
             soft_wrap=True,
         )
     told.check()
+
+
+@train_app.command("digits")
+def train_digits(
+    handwriting_name: Annotated[
+        str, typer.Option("--handwriting", "-w", help="As a customer writes them; else as they are.")
+    ] = "",
+    count: Annotated[int, typer.Option(min=1, max=2000)] = 2,
+    out_folder: Annotated[Path, typer.Option("--out", help="Folder for the files.")] = Path("digits"),
+    data: DataOption = None,
+    as_json: AsJson = False,
+) -> None:
+    """Write some of the digits that nothing was trained on as PNG files, for `predict` and /classify."""
+    need_mnist()
+    from PIL import Image
+
+    from flatshare.mnist.handwriting import handwriting
+
+    digits = _digits(data, None)
+    images, labels = digits.test_images[:count], digits.test_labels[:count]
+    if handwriting_name:
+        images, labels = handwriting(handwriting_name).apply(images, labels)
+    written: dict[str, int] = {}
+    try:
+        out_folder.mkdir(parents=True, exist_ok=True)
+        for number, (image, label) in enumerate(zip(images, labels, strict=True)):
+            path = out_folder / f"{number}.png"
+            Image.fromarray(image).save(path)
+            written[str(path)] = int(label)
+    except OSError as error:
+        raise InvalidInput(f"{out_folder} can't be written: {error.strerror}") from error
+    if as_json:
+        print_json({"files": written})
+    else:
+        print_table("", ["file", "digit"], list(written.items()))
 
 
 @train_app.command("handwritings")
