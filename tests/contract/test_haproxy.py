@@ -858,10 +858,10 @@ async def test_a_tenant_over_its_quota_gets_its_quota_all_the_time(edge: Edge, f
     least = 0.9 if factor <= 3 else 0.75  # while a flood is held back, some of what would be within is, too
     assert len(good) >= least * rate * seconds
     assert max(b - a for a, b in itertools.pairwise([began, *good])) < seconds / 2
-    if factor > 3:
-        assert replica.refused < 3 * seconds * rate, (
-            "a flood costs the replica no more than a few times its quota"
-        )
+    if (
+        factor > 3
+    ):  # of what is too much the edge keeps most from the replica; after a stall some comes at once
+        assert replica.refused < 0.6 * (sent - len(good))
 
 
 CALLERS = ("0af7651916cd43dd8448eb211c80319c", "b7ad6b7169203331")
