@@ -541,8 +541,10 @@ class Settings(RegistrySettings):
         """The S3 part as one value; with traces, calls to the store are part of them."""
         if self.traces == "off":
             return super().s3_options
-        from flatshare.telemetry.tracing import watch_s3  # no light install has OpenTelemetry
-
+        try:
+            from flatshare.telemetry.tracing import watch_s3
+        except ImportError:  # a light install: nothing there is part of a trace
+            return super().s3_options
         return replace(super().s3_options, watch=watch_s3)
 
     def proxy_networks(self) -> tuple[str, ...]:

@@ -882,10 +882,11 @@ def test_the_edge_says_what_is_sampled_and_no_caller_does(
             flags, {"traceparent": "-".join(("00", *CALLERS, str(flags)))}
         )
         before_us = time.time() * 1e6
-        reply = httpx.post(f"{edge.url}/predict", content=b"{}", headers={MODEL: "acme", **sent})
-        assert reply.status_code == 200
+        headers = {MODEL: "acme", "tracestate": "vendor=1", **sent}
+        assert httpx.post(f"{edge.url}/predict", content=b"{}", headers=headers).status_code == 200
         got = backends[0].requests[-1].get("traceparent")
         joins = flags in ("00", "01")
+        assert ("tracestate" in backends[0].requests[-1]) == joins
         if ratio == 0:
             assert got == ("-".join(("00", *CALLERS, "00")) if joins else None)
             lines.settimeout(0.3)

@@ -387,6 +387,7 @@ def _sampling(options: EdgeOptions) -> str:
     sampled = "{ var(txn.span) -m found }"
     lines = [
         f"http-request set-var(txn.caller) req.hdr(traceparent),field(3,-) if {joins}",
+        f"http-request del-header tracestate if !{joins}",
         f"http-request set-var(txn.span) uuid(),regsub(-,,g),bytes(16,16) if "
         f"{{ rand(1000000) lt {round(options.trace_ratio * 1e6)} }} !{{ var(txn.control) -m found }}",
         f"http-request set-var(txn.log_trace) uuid(),regsub(-,,g) if {sampled} !{joins}",

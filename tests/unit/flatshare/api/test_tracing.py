@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator
 from dataclasses import replace
 
@@ -177,6 +178,11 @@ def test_what_another_process_does_is_part_of_the_trace(spans: InMemorySpanExpor
     with joined("", "there"), part("inside"):
         pass
     assert spans.get_finished_spans() == ()
+
+
+def test_a_light_install_traces_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "flatshare.telemetry.tracing", None)
+    assert load_settings(store="memory://x", traces="http://127.0.0.1:4318").s3_options.watch is None
 
 
 def test_settings_say_where_spans_go() -> None:
