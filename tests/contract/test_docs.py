@@ -6,14 +6,21 @@ import os
 import re
 import subprocess
 import sys
+import textwrap
 from pathlib import Path
 
 import pytest
 
+from flatshare_registry import layout
+from flatshare_registry.errors import NotFound
+
 ROOT = Path(__file__).parents[2]
 PAGES = sorted(
     page
-    for page in [*ROOT.glob("*.md"), *ROOT.glob("platform/**/*.md"), *ROOT.glob("scripts/**/*.md")]
+    for page in [
+        *ROOT.glob("*.md"),
+        *(page for folder in ("platform", "registry", "scripts") for page in ROOT.glob(f"{folder}/**/*.md")),
+    ]
     if "node_modules" not in page.parts
 )
 
@@ -61,3 +68,19 @@ def test_the_table_of_errors_is_as_the_code_has_it() -> None:
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "scripts")}
     made = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     assert made.stdout == (ROOT / "platform/API.md").read_text(), "run scripts/error_codes.py"
+
+
+def test_the_registrys_page_has_the_layout_as_the_code_has_it() -> None:
+    described = (layout.__doc__ or "").partition("::\n\n")[2].strip("\n")
+    assert textwrap.dedent(described) in (ROOT / "registry/DESIGN.md").read_text()
+
+
+def test_the_registrys_page_begins_with_code_that_runs() -> None:
+    text = (ROOT / "registry/DESIGN.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
+    code = code.replace("s3://models/prod", "memory://docs")
+    before, _, after = code.partition("record = ")
+    names: dict[str, object] = {}
+    exec(before, names)
+    with pytest.raises(NotFound, match="production"):  # it says: after a registration
+        exec(f"record = {after}", names)
