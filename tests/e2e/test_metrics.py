@@ -133,7 +133,7 @@ def test_a_real_prometheus_scrapes_it(platform: Platform, tenants: list[str], tm
                 if any(one["value"][1] != "NaN" for one in found):
                     del silent[panel]
             time.sleep(0.2)  # Prometheus scrapes by its own clock
-        assert len(rules) == 11 and all(rule["health"] in ("ok", "unknown") for rule in rules), rules
+        assert len(rules) == 12 and all(rule["health"] in ("ok", "unknown") for rule in rules), rules
     finally:
         running.terminate()
         assert running.wait(20) == 0
