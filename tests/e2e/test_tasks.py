@@ -148,7 +148,7 @@ def one_ends(platform: Platform, accepted: list[str], over: set[str], within_s: 
         return task in over
 
     open_now = (task for task in accepted if task not in over and not has_ended(task))
-    under_way = list(itertools.islice(open_now, 100))  # what a killed one had in hand comes again late
+    under_way = list(itertools.islice(open_now, 20))
     deadline = time.monotonic() + within_s
     while under_way and not any(map(has_ended, under_way)):  # none: all that were sent have been run
         assert time.monotonic() < deadline, f"none of {under_way} ended"
