@@ -4,31 +4,30 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from pages import replaced, table
 from pydantic import SecretStr
+from pydantic.fields import FieldInfo
 from pydantic_core import PydanticUndefined
 
 from flatshare.settings import Settings
 
 PAGE = Path(__file__).parents[1] / "platform" / "SETTINGS.md"
-START, END = "<!-- table -->\n", "<!-- end -->\n"
-
-
-def table() -> str:
-    rows = ["| variable | default | meaning |", "|---|---|---|"]
-    for name, field in Settings.model_fields.items():
-        default = field.get_default(call_default_factory=True)
-        if isinstance(default, SecretStr):
-            default = default.get_secret_value()
-        shown = "" if default in ("", None, PydanticUndefined, {}) else f"`{default}`"
-        about = (field.description or "").replace("|", "\\|")
-        rows.append(f"| `FLATSHARE_{name.upper()}` | {shown} | {about} |")
-    return "\n".join(rows) + "\n"
 
 
 def page(text: str) -> str:
-    before, _, rest = text.partition(START)
-    _, _, after = rest.partition(END)
-    return f"{before}{START}{table()}{END}{after}"
+    rows = [
+        (f"`FLATSHARE_{name.upper()}`", shown(field), (field.description or "").replace("|", "\\|"))
+        for name, field in Settings.model_fields.items()
+    ]
+    return replaced(text, table(("variable", "default", "meaning"), rows))
+
+
+def shown(field: FieldInfo) -> str:
+    """A default, for the table."""
+    default = field.get_default(call_default_factory=True)
+    if isinstance(default, SecretStr):
+        default = default.get_secret_value()
+    return "" if default in ("", None, PydanticUndefined, {}) else f"`{default}`"
 
 
 if __name__ == "__main__":
