@@ -277,7 +277,7 @@ class HotRoutes:
 
     def trace(self, headers: Mapping[str, str], path: str) -> RequestTrace | None:
         """The trace of a request, if it is sampled."""
-        if not self._traced:
+        if not self._traced or TRACEPARENT not in headers:  # most come by an edge that sends none
             return None
         about = {"url.path": path, "flatshare.request_id": headers.get(REQUEST_ID_HEADER, "")}
         return request_trace(headers, "request", about)
@@ -288,7 +288,7 @@ class HotRoutes:
             await self._app(scope, receive, send)
             return
         trace = None
-        if self._traced:
+        if self._traced and any(name == _TRACEPARENT for name, _ in scope["headers"]):
             trace = self.trace(HotRequest(scope, receive).headers, route_path(scope))
         if trace is None:
             await self._answer(scope, receive, send)
