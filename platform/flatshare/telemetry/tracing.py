@@ -140,22 +140,29 @@ def current_trace() -> Trace:
 
 
 @contextlib.contextmanager
-def part(name: str, attributes: Attributes | None = None) -> Iterator[Span]:
-    """A part of whatever is being recorded, in this task or thread; of nothing, if nothing is.
+def _span(name: str, attributes: Attributes | None, kind: SpanKind = SpanKind.INTERNAL) -> Iterator[Span]:
+    """A span below the current one, and the current one within.
 
     An error that leaves it stands in the span by its kind: its words may be of anything.
     """
-    if not trace.get_current_span().is_recording():
-        yield trace.INVALID_SPAN
-        return
     with _TRACER.start_as_current_span(
-        name, attributes=attributes, record_exception=False, set_status_on_exception=False
+        name, kind=kind, attributes=attributes, record_exception=False, set_status_on_exception=False
     ) as span:
         try:
             yield span
         except Exception as error:
             span.set_status(Status(StatusCode.ERROR, type(error).__name__))
             raise
+
+
+@contextlib.contextmanager
+def part(name: str, attributes: Attributes | None = None) -> Iterator[Span]:
+    """A part of whatever is being recorded, in this task or thread; of nothing, if nothing is."""
+    if not trace.get_current_span().is_recording():
+        yield trace.INVALID_SPAN
+        return
+    with _span(name, attributes) as span:
+        yield span
 
 
 @contextlib.contextmanager
@@ -195,9 +202,7 @@ def joined(
     token = otel.attach(context)
     try:
         with (
-            _TRACER.start_as_current_span(
-                name, kind=kind, attributes=attributes, record_exception=False
-            ) as span,
+            _span(name, attributes, kind) as span,
             RequestTrace(span).entered() if span.is_recording() else contextlib.nullcontext(),
         ):
             yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
 from collections.abc import Iterator
 from dataclasses import replace
@@ -178,6 +179,15 @@ def test_what_another_process_does_is_part_of_the_trace(spans: InMemorySpanExpor
     with joined("", "there"), part("inside"):
         pass
     assert spans.get_finished_spans() == ()
+
+
+def test_no_span_has_the_words_of_an_error(spans: InMemorySpanExporter) -> None:
+    with contextlib.suppress(ValueError), joined(SAMPLED, "there"), part("inside"):
+        raise ValueError("words that may be of anything")
+    assert len(spans.get_finished_spans()) == 2
+    for span in spans.get_finished_spans():
+        assert (span.status.is_ok, span.status.description) == (False, "ValueError")
+        assert "words" not in span.to_json()
 
 
 def test_a_light_install_traces_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
