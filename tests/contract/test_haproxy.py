@@ -813,10 +813,10 @@ class Metered:
         writer.close()
 
 
-async def flood(port: int, rate: float, seconds: float) -> tuple[int, list[float]]:
-    """Requests of one key at a rate: how many were sent, and when which were answered, in seconds from the start."""
+async def flood(port: int, rate: float, seconds: float, key: str) -> list[float]:
+    """Requests of one key at a rate: when they were answered with 200, in seconds from the start."""
     request = (
-        f"POST /predict HTTP/1.1\r\nhost: x\r\n{MODEL}: acme\r\nx-api-key: fs_acme.aaaaaaaaaa_{'k' * 43}\r\n"
+        f"POST /predict HTTP/1.1\r\nhost: x\r\n{MODEL}: acme\r\nx-api-key: {key}\r\n"
         "content-length: 2\r\n\r\n{}"
     ).encode()
     idle: list[tuple[asyncio.StreamReader, asyncio.StreamWriter]] = []
@@ -844,7 +844,7 @@ async def flood(port: int, rate: float, seconds: float) -> tuple[int, list[float
     await asyncio.gather(*tasks)
     for _, writer in idle:
         writer.close()
-    return sent, good
+    return good
 
 
 @pytest.mark.parametrize("factor", [1.3, 3.0, 8.0])
@@ -863,17 +863,19 @@ async def test_a_tenant_over_its_quota_gets_its_quota_all_the_time(edge: Edge, f
     edge.process.start(render(options, [target], []))
     least = 0.9 if factor <= 3 else 0.75  # while a flood is held back, some of what would be within is, too
     seen = []
-    for _ in range(3):
+    for number in range(3):
+        # A key of its own, of which the edge remembers nothing: who was shut out is let in again after a while.
+        key = f"fs_acme.aaaaaaaaa{number}_{'k' * 43}"
         before = replica.refused
-        sent, good = await flood(edge.options.port, rate * factor, seconds)
+        good = await flood(edge.options.port, rate * factor, seconds, key)
         pause_s = max(b - a for a, b in itertools.pairwise([0.0, *good]))
-        # Of what is too much the edge keeps most from the replica: a flood costs it no more than that.
-        refused = (replica.refused - before) / (sent - len(good))
-        seen.append((len(good), pause_s, refused))
-        if len(good) >= least * rate * seconds and pause_s < seconds / 2 and (factor <= 3 or refused < 0.6):
+        steady = sum(at >= 1 for at in good)  # without the burst that it begins with
+        refused = replica.refused - before  # a flood costs the replica no more than a few times its quota
+        seen.append((steady, pause_s, refused))
+        if steady >= least * rate * (seconds - 1) and pause_s < 1 and refused < 3 * seconds * rate:
             break
     else:
-        raise AssertionError(f"answered, longest pause in s, part refused by the replica: {seen}")
+        raise AssertionError(f"answered after the first second, longest pause in s, refused: {seen}")
     server.close()
 
 
