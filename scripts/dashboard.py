@@ -37,6 +37,7 @@ def quantiles(metric: str, by: str = "") -> tuple[tuple[str, str], ...]:
 ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
     ("Requests", (
         Panel("Requests by status", "reqps", ((rate("flatshare_requests_total", "status"), "{{status}}"),)),
+        Panel("Refused and failed, by code", "reqps", ((rate("flatshare_request_errors_total", "code"), "{{code}}"),)),
         Panel("Answered by tier", "reqps", ((rate("flatshare_leases_total", "tier"), "{{tier}}"),)),
         Panel("Hit rate: found on the device", "percentunit", (
             (rate('flatshare_leases_total{tier="device"}') + " / " + rate("flatshare_leases_total"), "device"),

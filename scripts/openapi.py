@@ -27,7 +27,7 @@ from flatshare_registry.stores.memory import MemoryStore
 def planes() -> dict[str, tuple[ASGIApp, str]]:
     """Both applications and where they are mounted, over nothing: only their documents are asked for."""
     registry, nothing = Registry(MemoryStore()), cast("Any", None)
-    service = cast("Any", SimpleNamespace(usage=SimpleNamespace(replied=lambda status: None)))
+    service = cast("Any", SimpleNamespace(usage=SimpleNamespace(replied=lambda *_: None)))
     identities = Identities(RegistryHeads(registry), OperatorKeys({}))
     return {
         "data-plane": (create_app(service, identities, replica="none", max_body_bytes=1, max_rows=1), ""),

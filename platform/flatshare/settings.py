@@ -164,6 +164,11 @@ class Settings(RegistrySettings):
         le=50,
         description="Tenants that `GET /admin/metrics` names, the busiest of the last minute. 0: none.",
     )
+    ray_metrics: bool = Field(
+        default=False,
+        description="Tell a few counters to `ray.serve.metrics` too, every ten seconds: for who collects "
+        "from Ray's agents already.",
+    )
     usage_interval_s: float = Field(
         default=60.0,
         ge=0,

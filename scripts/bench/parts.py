@@ -158,7 +158,7 @@ async def parts_alone(registry: Registry, rows: np.ndarray) -> dict[str, float]:
         replica.usage.answered(
             record, Tier.DEVICE, 0.001, Prediction(logits, record, Tier.DEVICE).label_list(), 7000, 10
         )
-        replica.usage.replied(200)
+        replica.usage.replied(200, "")
 
     held = replica.cache.try_lease(await replica.heads.resolve(ref, 5))
     assert held is not None

@@ -63,7 +63,8 @@ def test_each_request_has_one_line_and_no_key_is_in_it(tmp_path: Path, backend: 
     assert first["server"] == "p0" and first["bytes_out"] > 0 and abs(first["time"] - time.time()) < 60
     assert odd["path"].startswith("/a%22b%5c%0a") and odd["model"] == 'q"uo\\te' and odd["key"] == "-"
     assert len(long["path"]) == 1024 and len(long["model"]) == 256 and long["trace"] == "-"
-    assert (refused["status"], refused["method"]) == (405, "BREW")
+    assert (refused["status"], refused["method"], refused["code"]) == (405, "BREW", "method_not_allowed")
+    assert first["code"] == "-"
     text = path.read_text()
     assert (
         key.text not in text and key.text[-43:] not in text and "a body" not in text and "secret" not in text

@@ -143,6 +143,7 @@ CONTROL: dict[tuple[str, str], Row] = {
     ("GET", "/plans"): view(),
     ("GET", "/replicas"): view(),
     ("GET", "/metrics"): view(),
+    ("GET", "/metrics/targets"): view(),
     ("GET", "/history"): view(),
     ("POST", "/replicas/{replica}/drain"): change(404),
     ("POST", "/nodes/{node}/drain"): change(404),

@@ -34,8 +34,9 @@ from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.hazmat.primitives.serialization import Encoding, NoEncryption, PrivateFormat
 from cryptography.x509.oid import NameOID
 
-from flatshare.edge.configuration import OPEN_PATHS, REFUSALS, EdgeOptions, render
+from flatshare.edge.configuration import OPEN_PATHS, REFUSALS, render
 from flatshare.edge.copies import COPIES_MAP
+from flatshare.edge.options import EdgeOptions
 from flatshare.edge.process import HaproxyProcess, find_haproxy, run_check
 from flatshare.edge.servers import Server
 from flatshare.edge.spans import span_of
@@ -705,7 +706,8 @@ def test_a_trusted_proxy_may_have_more_connections_than_a_client(
 FEW_FILES = """
 import resource, sys
 from pathlib import Path
-from flatshare.edge.configuration import EdgeOptions, render
+from flatshare.edge.configuration import render
+from flatshare.edge.options import EdgeOptions
 from flatshare.edge.process import HaproxyProcess
 from flatshare.local.checks import affordable_connections
 from flatshare.edge.servers import Server

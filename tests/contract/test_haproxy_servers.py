@@ -15,7 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from flatshare.edge.configuration import EdgeOptions
+from flatshare.edge.options import EdgeOptions
 from flatshare.edge.process import HaproxyProcess
 from flatshare.edge.servers import Server
 from flatshare.edge.supervisor import EdgeSupervisor, EdgeTargets

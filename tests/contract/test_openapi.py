@@ -270,6 +270,7 @@ async def test_a_generated_client_calls_every_route_of_the_control_plane(
     await ask("remove_alias", **canary)
     await ask("replicas")
     await ask("metrics")
+    await ask("metrics_targets")
     assert (await ask("get_history")).points == []
     await ask("drain", 404, replica="none-such")
     assert (await ask("drain_node", node="10.0.0.2")).left == []

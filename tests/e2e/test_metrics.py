@@ -9,6 +9,7 @@ import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import httpx
 import pytest
@@ -17,7 +18,7 @@ from tests.debian import program
 
 from flatshare_registry.testing.ports import free_ports
 
-from .conftest import FLATSHARE, Platform, random_rows
+from .conftest import FLATSHARE, MODEL, Platform, processes_of, random_rows
 
 ROOT = Path(__file__).parents[2]
 DASHBOARD = ROOT / "platform/deploy/dashboard.json"
@@ -65,7 +66,58 @@ def test_sums_are_those_of_replicas_and_of_the_client(platform: Platform, tenant
     ):
         assert summed(said, family, ending, **labels) - summed(page, family, ending, **labels) == 300, family
     assert after - before == sum(report["hits"].values()) == 300
+    # Each replica says the same at its own door, where service discovery finds it.
+    doors = platform.http.get(f"{platform.url}/admin/metrics/targets").raise_for_status().json()
+    pages = [door_metrics(platform, door).raise_for_status().text for door in doors]
+    assert len(pages) == 2 and sum(map(leases, pages)) == leases(said)
+    assert httpx.get(f"http://{doors[0]['targets'][0]}/-/metrics").status_code == 401
+    key = platform.key(tenants[0])
+    forbidden = httpx.get(f"http://{doors[0]['targets'][0]}/-/metrics", headers={"x-api-key": key})
+    assert forbidden.status_code == 403
+    assert platform.http.get(f"{platform.url}/-/metrics").status_code == 404, "not through the edge"
     assert httpx.get(f"{platform.url}/admin/metrics").status_code == 401
+
+
+def door_metrics(platform: Platform, door: dict[str, Any]) -> httpx.Response:
+    (address,) = door["targets"]
+    return platform.http.get(f"http://{address}{door['labels']['__metrics_path__']}")
+
+
+def test_errors_are_counted_by_their_code(platform: Platform, tenants: list[str]) -> None:
+    before = platform.http.get(f"{platform.url}/admin/metrics").text
+    refused = platform.predict("nobody-at-all", random_rows(1))
+    failed = platform.http.post(f"{platform.url}/predict", content=b"{", headers={MODEL: tenants[0]})
+    assert (refused.status_code, failed.status_code) == (404, 400)
+    for reply in (refused, failed):
+        code = reply.json()["error"]["code"]
+        assert reply.headers["x-flatshare-code"] == code
+        now = platform.http.get(f"{platform.url}/admin/metrics").text
+        grown = summed(now, "flatshare_request_errors", code=code)
+        was = summed(before, "flatshare_request_errors", code=code) if "request_errors" in before else 0
+        assert grown - was == 1
+
+
+def test_rays_own_metrics_have_the_same_sums(platform: Platform, tenants: list[str]) -> None:
+    platform.predict(tenants[0], random_rows(1))
+    (session,) = {
+        Path(argument.partition("=")[2])
+        for process in processes_of(platform)
+        for argument in process.cmdline()
+        if argument.startswith("--session-dir=")
+    }
+    (port_file,) = session.glob("metrics_export_port_*")
+    url = f"http://127.0.0.1:{port_file.read_text().strip()}/metrics"
+    deadline = time.monotonic() + 60
+    while True:
+        wanted = leases(platform.http.get(f"{platform.url}/admin/metrics").text)
+        page = httpx.get(url, trust_env=False, timeout=10).text
+        if (
+            "ray_flatshare_leases_total" in page
+            and leases(page.replace("ray_flatshare", "flatshare")) == wanted
+        ):
+            break
+        assert time.monotonic() < deadline, wanted
+        time.sleep(1)  # Ray's agent is told and reads by its own clock
 
 
 def test_usage_is_what_the_client_was_answered(platform: Platform) -> None:

@@ -28,6 +28,7 @@ from flatshare.api.http import (
     Incoming,
     WithHeaders,
     claimed_length,
+    code_of,
     error_reply,
     own_form,
     route_path,
@@ -250,7 +251,7 @@ class HotRoutes:
     route_of
         The hot route of other paths, if it is one.
     replied
-        Told the status of each answer.
+        Told the status of each answer, and the code of one that is an error.
     traced
         Whether requests that are sampled leave spans.
     """
@@ -261,7 +262,7 @@ class HotRoutes:
         answers: HotAnswers,
         routes: Mapping[str, HotRoute],
         route_of: Callable[[str], HotRoute | None],
-        replied: Callable[[int], None],
+        replied: Callable[[int, str], None],
         traced: bool = False,
     ) -> None:
         self._app = app
@@ -313,7 +314,7 @@ class HotRoutes:
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         async def counted(message: Message) -> None:
             if message["type"] == "http.response.start":
-                self.replied(message["status"])
+                self.replied(message["status"], code_of(message["status"], message.get("headers", ())))
             await send(message)
 
         route = self.route(route_path(scope)) if scope["method"] == "POST" else None

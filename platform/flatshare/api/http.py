@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import re
-from collections.abc import AsyncGenerator, Callable, Collection, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection, Iterable, Mapping
 from typing import Any, Final, Protocol
 
 import orjson
@@ -29,12 +29,14 @@ from flatshare_registry.errors import RegistryError
 from flatshare_registry.records import new_ulid
 
 __all__ = [
+    "CODE_HEADER",
     "ERROR_REPLIES",
     "ErrorForm",
     "Incoming",
     "PlainResponse",
     "WithHeaders",
     "claimed_length",
+    "code_of",
     "encoding_of",
     "error_reply",
     "error_response",
@@ -48,6 +50,12 @@ __all__ = [
 logger = logging.getLogger("flatshare.api")
 
 REQUEST_ID_HEADER: Final = "x-request-id"
+
+CODE_HEADER: Final = "x-flatshare-code"
+"""Of an answer that is an error: its code, for who reads no bodies (access logs, metrics)."""
+
+_CODE: Final = CODE_HEADER.encode()
+
 BODY_TIMEOUT_S: Final = 30.0
 """Seconds in which a body must be here: one that drips must not hold a place for ever."""
 
@@ -233,11 +241,20 @@ def own_form(error: HttpError, request_id: str) -> dict[str, Any]:
 def error_response(error: HttpError, request_id: str, form: ErrorForm = own_form) -> Response:
     """The JSON reply for an error."""
     # The door, and Serve itself where it listens, put the x-request-id header on every reply.
-    headers = {} if error.retry_after_s is None else {"retry-after": str(error.retry_after_s)}
+    headers = {CODE_HEADER: error.code}
+    if error.retry_after_s is not None:
+        headers["retry-after"] = str(error.retry_after_s)
     if error.status == 401:
         headers["www-authenticate"] = "Bearer"
     body = orjson.dumps(form(error, request_id))
     return Response(body, error.status, headers, media_type="application/json")
+
+
+def code_of(status: int, headers: Iterable[tuple[bytes, bytes]]) -> str:
+    """The code of an answer that is an error; nothing of any other, or of one that is not ours."""
+    if status < 400:
+        return ""
+    return next((value.decode("latin-1") for name, value in headers if name == _CODE), "")
 
 
 def error_reply(request: WithHeaders, error: Exception, form: ErrorForm = own_form) -> Response:

@@ -118,4 +118,5 @@ def _text(one: dict[str, Any]) -> str:
     exact = one.get("version", "-") != "-"
     model = f"{one.get('tenant')}@{one['version']}" if exact else one.get("model", "-")
     parts = [one.get(name, "-") for name in ("status", "ms", "method", "path")]
-    return " ".join(map(str, [moment, *parts, model, one.get("tier", "-"), one.get("id", "-")]))
+    ended = one.get("code", "-") if one.get("code", "-") != "-" else one.get("tier", "-")
+    return " ".join(map(str, [moment, *parts, model, ended, one.get("id", "-")]))

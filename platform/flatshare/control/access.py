@@ -90,6 +90,7 @@ RULES: Final[Mapping[tuple[str, str], Access]] = {
     ("GET", "/plans"): Access.VIEW,
     ("GET", "/replicas"): Access.VIEW,
     ("GET", "/metrics"): Access.VIEW,
+    ("GET", "/metrics/targets"): Access.VIEW,
     ("GET", "/history"): Access.VIEW,
     ("POST", "/replicas/{replica}/drain"): Access.CHANGE,
     ("POST", "/nodes/{node}/drain"): Access.CHANGE,

@@ -21,7 +21,7 @@ from flatshare.control.erasure_record import Record, Signer
 from flatshare.control.fleet import Fleet, Told
 from flatshare.control.fleet_schemas import FleetReply
 from flatshare.control.history import History, HistoryReply
-from flatshare.control.metrics import CONTENT_TYPE, exposition
+from flatshare.control.metrics import ScrapeTarget, exposition
 from flatshare.control.nodes import DrainedNodeReply, NodeDrain
 from flatshare.control.scaling import DrainedReply, Scaling, ScalingReply, ScalingRequest
 from flatshare.control.schemas import (
@@ -54,6 +54,7 @@ from flatshare.control.tasks import TaskQueueReply
 from flatshare.control.ui import add_ui
 from flatshare.engine.quotas import effective_quotas
 from flatshare.errors import FleetUnavailable, NoTasks, ServeError, TooManyAtOnce
+from flatshare.replica.exposition import CONTENT_TYPE
 from flatshare.tasks.keeper import TaskKeeper
 from flatshare_registry.catalog import Registry
 from flatshare_registry.errors import InvalidInput
@@ -484,6 +485,11 @@ def _add_fleet(
         queue = TaskQueueReply.of(task_keeper.tended) if task_keeper is not None else None
         text = exposition(view, placement, queue, running.settings.metrics_tenants)
         return Response(text, media_type=CONTENT_TYPE)
+
+    @app.get("/metrics/targets", tags=["fleet"])
+    async def metrics_targets() -> list[ScrapeTarget]:
+        """Each replica's own metrics, for Prometheus' HTTP service discovery."""
+        return [ScrapeTarget.of(door) for door in sorted(await fleet.doors(), key=lambda one: one.place)]
 
     @app.get("/history", tags=["fleet"])
     async def get_history() -> HistoryReply:

@@ -10,7 +10,7 @@ from typing import Any, Final, Protocol
 
 from flatshare.errors import FleetUnavailable
 from flatshare.placement.load import Held, ReplicaLoad
-from flatshare.pool.details import ReplicaState
+from flatshare.pool.details import DoorAddress, ReplicaState
 from flatshare.replica.receipt import EraseReceipt, HostReceipt
 from flatshare.replica.snapshot import ReplicaSnapshot
 from flatshare.residency.stats import CacheStats
@@ -202,6 +202,10 @@ class Fleet:
             They did not answer in time, or nobody could be asked.
         """
         return [one for one in await self._broadcast("load") if isinstance(one, ReplicaLoad)]
+
+    async def doors(self) -> list[DoorAddress]:
+        """Where each replica listens itself. Raises as :meth:`loads`."""
+        return [one for one in await self._broadcast("door") if isinstance(one, DoorAddress)]
 
     async def held(self) -> list[Held]:
         """What each replica holds. Raises as :meth:`loads`."""

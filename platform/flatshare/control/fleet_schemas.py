@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
-
 from pydantic import BaseModel, Field
 
 from flatshare.control.decided import Placement
@@ -47,6 +45,16 @@ class HostReply(BaseModel):
     damaged: int = Field(description="Those that were not what they had been; they are fetched anew.")
 
 
+class FailedReply(BaseModel):
+    """A version whose last load on this replica failed."""
+
+    tenant: str
+    version: int
+    kind: str = Field(description="Class of the error.")
+    error: str = Field(description="What it says.")
+    at: float = Field(description="POSIX seconds.")
+
+
 class SwapReply(BaseModel):
     """An alias that is not yet where it was moved to, on this replica."""
 
@@ -78,6 +86,7 @@ class ReplicaReply(BaseModel):
         description="Seconds that another load from the store would wait for its turn, at the present rate; "
         "a request with less time is refused at once (503 `would_be_late`)."
     )
+    failed: list[FailedReply] = Field(description="The latest first; at most 100.")
     swaps: list[SwapReply]
     passes: int = Field(description="Forward passes since the start.")
     rows: int = Field(description="Images in them.")
@@ -94,7 +103,9 @@ class ReplicaReply(BaseModel):
     @classmethod
     def of(cls, snapshot: ReplicaSnapshot, state: str) -> ReplicaReply:
         """From the replica's snapshot and Serve's word."""
-        return cls.model_validate({**asdict(snapshot), "state": state})
+        # Not ``asdict``: it would copy the histograms, which nobody wants here.
+        told = {name: getattr(snapshot, name) for name in cls.model_fields if name != "state"}
+        return cls.model_validate({**told, "state": state}, from_attributes=True)
 
 
 class TotalsReply(BaseModel):

@@ -1,113 +1,37 @@
 """The fleet as Prometheus reads it: what replicas count, what the keeper decides, and the queue of tasks.
 
-Replicas count in plain numbers; here they become samples, one series for each replica, at each scrape. So a
-scrape costs one broadcast, and the hot path nothing. Counters begin at zero with each replica's process: take
-``rate()`` of each before a sum, as of anything that restarts. One metric has a tenant, of the busiest few:
-tenants have no bound.
+A scrape costs one broadcast. Counters begin at zero with each replica's process: take ``rate()`` of each before
+a sum, as of anything that restarts. One metric has a tenant, of the busiest few: tenants have no bound. What
+replicas say is in ``replica/exposition.py``: each of them says it at its own door, too.
 """
 
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any, Final, Literal
+from collections.abc import Iterator
+from typing import Final
 
-from prometheus_client import CollectorRegistry
-from prometheus_client.core import (
-    CounterMetricFamily,
-    GaugeMetricFamily,
-    HistogramMetricFamily,
-    Metric,
-)
-from prometheus_client.exposition import generate_latest
-from prometheus_client.registry import Collector
+from pydantic import BaseModel, Field
 
 from flatshare.control.decided import Placement
 from flatshare.control.fleet import FleetView
 from flatshare.control.tasks import TaskQueueReply
-from flatshare.replica.snapshot import ReplicaSnapshot
-from flatshare.residency.stats import Durations
-from flatshare.weights.tiers import Tier
+from flatshare.door.metrics import METRICS_PATH
+from flatshare.pool.details import DoorAddress
+from flatshare.replica.exposition import REPLICA_FAMILIES, Family, Sample, samples_of
+from flatshare.replica.exposition import exposition as written
 from flatshare_registry.usage import OTHERS
 
-__all__ = ["CONTENT_TYPE", "FAMILIES", "Family", "exposition"]
-
-CONTENT_TYPE: Final = "text/plain; version=0.0.4; charset=utf-8"
-
-LOAD_BUCKETS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
-"""Upper bounds of the histogram of loads: from a warm tensor to a store that hardly answers."""
-
-
-REQUEST_BUCKETS_S: Final = (
-    0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
-)  # fmt: skip
-"""OpenTelemetry's of ``http.server.request.duration``, and two below them: a hot request takes a millisecond."""
-
-
-@dataclass(frozen=True, slots=True)
-class Family:
-    """A metric, without its samples."""
-
-    name: str
-    kind: Literal["counter", "gauge", "histogram"]
-    help: str
-    labels: tuple[str, ...] = ()
-
-
-_OF: Final = ("replica",)
+__all__ = ["FAMILIES", "ScrapeTarget", "exposition"]
 
 FAMILIES: Final = (
     Family("flatshare_replicas", "gauge", "Replicas, by what Serve says of them.", ("state",)),
-    Family(
-        "flatshare_replica_info", "gauge", "1 for each replica that answers, with where it is.",
-        ("replica", "place", "node", "node_id", "device"),
-    ),
-    Family("flatshare_replica_start_time_seconds", "gauge", "When a replica started, in POSIX seconds.", _OF),
-    Family(
-        "flatshare_leases", "counter", "Requests that got a model, by the tier that it came from.",
-        ("replica", "tier"),
-    ),
-    Family(
-        "flatshare_requests", "counter", "Requests that a replica answered over HTTP, and for tasks, by status.",
-        ("replica", "status"),
-    ),
-    Family(
-        "flatshare_request_seconds", "histogram",
-        "Seconds of an answered request, from when its body was here until its answer was made.",
-        ("replica", "tier"),
-    ),
+    *REPLICA_FAMILIES,
     Family(
         "flatshare_tenant_requests_per_second", "gauge",
         "Answered requests a second in the last minute, of the busiest tenants; (others) is the rest of these.",
         ("tenant",),
     ),
-    Family("flatshare_refused_requests", "counter", "Requests and loads that a replica refused for want of room, or of a turn in time.", _OF),
-    Family("flatshare_requests_ongoing", "gauge", "Requests that a replica works on now.", _OF),
-    Family("flatshare_requests_queued", "gauge", "Requests that wait in a replica now.", _OF),
-    Family("flatshare_passes", "counter", "Forward passes.", _OF),
-    Family("flatshare_rows", "counter", "Images in these passes.", _OF),
-    Family("flatshare_loads", "counter", "Loads of models that ended, by how.", ("replica", "result")),
-    Family("flatshare_load_seconds", "histogram", "Seconds of a load: fetch, check and place.", _OF),
-    Family("flatshare_load_wait_seconds", "gauge", "Seconds that one more load would wait for its turn.", _OF),
-    Family("flatshare_loading_models", "gauge", "Models that are being loaded now.", _OF),
-    Family("flatshare_evictions", "counter", "Models that were removed to make room.", _OF),
-    Family("flatshare_swaps", "counter", "Promotions whose new version took over from a resident one.", _OF),
-    Family("flatshare_swaps_pending", "gauge", "Promotions whose new version does not answer yet.", _OF),
-    Family("flatshare_swaps_failing", "gauge", "Of these, those whose last load failed.", _OF),
-    Family("flatshare_quarantined_slots", "counter", "Slots taken out of use by an isolation check.", _OF),
-    Family("flatshare_slots", "gauge", "Models that fit into a replica.", _OF),
-    Family("flatshare_slots_used", "gauge", "Models that are held, loaded or freed.", _OF),
-    Family("flatshare_pinned_models", "gauge", "Models that are never evicted.", _OF),
-    Family("flatshare_device_budget_bytes", "gauge", "What models may take of the device; absent without a bound.", _OF),
-    Family("flatshare_device_held_bytes", "gauge", "What models take of it; shared tensors count once.", _OF),
-    Family("flatshare_device_reserved_bytes", "gauge", "What loads under way have set aside.", _OF),
-    Family("flatshare_host_tier_budget_bytes", "gauge", "What a node's host tier may take.", ("node", "node_id")),
-    Family("flatshare_host_tier_bytes", "gauge", "What a node's host tier takes.", ("node", "node_id")),
-    Family("flatshare_host_tier_bypassed", "counter", "Tensors that a replica kept itself for want of room there.", _OF),
-    Family("flatshare_host_tier_scrubbed", "counter", "Files that a replica hashed again.", _OF),
-    Family("flatshare_host_tier_damaged", "counter", "Of these, files that were not what they had been.", _OF),
-    Family("flatshare_settings_revision", "gauge", "Of the settings that a replica goes by.", _OF),
     Family("flatshare_replicas_wanted", "gauge", "Replicas that Serve is told to keep; absent until it has said."),
     Family("flatshare_replicas_allowed", "gauge", "Between which numbers that is decided.", ("bound",)),
     Family("flatshare_copied_models", "gauge", "Models that more than one replica serves."),
@@ -120,6 +44,22 @@ FAMILIES: Final = (
 """All of them, in the order of an exposition; ``METRICS.md`` is made of this."""
 
 
+class ScrapeTarget(BaseModel):
+    """A replica's own metrics, as Prometheus' HTTP service discovery (``http_sd_configs``) wants to hear of them."""
+
+    targets: list[str] = Field(description="One: `host:port` of the replica's door.")
+    labels: dict[str, str] = Field(description="The path, and which replica it is.")
+
+    @classmethod
+    def of(cls, door: DoorAddress) -> ScrapeTarget:
+        """From where a replica listens."""
+        host = f"[{door.host}]" if ":" in door.host else door.host
+        return cls(
+            targets=[f"{host}:{door.port}"],
+            labels={"__metrics_path__": METRICS_PATH, "place": str(door.place)},
+        )
+
+
 def exposition(
     view: FleetView, placement: Placement | None, tasks: TaskQueueReply | None, tenants: int = 20
 ) -> bytes:
@@ -130,123 +70,45 @@ def exposition(
     tenants
         How many of the busiest are named; 0 for none.
     """
-    registry = CollectorRegistry()
-    registry.register(_Fleet(view, placement, tasks, tenants))
-    return generate_latest(registry)
+    return written(FAMILIES, _samples(view, placement, tasks, tenants), view.snapshots)
 
 
-@dataclass(frozen=True, slots=True, eq=False)
-class _Fleet(Collector):
-    view: FleetView
-    placement: Placement | None
-    tasks: TaskQueueReply | None
-    tenants: int
-
-    def collect(self) -> Iterable[Metric]:
-        """Called at a scrape."""
-        found = {family.name: _new(family) for family in FAMILIES}
-        for name, labels, value in self._samples():
-            if value is not None:
-                found[name].add_metric([str(label) for label in labels], value)
-        for one in self.view.snapshots:
-            times = one.stats.load_times
-            found["flatshare_load_seconds"].add_metric(
-                [one.replica], _buckets(times, LOAD_BUCKETS_S), sum_value=times.seconds
-            )
-            for tier, took in one.requests.durations.items():
-                found["flatshare_request_seconds"].add_metric(
-                    [one.replica, tier.value], _buckets(took, REQUEST_BUCKETS_S), sum_value=took.seconds
-                )
-        return [metric for metric in found.values() if metric.samples]
-
-    def _samples(self) -> Iterator[tuple[str, tuple[object, ...], float | None]]:
-        states = {"RUNNING": 0}  # a series that goes away when it becomes 0 sets off no alert
-        for state in self.view.states.values():
-            states[state.state] = states.get(state.state, 0) + 1
-        for name, count in sorted(states.items()):
-            yield "flatshare_replicas", (name,), count
-        seen: set[str] = set()
-        for one in self.view.snapshots:
-            where = (one.replica, one.place, one.node, one.node_id, one.device)
-            yield "flatshare_replica_info", where, 1
-            for tier in Tier:
-                yield "flatshare_leases", (one.replica, tier.value), one.stats.hits[tier]
-            yield "flatshare_loads", (one.replica, "ok"), one.stats.loads
-            yield "flatshare_loads", (one.replica, "failed"), one.stats.load_failures
-            for status, count in sorted(one.requests.statuses.items()):
-                yield "flatshare_requests", (one.replica, status), count
-            for name, value in _numbers(one).items():
-                yield name, (one.replica,), value
-            if one.host is not None and one.node_id not in seen:
-                seen.add(one.node_id)
-                node = (one.node, one.node_id)
-                yield "flatshare_host_tier_budget_bytes", node, one.host.budget_bytes
-                yield "flatshare_host_tier_bytes", node, one.host.used_bytes
-        for tenant, rate in self._busiest():
-            yield "flatshare_tenant_requests_per_second", (tenant,), rate
-        if self.placement is not None:
-            yield "flatshare_replicas_wanted", (), self.placement.wanted
-            yield "flatshare_replicas_allowed", ("min",), self.placement.bounds.minimum
-            yield "flatshare_replicas_allowed", ("max",), self.placement.bounds.maximum
-            yield "flatshare_copied_models", (), len(self.placement.copies)
-            yield "flatshare_moved_models", (), len(self.placement.moved)
-        if self.tasks is not None:
-            yield "flatshare_tasks_due", (), self.tasks.due
-            yield "flatshare_tasks_under_way", (), self.tasks.under_way
-            yield "flatshare_tasks_oldest_seconds", (), self.tasks.oldest_s
-            yield "flatshare_task_consumers", (), self.tasks.consumers
-
-    def _busiest(self) -> Iterator[tuple[str, float]]:
-        rates: dict[str, float] = {}
-        for one in self.view.snapshots:
-            for tenant, rate in one.requests.busiest:
-                rates[tenant] = rates.get(tenant, 0.0) + rate
-        rest = rates.pop(OTHERS, 0.0)
-        named = heapq.nlargest(self.tenants, rates.items(), key=lambda one: one[1])
-        yield from named
-        rest += sum(rates.values()) - sum(rate for _, rate in named)
-        if self.tenants and rates:
-            yield OTHERS, max(rest, 0.0)
+def _samples(
+    view: FleetView, placement: Placement | None, tasks: TaskQueueReply | None, tenants: int
+) -> Iterator[Sample]:
+    states = {"RUNNING": 0}  # a series that goes away when it becomes 0 sets off no alert
+    for state in view.states.values():
+        states[state.state] = states.get(state.state, 0) + 1
+    for name, count in sorted(states.items()):
+        yield "flatshare_replicas", (name,), count
+    seen: set[str] = set()
+    for one in view.snapshots:
+        yield from samples_of(one, with_host=one.node_id not in seen)
+        if one.host is not None:
+            seen.add(one.node_id)
+    for tenant, rate in _busiest(view, tenants):
+        yield "flatshare_tenant_requests_per_second", (tenant,), rate
+    if placement is not None:
+        yield "flatshare_replicas_wanted", (), placement.wanted
+        yield "flatshare_replicas_allowed", ("min",), placement.bounds.minimum
+        yield "flatshare_replicas_allowed", ("max",), placement.bounds.maximum
+        yield "flatshare_copied_models", (), len(placement.copies)
+        yield "flatshare_moved_models", (), len(placement.moved)
+    if tasks is not None:
+        yield "flatshare_tasks_due", (), tasks.due
+        yield "flatshare_tasks_under_way", (), tasks.under_way
+        yield "flatshare_tasks_oldest_seconds", (), tasks.oldest_s
+        yield "flatshare_task_consumers", (), tasks.consumers
 
 
-def _numbers(one: ReplicaSnapshot) -> Mapping[str, float | None]:
-    """What each replica has one of."""
-    stats, host = one.stats, one.host
-    return {
-        "flatshare_replica_start_time_seconds": one.started_at,
-        "flatshare_refused_requests": one.refused,
-        "flatshare_requests_ongoing": one.ongoing,
-        "flatshare_requests_queued": one.queued,
-        "flatshare_passes": one.passes,
-        "flatshare_rows": one.rows,
-        "flatshare_load_wait_seconds": one.load_wait_s,
-        "flatshare_loading_models": len(one.loading),
-        "flatshare_evictions": stats.evictions,
-        "flatshare_swaps": stats.swaps,
-        "flatshare_swaps_pending": len(one.swaps),
-        "flatshare_swaps_failing": sum(bool(swap.error) for swap in one.swaps),
-        "flatshare_quarantined_slots": stats.quarantined,
-        "flatshare_slots": one.slots,
-        "flatshare_slots_used": one.slots_used,
-        "flatshare_pinned_models": sum(model.pinned for model in one.models),
-        "flatshare_device_budget_bytes": one.budget_bytes,
-        "flatshare_device_held_bytes": one.held_bytes,
-        "flatshare_device_reserved_bytes": one.reserved_bytes,
-        "flatshare_host_tier_bypassed": host.bypassed if host else None,
-        "flatshare_host_tier_scrubbed": host.scrubbed if host else None,
-        "flatshare_host_tier_damaged": host.damaged if host else None,
-        "flatshare_settings_revision": one.settings_revision,
-    }
-
-
-def _buckets(times: Durations, bounds: tuple[float, ...]) -> list[tuple[str, float]]:
-    """Cumulative counts, as Prometheus has them."""
-    return [
-        *((f"{bound:g}", float(times.within(bound))) for bound in bounds),
-        ("+Inf", float(sum(times.counts))),
-    ]
-
-
-def _new(family: Family) -> Any:
-    kinds = {"counter": CounterMetricFamily, "gauge": GaugeMetricFamily, "histogram": HistogramMetricFamily}
-    return kinds[family.kind](family.name, family.help, labels=family.labels)
+def _busiest(view: FleetView, most: int) -> Iterator[tuple[str, float]]:
+    rates: dict[str, float] = {}
+    for one in view.snapshots:
+        for tenant, rate in one.requests.busiest:
+            rates[tenant] = rates.get(tenant, 0.0) + rate
+    rest = rates.pop(OTHERS, 0.0)
+    named = heapq.nlargest(most, rates.items(), key=lambda one: one[1])
+    yield from named
+    rest += sum(rates.values()) - sum(rate for _, rate in named)
+    if most and rates:
+        yield OTHERS, max(rest, 0.0)

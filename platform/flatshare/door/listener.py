@@ -6,6 +6,7 @@ import asyncio
 import functools
 import logging
 import socket
+from collections.abc import Mapping
 from typing import Any, Final, cast
 
 import uvicorn
@@ -14,6 +15,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from flatshare.api.hot import HotRoutes
 from flatshare.api.http import REQUEST_ID_HEADER, request_id_of
+from flatshare.door.metrics import METRICS_PATH
 from flatshare.door.protocol import DoorProtocol
 from flatshare.weights.peers import PEER_PATH
 
@@ -50,6 +52,8 @@ class Door:
         0: any that is free.
     tier
         Answers other nodes' replicas; None: they find nothing here.
+    metrics
+        Says what this replica has counted; None: nobody asks.
 
     Raises
     ------
@@ -58,7 +62,13 @@ class Door:
     """
 
     def __init__(
-        self, data_plane: HotRoutes, host: str, port: int = 0, *, tier: ASGIApp | None = None
+        self,
+        data_plane: HotRoutes,
+        host: str,
+        port: int = 0,
+        *,
+        tier: ASGIApp | None = None,
+        metrics: ASGIApp | None = None,
     ) -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
         # With the protocol's number: asyncio asks for it before it sets TCP_NODELAY; without that an answer
@@ -75,7 +85,7 @@ class Door:
         self.host, self.port = self._socket.getsockname()[:2]
         self.taking = True
         config = uvicorn.Config(
-            _Plain(data_plane, self, tier),
+            _Plain(data_plane, self, {PEER_PATH: tier, METRICS_PATH: metrics}),
             # uvicorn calls it for each connection, and asks no more of it.
             http=cast("Any", functools.partial(DoorProtocol, hot=data_plane)),
             loop="none",
@@ -133,11 +143,11 @@ def _came_by_an_edge(scope: Scope) -> bool:
 
 
 class _Plain:
-    """The usual way: health, peers, and what Serve does: a request id on every request and reply."""
+    """The usual way: health, what no edge may ask, and, as in Serve, a request id on requests and replies."""
 
-    def __init__(self, app: ASGIApp, door: Door, tier: ASGIApp | None) -> None:
+    def __init__(self, app: ASGIApp, door: Door, inside: Mapping[str, ASGIApp | None]) -> None:
         self._app = app
-        self._tier = tier
+        self._inside = inside
         self._door = door
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -158,8 +168,9 @@ class _Plain:
             await send(message)
 
         # What comes by an edge names its client, and finds no such path.
-        if scope["path"] == PEER_PATH and self._tier is not None and not _came_by_an_edge(scope):
-            await self._tier(scope, receive, send)
+        inside = self._inside.get(scope["path"])
+        if inside is not None and not _came_by_an_edge(scope):
+            await inside(scope, receive, send)
             return
         if scope["path"] == HEALTH_PATH:
             status = 200 if self._door.taking else 503

@@ -24,7 +24,7 @@ from uvicorn.protocols.http.httptools_impl import STATUS_LINE, HttpToolsProtocol
 from uvicorn.server import ServerState
 
 from flatshare.api.hot import HotRoute, HotRoutes
-from flatshare.api.http import BODY_TIMEOUT_S, REQUEST_ID_HEADER, error_reply, request_id_of
+from flatshare.api.http import BODY_TIMEOUT_S, REQUEST_ID_HEADER, code_of, error_reply, request_id_of
 from flatshare.errors import TooSlow
 from flatshare.replica.ticket import Ticket
 from flatshare.telemetry.tracing import NO_TRACE, RequestTrace
@@ -275,7 +275,7 @@ class DoorProtocol(HttpToolsProtocol):
         pieces.append(b"\r\n" if exchange.keep_alive else b"connection: close\r\n\r\n")
         pieces.append(bytes(response.body))
         self.transport.write(b"".join(pieces))
-        self._hot.replied(response.status_code)
+        self._hot.replied(response.status_code, code_of(response.status_code, response.raw_headers))
         if not exchange.keep_alive:
             self.transport.close()
         self.on_response_complete()

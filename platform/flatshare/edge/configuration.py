@@ -31,16 +31,16 @@ What matters, and why:
 from __future__ import annotations
 
 import json
-import shlex
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from pathlib import Path
+from dataclasses import replace
 from typing import Final
 
 from flatshare.edge.copies import COPIES_MAP, COPY_ROWS
+from flatshare.edge.log_rules import log_rules, sampling_rules
+from flatshare.edge.options import EdgeOptions, quoted
 from flatshare.edge.servers import CONTROL_CHECKS, POOL_CHECKS, Server
 
-__all__ = ["EdgeOptions", "render"]
+__all__ = ["render"]
 
 MAX_HEADERS: Final = 110
 """Most headers of a request, with the few that the edge adds: HAProxy's own limit is 101."""
@@ -71,12 +71,6 @@ OPEN_PATHS: Final = ("/admin/docs", "/admin/redoc", "/admin/openapi.json", "/adm
 MAX_PROXIES: Final = 3
 """Trusted proxies one behind the other: a CDN, its load balancer, ours."""
 
-LOG_BYTES: Final = 16 * 1024
-"""Longest line of the access log: what others wrote in it is cut before, so that none is cut in its JSON."""
-
-LOG_CHARS: Final = 1024
-"""Of a path in the access log, in bytes; JSON may make six of one."""
-
 FALLBACK_ID: Final = 2**31 - 1
 """Of Serve's own proxy: the largest that HAProxy takes, which is no place's."""
 
@@ -93,72 +87,6 @@ ERROR_MESSAGES: Final = {
 }
 
 
-@dataclass(frozen=True, slots=True)
-class EdgeOptions:
-    """What the configuration depends on besides targets.
-
-    Attributes
-    ----------
-    socket
-        Path of the admin socket, in a folder that only this user can enter.
-    fallback_port
-        Serve's own proxy on loopback: takes requests while no replica is up.
-    max_body_bytes
-        Beyond it 413.
-    retry_body_bytes
-        Longest body that is sent again when a replica dies.
-    request_timeout_s
-        A replica's own limit; the edge waits a little longer.
-    tls_cert
-        PEM file with which TLS ends here; empty for plain HTTP.
-    max_connections_per_address
-        Connections of one client at a time; more are closed at once.
-    access_log
-        Where a line for each request goes: ``stdout``, or ``host:port`` of who takes them by UDP. Empty:
-        nowhere.
-    spans
-        Socket of who takes a line for each sampled request; None: no request is sampled.
-    trace_ratio
-        Part of the requests that are.
-    metrics_port
-        Where HAProxy's own counters can be read, on loopback; 0: nowhere.
-    trusted_proxies
-        Networks of load balancers before this edge: what they say in ``x-forwarded-for`` is whom a request is from.
-    hard_stop_after_s
-        How long a worker goes on after a reload with what it had: streams last as long as their clients like.
-    max_old_workers
-        After so many reloads it ends although it has streams: each takes memory of its own.
-    tasks
-        Whether the pool takes tasks: then ``Prefer: respond-async`` makes one.
-    max_task_bytes
-        As ``max_body_bytes``, of a task's input.
-    threads
-        HAProxy's own. One does 8,000 requests/s of ours; two on two cores, which the replicas want for
-        themselves, cost 5 % of the throughput in wake-ups (four alternating turns: 1,427 and 1,516 requests/s).
-    """
-
-    host: str
-    port: int
-    socket: Path
-    fallback_port: int
-    max_body_bytes: int
-    retry_body_bytes: int
-    request_timeout_s: float
-    tls_cert: str = ""
-    max_connections_per_address: int = 1024
-    max_connections: int = 4096
-    threads: int = 1
-    access_log: str = ""
-    spans: Path | None = None
-    trace_ratio: float = 0.0
-    metrics_port: int = 0
-    trusted_proxies: tuple[str, ...] = ()
-    hard_stop_after_s: float = 3600
-    max_old_workers: int = 32
-    tasks: bool = False
-    max_task_bytes: int = 64 * 1024**2
-
-
 def render(options: EdgeOptions, pool: Sequence[Server], control: Sequence[Server]) -> str:
     """The whole configuration.
 
@@ -173,7 +101,7 @@ def render(options: EdgeOptions, pool: Sequence[Server], control: Sequence[Serve
 global
     maxconn {options.max_connections}
     nbthread {options.threads}
-    stats socket {_quoted(options.socket)} mode 600 level admin expose-fd listeners
+    stats socket {quoted(options.socket)} mode 600 level admin expose-fd listeners
     hard-stop-after {options.hard_stop_after_s:.0f}s
     mworker-max-reloads {options.max_old_workers}
     tune.bufsize {buffer_bytes}
@@ -210,7 +138,7 @@ backend operators
     # One client that opens connections and says nothing must not take them all.
     stick-table type ipv6 size 100k expire 2m store conn_cur,gpc0,gpc0_rate(10s)
 {_clients(options)}
-{_log(options)}    http-request set-var(txn.id) req.hdr(x-request-id) if {{ req.hdr(x-request-id) -m reg ^[A-Za-z0-9._:-]{{1,64}}$ }}
+{log_rules(options)}    http-request set-var(txn.id) req.hdr(x-request-id) if {{ req.hdr(x-request-id) -m reg ^[A-Za-z0-9._:-]{{1,64}}$ }}
     http-request set-var(txn.id) uuid() unless {{ var(txn.id) -m found }}
     http-request set-header x-request-id %[var(txn.id)]
     http-request del-header x-request-timeout-seconds
@@ -261,7 +189,7 @@ backend operators
     http-request set-header serve_multiplexed_model_id %[path,field(4,/),url_dec] if {{ path_beg /v2/models/ }}
     {_refuse(400, options)} if {{ path_beg /v2/models/ }} {{ req.hdr(serve_multiplexed_model_id) -m reg '[^ -~]' }}
     http-request set-var(txn.home) req.hdr(serve_multiplexed_model_id),regsub(:production$,)
-{_sampling(options)}    use_backend control if {{ var(txn.control) -m found }}
+{sampling_rules(options)}    use_backend control if {{ var(txn.control) -m found }}
     default_backend pool
 
 backend pool
@@ -295,11 +223,6 @@ backend control
 """
 
 
-def _quoted(path: Path | str) -> str:
-    """As one word: HAProxy reads quotes as a shell does."""
-    return shlex.quote(str(path))
-
-
 def _clients(options: EdgeOptions) -> str:
     """Who a client is, counted as ``sc0``: an address; behind a trusted proxy the one that it names.
 
@@ -330,77 +253,6 @@ def _metrics(options: EdgeOptions) -> str:
     http-request use-service prometheus-exporter
 
 """
-
-
-def _log(options: EdgeOptions) -> str:
-    """One line of JSON for each request; no body, no query, and of a key only its id.
-
-    What is not there is ``-``, as HAProxy has it. Who makes spans of them gets those of sampled requests only,
-    which are told apart by their level.
-    """
-    if not options.access_log and options.spans is None:
-        return ""
-    # What somebody else wrote, in the order of the line; cut so that no line is longer than LOG_BYTES.
-    said = {
-        "method": "method,bytes(0,32)", "path": f"path,bytes(0,{LOG_CHARS})",
-        "trace": "req.hdr(traceparent),field(2,-)", "key": "var(txn.shown),field(2,_)",
-    }  # fmt: skip
-    only_if = {
-        "trace": r"{ req.hdr(traceparent) -m reg ^00-[0-9a-f]{32}-[0-9a-f]{16}-[0-9a-f]{2}$ }",
-        "key": r"{ var(txn.shown) -m reg ^fs_[A-Za-z0-9-]{1,63}[.][a-z0-9]{10}_[A-Za-z0-9_-]{43}$ }",
-    }
-    replied = ("tenant", "version", "tier", "replica")
-    texts = {
-        "id": "var(txn.id)", **{name: f"var(txn.log_{name})" for name in said},
-        "model": "var(txn.home),bytes(0,256)", **{name: f"var(txn.log_{name})" for name in replied},
-    }  # fmt: skip
-    words = ",".join(f'"{name}":"%[{sample},json(utf8s)]"' for name, sample in texts.items())
-    numbers = '"status":%ST,"ms":%Ta,"wait_ms":%Tw,"bytes_in":%U,"bytes_out":%B'
-    lines = [f"log {options.access_log} len {LOG_BYTES} format raw local0"] if options.access_log else []
-    if options.spans is not None:
-        lines.append(f"log {_quoted(options.spans)} len {LOG_BYTES} format raw local0 notice")
-        words += "".join(f',"{name}":"%[var(txn.{name})]"' for name in ("span", "caller", "began", "ended"))
-    lines += [
-        f"""log-format '{{"time":%Ts.%ms,{words},{numbers},"retries":"%rc","server":"%s","end":"%ts"}}'""",
-        "option dontlognull",
-    ]
-    for name, sample in said.items():
-        if name != "key":  # which is known later
-            condition = f" if {only_if[name]}" if name in only_if else ""
-            lines.append(f"http-request set-var(txn.log_{name}) {sample}{condition}")
-    lines += [
-        f"http-response set-var(txn.log_{name}) res.hdr(x-flatshare-{name}),bytes(0,128)" for name in replied
-    ]
-    # Rules of the answer run after all of the request's: a refused request has its key's id from these.
-    lines.append(f"http-after-response set-var(txn.log_key) {said['key']} if {only_if['key']}")
-    return "".join(f"    {line}\n" for line in lines)
-
-
-def _sampling(options: EdgeOptions) -> str:
-    """Which requests are traced: thrown dice say so, and no caller's flag.
-
-    A caller's trace is joined, so its id stays; what it says of sampling is overwritten.
-    """
-    if options.spans is None:
-        return ""
-    joins = "{ var(txn.log_trace) -m found }"
-    sampled = "{ var(txn.span) -m found }"
-    lines = [
-        f"http-request set-var(txn.caller) req.hdr(traceparent),field(3,-) if {joins}",
-        f"http-request del-header tracestate if !{joins}",
-        f"http-request set-var(txn.span) uuid(),regsub(-,,g),bytes(16,16) if "
-        f"{{ rand(1000000) lt {round(options.trace_ratio * 1e6)} }} !{{ var(txn.control) -m found }}",
-        f"http-request set-var(txn.log_trace) uuid(),regsub(-,,g) if {sampled} !{joins}",
-        f"http-request set-header traceparent 00-%[var(txn.log_trace)]-%[var(txn.span)]-01 if {sampled}",
-        f"http-request set-header traceparent 00-%[var(txn.log_trace)]-%[var(txn.caller)]-00 if !{sampled} {joins}",
-        f"http-request del-header traceparent if !{sampled} !{joins}",
-        f"http-request set-log-level notice if {sampled}",
-        f"http-request set-var(txn.began) date(0,us) if {sampled}",
-        f"http-after-response set-var(txn.ended) date(0,us) if {sampled}",
-    ]
-    if not options.access_log:
-        lines.append(f"http-request set-log-level silent if !{sampled}")
-    return "".join(f"    {line}\n" for line in lines)
 
 
 def _later(options: EdgeOptions) -> str:
@@ -437,7 +289,7 @@ def _bind_address(options: EdgeOptions) -> str:
     address = f"[{host}]:{options.port}" if ":" in host else f"{host}:{options.port}"
     if not options.tls_cert:
         return address
-    return f"{address} ssl crt {_quoted(options.tls_cert)} alpn h2,http/1.1 ssl-min-ver TLSv1.2"
+    return f"{address} ssl crt {quoted(options.tls_cert)} alpn h2,http/1.1 ssl-min-ver TLSv1.2"
 
 
 def _servers(found: Sequence[Server]) -> str:
@@ -450,7 +302,8 @@ def _http_errors(options: EdgeOptions) -> str:
         retry = " hdr retry-after 1" if status in (429, 502, 503, 504) else ""
         lines.append(
             f"    http-error status {status} content-type application/json "
-            f"lf-string {_error_body(status, options)} hdr x-request-id %[var(txn.id)]{retry}"
+            f"lf-string {_error_body(status, options)} hdr x-request-id %[var(txn.id)] "
+            f"hdr x-flatshare-code {ERROR_MESSAGES[status][0]}{retry}"
         )
     return "\n".join(lines)
 
@@ -459,7 +312,8 @@ def _refuse(status: int, options: EdgeOptions) -> str:
     """A rule that answers with this error; a condition follows."""
     return (
         f"http-request return status {status} content-type application/json "
-        f"lf-string {_error_body(status, options)} hdr x-request-id %[var(txn.id)]"
+        f"lf-string {_error_body(status, options)} hdr x-request-id %[var(txn.id)] "
+        f"hdr x-flatshare-code {ERROR_MESSAGES[status][0]}"
     )
 
 

@@ -17,7 +17,7 @@ __all__ = ["EdgeSpans", "span_of"]
 logger = logging.getLogger("flatshare.edge")
 
 LINE_BYTES: Final = 64 * 1024
-"""Longer than any line (``configuration.LOG_BYTES``)."""
+"""Longer than any line (``log_rules.LOG_BYTES``)."""
 
 
 class EdgeSpans:

@@ -13,8 +13,9 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Final, Protocol
 
-from flatshare.edge.configuration import EdgeOptions, render
+from flatshare.edge.configuration import render
 from flatshare.edge.copies import Copies, rows
+from flatshare.edge.options import EdgeOptions
 from flatshare.edge.servers import CONTROL_CHECKS, POOL_CHECKS, RunningServer, Server, commands, same
 from flatshare.errors import LocalError
 from flatshare_registry.errors import Unavailable

@@ -24,7 +24,7 @@ from flatshare.access_log import log_target
 from flatshare.api.identity import OperatorKeys
 from flatshare.control.decided import Routes
 from flatshare.control.deployment import CONTROL_APP, CONTROL_PREFIX, control_application
-from flatshare.edge.configuration import EdgeOptions
+from flatshare.edge.options import EdgeOptions
 from flatshare.edge.process import HaproxyProcess
 from flatshare.edge.servers import Server
 from flatshare.edge.spans import EdgeSpans

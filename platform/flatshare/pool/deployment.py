@@ -23,6 +23,7 @@ from flatshare.api.tokens import token_verifier
 from flatshare.codecs.payload import READY, decode_array
 from flatshare.device.host_memory import keep_freed_memory
 from flatshare.door.listener import Door
+from flatshare.door.metrics import MetricsServer
 from flatshare.door.peers import TierServer
 from flatshare.errors import BadInput
 from flatshare.models.architecture import Architecture
@@ -37,6 +38,7 @@ from flatshare.pool.handle import POOL_DEPLOYMENT
 from flatshare.pool.inside import InsideIdentities, answered
 from flatshare.pool.multiplex import NEVER_EVICT, Advertiser
 from flatshare.pool.peers import PeerDoors
+from flatshare.pool.ray_metrics import tell_ray
 from flatshare.pool.router import PLACE, HomeReplicaRouter
 from flatshare.pool.steps import Steps
 from flatshare.process_log import log_as
@@ -111,11 +113,17 @@ class ClassifierPool:
             tasks=tasks_of(settings),
         )  # fmt: skip
         self._door = Door(
-            self._data_plane, node if settings.nodes == "several" else LOOPBACK, tier=self._tier_server()
-        )
+            self._data_plane, node if settings.nodes == "several" else LOOPBACK,
+            tier=self._tier_server(), metrics=MetricsServer(identities, self.snapshot),
+        )  # fmt: skip
         self._warm = asyncio.get_running_loop().create_task(self._warm_up(), name="warm up")
         self._door_open = asyncio.get_running_loop().create_task(self._door.start(), name="open the door")
         self._replica.start()
+        self._telling = (
+            asyncio.get_running_loop().create_task(tell_ray(self.snapshot), name="tell Ray's metrics")
+            if settings.ray_metrics
+            else None
+        )
         device = self._replica.device.name
         logger.info("replica %s on %s with %d slots", self._replica.name, device, settings.slots)
 
@@ -158,6 +166,8 @@ class ClassifierPool:
         if not hasattr(self, "_door_open"):
             return  # the constructor failed
         await self._door.stop(DOOR_STOP_S)
+        if self._telling is not None:
+            self._telling.cancel()
         await self._replica.close()
         self._decoding.close()
 

@@ -416,6 +416,7 @@ class Replica:
             host=await asyncio.to_thread(self.host_tier.usage) if self.host_tier is not None else None,
             loading=[str(key) for key in self.cache.loading],
             load_wait_s=round(self.cache.wait_s, 3),
+            failed=self.cache.failed,
             swaps=self.swaps.snapshot(),
             passes=self.inference.passes,
             rows=self.inference.rows,

@@ -8,7 +8,7 @@ from flatshare.device.memory import DeviceMemory
 from flatshare.replica.usage import RequestStats
 from flatshare.residency.stats import CacheStats
 from flatshare.weights.host_tier import HostUsage
-from flatshare.weights.tiers import ResidentInfo, SwapInfo
+from flatshare.weights.tiers import FailedLoad, ResidentInfo, SwapInfo
 
 __all__ = ["ReplicaSnapshot"]
 
@@ -34,6 +34,8 @@ class ReplicaSnapshot:
         Versions that are being loaded.
     load_wait_s
         Seconds that another load from the store would wait for its turn, at the present rate.
+    failed
+        Versions whose last load failed, the latest first.
     swaps
         Aliases that are not yet where they were moved to.
     passes, rows
@@ -65,6 +67,7 @@ class ReplicaSnapshot:
     host: HostUsage | None
     loading: list[str]
     load_wait_s: float
+    failed: list[FailedLoad]
     swaps: list[SwapInfo]
     passes: int
     rows: int

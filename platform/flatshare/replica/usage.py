@@ -60,6 +60,8 @@ class RequestStats:
     ----------
     statuses
         By the HTTP status of their answers; those that came by a handle are not here.
+    errors
+        Of these, those that were refused or failed, by the code in their answers.
     durations
         Of those that were answered, by the tier that they found their model in: from when the body was here
         until the answer was made.
@@ -68,6 +70,7 @@ class RequestStats:
     """
 
     statuses: dict[int, int] = field(default_factory=dict)
+    errors: dict[str, int] = field(default_factory=dict)
     durations: dict[Tier, Durations] = field(default_factory=lambda: {tier: Durations() for tier in Tier})
     busiest: Sequence[tuple[str, float]] = ()
 
@@ -111,10 +114,12 @@ class UsageCounter:
 
     # -- the hot path
 
-    def replied(self, status: int) -> None:
-        """A request was answered with this HTTP status."""
+    def replied(self, status: int, code: str = "") -> None:
+        """A request was answered with this HTTP status, and this code if it was refused or failed."""
         statuses = self.stats.statuses
         statuses[status] = statuses.get(status, 0) + 1
+        if code:
+            self.stats.errors[code] = self.stats.errors.get(code, 0) + 1
 
     def answered(
         self,

@@ -1,4 +1,4 @@
-"""Failures remembered for a short, stated time, so that a bad model is no load amplifier."""
+"""Failed loads: remembered for a short, stated time, so that a bad model is no load amplifier, and shown."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from typing import Final
 from cachetools import TTLCache
 
 from flatshare.errors import ModelFailed, NeverFits, ProbeFailed
-from flatshare.weights.tiers import ModelKey
+from flatshare.weights.tiers import FailedLoad, ModelKey
 from flatshare_registry.errors import Corrupt, Unavailable
 
 __all__ = ["REMEMBER_S", "FailureMemory"]
@@ -24,6 +24,9 @@ REMEMBER_S: Final[Mapping[type[Exception], float]] = {
 """Seconds that a failed load is answered from memory, by kind. A version is immutable, so a corrupt
 one stays so until an operator acts (``refresh`` forgets it); a store may be back in a second."""
 
+MAX_SHOWN: Final = 100
+"""Versions whose last load failed that are shown to operators: those that failed last."""
+
 MAX_REMEMBERED: Final = 10_000
 """Most failures of one kind: each is a registered version, so tenants can't grow this at will."""
 
@@ -31,16 +34,29 @@ MAX_REMEMBERED: Final = 10_000
 class FailureMemory:
     """Which versions failed to load lately, and how."""
 
-    def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(
+        self, clock: Callable[[], float] = time.monotonic, wall_clock: Callable[[], float] = time.time
+    ) -> None:
+        self._wall_clock = wall_clock
+        self._last: dict[ModelKey, FailedLoad] = {}
         self._kinds: dict[type[Exception], TTLCache[ModelKey, str]] = {
             kind: TTLCache(MAX_REMEMBERED, seconds, clock) for kind, seconds in REMEMBER_S.items()
         }
 
     def remember(self, key: ModelKey, error: Exception) -> None:
-        """Note a failure; kinds without a stated time are not kept."""
+        """Answer requests with a failure for a while; kinds without a stated time are not kept."""
         known = self._kinds.get(type(error))
         if known is not None:
             known[key] = str(error)
+
+    def show(self, key: ModelKey, error: BaseException) -> None:
+        """Keep a failure for operators to see, until the version is loaded."""
+        self._last.pop(key, None)
+        self._last[key] = FailedLoad(
+            key.tenant, key.version, type(error).__name__, str(error), self._wall_clock()
+        )
+        if len(self._last) > MAX_SHOWN:
+            del self._last[next(iter(self._last))]
 
     def check(self, key: ModelKey) -> None:
         """Raise the remembered failure again, if there is one.
@@ -55,8 +71,18 @@ class FailureMemory:
             if message is not None:
                 raise kind(message)
 
+    def loaded(self, key: ModelKey) -> None:
+        """A version was loaded: what failed before is not shown any more."""
+        self._last.pop(key, None)
+
+    def last(self) -> list[FailedLoad]:
+        """Versions whose last load failed, the latest first."""
+        return list(reversed(self._last.values()))
+
     def forget(self, tenant: str) -> None:
         """Forget a tenant's failures: somebody says that they are mended."""
+        for key in [key for key in self._last if key.tenant == tenant]:
+            del self._last[key]
         for known in self._kinds.values():
             for key in [key for key in known if key.tenant == tenant]:
                 known.pop(key, None)

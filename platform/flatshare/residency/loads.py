@@ -188,6 +188,7 @@ class Loads:
         except BaseException as error:
             if not isinstance(error, WouldBeLate):  # it has not begun
                 self.stats.load_failures += 1
+                self._failures.show(key, error)
             let_go(error)
             failure = error if isinstance(error, Exception) else NoRoom(f"{key}: the replica is stopping")
             self._failures.remember(key, failure)
@@ -305,6 +306,7 @@ class Loads:
                     self.ledger.free_slot()
                 load.check_erased(record)
                 self.stats.loads += 1
+                self._failures.loaded(ModelKey.of(record))
                 self.stats.load_times.add(self._clock() - started)
                 return self._residency.admit(record, placed, prepared.tier)
             except BaseException as error:

@@ -36,7 +36,7 @@ from flatshare.residency.residency import Residency
 from flatshare.residency.stats import CacheStats
 from flatshare.residency.tenant_limits import NO_BOUNDS, BoundsOf
 from flatshare.weights.loader import Loader
-from flatshare.weights.tiers import ModelKey, ResidentInfo, State
+from flatshare.weights.tiers import FailedLoad, ModelKey, ResidentInfo, State
 from flatshare_registry.records import VersionRecord
 
 __all__ = ["ModelCache"]
@@ -86,7 +86,7 @@ class ModelCache:
         self._loader = loader
         self._on_change = on_change
         self._clock = clock
-        self._failures = FailureMemory(clock)
+        self._failures = FailureMemory(clock, wall_clock)
         self._erasures: dict[str, Erased] = {}
         self._residency = Residency(
             ledger,
@@ -232,6 +232,7 @@ class ModelCache:
             self._on_change()
         self._loader.distrust(lease.record)
         self._failures.remember(key, error)
+        self._failures.show(key, error)
 
     def distrust(self, digest: str) -> list[tuple[VersionRecord, bool]]:
         """A tensor is not what it was: free every model that holds it, once its leases have ended.
@@ -341,6 +342,11 @@ class ModelCache:
     def wait_s(self) -> float:
         """Seconds that another load from the store would wait for its turn, at the present rate."""
         return self._loads.wait_s
+
+    @property
+    def failed(self) -> list[FailedLoad]:
+        """Versions whose last load failed, the latest first."""
+        return self._failures.last()
 
     def is_loading(self, record: VersionRecord) -> bool:
         """Whether a load of a version is under way that others can join."""

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 from flatshare_registry.records import VersionRecord
 
-__all__ = ["LeaseTag", "ModelKey", "Part", "ResidentInfo", "State", "SwapInfo", "Tier"]
+__all__ = ["FailedLoad", "LeaseTag", "ModelKey", "Part", "ResidentInfo", "State", "SwapInfo", "Tier"]
 
 
 class Tier(StrEnum):
@@ -112,6 +112,25 @@ class ResidentInfo:
     leases: int
     last_used_at: float
     loaded_at: float
+
+
+@dataclass(frozen=True, slots=True)
+class FailedLoad:
+    """A version whose last load on this replica failed.
+
+    Attributes
+    ----------
+    kind, error
+        Class of the error, and what it says.
+    at
+        POSIX seconds.
+    """
+
+    tenant: str
+    version: int
+    kind: str
+    error: str
+    at: float
 
 
 @dataclass(frozen=True, slots=True)

@@ -130,6 +130,11 @@ function slots(one) {
   return el("ul", { class: "slots" }, held, more, free);
 }
 
+function failures(found) {
+  return table("Loads that failed", ["replica", "model", "when", "why"], found.map(([one, load]) => [replicaLink(one.replica),
+    tenantLink(load.tenant, `${load.tenant}@${load.version}`), moment(load.at), `${load.kind}: ${load.error}`]));
+}
+
 async function replica(name) {
   const fleet = await ask("/replicas");
   const one = fleet.replicas.find((other) => other.replica === name);
@@ -140,6 +145,8 @@ async function replica(name) {
       `${one.passes} passes of ${one.rows} images; ${one.ongoing} requests under way, ${one.queued} wait. ` +
       (one.host ? `Host tier: ${bytes(one.host.used_bytes)} of ${bytes(one.host.budget_bytes)}.` : "No host tier.")),
     one.loading.length ? el("p", {}, `Loading: ${one.loading.join(", ")}`) : null,
+    one.failed.length ? el("h2", {}, "Loads that failed") : null,
+    one.failed.length ? failures(one.failed.map((load) => [one, load])) : null,
     table("Models of this replica", ["model", "architecture", "bytes#", "from", "state", "pinned", "hits#", "leases#", "last used"],
       one.models.map((model) => [tenantLink(model.tenant, `${model.tenant}@${model.version}`), model.architecture, bytes(model.size_bytes),
         model.tier, model.state, model.pinned ? "yes" : "", model.hits, model.leases, moment(model.last_used_at)])),
@@ -151,6 +158,7 @@ async function tenant(id) {
   const [head, versions, audit, fleet] = await Promise.all([ask(path), ask(`${path}/versions`), ask(`${path}/audit?limit=50`), ask("/replicas")]);
   const where = fleet.replicas.flatMap((one) => one.models.filter((model) => model.tenant === id).map((model) => [one, model]));
   const swaps = fleet.replicas.flatMap((one) => one.swaps.filter((swap) => swap.tenant === id).map((swap) => [one, swap]));
+  const failed = fleet.replicas.flatMap((one) => one.failed.filter((load) => load.tenant === id).map((load) => [one, load]));
   const hits = where.reduce((sum, [, model]) => sum + model.hits, 0);
   const act = (text, request, body) => el("button", { type: "button", onclick: () => change(text, request, body) }, text);
   const aliases = (number) => Object.entries(head.aliases).filter(([, other]) => other === number).map(([name]) => name);
@@ -171,6 +179,8 @@ async function tenant(id) {
     where.length ? table("Where it is", ["replica", "version#", "from", "state", "pinned", "hits#", "loaded", "last used"],
       where.map(([one, model]) => [replicaLink(one.replica), model.version, model.tier, model.state, model.pinned ? "yes" : "", model.hits,
         moment(model.loaded_at), moment(model.last_used_at)])) : el("p", { class: "quiet" }, "On no replica now; its next request loads it."),
+    failed.length ? el("h2", {}, "Loads that failed") : null,
+    failed.length ? failures(failed) : null,
     swaps.length ? el("h2", {}, "Promotions that have not taken over") : null,
     swaps.length ? table("Promotions under way", ["replica", "alias", "from#", "to#", "why"], swaps.map(([one, swap]) => [replicaLink(one.replica), swap.alias,
       swap.from_version, swap.to_version, swap.error || "it is being loaded"])) : null,

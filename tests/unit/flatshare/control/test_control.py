@@ -18,7 +18,7 @@ from flatshare.control.settings import RunningSettings
 from flatshare.device.memory import DeviceMemory
 from flatshare.engine.quotas import QuotaKeeper
 from flatshare.placement.scaling import Bounds
-from flatshare.pool.details import ReplicaState
+from flatshare.pool.details import DoorAddress, ReplicaState
 from flatshare.pool.embedded_queue import EmbeddedQueue
 from flatshare.replica.snapshot import ReplicaSnapshot
 from flatshare.replica.usage import RequestStats
@@ -28,7 +28,7 @@ from flatshare.tasks.keeper import TaskKeeper
 from flatshare.tasks.records import TaskId
 from flatshare.tasks.store import TaskStore
 from flatshare.weights.host_tier import HostUsage
-from flatshare.weights.tiers import ResidentInfo, State, SwapInfo, Tier
+from flatshare.weights.tiers import FailedLoad, ResidentInfo, State, SwapInfo, Tier
 from flatshare_registry.catalog import Registry
 from flatshare_registry.errors import Unavailable
 from flatshare_registry.ids import TenantId
@@ -64,7 +64,7 @@ class Replicas:
         self.snapshot = ReplicaSnapshot(
             replica="r1", place=0, node="n", node_id="id", pid=1, device="cpu", slots=3, slots_used=1, started_at=0.0, settings_revision=0,
             budget_bytes=None, held_bytes=16, reserved_bytes=0, device_memory=DeviceMemory(),
-            host=HostUsage("/dev/shm/x", 100, 16, 0), loading=[], load_wait_s=0.0, passes=5, rows=8,
+            host=HostUsage("/dev/shm/x", 100, 16, 0), loading=[], load_wait_s=0.0, failed=[FailedLoad("acme", 2, "Corrupt", "gone", 9.0)], passes=5, rows=8,
             swaps=[SwapInfo("acme", "canary", 1, 2, "")],
             ongoing=0, queued=0, refused=0, advertised=["acme"], models=[model], requests=RequestStats(), stats=stats,
         )  # fmt: skip
@@ -74,9 +74,12 @@ class Replicas:
         if self.stuck:
             return Answers(asyncio.Event())
         return Answers(
-            {"snapshot": [self.snapshot], "unload": [True, False], "unpin": [True, False]}.get(
-                method, self.refreshed
-            )
+            {
+                "snapshot": [self.snapshot],
+                "door": [DoorAddress("r2", "::1", 81, 1), DoorAddress("r1", "10.0.0.7", 80, 0)],
+                "unload": [True, False],
+                "unpin": [True, False],
+            }.get(method, self.refreshed)
         )
 
 
@@ -169,6 +172,9 @@ async def test_a_replica_that_dies_while_it_is_told_does_not_undo_a_change(
 
 async def test_the_fleet_is_shown_with_totals_and_those_that_cannot_answer(client: httpx.AsyncClient) -> None:
     document = (await client.get("/replicas")).json()
+    assert document["replicas"][0]["failed"] == [
+        {"tenant": "acme", "version": 2, "kind": "Corrupt", "error": "gone", "at": 9.0}
+    ]
     (replica,) = document["replicas"]
     assert (replica["replica"], replica["state"], replica["slots_used"], replica["slots"]) == (
         "r1",
@@ -479,3 +485,12 @@ async def test_a_log_is_verified_once_at_a_time(
     go_on.set()
     assert (await first).json()["whole"]
     assert (await client.get("/tenants/acme/audit/verify")).json()["whole"]
+
+
+async def test_service_discovery_finds_each_replicas_own_metrics(client: httpx.AsyncClient) -> None:
+    found = (await client.get("/metrics/targets")).json()
+    path = {"__metrics_path__": "/-/metrics"}
+    assert found == [
+        {"targets": ["10.0.0.7:80"], "labels": {**path, "place": "0"}},
+        {"targets": ["[::1]:81"], "labels": {**path, "place": "1"}},
+    ]

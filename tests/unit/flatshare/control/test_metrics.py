@@ -19,42 +19,21 @@ from flatshare.control.decided import Placement
 from flatshare.control.fleet import FleetView
 from flatshare.control.metrics import FAMILIES, exposition
 from flatshare.control.tasks import TaskQueueReply
-from flatshare.device.memory import DeviceMemory
 from flatshare.placement.scaling import Bounds
 from flatshare.pool.details import ReplicaState
-from flatshare.replica.snapshot import ReplicaSnapshot
-from flatshare.replica.usage import RequestStats, UsageCounter
+from flatshare.replica.usage import UsageCounter
 from flatshare.residency.stats import CacheStats
-from flatshare.weights.host_tier import HostUsage
-from flatshare.weights.tiers import ResidentInfo, State, SwapInfo, Tier
+from flatshare.weights.tiers import Tier
 from flatshare_registry.stores.memory import MemoryStore
 from flatshare_registry.usage import OTHERS
+
+from ..snapshots import replica
 
 ROOT = Path(__file__).parents[4]
 QUEUE = TaskQueueReply(
     answers=True, due=4, under_way=2, oldest_s=1.5, consumers=1, min_consumers=0, max_consumers=4
 )
 PLACEMENT = Placement({"acme": (0, 1)}, Bounds(1, 4), 2, 2, None, {"globex": 1, "initech": 0})
-
-
-def replica(name: str) -> ReplicaSnapshot:
-    stats = CacheStats(loads=2, load_failures=1, evictions=3, swaps=4, quarantined=5)
-    stats.hits[Tier.DEVICE], stats.hits[Tier.STORE] = 6, 2
-    requests = RequestStats({200: 8, 429: 3}, busiest=[("acme", 2.0), ("globex", 0.5), (OTHERS, 0.25)])
-    requests.durations[Tier.DEVICE].add(0.002)
-    for seconds in (0.004, 0.2):
-        stats.load_times.add(seconds)
-    model = ResidentInfo(
-        "acme", 1, "d" * 64, "tiny", 16, 8, Tier.STORE, State.RESIDENT, True, 1, 8, 1, 2.0, 1.0
-    )
-    return ReplicaSnapshot(
-        replica=name, place=0, node="host", node_id="n1", pid=1, device="cpu", slots=10, slots_used=7,
-        started_at=12.0, settings_revision=9, budget_bytes=1000, held_bytes=16, reserved_bytes=8,
-        device_memory=DeviceMemory(), host=HostUsage("/dev/shm/x", 100, 17, 1, 2, 3), loading=["a@1"],
-        load_wait_s=0.5, passes=50, rows=80, swaps=[SwapInfo("acme", "canary", 1, 2, "gone")],
-        ongoing=11, queued=12, refused=13, advertised=["acme"], models=[model], stats=stats,
-        requests=requests,
-    )  # fmt: skip
 
 
 def view(*names: str) -> FleetView:
@@ -87,6 +66,7 @@ def test_every_number_is_there_and_right() -> None:
         ("flatshare_host_tier_bytes", ("host", "n1")): 17, ("flatshare_pinned_models", ("r1",)): 1,
         ("flatshare_swaps_failing", ("r1",)): 1, ("flatshare_device_budget_bytes", ("r2",)): 1000,
         ("flatshare_replicas_wanted", ()): 2, ("flatshare_replicas_allowed", ("max",)): 4,
+        ("flatshare_request_errors_total", ("r1", "over_quota")): 3,
         ("flatshare_requests_total", ("r1", "200")): 8, ("flatshare_requests_total", ("r1", "429")): 3,
         ("flatshare_request_seconds_bucket", ("r1", "device", "0.001")): 0,
         ("flatshare_request_seconds_bucket", ("r1", "device", "0.0025")): 1,

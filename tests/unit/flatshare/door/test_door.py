@@ -13,14 +13,18 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
+from flatshare.api.identity import Identities, OperatorKeys, Role
 from flatshare.bench.workload import encode_json
 from flatshare.door.listener import Door
+from flatshare.door.metrics import METRICS_PATH, MetricsServer
 from flatshare.door.protocol import DoorProtocol
 from flatshare.engine.jobs import Answer as Logits
+from flatshare.replica.snapshot import ReplicaSnapshot
 from flatshare_registry.ids import ModelRef, TenantId
 from flatshare_registry.records import Quotas
 
-from .conftest import Client, World, ask, request
+from ..snapshots import replica
+from .conftest import Answer, Client, World, ask, request
 
 ROWS = np.random.default_rng(0).random((1, 1, 28, 28), dtype=np.float32)
 BODY = encode_json(ROWS)
@@ -372,3 +376,23 @@ def test_the_ref_of_a_path_is_the_one_that_fastapi_finds() -> None:
         "/v2/models/a/versions/infer",
     ):
         assert not is_infer_path(path)
+
+
+async def test_metrics_are_for_operators_and_for_nobody_who_comes_by_an_edge(world: World) -> None:
+    async def told() -> ReplicaSnapshot:
+        return replica("r1")
+
+    identities = Identities(world.heads, OperatorKeys.of(world.operators), clock=world.wall_clock)
+    secured = Door(world.app, "127.0.0.1", metrics=MetricsServer(identities, told))
+    await secured.start()
+
+    async def asked(*headers: tuple[str, str], method: str = "GET") -> Answer:
+        return await ask(secured, request(b"", headers, path=METRICS_PATH, method=method, length=False))
+
+    key = ("x-api-key", world.operators[Role.VIEWER])
+    found = await asked(key)
+    assert found.status == 200 and b'flatshare_leases_total{replica="r1",tier="device"} 6.0' in found.body
+    assert (await asked()).status == 401
+    assert (await asked(key, ("x-forwarded-for", "192.0.2.1"))).status == 404
+    assert (await asked(key, method="POST")).status == 400
+    await secured.stop(1, notice_s=0)

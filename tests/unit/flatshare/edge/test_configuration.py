@@ -13,9 +13,9 @@ from flatshare.edge.configuration import (
     ERROR_MESSAGES,
     FALLBACK_ID,
     HEADER_BYTES,
-    EdgeOptions,
     render,
 )
+from flatshare.edge.options import EdgeOptions
 from flatshare.edge.servers import Server
 
 OPTIONS = EdgeOptions(

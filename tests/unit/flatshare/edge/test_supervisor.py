@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from flatshare.edge.configuration import EdgeOptions
+from flatshare.edge.options import EdgeOptions
 from flatshare.edge.servers import RunningServer, Server
 from flatshare.edge.supervisor import PATIENCE, EdgeSupervisor, EdgeTargets
 from flatshare.errors import LocalError

@@ -10,7 +10,7 @@ from torch import nn
 
 from flatshare.errors import DeadlineExceeded, ModelFailed, NeverFits, NoRoom, ResidentOverQuota, ServeError
 from flatshare.models.stages import Model
-from flatshare.residency.failures import REMEMBER_S
+from flatshare.residency.failures import MAX_SHOWN, REMEMBER_S
 from flatshare.residency.lease import Lease
 from flatshare.residency.ledger import Ledger
 from flatshare.residency.model_cache import ModelCache
@@ -389,6 +389,31 @@ async def test_promise_7_failures_are_remembered_for_their_time(loader: FakeLoad
     del loader.errors["bad"]
     cache.forget_failures("bad")
     await use(cache, "bad")
+
+
+async def test_why_the_last_load_failed_is_shown_until_it_is_loaded(loader: FakeLoader) -> None:
+    clock = ManualClock()
+    cache = make(loader, clock=clock)
+    for tenant, error in (("bad", Corrupt("sha256 of w")), ("down", Unavailable("no answer"))):
+        loader.errors[tenant] = error
+        with pytest.raises(type(error)):
+            await cache.lease(version(tenant), 5)
+    assert [(one.tenant, one.version, one.kind, one.error) for one in cache.failed] == [
+        ("down", 1, "Unavailable", "no answer"),
+        ("bad", 1, "Corrupt", "sha256 of w"),
+    ]
+    clock.advance(REMEMBER_S[Corrupt] + 1)
+    assert len(cache.failed) == 2, "for longer than it is answered from memory"
+    del loader.errors["down"]
+    await use(cache, "down")
+    assert [one.tenant for one in cache.failed] == ["bad"]
+    cache.erase("bad")
+    assert cache.failed == [], "nothing of an erased tenant stays"
+    for number in range(MAX_SHOWN + 5):
+        loader.errors[f"n{number}"] = Corrupt("x")
+        with pytest.raises(Corrupt):
+            await cache.lease(version(f"n{number}"), 5)
+    assert len(cache.failed) == MAX_SHOWN and cache.failed[0].tenant == f"n{MAX_SHOWN + 4}"
 
 
 async def test_waiters_get_errors_of_their_own(loader: FakeLoader) -> None:
