@@ -10,6 +10,9 @@ from pathlib import Path
 import httpx
 import pytest
 
+from flatshare_registry.ids import TenantId
+from flatshare_registry.layout import blob_key
+
 from .conftest import Platform, random_rows
 
 playwright = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
@@ -112,6 +115,18 @@ def test_who_looks_sees_the_fleet_a_replica_and_a_tenant(page: playwright.Page, 
     playwright.expect(page.get_by_role("region", name="History")).to_contain_text("version.registered")
     assert "[object" not in page.locator("main").inner_text()
     shot(page, "tenant")
+
+
+def test_a_load_that_failed_says_why_on_the_page(page: playwright.Page, filled: Platform) -> None:
+    filled.add("shown-broken", 421)
+    (record,) = filled.registry.list_versions(TenantId("shown-broken"))
+    filled.registry.store.delete(blob_key(record.digest))
+    assert filled.predict("shown-broken", random_rows(1)).status_code == 500
+    opened_with_a_key(page, filled)
+    page.evaluate("location.hash = '#/tenant/shown-broken'")
+    found = page.get_by_role("region", name="Loads that failed")
+    playwright.expect(found).to_contain_text("Corrupt: the weights of shown-broken@1 are gone from the store")
+    shot(page, "failed-load")
 
 
 def test_who_may_promotes_pins_and_rolls_back(page: playwright.Page, filled: Platform) -> None:
