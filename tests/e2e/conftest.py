@@ -206,7 +206,7 @@ def platform(tmp_path_factory: pytest.TempPathFactory, s3_url_e2e: str) -> Itera
     (metrics_port,) = free_ports(1)
     running = start(
         tmp_path_factory.mktemp("state"), s3_url_e2e, "shared", "--replicas", "2", "--slots", "3",
-        FLATSHARE_EDGE_METRICS_PORT=str(metrics_port), FLATSHARE_RAY_METRICS="true",
+        FLATSHARE_EDGE_METRICS_PORT=str(metrics_port),
     )  # fmt: skip
     yield running
     end(running)

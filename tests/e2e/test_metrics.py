@@ -18,7 +18,7 @@ from tests.debian import program
 
 from flatshare_registry.testing.ports import free_ports
 
-from .conftest import FLATSHARE, MODEL, Platform, processes_of, random_rows
+from .conftest import FLATSHARE, MODEL, Platform, random_rows
 
 ROOT = Path(__file__).parents[2]
 DASHBOARD = ROOT / "platform/deploy/dashboard.json"
@@ -95,29 +95,6 @@ def test_errors_are_counted_by_their_code(platform: Platform, tenants: list[str]
         grown = summed(now, "flatshare_request_errors", code=code)
         was = summed(before, "flatshare_request_errors", code=code) if "request_errors" in before else 0
         assert grown - was == 1
-
-
-def test_rays_own_metrics_have_the_same_sums(platform: Platform, tenants: list[str]) -> None:
-    platform.predict(tenants[0], random_rows(1))
-    (session,) = {
-        Path(argument.partition("=")[2])
-        for process in processes_of(platform)
-        for argument in process.cmdline()
-        if argument.startswith("--session-dir=")
-    }
-    (port_file,) = session.glob("metrics_export_port_*")
-    url = f"http://127.0.0.1:{port_file.read_text().strip()}/metrics"
-    deadline = time.monotonic() + 60
-    while True:
-        wanted = leases(platform.http.get(f"{platform.url}/admin/metrics").text)
-        page = httpx.get(url, trust_env=False, timeout=10).text
-        if (
-            "ray_flatshare_leases_total" in page
-            and leases(page.replace("ray_flatshare", "flatshare")) == wanted
-        ):
-            break
-        assert time.monotonic() < deadline, wanted
-        time.sleep(1)  # Ray's agent is told and reads by its own clock
 
 
 def test_usage_is_what_the_client_was_answered(platform: Platform) -> None:
