@@ -1,7 +1,8 @@
 """Settings of the platform: read once at the root of a program, passed down as arguments.
 
 Every field can be set as ``FLATSHARE_<NAME>``; command-line options win over the environment.
-Contradictory settings are refused here, before anything starts.
+Contradictory settings are refused here, before anything starts. Long, because it is a table: each setting
+with what it means, and then what must agree.
 """
 
 from __future__ import annotations

@@ -380,7 +380,7 @@ def results(
 def cpu_name() -> str:
     with contextlib.suppress(OSError):
         for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
+            if line.startswith("model name"):  # words: ok
                 return line.partition(":")[2].strip()
     return platform.processor()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import os
 import re
 import subprocess
@@ -61,6 +62,16 @@ def test_the_readme_is_short() -> None:
     text = (ROOT / "README.md").read_text()
     assert len(text.splitlines()) <= 150
     assert len(text.split()) <= 1500
+
+
+def test_a_long_file_says_why() -> None:
+    for path in [*ROOT.glob("platform/flatshare/**/*.py"), *ROOT.glob("registry/flatshare_registry/**/*.py")]:
+        text = path.read_text()
+        if len(text.splitlines()) > 400:
+            about = ast.get_docstring(ast.parse(text)) or ""
+            assert re.search(r"\blong\b", about, re.IGNORECASE), (
+                f"{path.relative_to(ROOT)} has over 400 lines"
+            )
 
 
 def test_the_table_of_errors_is_as_the_code_has_it() -> None:

@@ -80,7 +80,7 @@ def open_input(path: str, image_column: str = "image", model_column: str = "") -
         return _Images(tuple(files), stamp, by_folder=False)
     if endings == {".npy"}:
         if model_column:
-            raise InvalidInput(f"{path} has no columns: --model names the model of all its rows")
+            raise InvalidInput(f"{path} has no columns: --model says which model all its rows are for")
         return _Arrays(tuple((name, len(_array(name))) for name in files), stamp)
     if endings == {".parquet"}:
         counted = tuple((name, _parquet(name).metadata.num_rows) for name in files)

@@ -62,7 +62,7 @@ class Architecture:
     classes
         Logits in a row of the output, which is ``(N, classes)`` float32.
     tensors
-        Exactly the tensors that a weights file must hold.
+        Exactly the tensors that its weights must hold.
     build
         Makes the module in eval mode; called under ``torch.device("meta")``, so it must allocate
         and initialise nothing by hand. May import torch; must not run at import time. The children

@@ -165,7 +165,7 @@ def _plan(name: str, build: Callable[[], nn.Module]) -> Plan:
     module.requires_grad_(False).eval()
     state = {id(tensor) for tensor in module.state_dict(keep_vars=True).values()}
     if any(id(tensor) not in state for tensor in [*module.parameters(), *module.buffers()]):
-        raise ModelFailed(f"architecture {name} has buffers that no weights file fills (persistent=False)")
+        raise ModelFailed(f"architecture {name} has buffers that no weights fill (persistent=False)")
     # Not named_children(): it leaves out a module that comes a second time, a shared ReLU say.
     children: list[tuple[str, nn.Module | None]] = []
     if type(module) is nn.Sequential:

@@ -1,6 +1,6 @@
 """The one place that touches Ray's multiplexing wrapper: tell Ray exactly what is held.
 
-``@serve.multiplexed`` is the way that Ray knows: it publishes model ids to Serve's routers. Its
+``@serve.multiplexed`` is the way that Ray knows: it publishes ids of models to Serve's routers. Its
 cache is not used for residency, because it evicts before it knows that a load succeeds, loads one
 model at a time and forgets who holds what (``ModelCache`` decides these). The decorated loader is
 called after a model became resident, never evicts (``max_num_models_per_replica=-1``), and ids are

@@ -2,7 +2,8 @@
 
 Every change of a record is a compare-and-swap, so of two runs of one task one ends it. An empty object per
 task that has not ended, under ``open-tasks/``, is written before the task is told of, and goes after it has
-ended: whatever a queue loses is found there.
+ended: whatever a queue loses is found there. Long, because each change of a record is one step here: who
+checks one sees what the others may do meanwhile.
 """
 
 from __future__ import annotations

@@ -83,7 +83,7 @@ def test_buffers_that_no_file_fills_are_refused() -> None:
             super().__init__()
             self.register_buffer("table", torch.zeros(3), persistent=False)
 
-    with pytest.raises(ModelFailed, match="no weights file fills"):
+    with pytest.raises(ModelFailed, match="no weights fill"):
         plan_of(replace(architecture("mnist-cnn"), name="hidden", build=Hidden))
 
 
