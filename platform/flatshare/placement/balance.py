@@ -65,7 +65,7 @@ def decide_moves(
     loads
         Of all replicas that answer: their popular models.
     rates
-        Requests a second by place, over a minute or so: a peak of a moment moves nothing.
+        Requests a second by place, a mean of some seconds: a peak of a moment moves nothing.
     moved
         What was decided before.
 
