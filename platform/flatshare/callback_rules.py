@@ -18,7 +18,7 @@ _INTERNET: Final = ipaddress.IPv6Network("2000::/3")
 """All of IPv6 that is given out as global unicast; translations of IPv4 (64:ff9b::) are outside of it."""
 
 _NOT_THERE: Final = tuple(map(ipaddress.ip_network, ("2001::/23", "2002::/16", "3fff::/20")))
-"""Of that what holds an IPv4 address that somebody on the way connects to, or is for documents."""
+"""Parts of it that hold an IPv4 address which somebody on the way connects to, or that are for documents."""
 
 _LABEL: Final = re.compile(r"[a-z0-9_]([a-z0-9_-]{0,61}[a-z0-9_])?", re.ASCII)
 
@@ -32,7 +32,8 @@ class CallbackRules:
     hosts
         ``hooks.acme.com``; ``*.acme.com``, any name below it; ``*``, any name.
     origins
-        ``http://10.0.0.5:8080``: the operator's word, so neither https nor a public address is asked for.
+        ``http://10.0.0.5:8080``: the operator vouches for it, so neither https nor a public address is
+        needed.
     """
 
     hosts: frozenset[str] = frozenset()

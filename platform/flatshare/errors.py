@@ -34,7 +34,7 @@
     ├── ModelFailed             this version can't be served (corrupt, or does not load); tell an operator
     │   ├── NeverFits           it is larger than the whole budget of a replica; no waiting helps
     │   └── ProbeFailed         it does not answer its probe as it did when it was registered
-    ├── IsolationBroken         a receipt did not match: the request failed rather than mix two tenants
+    ├── IsolationBroken         a lease tag did not match: the request failed rather than mix two tenants
     ├── SettingsError           contradictory settings; refused when the program starts
     └── LocalError              something on this machine is in the way: a taken port, a dead process
 
@@ -267,7 +267,7 @@ class LocalError(ServeError):
 
 
 def copy_of(error: Exception) -> Exception:
-    """The same failure for one more of many who wait: a shared one would collect all their tracebacks."""
+    """A copy of a failure for one of many waiters: a shared one would collect all their tracebacks."""
     try:
         copy = type(error)(*error.args)
     except TypeError:

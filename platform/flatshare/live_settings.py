@@ -36,7 +36,7 @@ def with_live(settings: Settings, latest: Settings) -> Settings:
 def changed(
     settings: Settings, changes: Mapping[str, object], allowed: Collection[str], otherwise: str
 ) -> Settings:
-    """The same settings but for these.
+    """The same settings, except for these changes.
 
     Parameters
     ----------

@@ -1,8 +1,8 @@
 """How the platform's processes log: text for people, or a line of JSON for each record, on stderr.
 
-Each shell calls :func:`log_as` once. Where stderr goes is the process's own matter: of Serve's processes Ray
-keeps it (``logs/`` of its session), of ``up`` and ``edge`` systemd or a terminal has it. Requests have lines
-of their own, written by the edge (``access_log.py``).
+Each shell calls :func:`log_as` once. Where stderr goes depends on the process: Ray keeps that of Serve's
+processes (``logs/`` of its session); systemd or a terminal has that of ``up`` and ``edge``. Requests have
+lines of their own, written by the edge (``access_log.py``).
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ class _JsonLines(logging.Formatter):
 
 
 def log_as(form: LogFormat, level: LogLevel, process: str, stream: TextIO | None = None) -> None:
-    """Have this process's records of ``flatshare`` written so; again, and the last call holds.
+    """Write this process's records of ``flatshare`` in this form; of several calls, the last one counts.
 
     Parameters
     ----------

@@ -1,4 +1,4 @@
-"""At most one run of something under way for each key: whoever asks meanwhile shares its end."""
+"""At most one run under way for each key: callers that ask meanwhile share its outcome."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ V = TypeVar("V")
 class SingleFlight(Generic[K, V]):
     """Runs by key. All methods must be called on one event loop.
 
-    A run is a task of nobody's: no caller's cancellation ends it. How it failed is told to who waits for it,
-    and is no forgotten exception when nobody does.
+    A run is a task that belongs to no caller: no caller's cancellation ends it. Its failure is raised to
+    those that wait for it; if nobody does, asyncio does not report it as a forgotten exception.
 
     Parameters
     ----------
@@ -53,7 +53,7 @@ class SingleFlight(Generic[K, V]):
         return await asyncio.shield(self.begin(key, make))
 
     def forget(self, key: K) -> None:
-        """Have whoever asks from now on begin a new run; who waits for the old one still gets its end."""
+        """Make the next caller begin a new run; callers that wait for the old one still get its outcome."""
         self._runs.pop(key, None)
 
     def _ended(self, key: K, task: asyncio.Task[V]) -> None:

@@ -1,8 +1,7 @@
-"""Work in threads: whose results nobody keeps by accident, and of which somebody knows until it has ended.
+"""Work in threads: nothing keeps its results by accident, and it is tracked until it has ended.
 
-A task that times out or is cancelled does not end its thread: what the thread does goes on, and can still
-read and write a tenant's weights. Who must know that nothing of a tenant is left (an erasure) waits for the
-threads.
+A task that times out or is cancelled does not end its thread: the thread goes on, and can still read and
+write a tenant's weights. An erasure must know that nothing of a tenant is left, so it waits for the threads.
 """
 
 from __future__ import annotations
@@ -79,7 +78,7 @@ class ThreadWork:
         return box.pop()
 
     def stop(self, tenant: str) -> None:
-        """From now on what a thread finishes for a tenant is not to be kept: it is erased, for good."""
+        """Keep nothing that a thread finishes for this tenant from now on: the tenant is erased, for good."""
         with self._lock:
             self._stopped.add(tenant)
 

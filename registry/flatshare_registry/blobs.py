@@ -1,8 +1,8 @@
-"""Objects that several writers share: kept young while somebody comes to name them, removed without loss.
+"""Objects that several writers share: refreshed while a writer comes to name them, removed without loss.
 
 A delete that a client sends twice, because the first answer was lost, may come after somebody else has put
-the object there again. So who removes a blob keeps a copy aside (*held*) until the heads were read again
-after the last delete: what one of them has come to name is put back.
+the object there again. So the remover of a blob keeps a copy aside (*held*) until it has read the heads again
+after the last delete. A blob that one of them has come to name is put back.
 """
 
 from __future__ import annotations
@@ -22,16 +22,16 @@ from flatshare_registry.stores.base import BlobMeta, BlobStore, Create, Overwrit
 __all__ = ["BLOB_REFRESH_S", "BlobRemoval", "NamedBlobs", "put_if_gone", "put_shared"]
 
 BLOB_REFRESH_S: Final = 3600.0
-"""An object that is there and older than this is written again by who comes to name it, so that ``gc`` (whose
-grace period is never shorter than twice this) can't take it in the meantime."""
+"""A writer that comes to name an existing object older than this writes it again, so that ``gc`` (whose grace
+period is never shorter than twice this) can't take it in the meantime."""
 
 READ_THREADS: Final = 16
 """Heads read at a time."""
 
 
 def put_shared(store: BlobStore, key: str, data: bytes | memoryview) -> bool:
-    """Put an object that others may have put there, too; whether it was not there. An old one is written
-    again.
+    """Put an object that others may have put there, too; an old one is written again. Returns whether it was
+    missing.
     """
     try:
         store.put(key, data, Create())
@@ -48,7 +48,7 @@ def put_shared(store: BlobStore, key: str, data: bytes | memoryview) -> bool:
 
 
 def put_if_gone(store: BlobStore, key: str, data: bytes | memoryview) -> None:
-    """Put an object there again if somebody took it while it came to be named: called after it is."""
+    """Put an object there again if it was removed before it was named; to be called once it is named."""
     try:
         store.head(key)
     except NotFound:
@@ -103,15 +103,15 @@ class NamedBlobs:
 class BlobRemoval:
     """Removes blobs, each with every version that a bucket has kept of it.
 
-    :meth:`take` what is to go, then :meth:`settle`. Cut short, :meth:`restore` of the next one puts back what
-    is named.
+    Call :meth:`take` for each blob to remove, then :meth:`settle`. If this is interrupted, :meth:`restore` of
+    the next removal puts back the blobs that are named.
 
     Parameters
     ----------
     held
         Prefix of the copies.
     named
-        Who may come to name a blob.
+        The heads that may come to name a blob.
     """
 
     def __init__(self, store: BlobStore, held: str, named: NamedBlobs) -> None:
@@ -120,14 +120,14 @@ class BlobRemoval:
         self._named = named
 
     def take(self, digest: str) -> int:
-        """Remove a blob, and keep a copy aside; how many versions went."""
+        """Remove a blob, and keep a copy aside; returns how many versions were removed."""
         key = layout.blob_key(digest)
         with contextlib.suppress(NotFound):  # then hidden versions may be left
             self._store.put(self._held_key(digest), self._store.get(key).data, Overwrite())
         return self._store.purge(key)
 
     def settle(self, taken: Iterable[str]) -> set[str]:
-        """Put back what somebody has come to name meanwhile, and let go of the copies; what was put back."""
+        """Put back what has been named meanwhile, and delete the copies; returns what was put back."""
         going = set(taken)
         if not going:
             return set()
@@ -139,12 +139,12 @@ class BlobRemoval:
         return back
 
     def restore(self, *, older_than_s: float = 0.0) -> None:
-        """Put back what a removal that was cut short had taken and is named, and let go of its copies.
+        """Put back named blobs that an interrupted removal had taken, and delete its copies.
 
         Parameters
         ----------
         older_than_s
-            Younger copies may be of a removal that is under way: they are put back, and stay.
+            Younger copies may be of a removal under way: their blobs are put back, and the copies stay.
         """
         held = [(meta, self._digest(meta.key)) for meta in self._store.list(self._held)]
         if not held:

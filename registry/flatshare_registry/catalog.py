@@ -3,7 +3,8 @@
 Every change of a tenant is one compare-and-swap of its head (``heads.py``; for registrations also
 ``registration.py``). Readers believe the head alone, so a crash between any two steps leaves them
 with the old state, and a retry finishes. What a crash left behind, :mod:`flatshare_registry.gc` collects.
-Long, because it is what callers see: one verb after the other, most of it what each promises and raises.
+This module is long because it is what callers see: one verb after the other, with what each promises and
+raises.
 """
 
 from __future__ import annotations
@@ -103,8 +104,8 @@ class Registry:
         Raises
         ------
         AlreadyExists
-            There is a tenant of this id, or one was erased: who still holds a ref of that one must not
-            reach somebody else.
+            There is a tenant of this id, or one was erased: a caller that still holds a ref of the erased one
+            must not reach somebody else.
         """
         try:
             return self._heads.create(tenant)
@@ -242,9 +243,9 @@ class Registry:
         InvalidWeights
             The file is malformed or not of this architecture; the store has not been touched.
         NotFound
-            No such tenant, and ``create`` was not said.
+            No such tenant, and ``create`` is False.
         AlreadyExists
-            ``create`` was said, and a tenant of this id was erased.
+            ``create`` is True, and a tenant of this id was erased.
         """
         done = self._registrar.register(
             tenant, weights, architecture, wanted, alias=alias, metadata=metadata, probe=probe, create=create
@@ -357,8 +358,8 @@ class Registry:
         Parameters
         ----------
         expected
-            The version that the alias names now, and should no more. When its last move was the rollback from
-            that version, nothing is changed: it is done already.
+            The version that the alias names now and should name no longer. If its last move was the rollback
+            from that version, nothing is changed: it is done already.
 
         Raises
         ------
@@ -399,7 +400,7 @@ class Registry:
         before
             An entry's id.
         own
-            Only of this tenant: not what was done to one that had its id before.
+            Only this tenant's entries, not those of an earlier tenant with the same id.
 
         Returns
         -------
@@ -419,7 +420,7 @@ class Registry:
     def note(self, tenant: TenantId, action: Action, detail: Mapping[str, str]) -> None:
         """Write an audit entry of something that is done with a tenant outside the registry.
 
-        Written before it is done: an entry without a deed is found out sooner than a deed without one.
+        It is written before the act: an entry without an act is noticed sooner than an act without an entry.
 
         Raises
         ------

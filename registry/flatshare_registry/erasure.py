@@ -1,8 +1,8 @@
-"""A tenant leaves: the store's side of it. Each step can be done again: a rerun finishes what crashed.
+"""The store's part in erasing a tenant. Each step can be repeated: a rerun finishes what a crash interrupted.
 
-Tombstone first, in one swap: from then on nobody resolves the tenant, also a replica that starts later.
-Then (by the platform) replicas and nodes; then the store's objects, with every version that a bucket has
-kept of them. What stays is the tombstone, the audit log, and a record of the erasure.
+First the tombstone is written, in one swap: from then on nothing resolves the tenant, not even a replica that
+starts later. Then the platform erases replicas and nodes. Then the store's objects are removed, with every
+version that a bucket has kept of them. The tombstone, the audit log and a record of the erasure stay.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class StoreErasure:
     objects
         Objects that went, each version that a bucket had kept counted.
     versions_checked
-        False: the store can't list versions, and whether it keeps earlier ones could not be looked at.
+        False if the store can't list versions: then it is not known whether it keeps earlier ones.
     """
 
     removed_blobs: tuple[str, ...]
@@ -85,7 +85,7 @@ class Eraser:
         self._heads = heads
 
     def begin(self, tenant: TenantId) -> Leaving:
-        """Put the tombstone there, unless it is; and look what is left.
+        """Write the tombstone, unless it is there, and find out what is left.
 
         Raises
         ------
@@ -101,7 +101,7 @@ class Eraser:
             )
 
         head = self._heads.change(tenant, Action.TENANT_ERASED, bury, also_deleted=True)
-        # What an erasure that was cut short has found counts too: its objects may be gone by now.
+        # What an interrupted erasure has found counts too: its objects may be gone by now.
         known = self._plan(tenant)
         versions = {(number, digest) for number, digest in known["versions"]}
         tensors = set(known["tensors"])
@@ -129,8 +129,8 @@ class Eraser:
         )
 
     def finish(self, leaving: Leaving) -> None:
-        """Forget the plan: all of it is done, and its record stands."""
-        # What was on its way meanwhile.
+        """Delete the plan: all of it is done, and the record of the erasure is written."""
+        # What was still being written meanwhile.
         self._store.purge_all(layout.used_prefix(leaving.tenant))
         self._store.purge_all(layout.pins_prefix(leaving.tenant))
         self._store.purge_all(layout.open_tasks_prefix(leaving.tenant))
@@ -169,7 +169,7 @@ class Eraser:
         for done, digest in enumerate(going, start=1):
             objects += removal.take(digest)
             progress(done, steps)
-        # Who registered the same weights meanwhile gets them back; only then are the copies let go.
+        # A tenant that registered the same weights meanwhile gets them back; only then do the copies go.
         for digest in removal.settle(going):
             going.remove(digest)
             kept.append(digest)
@@ -184,7 +184,7 @@ class Eraser:
         return StoreErasure(tuple(going), tuple(sorted(kept)), objects, versions_checked)
 
     def unnamed_tensors(self, tenant: TenantId, tensors: Collection[str]) -> set[str]:
-        """Those of these that no other tenant's version has: nobody has a reason to keep them.
+        """Those of the given tensors that no other tenant's version has: nobody has a reason to keep them.
 
         Reads every version record of every other tenant, until all are accounted for.
         """

@@ -27,8 +27,8 @@ LATE_S: Final = 10.0
 """Seconds after which a swap counts as late, and is announced once more when it has landed."""
 
 OVERLAP_S: Final = 30.0
-"""Seconds that a reader looks back beyond its last look: what a writer's clock may be behind the reader's,
-and what lies between an announcement and its swap (``LATE_S``)."""
+"""Seconds that a reader looks back beyond its last look. They cover how far a writer's clock may be behind
+the reader's, and the time between an announcement and its swap (``LATE_S``)."""
 
 ANNOUNCED_S: Final = 120.0
 """Seconds that a reader waits for an announced revision, before it believes that its writer died."""
@@ -46,7 +46,7 @@ class Announcement:
     id
         Of this announcement, unique in its store.
     revision
-        That the head would have afterwards.
+        The revision that the head would have afterwards.
     """
 
     id: str

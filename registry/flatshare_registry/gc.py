@@ -6,7 +6,7 @@ is changed, so there is nothing to announce.
 Objects are listed *before* heads are read, and a registration that reuses an old blob writes it
 again first, so whatever a registration in progress needs is younger than the grace period. Age is
 read again just before each delete; a delete may still come late, or twice, so weights go in two steps
-(``blobs.py``), and of version records only those go whose number nobody can be given again.
+(``blobs.py``), and a version record goes only if its number can't be given out again.
 """
 
 from __future__ import annotations

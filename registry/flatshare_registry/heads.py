@@ -3,7 +3,8 @@
 The entry of a change travels inside the head that the change makes (``last_entry``), so change
 and entry are one step. Its log object is written right after, and once more by whoever changes
 the head next, in case the writer died in between. A change is announced before it is made (``feed.py``).
-Long, because a head's swap and its audit entry are one step: who reads the one must see the other.
+This module is long because a head's swap and its audit entry are one step: a reader of one must see the
+other.
 """
 
 from __future__ import annotations
@@ -57,7 +58,7 @@ def chain_problems(head: TenantHead, log: Iterable[AuditEntry], latest: int) -> 
     unchained = True
     for revision in range(1, head.revision + 1):
         entry_now, before = entries.get(revision), entries.get(revision - 1)
-        # Entries of before there was a chain begin it.
+        # Entries from before there was a chain have no link; the chain begins after them.
         unchained = unchained and entry_now is not None and entry_now.previous is None
         if unchained:
             continue
@@ -77,10 +78,12 @@ class HeadStore:
     ----------
     store
         Where the objects are.
-    actor, request_id
-        Who is named in audit entries, and by which request.
+    actor
+        Who is named in audit entries.
     clock
         POSIX seconds.
+    request_id
+        The request that audit entries name.
     """
 
     def __init__(
@@ -218,7 +221,7 @@ class HeadStore:
         Unavailable
             The store failed, or the swap lost ``MAX_SWAP_TRIES`` times.
         """
-        # The random half names this change over all tries; the time half is made anew for each.
+        # The random half identifies this change in all tries; the time half is new in each try.
         mark = new_ulid(self._clock())[ULID_TIME_CHARS:]
         tried: AuditEntry | None = None
         for _ in range(MAX_SWAP_TRIES):
@@ -285,9 +288,7 @@ class HeadStore:
         )
 
     def write_log(self, entry: AuditEntry) -> None:
-        """Write an entry's object, unless it is there; what fails is written by whoever changes the head
-        next.
-        """
+        """Write an entry's object, unless it is there; if that fails, the next to change the head does so."""
         with contextlib.suppress(Unavailable, Conflict):
             self._write_log(entry)
 
@@ -313,7 +314,7 @@ class HeadStore:
         used: dict[str, datetime] = {}
         for meta in self._store.list(layout.used_prefix(tenant)):
             key_id = meta.key.rpartition("/")[2].removesuffix(".json")
-            # A note that can't be read is no reason to show nobody's.
+            # One note that can't be read must not hide all others.
             with contextlib.suppress(NotFound, ValueError, OverflowError, OSError, KeyError, TypeError):
                 used[key_id] = utc(float(json.loads(self._store.get(meta.key).data)["used_at"]))
         return used
@@ -321,8 +322,8 @@ class HeadStore:
     def verify(self, tenant: TenantId) -> list[str]:
         """What is wrong with a tenant's log, in words; empty when it is whole.
 
-        Finds an entry that was altered, removed, added or put in another place. Who can write the whole
-        store could make a new chain from the beginning: keep the last entry's ``link`` elsewhere too.
+        Finds an entry that was altered, removed, added or moved. Somebody who can write the whole store could
+        make a new chain from the beginning, so keep the last entry's ``link`` elsewhere too.
 
         Raises
         ------
@@ -362,10 +363,10 @@ class HeadStore:
                     return
 
     def _landed(self, entry: AuditEntry, head: TenantHead) -> bool:
-        """Whether a swap that was answered as lost has landed all the same: its first answer never came.
+        """Whether a swap that was reported as lost has landed after all, since its first answer never came.
 
-        Then its entry is the head's last one, or in the log: who changed the head after it has written it
-        there before.
+        If so, its entry is the head's last one, or it is in the log: whoever changed the head next has
+        written it there first.
         """
         if head.last_entry.id == entry.id:
             return True

@@ -39,7 +39,7 @@ def audit_page(
 
 
 def since_created(head: TenantHead, page: tuple[list[AuditEntry], bool]) -> tuple[list[AuditEntry], bool]:
-    """A page without what was done to another tenant of the same id, before it was given out again."""
+    """A page without the entries of another tenant, who had the same id before it was given out again."""
     entries, more = page
     own = [entry for entry in entries if entry.at >= head.created_at]
     for index in reversed(range(len(own))):

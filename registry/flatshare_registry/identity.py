@@ -1,6 +1,6 @@
 """A store's identity: a random id that it keeps, so that two stores are never taken for each other.
 
-A URL is none: two endpoints have buckets of one name, and one store has several URLs.
+A URL is no identity: two endpoints can have buckets of the same name, and one store can have several URLs.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from flatshare_registry.stores.base import BlobStore, Create
 __all__ = ["STORE_HEADER", "StoreIdentity", "ensure_identity", "read_identity"]
 
 STORE_HEADER: Final = "x-flatshare-store"
-"""Names, in a call that changes something, the store that it is about."""
+"""Names the store that is meant, in a call that changes something."""
 
 
 def read_identity(store: BlobStore) -> str | None:

@@ -49,7 +49,7 @@ class NewKey:
 
 @dataclass(frozen=True, slots=True)
 class PresentedKey:
-    """A key as somebody presented it; nothing is known of its truth yet."""
+    """A key as somebody presented it; it has not been checked yet."""
 
     id: str
     sha256: str
@@ -74,8 +74,8 @@ def new_key(owner: str, *, once: str | None = None) -> NewKey:
     Parameters
     ----------
     once
-        The request that the key is made for: a request asked again makes a key of the same id (and another
-        secret), which tells that there is one already. None: a random id.
+        The request that the key is made for. A repeated request makes a key with the same id (and another
+        secret), which shows that there is one already. None: a random id.
     """
     if once is None:
         chosen = [secrets.choice(_ID_CHARS) for _ in range(10)]

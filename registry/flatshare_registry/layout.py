@@ -9,6 +9,7 @@
     pins/<tenant>/<ref>.json                    empty: every replica keeps this ref resident
     erasures/<tenant>/<ulid>.json               what was erased of a tenant, signed
     erasures/<tenant>/plan.json                 what is to be erased, while that is under way
+    erasures/<tenant>/held/<digest>.safetensors weights that an erasure removes, until nobody can name them
     changes/<ulid>.<tenant>.<revision>          empty: this tenant's head is about to get this revision
     clock/<ulid>                                empty, for a moment: what time it is by the store's clock
     tasks/<tenant>/<ulid>/record.json           a task taken from a tenant, changed only by compare-and-swap
@@ -20,6 +21,7 @@
     blobs/sha256/<ab>/<digest>.safetensors      weights, named by content, shared by equal versions
     held/<digest>.safetensors                   weights that are being removed, until nobody can name them
     usage/<yyyy-mm-ddThh>/<writer>.json         what tenants used of one replica in one hour
+    checks/<ulid>                               for a moment: whether conditional writes are honoured
     store.json                                  the store's identity
 """
 
@@ -146,7 +148,7 @@ def task_key(tenant: TenantId, ulid: str, name: str) -> str:
 
 
 def task_once_key(tenant: TenantId, digest: str) -> str:
-    """Key of the note which task an idempotency key has made."""
+    """Key of the note that says which task an idempotency key has made."""
     return f"{tasks_prefix(tenant)}once-{digest}"
 
 

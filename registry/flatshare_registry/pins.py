@@ -24,7 +24,7 @@ class Pins:
         self._heads = heads
 
     def add(self, ref: ModelRef) -> None:
-        """Have replicas that start keep resident what a ref means, wherever its alias moves.
+        """Make starting replicas keep the version that a ref names resident, wherever its alias moves.
 
         Raises
         ------

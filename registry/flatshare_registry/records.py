@@ -238,7 +238,8 @@ class ApiKey(BaseModel):
 
 
 class Quotas(BaseModel):
-    """A tenant's limits. None in a tenant's: as its plan says; None in a plan: no limit of its own.
+    """A tenant's limits. In a tenant's, None means the plan's limit; in a plan, None means no limit of its
+    own.
 
     Rates and counts hold for each replica: a tenant's traffic goes to one home, and to another only when
     that one is busy.
@@ -310,11 +311,11 @@ class TenantHead(_Record):
         Committed versions and their digests. A version record that is not named here does not
         exist for readers: that makes a registration visible in one step.
     plan, quotas
-        Name of a plan in the platform's settings, and what of it is different for this tenant.
+        Name of a plan in the platform's settings, and the limits that differ from it for this tenant.
     keys
         API keys by id.
     past_digests
-        Blobs that the tenant named once: what is left of them in the store goes with its erasure.
+        Blobs that the tenant once named: those that are left in the store go with its erasure.
     last_entry
         The audit entry of the change that made this revision. It travels inside the swap, so a
         change and its entry are one step; the log object is written after, and again by whoever

@@ -76,8 +76,8 @@ class Registrar:
     ) -> Registered:
         """Register weights. An alias is set in the same step, but not on a version that was there already.
 
-        A tenant that is missing is made, where that is wanted, once nothing can be refused any more and the
-        weights are stored: a registration that fails leaves no empty tenant.
+        A missing tenant is created, if that is wanted, once all checks have passed and the weights are
+        stored: a registration that fails leaves no empty tenant.
         """
         described = describe(weights)
         check_architecture(described.tensors, architecture, wanted)
@@ -180,7 +180,7 @@ class Registrar:
                 removal.settle([digest])
 
     def _put_blob(self, digest: str, weights: bytes | memoryview) -> bool:
-        """Put the blob there; whether it was not."""
+        """Put the blob there; returns whether it was missing."""
         return put_shared(self._store, layout.blob_key(digest), weights)
 
     def _create_record(

@@ -1,4 +1,4 @@
-"""The store's clock: how old an object is, only its store can say."""
+"""The store's clock: only a store can say how old its objects are."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ MAX_SKEW_S: Final = 300.0
 
 
 def store_now(store: BlobStore) -> float:
-    """POSIX seconds by the store's clock: of an empty object that is written now, and removed again.
+    """POSIX seconds by the store's clock: the time of an empty object that is written now, then removed.
 
     S3 counts whole seconds, so it may be up to one second behind.
     """
@@ -29,7 +29,7 @@ def store_now(store: BlobStore) -> float:
 
 
 def agreed_now(store: BlobStore, local_s: float) -> float:
-    """As :func:`store_now`, where this machine's clock says about the same.
+    """As :func:`store_now`, but only if this machine's clock says about the same.
 
     Parameters
     ----------

@@ -63,7 +63,7 @@ class Tenancy:
         Parameters
         ----------
         once
-            Names the request: while the key that it made is there, it makes no second one.
+            Identifies the request: while the key that it made exists, it makes no second one.
 
         Raises
         ------
@@ -83,9 +83,9 @@ class Tenancy:
         return made
 
     def rotate_key(self, tenant: TenantId, key_id: str, *, grace_s: float, once: str | None = None) -> NewKey:
-        """Make a key like another one, which goes on being good for ``grace_s`` seconds; one change.
+        """Make a new key like an old one, which stays valid for ``grace_s`` seconds; this is one change.
 
-        The new one lives as long as the old one was made to.
+        The new key gets the lifetime that the old one was made with.
 
         Parameters
         ----------
@@ -149,7 +149,7 @@ class Tenancy:
     # -- quotas
 
     def set_quotas(self, tenant: TenantId, quotas: Quotas, *, plan: str | None = None) -> TenantHead:
-        """Set what is different from the plan, all of it; and the plan, if one is named.
+        """Replace all the limits that differ from the plan; also set the plan, if one is named.
 
         Raises
         ------
@@ -161,13 +161,13 @@ class Tenancy:
     def edit_quotas(
         self, tenant: TenantId, edit: Callable[[Quotas], Quotas], *, plan: str | None = None
     ) -> TenantHead:
-        """Change what is different from the plan; and the plan, if one is named.
+        """Change the limits that differ from the plan; also set the plan, if one is named.
 
         Parameters
         ----------
         edit
-            Gets what is different now and returns what should be. It is called again when somebody else's
-            change came first, so two changes of different limits at a time both stand.
+            Gets the limits that differ now, and returns those that should. It is called again if another
+            change came first, so two simultaneous changes of different limits both stand.
 
         Raises
         ------
@@ -222,7 +222,7 @@ class Tenancy:
         self._heads.change(tenant, Action.KEY_CREATED, add, tell=lambda old, new: told)
 
     def _added(self, head: TenantHead, key: ApiKey) -> TenantHead:
-        """A head with one more key; what expired is of no use to anybody any more, and makes room."""
+        """A head with one more key; expired keys are of no use any more, and make room."""
         if key.id in head.keys:
             raise AlreadyExists(
                 f"this request has made key {key.id} already, and its secret is stored nowhere; if that is "

@@ -2,9 +2,9 @@
 
 <folder>/head.json  versions/00000001.json ...  log/<ulid>.json ...  blobs/<sha256>.safetensors ...
 
-A folder may come from anybody, so an import believes nothing that it can check: records must say what the
-weights hold, names and numbers must be possible, and what a tenant may use is its new operator's to say. The
-import itself is an entry of the tenant's log, which goes on where the other store's ended.
+A folder may come from anybody, so an import trusts nothing that it can check: records must say what the
+weights hold, names and numbers must be valid, and the new operator decides what a tenant may use. The import
+itself is an entry of the tenant's log, which goes on where the other store's log ended.
 """
 
 from __future__ import annotations
@@ -240,7 +240,7 @@ def _checked(folder: Path) -> _Export:
 
 
 def _check_makers(makers: Mapping[int, str], log: Iterable[AuditEntry], folder: Path) -> None:
-    """Return if each version was made by who the log says, as far as the log says it.
+    """Return if each version was made by the actor that the log names, as far as the log names one.
 
     Raises
     ------

@@ -1,9 +1,9 @@
-"""What tenants used, for bills and to judge a promotion by: an object an hour and replica, and their sums.
+"""What tenants used, for bills and to judge promotions: one object per hour and replica, and their sums.
 
-A replica writes its object of this hour again and again (``put``, never read by it), so what is lost when it
-dies is what it counted since it wrote last: a minute, unless the operator says otherwise. Each process writes
-under a name of its own, so sums are of what was counted once. Counts outlive an erasure: they have a tenant's
-name and numbers, nothing else of it. ``gc`` removes what is older than :data:`KEPT`.
+A replica writes its object of this hour again and again (``put``; it never reads it). So when it dies, it
+loses only what it counted since its last write: a minute, unless the operator says otherwise. Each process
+writes under its own name, so sums count everything once. Counts outlive an erasure: they hold a tenant's name
+and numbers, and nothing else of it. ``gc`` removes counts that are older than :data:`KEPT`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from flatshare_registry.stores.base import BlobMeta, BlobStore, Overwrite
 __all__ = ["OTHERS", "Used", "UsedVersion", "old_usage", "read_usage", "write_usage"]
 
 OTHERS: Final = "(others)"
-"""Stands for the tenants of an hour beyond those that a replica keeps apart."""
+"""Stands for the tenants of an hour that a replica does not count separately."""
 
 KEPT: Final = timedelta(days=400)
 """How long counts are kept: a year, and the month in which its bill is made."""
@@ -92,7 +92,7 @@ def write_usage(
     Parameters
     ----------
     last
-        It is not written again: what a bucket with versions kept of earlier writes goes.
+        It is not written again: earlier writes that a bucket with versions has kept are removed.
 
     Raises
     ------
@@ -123,7 +123,7 @@ def read_usage(
     Parameters
     ----------
     progress
-        Told how many objects of how many were read.
+        Called with how many objects were read, and how many there are.
 
     Raises
     ------
@@ -143,7 +143,7 @@ def read_usage(
 
 
 def old_usage(store: BlobStore, now: datetime) -> list[str]:
-    """Keys of what was counted longer ago than anybody asks for."""
+    """Keys of counts that are older than anybody asks for."""
     return [meta.key for meta in _objects(store, None, now - KEPT - timedelta(hours=1))]
 
 

@@ -166,9 +166,9 @@ def _some(names: Sequence[str], what: str) -> str:
 
 
 def _nearest_first(missing: Sequence[str], unknown: Collection[str]) -> tuple[list[str], list[str]]:
-    """Both, those first that are most like one of the other: what a wrapper's prefix did is seen at once.
+    """Both lists, with the names first that are most like one of the other list: a wrapper's prefix shows.
 
-    Only some are compared, so that it takes no time whatever a file holds.
+    Only some names are compared, so that it is quick whatever a file holds.
     """
     left, pairs = sorted(unknown)[:_COMPARED], []
     for place, name in enumerate(missing[:_COMPARED]):

@@ -1,1 +1,1 @@
-"""The data plane's shell: bodies in, replies out, errors to statuses.."""
+"""The data plane's HTTP layer: reads bodies, writes replies, turns errors into statuses."""

@@ -108,7 +108,7 @@ def create_app(
     traced
         Whether requests that are sampled leave spans.
     """
-    # A redirect by slash would name http:// behind TLS, and send the key after it in clear.
+    # Behind TLS a trailing-slash redirect would name http://, and the client would send its key in clear.
     app = FastAPI(
         title="flatshare",
         description=_ABOUT,
@@ -128,7 +128,7 @@ def create_app(
     infer = infer_route(lambda prediction: _headers_of(prediction, replica))
 
     async def enter(request: Incoming) -> Ticket:
-        """The caller known, the ref parsed and the request let in, before a byte of the body is read."""
+        """Identify the caller, parse the ref and admit the request, before a byte of the body is read."""
         caller = await identities.identify(request.headers)
         return await service.enter(caller, ref_of(request.scope["headers"]))
 
@@ -284,7 +284,7 @@ def create_app(
     )  # fmt: skip
     add_oip_routes(app, service, identities, answers, infer)
     documented(app, open_paths=OPEN_PATHS, bodies=[PredictRequest, InferRequest])
-    # The hot routes ask ``identities``, which looks at the same; of the others some need no key.
+    # For the hot routes ``identities`` makes the same check. Some of the other routes need no key.
     others = LocalOnly(app, error_form) if identities.off else app
     return HotRoutes(
         others,
@@ -331,9 +331,9 @@ def ref_of(headers: RawHeaders, path: str = "") -> ModelRef:
     Raises
     ------
     BadInput
-        There is none, or there are two.
+        The header is missing, or is there twice.
     InvalidRef
-        It is none.
+        It is not a model ref.
     """
     found = [value for name, value in headers if name == _MODEL_ID] or [
         value for name, value in headers if name == _MODEL_ID_WITH_DASHES

@@ -26,7 +26,7 @@ PIECE_BYTES: Final = 64 * 1024
 """How much of a multipart body is parsed between two looks at the clock."""
 
 MAX_FIELDS: Final = 16
-"""Parts of a multipart body that are no files."""
+"""Most parts of a multipart body that are not files."""
 
 _WINDOW_BITS: Final[Mapping[str, int]] = {"gzip": 31, "x-gzip": 31, "deflate": 15}
 """What zlib calls each coding; ``deflate`` is a zlib stream (RFC 9110, 8.4.1.2)."""
@@ -38,7 +38,7 @@ def media_type_of(headers: Mapping[str, str]) -> str:
 
 
 def expand(body: bytes, coding: str, limit_bytes: int, refusal: type[TooLarge] = TooLarge) -> bytes:
-    """A compressed body in plain, never holding more than the limit.
+    """Decompress a body, never holding more than the limit.
 
     Parameters
     ----------
@@ -48,9 +48,9 @@ def expand(body: bytes, coding: str, limit_bytes: int, refusal: type[TooLarge] =
     Raises
     ------
     TooLarge
-        It expands beyond the limit; of the class ``refusal``.
+        It expands beyond the limit; raised as the class ``refusal``.
     BadInput
-        It is damaged, or is not all of it.
+        It is damaged or incomplete.
     """
     decompressor = zlib.decompressobj(_WINDOW_BITS[coding])
     try:
@@ -82,8 +82,8 @@ class BodyReader:
     async def read(self, request: Incoming, ticket: Ticket) -> bytes:
         """A request's whole body, expanded; its bytes count as the tenant's until the ticket ends.
 
-        A compressed one counts as it came until it is expanded, and then as what it has become. Both are in
-        memory while it is expanded: of as many bodies as the room has threads.
+        A compressed body counts with its compressed size until it is expanded, then with its expanded size.
+        While it is expanded both are in memory, for as many bodies at a time as the room has threads.
 
         Raises
         ------
@@ -118,7 +118,7 @@ def files_of(headers: Mapping[str, str], body: bytes, max_files: int) -> list[by
         It takes longer than ``MULTIPART_BUDGET_S``.
     """
     deadline = time.monotonic() + MULTIPART_BUDGET_S
-    # Only the boundary: a charset would choose a codec of Python's for names, and some take quadratic time.
+    # Pass only the boundary: a charset would choose a Python codec for names, and some take quadratic time.
     boundary = (
         parse_options_header(headers.get("content-type", ""))[1].get(b"boundary", b"").decode("latin-1")
     )

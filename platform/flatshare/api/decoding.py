@@ -1,4 +1,4 @@
-"""Where bodies that are long, or that expand, become rows: in a few threads, in turns of tenants."""
+"""Decodes bodies that are long, or that expand, into rows: in a few threads, tenants taking turns."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ INLINE_BYTES: Final = 64 * 1024
 What can expand (images, multipart, compressed bodies) is never decoded there, however short it is."""
 
 DECODE_THREADS: Final = 2
-"""Bodies decoded at a time: what decoding needs beside their own bytes is needed so often at most."""
+"""Bodies decoded at a time. It bounds the memory that decoding needs beside the bodies themselves."""
 
 MAX_WAITING: Final = 1024
 """Bodies that wait for their turn; one more is refused."""
@@ -51,7 +51,7 @@ class DecodeRoom:
         return self._places.ongoing
 
     async def run(self, tenant: str, work: Callable[[], T]) -> T:
-        """What ``work`` returns, run in a thread when it is this tenant's turn.
+        """Run ``work`` in a thread when it is this tenant's turn, and return its result.
 
         Raises
         ------
@@ -76,7 +76,7 @@ class DecodeRoom:
         return box.pop()
 
     def here_or_there(self, tenant: str, size_bytes: int, work: Callable[[], T]) -> T | Awaitable[T]:
-        """Do short work now; for long work, something to await. What can expand goes to :meth:`run`."""
+        """Run short work at once; for long work return an awaitable. Use :meth:`run` for what can expand."""
         return self.run(tenant, work) if size_bytes > INLINE_BYTES else work()
 
     def close(self) -> None:

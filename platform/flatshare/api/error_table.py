@@ -18,7 +18,7 @@ __all__ = ["TABLE", "HttpError", "describe_error"]
 
 @dataclass(frozen=True, slots=True)
 class HttpError:
-    """How an error leaves the house.
+    """How an error is reported to a client.
 
     Attributes
     ----------
@@ -84,7 +84,7 @@ INTERNAL: Final = HttpError(500, "internal", "something went wrong here; give yo
 
 
 def describe_error(error: BaseException) -> HttpError:
-    """Status, code and message for any exception; what is not in the table says nothing of its inside.
+    """Status, code and message for any exception; one that is not in the table reveals no details.
 
     An error that crossed a Ray process comes as a class that is also a ``RayTaskError``, whose
     text is the remote traceback: its ``cause`` is the error itself.
@@ -103,7 +103,7 @@ def describe_error(error: BaseException) -> HttpError:
 
 
 def _public_message(error: BaseException, known: HttpError) -> str:
-    """The error's own words to the caller whose fault it is; a store's address is not for callers."""
+    """The error's own words, which are written for callers; a store's address is not for them."""
     if known.code == "store_unavailable":
         return "the registry's store does not answer; retry"
     return str(error.args[0]) if error.args else known.code

@@ -45,7 +45,7 @@ __all__ = ["Call", "HotAnswers", "HotRequest", "HotRoute", "HotRoutes", "RawHead
 _TRACEPARENT: Final = TRACEPARENT.encode()
 
 RawHeaders = Sequence[tuple[bytes, bytes]]
-"""Headers as they came: names in lower case, in order, doubles and all."""
+"""Headers as they came: names in lower case, in order, duplicates included."""
 
 
 class Call(Protocol):
@@ -62,16 +62,16 @@ class Call(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class HotRoute:
-    """What makes one hot route another than the next.
+    """What distinguishes one hot route from another.
 
     Attributes
     ----------
     ref
         The model that a request names, by its headers and path; raises ``BadInput`` or ``InvalidRef``.
     call
-        Makes the call of headers, body and ref; looks at nothing yet.
+        Makes the call from headers, body and ref; looks at none of them yet.
     form
-        Of errors.
+        The form of error replies.
     """
 
     ref: Callable[[RawHeaders, str], ModelRef]
@@ -108,7 +108,7 @@ class HotAnswers:
         self._max_rows = max_rows
 
     async def answer(self, route: HotRoute, request: Incoming) -> Response:
-        """The whole story: the caller known, the ref parsed and the request let in before its body is read.
+        """Do everything: identify the caller, parse the ref and admit the request, then read its body.
 
         Raises
         ------
@@ -131,7 +131,7 @@ class HotAnswers:
         path: str,
         trace: Trace = NO_TRACE,
     ) -> Ticket | None:
-        """Let a request in whose caller and tenant are known; None for one that must be looked up first."""
+        """Admit a request whose caller and tenant are known; None if either must be looked up first."""
         caller = self._identities.identify_now(headers)
         if caller is None:
             return None
@@ -143,7 +143,7 @@ class HotAnswers:
         Raises
         ------
         TooLarge, BodyOverQuota, TooManyBytesAtOnce, Overloaded
-            Nobody, or this tenant, may send so much, or not now.
+            The body is too long for everybody, for this tenant, or for this moment.
         """
         length = claimed_length(claimed, self._max_body_bytes, ticket.limits.body_bytes)
         ticket.hold_bytes(length)
@@ -157,12 +157,12 @@ class HotAnswers:
         body: bytes,
         done: Callable[[Response], None],
     ) -> bool:
-        """Answer a request that waits for its pass only; ``done`` gets the response, later and once.
+        """Answer a request that waits for nothing but its pass; ``done`` gets the response later, once.
 
         Returns
         -------
         bool
-            False: it is long, or has to wait for more. Nothing has begun; :meth:`finish` does it.
+            False: the body is long, or the request must wait for more. Nothing has begun: use :meth:`finish`.
 
         Raises
         ------
@@ -188,7 +188,7 @@ class HotAnswers:
     async def finish(
         self, route: HotRoute, ticket: Ticket, headers: Mapping[str, str], body: bytes
     ) -> Response:
-        """The rest of a request that was let in and whose body is here. Raises as :meth:`answer`."""
+        """Finish a request that was admitted and whose body is complete. Raises as :meth:`answer`."""
         call = route.call(headers, body, ticket.ref)
 
         def decode(network: Architecture) -> Rows | Awaitable[Rows]:
@@ -249,9 +249,9 @@ class HotRoutes:
     routes
         By path, relative to where the app is mounted.
     route_of
-        The hot route of other paths, if it is one.
+        Finds the hot route of any other path, if it has one.
     replied
-        Told the status of each answer, and the code of one that is an error.
+        Called with the status of each answer, and with the code if it is an error.
     traced
         Whether requests that are sampled leave spans.
     """

@@ -52,7 +52,7 @@ logger = logging.getLogger("flatshare.api")
 REQUEST_ID_HEADER: Final = "x-request-id"
 
 CODE_HEADER: Final = "x-flatshare-code"
-"""Of an answer that is an error: its code, for who reads no bodies (access logs, metrics)."""
+"""The code of an error reply, for readers that see no bodies (access logs, metrics)."""
 
 _CODE: Final = CODE_HEADER.encode()
 
@@ -90,7 +90,7 @@ class WithHeaders(Protocol):
 
     @property
     def headers(self) -> Mapping[str, str]:
-        """By name in lower case; of one that came twice, the first."""
+        """By name in lower case; the first value of a header that came twice."""
         ...
 
 
@@ -191,16 +191,16 @@ async def read_body(
     *,
     hold: Callable[[int], None] = lambda size: None,
 ) -> bytes:
-    """A request's body as it comes, never holding more than the limit.
+    """Read a request's body as it was sent, never holding more than the limit.
 
-    How it is compressed is the caller's to look at (:func:`encoding_of`).
+    Checking how it is compressed is the caller's job (:func:`encoding_of`).
 
     Parameters
     ----------
     quota_bytes
         The tenant's own limit.
     hold
-        Told how many bytes are held, or will be, before they are; raises to refuse.
+        Called with the number of bytes before they are held; raises to refuse them.
 
     Raises
     ------
@@ -251,7 +251,7 @@ def error_response(error: HttpError, request_id: str, form: ErrorForm = own_form
 
 
 def code_of(status: int, headers: Iterable[tuple[bytes, bytes]]) -> str:
-    """The code of an answer that is an error; nothing of any other, or of one that is not ours."""
+    """The code of an error reply; empty for any other reply, and for an error that is not ours."""
     if status < 400:
         return ""
     return next((value.decode("latin-1") for name, value in headers if name == _CODE), "")
@@ -312,7 +312,7 @@ def install_error_handlers(
     app.add_exception_handler(HTTPException, framework)
     app.add_exception_handler(RequestValidationError, validation)
     app.add_exception_handler(Exception, known)
-    # Starlette re-raises what only the handler of Exception answers, which Serve then logs as a
-    # crash; classes of our own trees are answers, not crashes.
+    # Starlette re-raises an error that only the handler of Exception answers, and Serve then logs it as a
+    # crash. Errors of our own classes are answers, not crashes.
     app.add_exception_handler(RegistryError, known)
     app.add_exception_handler(ServeError, known)

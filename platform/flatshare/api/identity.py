@@ -1,8 +1,8 @@
 """Who calls, and what they may do. Decided in each replica and in the control plane, before a body is read.
 
 A caller shows an API key, as ``Authorization: Bearer`` or ``x-api-key``. The key names its owner, and
-only that tenant's head is read to check it. What a tenant's key may not touch looks the same whether it
-is somebody else's or does not exist: the same 404, made without looking, so that there is no oracle.
+only that tenant's head is read to check it. For anything that a tenant's key may not touch the answer is the
+same 404, whether it is another tenant's or does not exist. No look-up is made, so that there is no oracle.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ from flatshare_registry.records import ApiKey, Scope, TenantHead
 __all__ = ["LOCAL_OPERATOR", "Caller", "Heads", "Identities", "OperatorKeys", "Role"]
 
 REFUSAL_S: Final = 0.1
-"""A key that is not good is refused no sooner than this many seconds after it came: whether the tenant in
-it is known here, in the store, or not at all, then takes the same time (for a store that answers within
-it). It also slows down guessing."""
+"""A bad key is refused no sooner than this many seconds after it came. So a refusal takes the same time
+whether the key's tenant is known here, only in the store, or not at all (if the store answers within that
+time). It also slows down guessing."""
 
 NOT_GOOD: Final = "this API key is not good: unknown, expired or revoked"
 
 LOOK_UPS: Final = 16
-"""Keys of tenants that are not known here that are looked up at a time: junk must fill neither the places
-of this replica nor the threads that read the registry."""
+"""Look-ups at a time for keys whose tenant is not known here: junk must fill neither the places of this
+replica nor the threads that read the registry."""
 
 LOOK_UP_TIMEOUT_S: Final = 3.0
 """Seconds that such a look-up may take."""
@@ -60,7 +60,7 @@ class Caller:
     tenant, scopes
         Of a tenant's key; an operator has none.
     background
-        It asks for tasks: others go first.
+        The caller's requests are tasks: other requests go first.
     """
 
     name: str
@@ -75,7 +75,7 @@ class Caller:
         Raises
         ------
         NotFound
-            It is not the caller's tenant; says what an unknown tenant gets.
+            The model is another tenant's; the message is the same as for an unknown tenant.
         Forbidden
             The key has another scope.
         """
@@ -94,7 +94,7 @@ class Caller:
 
 
 LOCAL_OPERATOR: Final = Caller("local", Role.ADMIN)
-"""Everybody on this machine, where authentication is off: only loopback is listened on then."""
+"""Everybody on this machine, where authentication is off; the platform then listens on loopback only."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,7 +153,7 @@ class Identities:
     Parameters
     ----------
     heads
-        Whose keys count.
+        Where the heads of tenants, whose keys count, come from.
     operators
         None: authentication is off, everybody on this machine is the operator (``local_only.py``).
     tokens
@@ -235,7 +235,7 @@ class Identities:
         if presented.tenant is None:
             operator = self._operators.caller(presented)
             if operator is None:
-                # At once: it tells nothing of any tenant, and must not hold a place of the control plane's.
+                # At once: this reveals nothing about tenants, and must hold no place in the control plane.
                 raise Unauthenticated(NOT_GOOD)
             return operator
         head = self._heads.head_now(presented.tenant)
@@ -259,8 +259,8 @@ class Identities:
         if caller is not None:
             return caller
         if known is not None:
-            # When look-ups are refused, so is a bad key of a tenant that needs none: else a flood of
-            # junk would show who is known here.
+            # While look-ups are refused, so is a bad key of a tenant that needs no look-up: else a flood of
+            # junk would show which tenants are known here.
             async with self._look_ups.hold(LOOK_UP_TIMEOUT_S):
                 pass
         raise _NotGood

@@ -1,8 +1,8 @@
 """Where authentication is off: this machine's own programs may call, a web page that is open on it may not.
 
 Listening on loopback keeps other machines out, not browsers: every page that is open here can send requests
-to it, and one whose name is made to resolve to 127.0.0.1 can read the answers too (DNS rebinding). What a
-browser can't hide tells them: ``Host``, ``Origin``, and ``Sec-Fetch-Site``.
+to it, and one whose name is made to resolve to 127.0.0.1 can read the answers too (DNS rebinding). Such
+requests are recognised by headers that a browser can't hide: ``Host``, ``Origin``, and ``Sec-Fetch-Site``.
 
 With authentication on this is not needed: a key is in a header of its own, which no page can set for another
 site without asking first (CORS), and we allow no site anything. There are no cookies.

@@ -2,8 +2,8 @@
 
 The model's name in the path is a model ref; ``/versions/<n>`` in the path means ``<tenant>@<n>``.
 Errors are the protocol's ``{"error": "<message>"}``, with our code and request id beside it, on every path
-below ``/v2``: its clients expect a string there. What asks for an extension that is not served here is
-refused by name: an answer without it would be another tensor than was asked for.
+below ``/v2``: its clients expect a string there. A request for an extension that is not served here is
+refused, and the error names it: an answer without it would be a different tensor from the one asked for.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class InferCall:
     Parameters
     ----------
     headers_of
-        Makes the reply headers that name tenant, version and replica, of a prediction.
+        Makes a prediction's reply headers, which name tenant, version and replica.
     """
 
     def __init__(
@@ -131,7 +131,7 @@ def add_oip_routes(
     Parameters
     ----------
     hot, route
-        Answers the infer route, and that route.
+        What answers the infer route, and the infer route itself.
     """
 
     @app.get("/v2", operation_id="oip_server", tags=[TAG])

@@ -43,7 +43,7 @@ _FRAMEWORKS_ERRORS: Final = ("HTTPValidationError", "ValidationError")
 def documented(
     app: FastAPI, *, open_paths: Collection[str] = (), bodies: Sequence[type[BaseModel]] = ()
 ) -> FastAPI:
-    """Add ``/docs``, and make ``/openapi.json`` say what is so. The app must have been made without docs.
+    """Add ``/docs``, and correct ``/openapi.json``. The app must have been made without docs.
 
     Parameters
     ----------

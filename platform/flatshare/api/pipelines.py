@@ -23,7 +23,7 @@ __all__ = ["NoPipelines", "Pipelines", "PipelinesReply", "add_pipeline_routes"]
 NO_JSON: Final = frozenset({
     "application/octet-stream", "application/x-npy", "image/png", "image/jpeg", "multipart/form-data",
 })  # fmt: skip
-"""What other routes take. All else is read as JSON, as by ``/predict``: ``curl -d`` names a form."""
+"""Types that other routes take. Any other is read as JSON, as on ``/predict``: ``curl -d`` names a form."""
 
 
 class Pipelines(Protocol):
@@ -39,12 +39,12 @@ class Pipelines(Protocol):
         ...
 
     async def arrays(self, name: str, body: bytes, request_id: str, tenant: str) -> Mapping[str, Any]:
-        """What its step makes of a body, arrays by name.
+        """Run a pipeline's step on a body; its arrays by name.
 
         Raises
         ------
         BadInput, StepFailed, StepUnavailable, Overloaded
-            As the step says, or because it does not.
+            As the step says, or because the step does not answer.
         """
         ...
 
@@ -122,7 +122,7 @@ def add_pipeline_routes(
         if media_type_of(request.headers) in NO_JSON:
             raise BadInput("a pipeline takes JSON: Content-Type must be application/json")
         with await enter(request) as ticket:
-            pipelines.check(name)  # to whom was let in: others need not know what there is
+            pipelines.check(name)  # only after admission: others need not know which pipelines exist
             body = await bodies.read(request, ticket)
             tenant = ticket.ref.tenant
 

@@ -30,7 +30,7 @@ LINE_S: Final = 30.0
 """Seconds in which a line must be here once it has begun: a stream that drips holds a place too."""
 
 BAD_LINES: Final = 100
-"""Lines in a row that can never work, after which a stream ends: who sends so many sends no requests."""
+"""Invalid lines in a row after which a stream ends: a client that sends so many is not sending requests."""
 
 IN_FLIGHT: Final = 16
 """Lines worked on at a time: enough to fill passes, few enough that one stream is not a flood."""
@@ -39,8 +39,8 @@ IN_FLIGHT: Final = 16
 class LinesResponse(StreamingResponse):
     """A streaming response that leaves the request's body to its own generator.
 
-    Starlette's listens for the client's going away by reading messages, where the server speaks an
-    older ASGI: these would be the body's. Here the body's reader meets the disconnect.
+    With a server of an older ASGI, Starlette's response reads messages to learn that the client went away,
+    and these would be the body's. Here the body's reader sees the disconnect.
 
     Parameters
     ----------
@@ -73,7 +73,7 @@ async def lines_of(
     Parameters
     ----------
     hold
-        Told how many bytes of a line are here while it is not whole; raises to end the stream.
+        Called with the bytes held of a line that is not complete yet; raises to end the stream.
 
     Raises
     ------
@@ -105,7 +105,7 @@ async def lines_of(
                 yield line
         if len(rest) + len(last) > limit_bytes:
             raise TooLarge(f"a line is longer than the limit of {limit_bytes} bytes")
-        if not rest:  # what is there of a line begins here
+        if not rest:  # a new line begins with this chunk
             deadline = loop.time() + (LINE_S if last else IDLE_S)
         hold(len(rest) + len(last))
         rest += last
@@ -126,8 +126,8 @@ async def answers(
     predict
         Answers one line.
     another_place
-        A context for each line beside the first that is worked on; None while the tenant may have no more:
-        then the next line waits for one of this stream's to end.
+        Gives a context for each line that is worked on beside the first; None while the tenant may have no
+        more: then the next line waits until another line of this stream has ended.
     """
     bad = 0  # lines in a row that can never work
     read: bytes | None = None  # the next line, which waits for a place
@@ -142,7 +142,7 @@ async def answers(
         try:
             prediction = await predict(line)
         except OverQuota as error:
-            # Told after the time that it should wait: so a stream can't be faster than its tenant's rate.
+            # Answered only after the time that it should wait: a stream can't exceed its tenant's rate.
             await asyncio.sleep(error.retry_after_s or 1)
             return _failure(number, error, request_id)
         except (Unauthenticated, Forbidden, Suspended) as error:

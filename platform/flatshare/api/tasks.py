@@ -59,7 +59,7 @@ CALLBACK_HEADER: Final = "x-task-callback"
 
 PIN_HEADER: Final = "x-task-version"
 PINNED: Final = "pinned"
-"""Says that the version which the ref means now answers, whatever it means when the task runs."""
+"""Says that the task uses the version which the ref means now, whatever it means when the task runs."""
 
 _KEPT_HEADERS: Final = ("content-type", DTYPE_HEADER, SHAPE_HEADER, READY_HEADER)
 _BINARY_KINDS: Final = ("application/octet-stream", "application/x-npy", "image/png", "image/jpeg")
@@ -88,15 +88,15 @@ class Tasks:
         self.queue = queue
         self.callbacks = callbacks or CallbackRules()
         self.max_body_bytes = max_body_bytes
-        # Of its own: who asks for many tasks holds up who asks for tasks, and nothing else of a replica.
+        # A pool of its own: a flood of requests for tasks delays other such requests, and nothing else.
         self._threads = ThreadPoolExecutor(THREADS, thread_name_prefix="tasks")
 
     async def run(self, work: Callable[..., T], *arguments: Any) -> T:
-        """What a call that blocks returns."""
+        """Run a blocking call in a thread; returns its result."""
         return await in_thread(self._threads, partial(work, *arguments))
 
     async def put(self, task: TaskId) -> None:
-        """Have a task run that is kept by now: what the queue does not take, the consumer finds."""
+        """Queue a task that is stored by now; if the queue does not take it, the keeper finds it."""
         try:
             await self.run(self.queue.put, task)
         except Unavailable as error:
@@ -176,7 +176,7 @@ def add_task_routes(
     tasks
         None: no task is taken here.
     max_body_bytes
-        Longest body of JSON, which holds the interpreter while it is parsed; others have ``tasks``' limit.
+        Longest JSON body: parsing it holds the interpreter. Other bodies have the limit of ``tasks``.
     enter
         Lets a request in, before its body is read. A task counts for its tenant's rate when it is taken, and
         each time that it runs.
@@ -188,7 +188,7 @@ def add_task_routes(
         return tasks
 
     async def admitted(caller: Caller, tenant: TenantId) -> contextlib.AbstractContextManager[object]:
-        """Who may ask for a tenant's tasks. An operator may whatever its state, and spends nothing of it."""
+        """Admit a caller to a tenant's tasks. Operators may in any state of it, and use none of its rate."""
         ref = ModelRef.parse(tenant)
         if caller.tenant is None:
             caller.may(tenant, Scope.PREDICT)
@@ -197,7 +197,7 @@ def add_task_routes(
         return await service.enter(caller, ref)
 
     async def own(request: Request, text: str) -> TaskId:
-        """A task of the caller's, by its id; a question counts for the tenant's rate."""
+        """Check that a task id is the caller's; each question counts against the tenant's rate."""
         caller = await identities.identify(request.headers)
         try:
             task = TaskId.parse(text)
@@ -282,7 +282,7 @@ def add_task_routes(
             )  # fmt: skip
             try:
                 service.check_fence(ticket.ref)
-            except NotFound:  # its tenant is being erased, perhaps of what it had a moment ago
+            except NotFound:  # its tenant is being erased, perhaps without what came a moment ago
                 await place.run(place.store.forget, task)
                 raise
             if not record.state.ended:

@@ -33,7 +33,7 @@ ALGORITHMS: Final = ("RS256", "RS384", "RS512", "PS256", "PS384", "PS512", "ES25
 LEEWAY_S: Final = 30
 KEYS_LIFE_S: Final = 300.0
 REREAD_S: Final = 10.0
-"""A token of an unknown key has the issuer's keys read anew, at most this often: junk must not flood it."""
+"""Seconds between re-reads of the issuer's keys for tokens of unknown keys: junk must not flood it."""
 
 READ_TIMEOUT_S: Final = 5
 MAX_TOKEN_CHARS: Final = 8192
@@ -141,7 +141,7 @@ class TokenVerifier:
         raise jwt.InvalidKeyError("no key of this id")
 
     def _current(self, life_s: float) -> jwt.PyJWKSet:
-        """The issuer's keys, read again when what is known is older than this; one reads, others go on."""
+        """The issuer's keys, re-read when older than ``life_s``; one thread reads, the others do not wait."""
         if self._remote is not None:
             age_s = time.monotonic() - self._read_at
             if age_s > (life_s if self._keys is not None else REREAD_S) and self._reading.acquire(

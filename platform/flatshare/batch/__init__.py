@@ -1,6 +1,6 @@
-"""Offline: many rows at once, by Ray Data's actors, on the same core as a replica of the pool.
+"""Offline: Ray Data's actors label many rows at once, with the same core code as a replica of the pool.
 
-Owns inputs, the order of the work, and what is written. Offers ``Batch`` and the class that a notebook
-maps over a dataset. Never knows HTTP or Serve; what it imports beyond the core (pyarrow, ray.data) is an
-extra.
+It owns inputs, the order of the work, and what is written. It offers ``Batch`` and the class that a notebook
+maps over a dataset. It knows nothing of HTTP or Serve; what it imports beyond the core (pyarrow, ray.data) is
+an extra.
 """

@@ -1,5 +1,5 @@
-"""What one actor of Ray Data does with its units: rows are read, labelled, and told of, good and bad ones
-apart.
+"""What one actor of Ray Data does with its units: it reads rows, labels them, and reports good and bad ones
+separately.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class UnitRunner:
     def __init__(self, source: Input, settings: Settings, ready: bool) -> None:
         self._source = source
         self._core = OfflineCore(settings, ready=ready)
-        if len(source.files) == 1:  # while others start; of many files nobody knows yet which one comes
+        if len(source.files) == 1:  # while others start; with many files, the first one is not known yet
             with contextlib.suppress(*READ_ERRORS):  # its rows will say so
                 source.rows(0, np.zeros(1, np.int64))
 
@@ -101,7 +101,7 @@ class _Call:
             logger.critical("this process can't go on: it ends", exc_info=True)
             os._exit(1)
         except (BadInput, *READ_ERRORS[2:]) as failure:
-            # One of them: halves of it say which, and the others have their labels.
+            # It is one of the rows: its halves show which one, and the other rows get their labels.
             if count > 1:
                 halves = np.array_split(self._numbers, 2)
                 calls = [_Call(self._core, self._source, self._unit, half) for half in halves]

@@ -26,9 +26,9 @@ class OfflineClassifier:
     model_column
         Or the column that names each row's model. Sort by it first, and each is loaded about once.
     ready
-        Whole numbers of 0 to 255 that are no unsigned bytes are what the models want, and no raw pixels.
+        Whether whole numbers of 0 to 255 that are not unsigned bytes are model-ready, and not raw pixels.
     settings
-        As of a replica of the pool; by default those of this process's environment.
+        As for a replica of the pool; by default those of this process's environment.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """A replica's core in a process of Ray Data: the cache, the host tier and the engine, without a door.
 
-Who runs a batch has the store's own credentials, which is an operator's right: no key is asked for, no quota
-is spent, and the tenants' logs have an entry of the batch as a whole (``batch/job.py``). What a tenant may
-keep on a device holds here, too, and a suspended tenant is refused.
+A batch runs with the store's own credentials, which is an operator's right: no key is asked for, no quota is
+spent, and the tenants' logs have one entry for the whole batch (``batch/job.py``). The limit on what a tenant
+may keep on a device applies here too, and a suspended tenant is refused.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ class OfflineCore:
     settings
         As of a replica of the pool: store, slots, device, host tier.
     ready
-        Whole numbers of 0 to 255 that are no unsigned bytes are what the models want, and no raw pixels.
+        Whether whole numbers of 0 to 255 that are not unsigned bytes are model-ready, and not raw pixels.
     """
 
     def __init__(self, settings: Settings, *, ready: bool = False) -> None:
@@ -85,7 +85,7 @@ class OfflineCore:
         Raises
         ------
         BadInput
-            The rows are none of this model's.
+            The rows do not fit this model.
         NotFound, Suspended, Unavailable, Corrupt, ModelFailed
             The version can't be served.
         """
@@ -98,7 +98,7 @@ class OfflineCore:
         return asyncio.run_coroutine_threadsafe(self._predict(version, rows, once), self._loop)
 
     async def _predict(self, version: str, rows: Rows, once: bool) -> tuple[NDArray[np.int64], VersionRecord]:
-        """Tried again while the store, or room, is away: nobody waits for a single call."""
+        """Retried while the store does not answer or there is no room: nobody waits for a single call."""
         deadline = time.monotonic() + WAIT_S
         while True:
             try:
@@ -153,15 +153,15 @@ class OfflineCore:
 
 
 def rows_of(rows: Rows, network: Architecture, *, ready: bool = False) -> NDArray[np.float32]:
-    """What a model takes, made of rows as the service makes it of the same in a request.
+    """Turn rows into a model's input, as the service does with the same rows in a request.
 
-    Files go the way of ``/classify``, unsigned bytes that of its raw pixels, all other numbers that of
+    Files are treated as by ``/classify``, unsigned bytes as its raw pixels, all other numbers as by
     ``/predict``.
 
     Raises
     ------
     BadInput
-        They are none of this model's.
+        They do not fit this model.
     """
     if isinstance(rows, list):
         parts = [

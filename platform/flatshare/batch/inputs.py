@@ -1,8 +1,8 @@
 """What a batch reads: an array file, Parquet, or a folder of images; here or in S3.
 
-An input has rows, numbered from 0, in an order that does not depend on who reads it: files by name, then rows
-as they lie in them. So a row's number is its name while the files stay as they are, and a batch that was cut
-off goes on where it was. A process holds the image column of one Parquet file, and a remote array, in memory.
+An input has rows, numbered from 0, in an order that does not depend on the reader: files by name, then rows
+in file order. So a row's number identifies it while the files stay unchanged, and an interrupted batch goes
+on where it was. A process holds the image column of one Parquet file, and a remote array, in memory.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ class Input(Protocol):
 
     @property
     def fingerprint(self) -> str:
-        """Changes when a file does, or which files there are."""
+        """Changes when a file changes, or when the set of files does."""
         ...
 
     def names(self, file: int, numbers: NDArray[np.int64]) -> NDArray[Any]:
@@ -233,7 +233,7 @@ def _about(info: pafs.FileInfo) -> str:
 
 @functools.lru_cache(MAX_KEPT)
 def _array(path: str) -> NDArray[Any]:
-    """Mapped where it is a file of this machine: who reads some rows reads those only."""
+    """Mapped if it is a file of this machine, so that reading some rows reads only those."""
     try:
         if "://" in path:
             system, inner = _filesystem(path)

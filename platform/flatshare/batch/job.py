@@ -38,12 +38,12 @@ logger = logging.getLogger("flatshare.batch")
 PART_ROWS: Final = 1_000_000
 PART_S: Final = 2.0
 PART_SHARE: Final = 0.05
-"""Results are written when there are so many, or when they are so old and have taken this part of the batch's
-time so far: what one that is killed has to do again.
+"""Results are written when there are this many, or when they are this old and have taken this share of the
+batch's time so far. A batch that is killed has to do the unwritten ones again.
 """
 
 UNITS_A_TASK: Final = 4
-"""Full units of one task of an actor: seconds of work, and what one that is killed does again."""
+"""Full units in one task of an actor: seconds of work, which an actor that is killed does again."""
 
 LOOK_UPS: Final = 16
 """Refs resolved, and audit entries written, at a time."""
@@ -58,14 +58,14 @@ class BatchPlan:
     input, output
         A path to read from, and a folder of this machine to write to.
     model, model_column
-        The model of all rows, or what names each row's: a column of Parquet, or, for images, the folder that
-        one lies in (any name for the column).
+        The model of all rows; or what names each row's model: a column of Parquet, or for images the folder
+        that an image lies in (then the column may have any name).
     actors
-        Processes that work at a time; 0 for one a core, or one a GPU.
+        Processes that work at a time; 0 for one per core, or one per GPU.
     gpus_per_actor
-        Of each: a fraction shares one.
+        GPUs of each actor: with a fraction, actors share one.
     ready
-        Whole numbers of 0 to 255 that are no unsigned bytes are what the models want, and no raw pixels.
+        Whether whole numbers of 0 to 255 that are not unsigned bytes are model-ready, and not raw pixels.
     """
 
     input: str
@@ -122,7 +122,7 @@ class _Counts:
     failed: Counter[str] = field(default_factory=Counter)
 
     def add(self, columns: dict[str, NDArray[Any]]) -> None:
-        """Count what came, and take away what is not to be written."""
+        """Count these results, and remove the columns that are not written."""
         errors = columns["error"]
         self.rows += int((errors == "").sum())
         self.failed.update(str(error) for error in errors if error)
@@ -207,7 +207,7 @@ class Batch:
 def _manifest(
     plan: BatchPlan, source: Input, refs: NDArray[Any] | None, results: Results, registry: Registry
 ) -> Manifest:
-    """What the folder's results are of: as it was begun, or begun now."""
+    """What the folder's results belong to: as it was begun earlier, or begun now."""
     known = results.manifest()
     columns = f"{plan.image_column}/{plan.model_column}"
     asked = (plan.input, source.fingerprint, plan.model, columns)
@@ -286,10 +286,10 @@ def _labelled(
         num_cpus=1,
         num_gpus=plan.gpus_per_actor or None,
         batch_format="numpy",
-        # Without this an actor on a GPU host sees all GPUs, although it reserved none.
-        # A process that can't go on ends itself; where each one does, the batch ends, and not never.
+        # A process that can't go on ends itself. If every process does, the batch ends, instead of never.
         max_restarts=8,
         max_task_retries=3,
+        # Without this, an actor on a GPU host sees all GPUs, although it reserved none.
         runtime_env={"env_vars": {} if plan.gpus_per_actor else {"CUDA_VISIBLE_DEVICES": ""}},
     )
     for batch in labelled.iter_batches(batch_size=None, batch_format="numpy"):

@@ -40,7 +40,7 @@ MANIFEST: Final = "_batch.json"
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """Of what the results in a folder are.
+    """What the results in a folder belong to.
 
     Attributes
     ----------
@@ -101,11 +101,11 @@ class Results:
             raise InvalidInput(f"{self._folder / MANIFEST} is damaged; name a new folder") from error
 
     def begin(self, manifest: Manifest) -> None:
-        """Note what results that follow are of."""
+        """Write down what the results that follow belong to."""
         self._put(MANIFEST, json.dumps(asdict(manifest), indent=1).encode())
 
     def done(self, rows: int) -> NDArray[np.bool_]:
-        """Which of so many rows have a label here, ``(rows,)``."""
+        """Which of the input's rows have a label here, ``(rows,)``."""
         found = np.zeros(rows, np.bool_)
         for part in self.parts():
             table = pq.read_table(part, columns=["row", "error"])

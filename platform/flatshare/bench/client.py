@@ -29,7 +29,7 @@ class NoAnswer(Exception):
     Attributes
     ----------
     begun : bool
-        A part of the answer had come: whoever stands between has handed it on and can't ask again.
+        A part of the answer had come: a proxy in between has passed it on, and can't retry.
     """
 
     def __init__(self, text: str, *, begun: bool = False) -> None:
@@ -86,8 +86,8 @@ class Target:
         Raises
         ------
         BadInput
-            A header has a character that would end it, or none that HTTP takes. Its value is not shown: it
-            may be a key.
+            A header has a character that would end it, or that HTTP does not allow. Its value is not shown:
+            it may be a key.
         """
         for name, value in headers.items():
             if _HEADER_NAME.fullmatch(name) is None or _HEADER_VALUE.fullmatch(value) is None:

@@ -148,7 +148,7 @@ async def send_all(
 def run_load(
     url: str, shots: Iterator[BenchRequest], load: Load, progress: Progress | None = None
 ) -> list[Outcome]:
-    """:func:`send_all` from code that is not async, on uvloop: less of the cores than asyncio's own loop."""
+    """:func:`send_all` from code that is not async, on uvloop: it takes less CPU than asyncio's own loop."""
     with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
         return runner.run(send_all(url, shots, load, progress))
 

@@ -72,7 +72,7 @@ def digit_shots(
     headers
         More headers, by model.
     order
-        Which model each is for, an index: then they end with it. None: by ``exponent``.
+        Index of the model of each shot; the shots end with it. None: endless, drawn by ``exponent``.
     """
     random = np.random.default_rng(seed)
     bodies = [encode_json(images[random.integers(0, len(images), batch)]) for _ in range(distinct)]

@@ -319,11 +319,11 @@ def parsed(reply: httpx.Response, shape: type[T]) -> T:
         first = error.errors(include_input=False, include_url=False, include_context=False)[0]
         place = ".".join(str(part) for part in first["loc"])
         raise not_ours(reply, f"{place}: {first['msg']}" if place else "it is not JSON") from None
-    return cast("T", reply.json())  # as it came: what a newer platform says beside it, too
+    return cast("T", reply.json())  # unchanged, with whatever a newer platform adds
 
 
 def not_ours(reply: httpx.Response, why: str) -> InvalidInput:
-    """The error that something answered which is not a flatshare platform."""
+    """The error for an answer that did not come from a flatshare platform."""
     url = shown(str(reply.request.url))
     return InvalidInput(
         f"{url} answered {reply.status_code}, and not as a flatshare platform does ({why}): is --url right?"

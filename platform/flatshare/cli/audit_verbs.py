@@ -41,7 +41,7 @@ def show(
     store: StoreOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Who changed what of a tenant, oldest first; also of one that was deleted or erased."""
+    """Show who changed what for a tenant, oldest first; also for a deleted or erased tenant."""
     entries = open_registry(store).audit(TenantId(tenant))
     if as_json:
         print_json([entry.model_dump(mode="json") for entry in entries])
@@ -68,7 +68,7 @@ def show(
 @audit_app.command("verify")
 def verify(
     tenant: Annotated[
-        str | None, typer.Argument(metavar="[TENANT]", help="Whose; everybody's by default.")
+        str | None, typer.Argument(metavar="[TENANT]", help="Whose log; by default all tenants'.")
     ] = None,
     link: Annotated[
         str | None,
@@ -79,7 +79,7 @@ def verify(
 ) -> None:
     """Check that no entry was altered, removed or added (exit code 6 if one was), and show the last link.
 
-    Kept elsewhere, a link finds a log that was written anew from its beginning too.
+    A link that is kept elsewhere also detects a log that was rewritten from its beginning.
     """
     if link is not None and tenant is None:
         raise InvalidInput("--link is one tenant's: flatshare audit verify TENANT --link LINK")

@@ -34,7 +34,7 @@ def batch(
     output: Annotated[str, typer.Option("--output", help="Folder for the results, as Parquet.")],
     model: Annotated[str, typer.Option(help="Model of all rows: acme, acme:canary or acme@7.")] = "",
     model_column: Annotated[
-        str, typer.Option(help="Column that names each row's model; any name for images: their folder does.")
+        str, typer.Option(help="Column that names each row's model; for images any name: the folder does.")
     ] = "",
     image_column: Annotated[str, typer.Option(help="Column of Parquet that goes to the model.")] = "image",
     actors: Annotated[int, typer.Option(min=0, help="Processes; 0: one a core, or as GPUs allow.")] = 0,
@@ -46,7 +46,7 @@ def batch(
     ] = "local",
     ready: Annotated[
         bool,
-        typer.Option("--model-ready", help="Whole numbers that look like raw pixels are none."),
+        typer.Option("--model-ready", help="Take whole numbers that look like raw pixels as model-ready."),
     ] = False,
     store: StoreOption = None,
     as_json: AsJson = False,
@@ -54,7 +54,7 @@ def batch(
     """Label many rows offline: the labels that the service gives, without the service.
 
     It reads the store with your own credentials: no key, no quota, and an entry in each tenant's audit log.
-    The same command again goes on where one was cut off, with the same versions.
+    Run again, the same command goes on where it was cut off, with the same versions.
     """
     need_serve_extra()
     missing = [name for name in ("pyarrow", "pandas") if importlib.util.find_spec(name) is None]
@@ -64,7 +64,7 @@ def batch(
 
     settings = without_keys(load_settings(store=store, gpus_per_replica=gpus or None))
 
-    # Ray Data's actors are told of as if something were wrong with them (ray-project/ray#53727).
+    # Ray reports Ray Data's actors as if something were wrong with them (ray-project/ray#53727).
     os.environ.setdefault("RAY_BACKEND_LOG_LEVEL", "fatal")
     from flatshare.local.ray_token import cluster_token_file
     from flatshare.pool.environment import prepare

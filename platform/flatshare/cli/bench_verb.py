@@ -27,11 +27,11 @@ def bench(
     tenants: Annotated[
         str | None,
         typer.Option(
-            help="Refs to send to: acme,globex:canary. By default all tenants in production, those of "
-            "--keys, or the one whose key FLATSHARE_API_KEY is."
+            help="Refs to send to: acme,globex:canary. By default all tenants in production, the tenants of "
+            "--keys, or the tenant whose key FLATSHARE_API_KEY is."
         ),
     ] = None,
-    count: Annotated[int | None, typer.Option(min=1, help="Only the first so many of them.")] = None,
+    count: Annotated[int | None, typer.Option(min=1, help="Only the first N of them.")] = None,
     keys: Annotated[
         Path | None,
         typer.Option(
@@ -40,12 +40,12 @@ def bench(
         ),
     ] = None,
     zipf: Annotated[float, typer.Option(min=0, help="Exponent of popularity; 0 is all alike.")] = 1.0,
-    requests: Annotated[int | None, typer.Option(min=1, help="Stop after so many.")] = None,
-    duration: Annotated[float | None, typer.Option(min=0.1, help="Stop after so many seconds.")] = None,
+    requests: Annotated[int | None, typer.Option(min=1, help="Stop after this many.")] = None,
+    duration: Annotated[float | None, typer.Option(min=0.1, help="Stop after this many seconds.")] = None,
     concurrency: Annotated[int, typer.Option(min=1, max=1000, help="Closed loop: requests in flight.")] = 16,
     rate: Annotated[float | None, typer.Option(min=0.1, help="Open loop: requests a second.")] = None,
     batch: Annotated[int, typer.Option(min=1, help="Images in one request.")] = 1,
-    seed: Annotated[int, typer.Option(help="Of the draw of tenants and images.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed for drawing tenants and images.")] = 0,
     max_errors: Annotated[
         float, typer.Option(min=0, max=1, help="Share of requests that may fail; more is exit code 1.")
     ] = 0.01,
@@ -56,7 +56,7 @@ def bench(
             "has no effect."
         ),
     ] = None,
-    speed: Annotated[float, typer.Option(min=0.001, help="With --trace: so many times as fast.")] = 1.0,
+    speed: Annotated[float, typer.Option(min=0.001, help="With --trace: this many times as fast.")] = 1.0,
     record: Annotated[
         Path | None, typer.Option(help="Write what was sent as such a CSV, for --trace and for plan.")
     ] = None,
@@ -172,7 +172,7 @@ def _read_keys(file: Path) -> dict[str, str]:
 
 
 def _tenant_of(key: str) -> str | None:
-    """The tenant whose API key this is; None for an operator's, and for what is none."""
+    """The tenant whose API key this is; None for an operator's key, and for what is no key."""
     try:
         return parse_key(key).tenant
     except InvalidInput:
@@ -206,7 +206,7 @@ def _models(
 
 
 def _in_production(base: str, shown: dict[str, str]) -> list[str]:
-    """All tenants, for who may list them; for a tenant's key, that tenant."""
+    """All tenants in production, if the key may list tenants; for a tenant's key, that tenant."""
     try:
         tenants = parsed(call("GET", f"{base}/admin/tenants"), list[Tenant])
     except Forbidden:

@@ -66,7 +66,7 @@ def config(
     admin_key_file: Annotated[
         str, typer.Option(help="Where the cluster's head has the operator's key; not read here.")
     ] = "",
-    viewer_key_file: Annotated[str, typer.Option(help="The same of the key that may only look.")] = "",
+    viewer_key_file: Annotated[str, typer.Option(help="The same, for the key that may only look.")] = "",
     environment: Annotated[
         bool, typer.Option("--environment", help="Print what each node needs before `ray start` instead.")
     ] = False,

@@ -81,7 +81,7 @@ def open_registry(store: str | None) -> Registry:
 
 
 def actor_name() -> str:
-    """Who changes something by the command line, for audit logs."""
+    """The name under which the command line changes something, for audit logs."""
     try:
         return f"cli:{getpass.getuser()}"
     except (OSError, KeyError):  # no such user in a bare container
@@ -126,8 +126,8 @@ class Platform:
     found
         It is known to run: it was started on this machine, and its process is alive.
     asked_for
-        It runs here, or an option or the environment names it, or a key to show to it; else the address is a
-        guess, and whoever is there is none of ours, perhaps.
+        It runs here, or an option or the environment names it, or a key to show to it. Otherwise the address
+        is a guess, and what answers there may not be ours.
     """
 
     url: str
@@ -174,7 +174,7 @@ def call(method: str, url: str, **options: Any) -> httpx.Response:
     NotFound, BadInput, ServeError
         What it answered.
     InvalidInput
-        What answered is no platform, or sends us elsewhere.
+        What answered is not a platform, or redirects us.
     """
     headers = {**credentials(url), **options.pop("headers", {})}
     timeout_s = options.pop("timeout", CLIENT_TIMEOUT_S)
@@ -249,7 +249,7 @@ def probe_of(network: Architecture) -> Probe | None:
 
 
 def registry_for_change(store: str | None, url: str | None) -> Registry:
-    """The registry, for a change, once it is known that the platform at ``url`` is one, or is down.
+    """The registry, for a change, after a check that ``url`` is a platform's, or that nothing answers there.
 
     Raises
     ------
@@ -265,7 +265,7 @@ def registry_for_change(store: str | None, url: str | None) -> Registry:
 
 
 def _refuse_strangers(base: str, registry: Registry) -> None:
-    """Raise when what answers at an address is no platform, or one of another store; without showing it a
+    """Raise when what answers at an address is not a platform, or is one of another store. Show it no
     key.
     """
     try:
@@ -290,7 +290,7 @@ def _refuse_strangers(base: str, registry: Registry) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """How it went to tell a running platform of a change that stands in the store.
+    """The result of telling a running platform about a change that was made in the store.
 
     Attributes
     ----------
@@ -308,7 +308,7 @@ class Told:
         return self.text
 
     def check(self) -> None:
-        """Raise, once the change itself was reported.
+        """Raise if a platform was not told; call it after the change itself was reported.
 
         Raises
         ------
@@ -339,8 +339,8 @@ def own_store() -> dict[str, str]:
 def tell_replicas(registry: Registry, tenant: str, url: str | None) -> Told:
     """After a change in the store: have a running platform see it at once; says how it went. Never fails.
 
-    A platform of another store is not told, and takes nothing from us: the same tenant of its own is
-    another's.
+    A platform of another store is not told, and accepts nothing from us: its tenant of the same name is
+    another tenant.
     """
     try:
         platform = find_platform(url)

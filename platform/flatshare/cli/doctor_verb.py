@@ -1,4 +1,4 @@
-"""`flatshare doctor`: is this machine fit for a platform?"""
+"""`flatshare doctor`: whether this machine is fit for a platform."""
 
 from __future__ import annotations
 

@@ -30,10 +30,10 @@ from flatshare_registry.ids import ModelRef
 MODEL_ID_HEADER = "serve_multiplexed_model_id"
 
 MOVES_S: Final = 60.0
-"""Seconds for which a control plane that was on a node may be away: it starts anew on another."""
+"""Seconds for which the control plane may be away if it was on the node: it starts anew on another."""
 
 STALLS_S: Final = 300.0
-"""Seconds after which a drain from which nothing more leaves is told of."""
+"""Seconds without progress after which a drain is reported as stuck."""
 
 RefArgument = Annotated[str, typer.Argument(metavar="MODEL", help="acme, acme:canary or acme@7.")]
 
@@ -109,8 +109,8 @@ def scale(
 ) -> None:
     """Show how many replicas there should be, or change it: a number, or bounds between which load decides.
 
-    Nothing restarts. It holds until the platform ends. With --min 0 the pool goes when nothing comes, and the
-    first request wakes it.
+    Nothing restarts. It holds until the platform ends. With --min 0 the pool shrinks to no replica when no
+    requests come, and the first request wakes it.
     """
     address = f"{platform_url(url)}/admin/scaling"
     if replicas is not None and (minimum is not None or maximum is not None):
@@ -146,7 +146,7 @@ def drain(
 ) -> None:
     """Empty a replica and have it replaced, or empty a whole node: models move first, no request is lost.
 
-    A node takes nothing more then, and can't be called back: `ray stop` it, and start Ray anew.
+    The node then takes nothing more, and this can't be undone: `ray stop` it, and start Ray anew.
     """
     base = platform_url(url)
     fleet = parsed(call("GET", f"{base}/admin/replicas"), Fleet)
@@ -178,7 +178,7 @@ def _drain_node(base: str, node: str, *, as_json: bool) -> None:
             status.update(f"draining node {node}: {len(done['left'])} replicas are left ...")
             try:
                 now = parsed(call("POST", path, timeout=70), DrainedNode)
-            except NotFound:  # a control plane that knows of no such node is a new one: it has left
+            except NotFound:  # a new control plane, which knows of no such node: the node has left
                 done["left"] = []
             except (Unavailable, ServeError, InvalidInput):  # the control plane was there, and moves too
                 if time.monotonic() - asked_at > MOVES_S:

@@ -31,9 +31,9 @@ def add_to(app: typer.Typer) -> None:
 def logs(
     tenant: Annotated[str | None, typer.Option(help="Only requests for this one's models.")] = None,
     follow: Annotated[bool, typer.Option("--follow", "-f", help="Go on until Ctrl-C.")] = False,
-    failed: Annotated[bool, typer.Option("--failed", help="Only with a status from 400 on.")] = False,
+    failed: Annotated[bool, typer.Option("--failed", help="Only statuses from 400 on.")] = False,
     file: Annotated[
-        Path | None, typer.Option(help="The log; else the one that FLATSHARE_ACCESS_LOG names.")
+        Path | None, typer.Option(help="The log file; by default the one that FLATSHARE_ACCESS_LOG names.")
     ] = None,
     as_json: AsJson = False,
 ) -> None:

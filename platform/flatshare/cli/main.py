@@ -46,7 +46,7 @@ app = typer.Typer(
 
 @app.callback()
 def before() -> None:
-    """Warn of variables that nobody reads: a setting that is misspelt is one that does not hold."""
+    """Warn of variables that nothing reads: a misspelt setting has no effect."""
     unknown = unknown_variables(os.environ)
     if unknown:
         names = ", ".join(f"{name} (is {near} meant?)" if near else name for name, near in unknown.items())

@@ -44,10 +44,10 @@ AsJson = Annotated[bool, typer.Option("--json", help="Print JSON instead of a ta
 
 
 def take_streams() -> None:
-    """Make stdout and stderr such that no text of a tenant's ends the command; once, before anything else.
+    """Keep tenants' text on stdout or stderr from ending the command; call it once, before anything else.
 
-    What their encoding lacks is shown as Python writes it. One that is closed (``>&-``) becomes the null
-    device, so that no file that is opened later gets its number, and what is printed.
+    Characters that their encoding lacks are shown as Python escapes. A closed stream (``>&-``) becomes the
+    null device, so that no file that is opened later gets its number, and with it what is printed.
     """
     for name, descriptor in (("stdin", 0), ("stdout", 1), ("stderr", 2)):
         if getattr(sys, name) is not None:
@@ -62,11 +62,11 @@ def take_streams() -> None:
 
 
 class _Closed(io.TextIOWrapper):
-    """In place of a stream that whoever started us had closed."""
+    """Stands in for a stream that was already closed when this process started."""
 
 
 def need_stdout() -> None:
-    """Say so when what is going to be made could be shown to nobody.
+    """Raise if what is going to be made could not be shown.
 
     Raises
     ------
@@ -96,7 +96,7 @@ def print_table(title: str, columns: Sequence[str], rows: Iterable[Sequence[obje
 
 
 def printable(text: str) -> str:
-    """Text that can't move a terminal's cursor, or colour it: what could is shown as Python writes it."""
+    """Text that can't move a terminal's cursor, or colour it: such characters are shown as Python escapes."""
     return "".join(one if one.isprintable() else ascii(one)[1:-1] for one in text)
 
 

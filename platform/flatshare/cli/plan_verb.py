@@ -49,7 +49,7 @@ def plan(
     if plot is not None and (plot.suffix not in PLOT_SUFFIXES or not plot.parent.is_dir()):
         raise InvalidInput(f"--plot {plot}: name a {', '.join(PLOT_SUFFIXES)} file in a folder that exists")
     if plot is not None:
-        need_serve_extra()  # matplotlib is of it
+        need_serve_extra()  # it includes matplotlib
     asked = read_trace(trace) if trace is not None else zipf_trace(tenants, zipf, requests, rate=1000.0)
     about = f"{trace.name}: " if trace is not None else f"Zipf({zipf:g}), "
     about += f"{len(asked.names)} tenants, {len(asked)} requests, {slots} slots a replica"

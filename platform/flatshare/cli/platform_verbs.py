@@ -179,7 +179,7 @@ def warn(text: str) -> None:
 
 
 def on_stop_signals(handler: Callable[[int, FrameType | None], None]) -> None:
-    """Call this when somebody wants us to end; ``nohup`` and ``&`` say whose signals do not."""
+    """Call ``handler`` when a signal asks us to end; signals that ``nohup`` or ``&`` ignore stay ignored."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         if number == signal.SIGTERM or signal.getsignal(number) is not signal.SIG_IGN:
             signal.signal(number, handler)
@@ -224,7 +224,7 @@ def _up_detached(settings: Settings) -> None:
 
 
 class _Parent:
-    """The ``up --detach`` that waits for us, if any: told when everything answers, and missed when it dies.
+    """The ``up --detach`` that waits for us, if any: told when everything answers; we notice when it dies.
 
     Parameters
     ----------
@@ -237,7 +237,7 @@ class _Parent:
         self._told = threading.Event()
 
     def watch(self) -> None:
-        """Stop this process if the other one ends before it was told; it was never said to be up."""
+        """Stop this process if the other one ends before it was told: nobody was told that this one is up."""
         if self._descriptor is None:
             return
         os.set_inheritable(self._descriptor, False)
@@ -249,7 +249,7 @@ class _Parent:
             os.kill(os.getpid(), signal.SIGTERM)
 
     def tell(self, text: str) -> None:
-        """Everything answers."""
+        """Tell it that everything answers."""
         self._told.set()
         if self._descriptor is None:
             return
@@ -260,7 +260,7 @@ class _Parent:
 
 
 def _parent() -> _Parent:
-    """Of this process."""
+    """The parent of this process."""
     descriptor = os.environ.pop(READY_FD_VARIABLE, "")
     parent = _Parent(int(descriptor) if descriptor else None)
     threading.Thread(target=parent.watch, daemon=True, name="parent").start()
@@ -305,11 +305,11 @@ def rollout(
     ] = True,
     port: PortOption = None,
 ) -> None:
-    """Replace every replica, one after the other, by the code that is installed now; also with other
+    """Replace every replica, one after the other, with the code that is installed now; also with other
     settings.
 
-    Requests go on meanwhile. A new replica takes them once it has loaded what it will be home to. What was
-    not named stays as it was. If new replicas do not start, the old ones stay.
+    Requests go on meanwhile. A new replica takes them once it has loaded what it will be home to. Settings
+    that were not named stay as they were. If new replicas do not start, the old ones stay.
     """
     need_serve_extra()
     given = named_values(changes or [])

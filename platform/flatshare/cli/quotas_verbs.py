@@ -30,7 +30,7 @@ TenantArgument = Annotated[str, typer.Argument(metavar="TENANT")]
 
 @quotas_app.command("show")
 def show_quotas(tenant: TenantArgument, url: UrlOption = None, as_json: AsJson = False) -> None:
-    """Show a tenant's plan, what of it is different, and what holds (asks the running platform)."""
+    """Show a tenant's plan, its differences from the plan, and what holds (asks the running platform)."""
     route = f"{platform_url(url)}/admin/tenants/{TenantId(tenant)}/quotas"
     found = parsed(call("GET", route), QuotasShown)
     own, effective = found["own"], found["effective"]
@@ -64,7 +64,7 @@ def set_quotas(
     store: StoreOption = None,
     url: UrlOption = None,
 ) -> None:
-    """Change what is different from the plan; limits that are not named stay as they are."""
+    """Change how a tenant's limits differ from its plan; limits that are not named stay as they are."""
     wanted = TenantId(tenant)
     registry = registry_for_change(store, url)
     if plan is not None:

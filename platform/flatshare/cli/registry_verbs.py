@@ -158,7 +158,7 @@ def versions(
     store: StoreOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """List a tenant's versions; with --compare, how those that were used since did."""
+    """List a tenant's versions; with --compare, show how the versions used since then performed."""
     registry = open_registry(store)
     if compare:
         print_comparison(registry, TenantId(tenant), since, as_json)
@@ -244,7 +244,7 @@ def remove_alias(
 
 def gc(
     delete: Annotated[bool, typer.Option("--delete", help="Really delete; else only list.")] = False,
-    grace_hours: Annotated[float, typer.Option(help="Spare what is younger.")] = DEFAULT_GRACE_S / 3600,
+    grace_hours: Annotated[float, typer.Option(help="Keep younger objects.")] = DEFAULT_GRACE_S / 3600,
     store: StoreOption = None,
     as_json: AsJson = False,
 ) -> None:

@@ -78,7 +78,7 @@ def _end(state: PlatformState) -> None:
 
 def status(port: OwnPortOption = None, as_json: AsJson = False) -> None:
     """What runs on this machine, and whether it answers. Exit code 3 when nothing does."""
-    load_settings(port=port)  # a wrong setting is one, and not a platform that does not answer
+    load_settings(port=port)  # reports a wrong setting as such, not as a platform that does not answer
     states = [state for state in known_states() if port in (None, state.port) and state.process() is not None]
     rows = [_row(state) for state in states]
     if as_json:

@@ -25,7 +25,7 @@ def add_to(app: typer.Typer) -> None:
 
 @settings_app.command("show")
 def show(url: UrlOption = None, as_json: AsJson = False) -> None:
-    """What can change in place, and what it is now."""
+    """Show the settings that can change in place, and their values now."""
     _print(call("GET", _address(url)), as_json=as_json)
 
 
@@ -37,7 +37,7 @@ def change(
     url: UrlOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Change some in the control plane and in every replica, until the platform ends. Nothing restarts."""
+    """Change settings in the control plane and in every replica, until the platform ends. No restart."""
     body = {"settings": named_values(values, as_json=True)}
     reply = call("PATCH", _address(url), json=body)
     found = parsed(reply, LiveSettings)
@@ -53,7 +53,7 @@ def named_values(texts: list[str], *, as_json: bool = False) -> dict[str, Any]:
     Parameters
     ----------
     as_json
-        Values that are JSON are what they say.
+        Values that are valid JSON are parsed as JSON.
 
     Raises
     ------

@@ -36,8 +36,8 @@ tasks_app.add_typer(dead_app, name="dead")
 
 @dead_app.command("list")
 def list_dead(
-    tenant: Annotated[str | None, typer.Argument(help="Whose; by default those of the key.")] = None,
-    before: Annotated[str, typer.Option(help="Only older ones: what a page names as next.")] = "",
+    tenant: Annotated[str | None, typer.Argument(help="Whose tasks; by default those of the key.")] = None,
+    before: Annotated[str, typer.Option(help="Only tasks older than this: a page's `next`.")] = "",
     url: UrlOption = None,
     as_json: AsJson = False,
 ) -> None:
@@ -47,10 +47,10 @@ def list_dead(
 
 @tasks_app.command("list")
 def list_tasks(
-    tenant: Annotated[str | None, typer.Argument(help="Whose; by default those of the key.")] = None,
+    tenant: Annotated[str | None, typer.Argument(help="Whose tasks; by default those of the key.")] = None,
     state: Annotated[str | None, typer.Option(help="queued, running, done, failed, dead, cancelled.")] = None,
     limit: Annotated[int, typer.Option(min=1, max=100)] = 20,
-    before: Annotated[str, typer.Option(help="Only older ones: what a page names as next.")] = "",
+    before: Annotated[str, typer.Option(help="Only tasks older than this: a page's `next`.")] = "",
     url: UrlOption = None,
     as_json: AsJson = False,
 ) -> None:
@@ -123,7 +123,7 @@ def _number(value: float | None, unit: str = "") -> str:
 
 @tasks_app.command("show")
 def show(task: TaskArgument, url: UrlOption = None, as_json: AsJson = False) -> None:
-    """A task: where it is, what it was answered, or why not."""
+    """Show a task: its state, and its answer, or why it has none."""
     _print(call("GET", _address(task, url)), as_json=as_json)
 
 

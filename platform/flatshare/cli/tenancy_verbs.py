@@ -106,7 +106,7 @@ def rotate_key(
     url: UrlOption = None,
     as_json: AsJson = False,
 ) -> None:
-    """Make a key like another one, which ends after a grace period."""
+    """Make a key like another one; the old key ends after a grace period."""
     need_stdout()
     tenant = _tenant_of(key_id)
     registry = registry_for_change(store, url)
@@ -161,7 +161,7 @@ def list_keys(tenant: TenantArgument, store: StoreOption = None, as_json: AsJson
 
 
 def _show_new(registry: Registry, tenant: TenantId, made: NewKey, url: str | None, *, as_json: bool) -> None:
-    """Show a new key, first of all: it can't be shown again, whatever becomes of telling a platform of it."""
+    """Show a new key before a platform is told of it: it can't be shown again, even if the telling fails."""
     if as_json:
         print_json({"id": made.id, "key": made.text})
     else:
@@ -263,7 +263,7 @@ def verify_erasure(
     public_key: Annotated[
         str | None,
         typer.Option(
-            help="Whose signature it must be, in hex; by default this machine's own key, if it has one."
+            help="Public key of the signature, in hex; by default this machine's own key, if it has one."
         ),
     ] = None,
     store: StoreOption = None,

@@ -39,7 +39,7 @@ def top(
 ) -> None:
     """Show the fleet live: replicas, hit rate, time of a request, busiest tenants, most used models.
 
-    Until Ctrl-C. Where nobody looks (a pipe, --json) it shows one moment.
+    It runs until Ctrl-C. Without a terminal (a pipe, --json) it shows the fleet once.
     """
     base = platform_url(url)
     fleet, history = look(base)
@@ -120,7 +120,7 @@ def frame(fleet: Fleet, history: History, note: str = "") -> Group:
 
 
 def spark(values: Sequence[float | None]) -> str:
-    """A line of a few characters' height: the highest is full, and what is not known a gap."""
+    """A sparkline: the highest value is a full block, and an unknown value is a gap."""
     highest = max((value for value in values if value is not None), default=0.0) or 1.0
     steps = len(LEVELS) - 1
     return "".join(
@@ -137,10 +137,6 @@ def _table(*columns: str) -> Table:
 
 def _add(table: Table, *cells: object) -> None:
     table.add_row(*[Text(printable(str(cell))) for cell in cells])
-
-
-def _rate(value: float | None) -> str:
-    return "-" if value is None else f"{value:.1f}"
 
 
 def _percent(share: float | None) -> str:

@@ -168,7 +168,7 @@ def train_tenant(
 @train_app.command("digits")
 def train_digits(
     handwriting_name: Annotated[
-        str, typer.Option("--handwriting", "-w", help="As a customer writes them; else as they are.")
+        str, typer.Option("--handwriting", "-w", help="A customer's handwriting; by default unchanged.")
     ] = "",
     count: Annotated[int, typer.Option(min=1, max=2000)] = 2,
     out_folder: Annotated[Path, typer.Option("--out", help="Folder for the files.")] = Path("digits"),

@@ -1,4 +1,4 @@
-"""``flatshare usage``: what tenants used, for bills; and how versions of one tenant did beside each other."""
+"""``flatshare usage``: what tenants used, for bills; and how versions of one tenant compare."""
 
 from __future__ import annotations
 
@@ -41,10 +41,10 @@ def usage(
     as_json: AsJson = False,
     as_csv: Annotated[bool, typer.Option("--csv", help="Print CSV instead of a table.")] = False,
 ) -> None:
-    """What tenants used: requests, images, cold loads, bytes of bodies; from whole hours, in UTC.
+    """Show what tenants used: requests, images, cold loads, bytes of bodies; from whole hours, in UTC.
 
-    Replicas write their counts once a minute (FLATSHARE_USAGE_INTERVAL_S); one that is killed loses what it
-    counted since. It needs the store only, no running platform.
+    Replicas write their counts once a minute (FLATSHARE_USAGE_INTERVAL_S); a killed replica loses what it
+    counted since. This verb needs only the store, and no running platform.
     """
     if as_json and as_csv:
         raise InvalidInput("--json or --csv, not both")
@@ -82,7 +82,7 @@ def usage(
 
 
 def print_comparison(registry: Registry, tenant: TenantId, since: str, as_json: bool) -> None:
-    """How a tenant's versions did beside each other, to judge a promotion by.
+    """Show how a tenant's versions compare, to judge a promotion.
 
     Raises
     ------
@@ -122,7 +122,7 @@ def print_comparison(registry: Registry, tenant: TenantId, since: str, as_json: 
 
 
 def moment_of(text: str, now: datetime) -> datetime:
-    """A time as people write it: so long ago, or a moment (UTC where it does not say).
+    """Parse a time as people write it: how long ago, or a moment (in UTC if it names no zone).
 
     Raises
     ------

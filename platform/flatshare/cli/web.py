@@ -1,4 +1,4 @@
-"""One HTTP request of a client command: no key where it does not belong, and none in what an error says."""
+"""One HTTP request of a client command. No key goes where it does not belong, or into an error message."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["NobodyListens", "send", "shown", "without_key"]
 
 PROXY_VARIABLES: Final = ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy", "NO_PROXY", "no_proxy")
 SHORTEST_KEY: Final = 8
-"""Characters. What is shorter is no key, and would be found in every other word."""
+"""Fewest characters of a key. Shorter text is not a key, and would be found in many ordinary words."""
 
 
 class NobodyListens(Unavailable):
@@ -29,7 +29,7 @@ def send(
 
     Parameters
     ----------
-    options
+    **options
         As ``httpx.Client.request`` has them.
 
     Raises
@@ -72,7 +72,7 @@ def shown(url: str) -> str:
 
 
 def without_key(text: str, headers: dict[str, str]) -> str:
-    """A text in which the key of these headers is not, whoever put it there."""
+    """A text without the key of these headers, whoever put it there."""
     key = headers.get("authorization", "").removeprefix("Bearer ")
     return text.replace(key, "[the key]") if len(key) >= SHORTEST_KEY else text
 
@@ -94,13 +94,13 @@ def _parsed(url: str) -> httpx.URL:
 
 
 def _client(target: httpx.URL) -> httpx.Client:
-    """A client that may use the environment's proxy for TLS to other machines, and none else.
+    """A client that may use the environment's proxy for TLS to other machines, and for nothing else.
 
-    What is not encrypted shows the key to the proxy; loopback is another machine's where the proxy stands.
+    Without encryption the proxy would see the key; and loopback, as the proxy sees it, is another machine's.
     """
     if target.scheme == "https" and not _is_loopback(target.host):
         return httpx.Client()
-    # With a transport of its own a client asks no proxy; SSL_CERT_FILE goes on counting.
+    # With a transport of its own a client uses no proxy; SSL_CERT_FILE still applies.
     return httpx.Client(transport=httpx.HTTPTransport(verify=target.scheme == "https"))
 
 

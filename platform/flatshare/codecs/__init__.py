@@ -1,4 +1,4 @@
-"""Bodies to rows: JSON, npy, octets, images; limits before memory.
+"""Turns bodies into rows: JSON, npy, octets, images; checks limits before it spends memory.
 
-Others ask it for the rows of a body. It never knows HTTP frameworks or tenants.
+Other packages call it for the rows of a body. It knows nothing of HTTP frameworks or tenants.
 """

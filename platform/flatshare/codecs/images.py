@@ -33,8 +33,8 @@ MAX_SEGMENTS: Final = 2048
 
 FREE_PIXEL_BYTES: Final = 64 * 1024
 BYTES_A_PIXEL: Final = 8
-"""Bytes of compressed pixels that are decoded: so many, and so many more a pixel. The worst that an encoder
-makes of noise is less."""
+"""Most bytes of compressed pixels that are decoded: a fixed number, and this many more per pixel. An
+encoder's worst result for noise is smaller."""
 
 MAX_EXIF_ENTRIES: Final = 512
 """Directory entries that are looked at for the orientation; a camera writes about 20."""
@@ -145,8 +145,8 @@ class _Bare:
     Parameters
     ----------
     wanted
-        Width and height that the image must have, or the other way round: it may say that it lies on its
-        side.
+        Width and height that the image must have. They may be swapped: the file may say that the image lies
+        on its side.
     """
 
     def __init__(self, start: bytes, wanted: tuple[int, int]) -> None:
@@ -184,7 +184,7 @@ class _Bare:
 
 
 def _bare_png(data: bytes, wanted: tuple[int, int]) -> tuple[bytes, tuple[int, int], bytes]:
-    """The file without what is not pixels; width and height; its EXIF directory, or nothing."""
+    """The file with only what describes pixels; width and height; its EXIF directory, or nothing."""
     bare, exif, at = _Bare(_PNG_START, wanted), b"", len(_PNG_START)
     width, height = struct.unpack_from(">II", data, at + 8)
     bare.check_size((width, height))

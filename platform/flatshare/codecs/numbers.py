@@ -6,7 +6,7 @@ __all__ = ["whole_number"]
 
 
 def whole_number(text: str, most: int) -> int | None:
-    """The number that plain digits say, leading zeros or not; None for other text, and above ``most``.
+    """The number in a text of plain digits, leading zeros allowed; None for other text, or above ``most``.
 
     For text from outside: ``int`` also takes signs, spaces, underscores and other scripts' digits, and fails
     on more than 4,300 digits.

@@ -1,7 +1,7 @@
 """Open Inference Protocol v2: a request's JSON and binary parts to rows, and which outputs it wants.
 
-What asks for an extension that is not served here is refused by name: an answer without it would be another
-tensor than was asked for. HTTP is ``api/oip.py``.
+A request for an extension that is not served here is refused by name: an answer without it would be a
+different tensor from the one asked for. ``api/oip.py`` does HTTP.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ _NOT_SERVED: Final = (
 def split_body(
     body: bytes, header_length: str | None, network: Architecture, max_rows: int
 ) -> tuple[dict[str, Any], memoryview]:
-    """The JSON part of a body, not to expand to more than rows can have, and the binary data after it."""
+    """A body's JSON part, refused if it expands to more than rows can have, and the binary data after it."""
     end = len(body)
     if header_length is not None:
         found = whole_number(header_length, len(body))

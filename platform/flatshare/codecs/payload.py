@@ -26,10 +26,10 @@ _NUMBERS: Final = {int, float}
 
 
 SHORT_BYTES: Final = 64 * 1024
-"""Length up to which JSON is parsed without a look at what it would expand to: 25 times that, at most."""
+"""JSON up to this length is parsed without checking what it expands to: 25 times that, at most."""
 
 FEW_BYTES: Final = 16 * 1024
-"""Rows up to which plain Python looks for the largest number."""
+"""Bytes of rows up to which plain Python looks for the largest number."""
 
 SPARE_VALUES: Final = 4096
 """Lists, objects, texts and numbers that a body may have beside its rows."""
@@ -68,19 +68,19 @@ def decode_json(body: bytes, spec: InputSpec, max_rows: int, *, ready: bool = Fa
     value = document[spec.name]
     if not isinstance(value, list):
         return decode_array(value, spec, max_rows, ready=ready)
-    # A literal can't be written otherwise, so where neither stands no leaf is a truth value.
+    # JSON has no other spelling for these literals, so if neither occurs, no leaf is a truth value.
     truths = b"true" in text or b"false" in text
     rows, small = _rows_of_list(value, spec, max_rows, truths=truths)
     return rows if small else _checked(rows, spec, ready=ready)
 
 
 def check_expansion(body: bytes, spec: InputSpec, max_rows: int) -> None:
-    """Refuse long JSON of more values than the most rows can have: each would take up to 64 bytes.
+    """Refuse long JSON with more values than ``max_rows`` rows can have: each would take up to 64 bytes.
 
     Raises
     ------
     BadInput, TooLarge
-        It is that.
+        It has more.
     """
     if len(body) <= SHORT_BYTES:
         return
@@ -138,11 +138,11 @@ def _rows_of_list(
 ) -> tuple[NDArray[np.float32], bool]:
     """Rows of a nested list, whose shape and leaves are checked before an array is made of them.
 
-    With them goes whether they are known to hold no number above 1, and so no raw pixels: of few numbers
-    Python finds the largest in 8 microseconds, where numpy would let the GIL go, and wait to have it back.
+    Also returns whether they are known to hold no number above 1, and so no raw pixels. For few numbers,
+    Python finds the largest in 8 microseconds; numpy would release the GIL and wait to get it back.
 
-    numpy would make text of a list that holds one string, as wide as the longest: a small body could
-    ask for gigabytes. ``struct`` takes numbers only, and packs one image in 5 microseconds where ``np.array``
+    numpy would turn a list that holds one string into text, as wide as the longest: a small body could ask
+    for gigabytes. ``struct`` takes numbers only, and packs one image in 5 microseconds where ``np.array``
     takes 14; with the rest of this function, 18 against 42.
 
     Parameters

@@ -4,8 +4,8 @@ Decided before a byte of the body is read. A tenant's key that may manage sees a
 whatever else it names is not there.
 
 Keys are in headers, never in cookies or URLs: a web page of another site can't make a browser show one, so
-no simple cross-site request is anybody's. Where authentication is off, :mod:`flatshare.api.local_only` keeps
-such pages out, here for open routes too.
+no simple cross-site request carries an identity. Where authentication is off, :mod:`flatshare.api.local_only`
+keeps such pages out, here for open routes too.
 """
 
 from __future__ import annotations
@@ -113,7 +113,7 @@ class _Account:
 
 
 class Gate:
-    """An ASGI app before the control plane's: lets in who may, and notes who it is.
+    """An ASGI app in front of the control plane's: admits allowed callers, and notes who each one is.
 
     Raises
     ------
@@ -159,12 +159,12 @@ class Gate:
             await error_reply(request, error)(scope, receive, send)
 
     async def _check_store(self, request: Request) -> None:
-        """Return if a change is about this platform's store, or does not say.
+        """Return if a change names this platform's store, or names none.
 
         Raises
         ------
         OtherStore
-            It is about another.
+            It names another store.
         """
         wanted = request.headers.get(STORE_HEADER)
         if wanted is None or request.method in ("GET", "HEAD"):
@@ -173,7 +173,7 @@ class Gate:
             raise OtherStore("this platform serves another store than the one that the change is in")
 
     async def _own_store(self) -> str:
-        """The id of this platform's store; one look at a time, and none after one that succeeded."""
+        """The id of this platform's store; read by one call at a time, and not again once it is known."""
         if self._own is None:
             self._own = await self._looks.join("the store's id", lambda: asyncio.to_thread(self._store_id))
         return self._own
@@ -197,7 +197,7 @@ class Gate:
 
     @contextlib.contextmanager
     def _counted(self, caller: Caller) -> Iterator[None]:
-        """Within the limits of one tenant; operators have none.
+        """Count a request against the limits of its tenant; operators have none.
 
         Raises
         ------
@@ -232,13 +232,13 @@ class Gate:
 
 
 def caller_of(request: Request) -> Caller:
-    """Who the gate let in."""
+    """The caller that the gate admitted."""
     caller: Caller = request.scope[_CALLER]
     return caller
 
 
 def _check(access: Access, caller: Caller, tenant: str) -> None:
-    """Return if a caller may.
+    """Return if a caller may use a route.
 
     Raises
     ------
@@ -265,7 +265,7 @@ def _keys(route: BaseRoute) -> Iterable[tuple[str, str]]:
 
 
 def _given(body: bytes, receive: Receive) -> Receive:
-    """A body that was read already, then whatever comes."""
+    """An ASGI ``receive`` that gives a body which was read already, then whatever comes."""
     messages: list[Message] = [{"type": "http.request", "body": body, "more_body": False}]
 
     async def given() -> Message:

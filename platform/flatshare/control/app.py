@@ -65,7 +65,7 @@ from flatshare_registry.records import DEFAULT_PLAN, Action, Quotas, TenantHead
 __all__ = ["RegistryHeads", "create_control_app"]
 
 MAX_AUDIT_ENTRIES: Final = 1000
-"""Most of one answer: each is an object of the store."""
+"""Most entries in one answer: each is an object in the store."""
 
 IdempotencyKey = Annotated[
     str | None,
@@ -465,7 +465,7 @@ def _add_fleet(
     history: History | None,
 ) -> None:
     async def noted(request: Request, model: str, action: Action, **detail: str) -> str:
-        """The ref, once the tenant's log says what is going to be done with it."""
+        """Note in the tenant's log what is going to be done with a model; returns its ref."""
         ref = ModelRef.parse(model)
         note = _for(registry, request).note
         await asyncio.to_thread(note, ref.tenant, action, {"model": str(ref), **detail})
@@ -505,7 +505,7 @@ def _add_fleet(
         pin = "yes" if body.pin else "no"
         model = await noted(request, body.model, Action.FLEET_PRELOAD, pin=pin)
         done = await fleet.preload(model, pin=body.pin)
-        if body.pin:  # once it is: what has no room is not asked of every replica that starts
+        if body.pin:  # only now: a model that had no room is not demanded of every replica that starts
             await asyncio.to_thread(registry.pins.add, ModelRef.parse(model))
         return Refreshed.of(done)
 

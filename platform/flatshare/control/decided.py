@@ -26,7 +26,7 @@ class Scaler(Protocol):
         ...
 
     def scale(self, replicas: int) -> None:
-        """Have Serve keep so many. Raises as :meth:`wanted`."""
+        """Have Serve keep this many replicas. Raises as :meth:`wanted`."""
         ...
 
     def newest(self) -> str | None:

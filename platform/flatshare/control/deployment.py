@@ -110,11 +110,11 @@ class ControlPlane:
             raise RuntimeError("the fleet's keeper, or that of tasks, has ended")
 
     async def routes(self) -> Routes:
-        """Asked by edges: what does not go by the ring alone."""
+        """Called by edges: what is not routed by the ring alone."""
         return self._keeper.routes
 
     async def wake(self, waiting: int) -> None:
-        """Told by edges: so many requests wait, and there is no replica."""
+        """Called by edges: ``waiting`` requests wait, and there is no replica."""
         self._keeper.wake(waiting)
 
 
@@ -139,7 +139,7 @@ def _task_keeper(settings: Settings) -> TaskKeeper:
 
 
 def _bounds(settings: Settings) -> Bounds:
-    """What the operator allows: what was said last on this cluster, else the settings."""
+    """What the operator allows: the bounds that were set last on this cluster, else those of the settings."""
     minimum, maximum = recall_bounds() or (settings.least_replicas, settings.most_replicas)
     return Bounds(
         minimum,

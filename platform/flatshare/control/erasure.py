@@ -1,17 +1,17 @@
-"""A tenant leaves without a trace: in every replica, on every node, in the store; and a signed record of it.
+"""Erases a tenant without a trace, in every replica, on every node and in the store; signs a record of it.
 
-In this order, and every step can be done again, so whatever crashes, a rerun finishes:
+The steps are in this order. Every step can be repeated, so after any crash a rerun finishes:
 
-1. fence: replicas answer for the tenant no more, also requests that are under way;
-2. tombstone: nobody resolves it, also a replica that starts later;
-3. replicas end its leases and loads, free and overwrite its memory, and give receipts; who does not
-   answer is asked again, and who can't be reached because it updates or stops is waited for;
+1. fence: replicas no longer answer for the tenant, not even requests under way;
+2. tombstone: nothing resolves it any more, not even a replica that starts later;
+3. replicas end its leases and loads, free and overwrite its memory, and give receipts; a replica that does
+   not answer is asked again, and one that can't be reached because it updates or stops is waited for;
 4. nodes overwrite and remove its files;
 5. the store's objects go, with all versions that a bucket has kept;
 6. nodes once more, for what a fetch that was under way left behind; then the record is signed and stored.
 
-With many tenants that takes longer than a request may (every head is read): an erasure is a job, and who asks
-for it again waits for the one that runs.
+With many tenants this takes longer than a request may, because every head is read. So an erasure is a job,
+and a caller who asks for it again waits for the one that runs.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ HOSTS_TIMEOUT_S: Final = 20.0
 """The same for the nodes."""
 
 KEPT_TRIES: Final = 2
-"""How often a node is asked again that keeps a file because it is mapped: then it is another tenant's too."""
+"""How often a node that keeps a mapped file is asked again; after that the file is another tenant's too."""
 
 ASK_AGAIN_S: Final = 0.25
 
@@ -145,7 +145,7 @@ class Erasure:
         self.step = f"removing from the store: {done} of {steps}"
 
     async def _check_kept(self, tenant: TenantId, nodes: Collection[HostReceipt]) -> None:
-        """A file that a node keeps must be another tenant's too, and not a replica's that won't let go."""
+        """Check that files which nodes keep are other tenants' too, and not just held on to by a replica."""
         kept = {digest for one in nodes for digest in one.kept}
         if kept:
             unnamed = await asyncio.to_thread(self._registry.eraser.unnamed_tensors, tenant, kept)
@@ -157,7 +157,7 @@ class Erasure:
                 )
 
     async def _host_receipts(self, tensors: list[str], wanted: set[str]) -> dict[str, HostReceipt]:
-        """A receipt of every node; asked again while one is missing, or keeps what is let go of just now."""
+        """A receipt of every node; asks again while one is missing, or keeps a file just being released."""
         receipts: dict[str, HostReceipt] = {}
         deadline = time.monotonic() + HOSTS_TIMEOUT_S
         for tries in itertools.count():
@@ -180,10 +180,10 @@ class Erasure:
         raise AssertionError("unreachable: it counts for ever")
 
     async def _receipts(self, tenant: TenantId) -> dict[str, EraseReceipt]:
-        """A receipt of every replica that may answer, asked again until it says that nothing is left.
+        """A receipt of every replica that may answer; each is asked until it says that nothing is left.
 
-        One that updates or stops is not reached by the asking: it is waited for until it runs, or is gone.
-        One that only starts finds the tombstone.
+        The broadcast does not reach a replica that updates or stops: it is waited for until it runs or is
+        gone. A replica that is only starting finds the tombstone.
         """
         receipts: dict[str, EraseReceipt] = {}
         deadline = time.monotonic() + REPLICAS_TIMEOUT_S
@@ -216,7 +216,7 @@ class Erasures:
     Parameters
     ----------
     wait_s
-        How long who asks is kept waiting for the end.
+        Seconds for which a caller waits for the end.
     """
 
     def __init__(self, wait_s: float = ERASE_WAIT_S) -> None:
@@ -226,13 +226,13 @@ class Erasures:
     async def run(self, tenant: TenantId, erasure: Erasure, asked_by: str) -> Record | Erasing:
         """Begin the erasure of a tenant, or join the one under way.
 
-        It goes on when the caller goes away. How it ended is told to whoever asks next, once; after that,
-        asking begins another.
+        The erasure goes on when the caller goes away. Its result is given once, to the next caller; after
+        that, asking begins another erasure.
 
         Parameters
         ----------
         erasure
-            Runs, unless one does.
+            Run, unless one runs for this tenant.
 
         Returns
         -------
@@ -264,7 +264,7 @@ class _Job:
 
 
 def _both(known: HostReceipt, one: HostReceipt) -> HostReceipt:
-    """Two of one node: its replicas share the files, so each file was removed by one of them."""
+    """Merge two receipts of one node: its replicas share the files, so one of them removed each file."""
     removed = {*known.removed, *one.removed}
     return HostReceipt(
         known.replica, known.node_id, known.node,

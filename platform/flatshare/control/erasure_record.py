@@ -94,12 +94,12 @@ def read_records(store: BlobStore, tenant: TenantId) -> list[Record]:
 def erasure_problems(
     registry: Registry, tenant: TenantId, records: list[Record], public_key: str | None
 ) -> tuple[list[str], list[str]]:
-    """What speaks against a tenant's erasure, and notes; looks at records, tombstone, and what the store has.
+    """Problems with a tenant's erasure, and notes; checks the records, the tombstone and the store.
 
     Parameters
     ----------
     public_key
-        Whose signature it must be, in hex; None: whoever the records name.
+        Public key of the signature, in hex; None: whichever the records name.
 
     Raises
     ------
@@ -152,7 +152,7 @@ def erasure_problems(
 
 
 def _misplaced(record: Mapping[str, Any], tenant: TenantId) -> str | None:
-    """Why a record whose signature is good is none of this tenant's erasure; None when it is."""
+    """Why a record with a good signature is not of this tenant's erasure; None when it is."""
     if record.get("kind") != "flatshare.erasure" or record.get("schema_version") != 1:
         return "it is no erasure record of a form that is known here"
     if record.get("tenant") != tenant:

@@ -40,15 +40,15 @@ class Broadcasts(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class Told:
-    """Whom the fleet was told something, and whom not.
+    """Which replicas did what the fleet was told, and which did not.
 
     Attributes
     ----------
     reached
         Names of replicas that did what they were told, sorted.
     missed
-        Names of those that exist and did not, sorted: Serve does not pass on a broadcast to who starts,
-        updates or stops. None when Serve could not say who exists.
+        Names of existing replicas that did not, sorted: Serve passes no broadcast to a replica that starts,
+        updates or stops. None when Serve could not say which replicas exist.
     """
 
     reached: tuple[str, ...]
@@ -84,8 +84,8 @@ class Fleet:
     read_states
         Reads Serve's word on the replicas; blocking, called in a thread.
     read_head
-        Reads a tenant's head, deleted or not; likewise. None: replicas are told to read it, and not what it
-        says.
+        Reads a tenant's head, deleted or not; likewise. None: replicas are not sent the head, and are told to
+        read it.
     """
 
     def __init__(
@@ -119,8 +119,8 @@ class Fleet:
     async def refresh(self, tenant: str) -> Told:
         """Have every replica read a tenant anew.
 
-        They are told what it says now: one that can't reach the store knows of a revoked key all the same.
-        Never fails, because it follows a change that has landed: a replica that was not reached, or
+        They are sent the tenant's head: a replica that can't reach the store still learns of a revoked key.
+        Never fails, because it follows a change that is already stored: a replica that was not reached, or
         could not read, sees the change within its view's TTL.
         """
         facts: list[str] = []
@@ -158,9 +158,9 @@ class Fleet:
         return [one for one in found if isinstance(one, HostReceipt)]
 
     async def may_answer(self) -> list[str]:
-        """Names of the replicas that may answer a request: all that exist, but for those that only start.
+        """Names of the replicas that may answer a request: all that exist, except those that are starting.
 
-        Who updates or stops is not reached by a broadcast, and still answers on its port.
+        A replica that updates or stops gets no broadcast, and still answers on its port.
 
         Raises
         ------
@@ -234,7 +234,7 @@ class Fleet:
         return await self._told(answers)
 
     async def _told(self, answers: list[Any]) -> Told:
-        """Who of those that exist answered with its name."""
+        """Which of the existing replicas answered with their names."""
         reached = {one for one in answers if isinstance(one, str)}
         try:
             states = await self._states()
@@ -248,7 +248,7 @@ class Fleet:
         Raises
         ------
         Unavailable
-            It does not come, or not in time: a controller that hangs must not hold up who changed something.
+            It does not come, or is late: a controller that hangs must not hold up the caller of a change.
         """
         try:
             async with asyncio.timeout(STATES_TIMEOUT_S):

@@ -1,7 +1,7 @@
-"""The last hour of the fleet in few numbers, for who looks at the page: how busy, how warm, how fast.
+"""The last hour of the fleet in a few numbers, for viewers of the page: how busy, how warm, how fast.
 
-Taken from what replicas count, four times a minute, in this process's memory: after a restart of the control
-plane it begins anew. Prometheus keeps more, and longer (METRICS.md).
+The numbers come from the replicas' counters, four times a minute, and are kept in this process's memory:
+after a restart of the control plane they begin anew. Prometheus keeps more, and longer (METRICS.md).
 """
 
 from __future__ import annotations
@@ -89,7 +89,7 @@ class History:
                 logger.warning("the fleet could not be looked at: %s", type(error).__name__)
 
     def add(self, snapshots: Sequence[ReplicaSnapshot]) -> None:
-        """Take what replicas have counted until now. Of one that is new only what follows counts."""
+        """Take what replicas have counted until now. What a new replica has counted before is left out."""
         now = self._clock()
         hits = dict.fromkeys(Tier, 0)
         durations = Durations()

@@ -34,13 +34,13 @@ DRAIN_S: Final = 40.0
 """Seconds that a replica has to end its requests: more than one may take."""
 
 HELD_TICKS: Final = 5
-"""Ticks between two questions what replicas hold: one that is killed can't be asked any more."""
+"""Ticks between two questions about what replicas hold: a killed replica can't be asked any more."""
 
 REMEMBER_S: Final = 60.0
-"""Seconds for which it is remembered what a replica held that has gone: longer than a replacement takes."""
+"""Seconds for which the keeper remembers what a lost replica held: longer than a replacement takes."""
 
 EDGES_LOOK_S: Final = 1.0
-"""Seconds between two questions to a replica that is drained: edges look twice in it."""
+"""Seconds between two questions to a replica that is drained: edges look twice in that time."""
 
 RETRY_COPY_S: Final = 10.0
 """Seconds until a replica that could not load a copy is asked again."""
@@ -50,8 +50,8 @@ WARM_S: Final = 5.0
 
 
 @dataclass(slots=True, eq=False)
-class Keeper:
-    """Decides, and has done what it decided. All methods must be called on one event loop.
+class Keeper:  # numpydoc ignore=PR02
+    """Decides, and has its decisions carried out. All methods must be called on one event loop.
 
     Parameters
     ----------
@@ -86,7 +86,7 @@ class Keeper:
     _bell: asyncio.Event = field(default_factory=asyncio.Event)
 
     def __post_init__(self) -> None:
-        # Who has just started is going to be asked: a pool of this moment has not been idle for long.
+        # Requests are about to come to a pool that has just started: it has not been idle for long.
         self._asked_at = self.clock()
 
     @property
@@ -102,7 +102,7 @@ class Keeper:
         """What edges must know beside the ring."""
         found = {ref: (place,) for ref, place in self._moved.items()} | self._copies
         for ref in tuple(found):
-            # Whoever names the same version otherwise goes where it is, or it would not be of any use to him.
+            # Other refs of the same version go where the model is; elsewhere it would be of no use to them.
             found |= {other: found[ref] for other in self._also.get(ref, ()) if other not in found}
         return Routes(found, frozenset(self._draining))
 
@@ -116,7 +116,7 @@ class Keeper:
         InvalidInput
             It is the only one, so nobody could take its requests.
         FleetUnavailable
-            It did not come to an end of its requests, and goes on; or Serve can't end it.
+            Its requests did not end in time, and it goes on; or Serve can't end it.
         """
         held = await self.fleet.held()
         names = {one.place: one.replica for one in held}
@@ -175,7 +175,7 @@ class Keeper:
         )
 
     def wake(self, waiting: int) -> None:
-        """Be told that so many requests wait before a pool without a replica."""
+        """Note that ``waiting`` requests wait for a pool without a replica."""
         self._waiting = max(waiting, 1)
         self._asked_at = self.clock()
         self._bell.set()
@@ -231,7 +231,7 @@ class Keeper:
         }
         for name, refs in wanted.items():
             for model_ref in set(refs).difference(ready.get(name, ())):
-                # It has no room there, or the store is slow: not at every tick, which waits for it.
+                # It has no room there, or the store is slow. Not asked at every tick: the tick waits for it.
                 self._not_before[model_ref, name] = self.clock() + RETRY_COPY_S
         found: dict[str, tuple[int, ...]] = {}
         for model_ref, spread in self._spreads.items():
@@ -272,7 +272,7 @@ class Keeper:
             await asyncio.to_thread(self.remember_moved, moved)
 
     async def _follow(self, names: Mapping[int, str]) -> None:
-        """Models whose home has changed are loaded there, before more requests find it cold."""
+        """Load models whose home has changed into the new home, before more requests find it cold."""
         before, self._names = self._names, names
         if not before or before == names:
             return
@@ -287,7 +287,7 @@ class Keeper:
         await self._warm(to_load(living, names, self._moved, gone))
 
     async def _ask_held(self) -> None:
-        """Note what replicas hold; what one held that has gone is remembered for a while."""
+        """Note what replicas hold; remember for a while what a lost replica held."""
         now = self.clock()
         try:
             new = {held.replica: (now, held) for held in await self.fleet.held()}
@@ -310,7 +310,7 @@ class Keeper:
             bounds = self.bounds
             replicas, self._wishes = decide_replicas(now, current, self._wishes, bounds)
             if not loads and current > 0:
-                # Nobody answered. That is no news of their load: one that hangs makes all of them silent.
+                # No replica answered. That says nothing about load: one that hangs makes all of them silent.
                 replicas = max(replicas, bounds.clamped(current))
             if replicas == current:
                 return
@@ -328,7 +328,7 @@ class Keeper:
             logger.warning("the number of replicas stays: %s", error.message)
 
     async def _hand_over(self, count: int, current: int) -> None:
-        """Before a replica goes, the others load what it was home to. Serve stops the newest one first."""
+        """Have the others load what a leaving replica was home to. Serve stops the newest one first."""
         leaving = await asyncio.to_thread(self.scaler.newest)
         if leaving is None or count > 1:  # more than one at a time: what they held comes on demand
             return

@@ -1,8 +1,8 @@
 """The fleet as Prometheus reads it: what replicas count, what the keeper decides, and the queue of tasks.
 
-A scrape costs one broadcast. Counters begin at zero with each replica's process: take ``rate()`` of each before
-a sum, as of anything that restarts. One metric has a tenant, of the busiest few: tenants have no bound. What
-replicas say is in ``replica/exposition.py``: each of them says it at its own door, too.
+A scrape costs one broadcast. Counters begin at zero with each replica's process: take ``rate()`` of each
+before a sum, as of anything that restarts. One metric has a tenant label, for the busiest few only: tenants
+have no bound. The replicas' own metrics are in ``replica/exposition.py``; each serves them at its door, too.
 """
 
 from __future__ import annotations

@@ -28,8 +28,8 @@ LOOK_S: Final = 0.5
 """Seconds between two looks at what is left on a node: Serve tells nobody."""
 
 ANSWER_S: Final = 5.0
-"""Seconds after which a caller is told how far it is; asking again goes on waiting. Few, since the control
-plane itself may be on that node."""
+"""Seconds after which a caller is told how far the drain is; asking again goes on waiting. Few seconds, since
+the control plane itself may be on that node."""
 
 WARM_S: Final = 8.0
 """Seconds that others have to load what the node's replicas hold; fewer than a broadcast may take."""
@@ -99,9 +99,9 @@ class NodeDrain:
         self._one_at_a_time = asyncio.Lock()
 
     async def drain(self, node: str, *, within_s: float = ANSWER_S) -> DrainedNodeReply:
-        """Begin to drain a node, which returns at once; or wait until nothing is left on it, or for a while.
+        """Begin to drain a node, and return at once; or wait until nothing is left on it, or for a while.
 
-        A new control plane goes on with what one before it began.
+        A new control plane goes on with a drain that the one before it began.
 
         Parameters
         ----------
@@ -114,8 +114,8 @@ class NodeDrain:
         NotFound
             There is no such node.
         InvalidInput
-            It is the head, several are meant, or others have no room for its replicas of the pool. Whether
-            they have room for what else Serve runs there, as steps of pipelines, is not looked at.
+            It is the head, the name fits several nodes, or the others have no room for its replicas of the
+            pool. Room for what else Serve runs there, such as steps of pipelines, is not checked.
         Unavailable
             The cluster does not answer.
         """
@@ -155,7 +155,7 @@ class NodeDrain:
                 f"{node.address} is the cluster's head, with Serve's controller: it can't be drained"
             )
         leaving = await self._pool_on(node)
-        # What other nodes have still to give away takes of the same room.
+        # The replicas that other leaving nodes still have to give away need the same room.
         going = [name for one in nodes if one.leaving for name in await self._pool_on(one)]
         room = sum(one.room for one in nodes if one.node_id != node.node_id and not one.leaving) - len(going)
         if room < len(leaving):

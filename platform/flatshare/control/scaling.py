@@ -100,7 +100,7 @@ class Scaling:
         Raises
         ------
         InvalidInput
-            None are allowed, and nothing would wake the pool then.
+            The minimum is none, and nothing would wake the pool then.
         """
         if minimum == 0 and not self._can_wake:
             raise InvalidInput("min_replicas=0 needs edge=haproxy, which sees what wakes it")

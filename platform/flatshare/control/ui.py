@@ -1,7 +1,7 @@
 """The page at ``/admin/ui``: three files, served as they are.
 
-What it shows it asks of the control plane's own routes, with the key that a person shows it. So the files are
-for everybody: there is no secret in them.
+The page asks the control plane's own routes for what it shows, with the key that a person gives it. So the
+files are open to everybody: there is no secret in them.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ UI_PATHS: Final = tuple(_FILES)
 """The routes that :func:`add_ui` adds: for everybody."""
 
 HEADERS: Final = {
-    # Nothing from elsewhere, no script or style in the page itself, no frame around it: a tenant's text that
-    # came to be markup could do nothing.
+    # Nothing from elsewhere, no inline script or style, no frame around the page: a tenant's text that ended
+    # up as markup could do nothing.
     "content-security-policy": "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; "
     "img-src data:; form-action 'none'; base-uri 'none'; frame-ancestors 'none'",
     "x-content-type-options": "nosniff",

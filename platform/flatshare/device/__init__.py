@@ -1,5 +1,5 @@
-"""Where models run: what differs between CPU and CUDA, and nothing else does.
+"""Where models run: this package has all that differs between CPU and CUDA, and nothing elsewhere differs.
 
-Others ask it to bring tensors over, to overwrite them, and what memory there is. It knows no models and no
-tenants.
+Other packages call it to bring tensors over, to overwrite them, and to ask what memory there is. It knows no
+models and no tenants.
 """

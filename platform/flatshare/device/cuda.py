@@ -3,11 +3,11 @@
 Two streams. Passes and overwriting run on the main one, copies of weights on another, so that a load does not
 stop passes. Three rules keep them right, and ``testing/simulated_cuda.py`` raises where one is broken:
 
-- Weights are used when :meth:`CudaDevice.place` has returned: it waits for its copies.
-- Memory that a model left is written again after every pass and every overwriting that it had been launched
-  before: a load allocates first, and then has the copies' stream wait for the main one. That leaves out
-  ``record_stream``, with which memory just evicted could not be used by the load that evicted it.
-- A pinned buffer is written again when the copy from it is done: an event a chunk, an event a pass.
+- Weights are used only after :meth:`CudaDevice.place` has returned: it waits for its copies.
+- Memory that a model left is written again only after every pass and every overwriting launched before: a
+  load allocates first, and then makes the copies' stream wait for the main one. This avoids
+  ``record_stream``, with which a load could not use the memory that it has just evicted.
+- A pinned buffer is written again only when the copy from it is done: one event per chunk, one per pass.
 """
 
 from __future__ import annotations
@@ -56,12 +56,12 @@ FULL_ROWS: Final = 64
 """Up to here row counts are padded to the next power of two, and beyond it to the next multiple."""
 
 UNCLEAR: Final = ("unable to find an engine", "CUDNN_STATUS_INTERNAL_ERROR")
-"""What cuDNN says where no plan worked, for want of memory or not."""
+"""What cuDNN says if no plan worked, whether for want of memory or not."""
 SCARCE_BYTES: Final = 256 * MIB
-"""Where a process could have less than this, it was for want of memory."""
+"""If a process could get less memory than this, then it was for want of memory."""
 
 TOLERANCE: Final = 1e-4
-"""Of the first computation, relative to its largest number; one wrong kernel is off by its own size."""
+"""For the first computation, relative to its largest number; one wrong kernel is off by its own size."""
 
 
 class CudaDevice:
@@ -120,8 +120,8 @@ class CudaDevice:
     def footprint(self, size_bytes: int) -> int:
         """See :class:`Device`: what the allocator takes, unless its segments grow.
 
-        Up to 1 MiB as many tensors as fit share a segment of 2 MiB, up to 10 MiB one of 20 MiB, and what is
-        left over counts as lost; above that a tensor has its own segment.
+        Tensors of up to 1 MiB share segments of 2 MiB, tensors of up to 10 MiB share segments of 20 MiB, as
+        many as fit; the rest of a segment counts as lost. A larger tensor has its own segment.
         """
         size = -(-size_bytes // BLOCK_BYTES) * BLOCK_BYTES
         if self.runtime.expandable_segments or not size:
@@ -135,9 +135,10 @@ class CudaDevice:
     def place(self, tensors: Mapping[K, torch.Tensor]) -> Mapping[K, torch.Tensor]:
         """See :class:`Device`. Pinned memory is overwritten before this returns."""
         with self._judged(), self.runtime.on(self._copies):
-            # All of it first, so that a load without memory has copied nothing.
+            # Allocate all of it first, so that a load that finds no memory has copied nothing.
             placed = {key: self.runtime.empty_like(tensor) for key, tensor in tensors.items()}
-            # Whoever had this memory let go of it before now: what still used it was launched before now.
+            # The last owner of this memory let go of it before now, so all that still uses it was launched
+            # before now.
             self.runtime.wait(self._copies, self.runtime.main)
             slab = self._slabs.get()
             try:
@@ -172,8 +173,8 @@ class CudaDevice:
 
     def launch(self, rows: Sequence[NDArray[np.float32]], work: Work) -> _CudaPass:
         """See :class:`Device`."""
-        # Its own until its answer is copied out, however many are under way: no other tenant's logits may
-        # come into a buffer that somebody is yet to read.
+        # A pass keeps its buffers until its answer is copied out, however many are under way: no other
+        # tenant's logits may get into a buffer that is still to be read.
         with self._judged(), self.runtime.on(self.runtime.main), torch.inference_mode():
             buffers = self._buffers.pop() if self._buffers else _PassBuffers(self.runtime)
             if buffers.busy is not None:
@@ -309,7 +310,7 @@ class _PassBuffers:
     Attributes
     ----------
     busy
-        Until then the device uses it.
+        The event until which the device uses them.
     """
 
     def __init__(self, runtime: CudaRuntime) -> None:
@@ -336,7 +337,7 @@ class _PassBuffers:
         ]
 
     def receive(self, logits: torch.Tensor) -> torch.Tensor:
-        """Begin to copy logits to the host; where they will be."""
+        """Begin to copy logits to the host; returns where they will be."""
         numbers = logits.float()
         self._logits = self._at_least(self._logits, numbers.nbytes)
         host = self._logits[: numbers.nbytes].view(torch.float32)

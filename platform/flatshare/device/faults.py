@@ -26,10 +26,10 @@ _BROKEN = ("CUBLAS_STATUS_EXECUTION_FAILED", "CUDNN_STATUS_EXECUTION_FAILED", "C
 def fault_of(error: BaseException) -> Fault:
     """What an error says of the device that raised it.
 
-    An ``AcceleratorError`` (torch's class for all CUDA errors but "out of memory") leaves the process's CUDA
-    context in a state that only its end mends, for all that we have found: CUDA's documentation says so of
-    device-side asserts, illegal accesses, uncorrectable ECC errors, launch failures (cudaError_t 214, 700,
-    710, 719). The few that are not sticky are not worth a replica that may be lost.
+    As far as we have found, an ``AcceleratorError`` (torch's class for all CUDA errors but "out of memory")
+    leaves the process's CUDA context broken until the process ends. CUDA's documentation says so of
+    device-side asserts, illegal accesses, uncorrectable ECC errors and launch failures (cudaError_t 214, 700,
+    710, 719). The few that are not sticky do not justify keeping a replica that may be lost.
     """
     text = str(error)
     if isinstance(error, torch.OutOfMemoryError) or any(words in text for words in _NO_MEMORY):

@@ -28,7 +28,7 @@ MOST_HEAP_BYTES: Final = 32 * 1024**2
 
 
 def keep_freed_memory() -> bool:
-    """Have this process keep memory for its next pass; whether it does.
+    """Make this process keep memory for its next pass; returns whether it does.
 
     Where the environment says how glibc's allocator is to work (``MALLOC_…_``, ``GLIBC_TUNABLES``), and where
     there is another C library, nothing is changed.

@@ -14,7 +14,7 @@ from flatshare.device.memory import DeviceMemory
 __all__ = ["Device", "Fault", "K", "Launched", "Work"]
 
 K = TypeVar("K", bound=Hashable)
-"""What a caller calls its tensors."""
+"""A caller's keys for its tensors."""
 
 Work = Callable[[list[torch.Tensor]], Sequence[torch.Tensor]]
 """A pass: one tensor of rows in for each model, one tensor of float32 logits ``(N, classes)`` out for each.
@@ -67,7 +67,7 @@ class Device(Protocol):
         ...
 
     def footprint(self, size_bytes: int) -> int:
-        """Bytes that a tensor of so many takes here."""
+        """Bytes that a tensor of ``size_bytes`` takes on this device."""
         ...
 
     def place(self, tensors: Mapping[K, torch.Tensor]) -> Mapping[K, torch.Tensor]:
@@ -93,7 +93,7 @@ class Device(Protocol):
         ...
 
     async def settle(self) -> None:
-        """Wait until all that was overwritten so far is.
+        """Wait until all the overwriting begun so far is done.
 
         Raises
         ------
@@ -116,7 +116,7 @@ class Device(Protocol):
         ...
 
     def padded(self, rows: int) -> int:
-        """How many rows a pass of so many is computed with: few sizes, where each costs a plan."""
+        """How many rows a pass of ``rows`` rows is computed with: few sizes, if each costs a plan."""
         ...
 
     def judge(self, error: BaseException) -> Fault:

@@ -1,7 +1,8 @@
-"""What of CUDA ``CudaDevice`` uses, in a form that can be simulated.
+"""The part of CUDA that ``CudaDevice`` uses, in a form that can be simulated.
 
-``torch_cuda.py`` is this over ``torch.cuda``, each method a line or two; ``testing/simulated_cuda.py`` in
-host memory. What is decided with it (which stream waits for which, what is reused when) is ``cuda.py``.
+``torch_cuda.py`` implements it with ``torch.cuda``, each method in a line or two;
+``testing/simulated_cuda.py`` does so in host memory. ``cuda.py`` makes the decisions (which stream waits for
+which, what is reused when).
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ class CudaRuntime(Protocol):
 
     @property
     def torch_device(self) -> torch.device:
-        """What tensors on it say."""
+        """The device that tensors on it name."""
         ...
 
     @property

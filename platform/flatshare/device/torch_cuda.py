@@ -74,7 +74,7 @@ class TorchCuda:
         stream.wait_stream(for_)
 
     def event(self, stream: torch.cuda.Stream) -> Event:
-        """See :class:`CudaRuntime`. ``blocking``: who waits sleeps, and does not spin on a core."""
+        """See :class:`CudaRuntime`. ``blocking``: a waiting thread sleeps, and does not spin on a core."""
         event = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call]  # torch gives it no types
         event.record(stream)
         return event

@@ -71,8 +71,8 @@ class Door:
         metrics: ASGIApp | None = None,
     ) -> None:
         family = socket.AF_INET6 if ":" in host else socket.AF_INET
-        # With the protocol's number: asyncio asks for it before it sets TCP_NODELAY; without that an answer
-        # in two writes waits 40 ms for the client's acknowledgement.
+        # With the protocol's number: asyncio checks it before it sets TCP_NODELAY. Without TCP_NODELAY an
+        # answer in two writes waits 40 ms for the client's acknowledgement.
         self._socket = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         try:
             self._socket.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -118,9 +118,9 @@ class Door:
         Parameters
         ----------
         timeout_s
-            That requests under way may take before their connections are cut.
+            Seconds that requests under way may take before their connections are cut.
         notice_s
-            How long what still arrives is taken, while the edge finds out.
+            Seconds for which new requests are still taken, while the edge finds out.
         """
         self.taking = False
         if self._ticking is None:
@@ -143,7 +143,7 @@ def _came_by_an_edge(scope: Scope) -> bool:
 
 
 class _Plain:
-    """The usual way: health, what no edge may ask, and, as in Serve, a request id on requests and replies."""
+    """The usual way: health, routes closed to edges, and request ids on requests and replies, as in Serve."""
 
     def __init__(self, app: ASGIApp, door: Door, inside: Mapping[str, ASGIApp | None]) -> None:
         self._app = app
@@ -167,7 +167,7 @@ class _Plain:
                 message = {**message, "headers": headers}
             await send(message)
 
-        # What comes by an edge names its client, and finds no such path.
+        # A request that came through an edge names its client, and finds no such path.
         inside = self._inside.get(scope["path"])
         if inside is not None and not _came_by_an_edge(scope):
             await inside(scope, receive, send)

@@ -1,4 +1,4 @@
-"""One replica's own metrics, for who scrapes every process: Prometheus' text format at its door."""
+"""One replica's own metrics, for scraping each process by itself: Prometheus' text format at its door."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from flatshare.replica.snapshot import ReplicaSnapshot
 __all__ = ["METRICS_PATH", "MetricsServer"]
 
 METRICS_PATH: Final = "/-/metrics"
-"""Where a door answers it; nobody finds it through an edge."""
+"""Where a door serves them; the path can't be reached through an edge."""
 
 
 class MetricsServer:

@@ -1,4 +1,4 @@
-"""What replicas of other nodes ask of this one: tensors of its node's host tier (``weights/peers.py``)."""
+"""Serves tensors of this node's host tier to replicas of other nodes (``weights/peers.py``)."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ __all__ = ["TierServer"]
 logger = logging.getLogger("flatshare.door")
 
 MOST_AT_ONCE: Final = 4
-"""Answers that are under way at a time; beyond them 503, and who asks goes to another. A replica is here for
-predictions first."""
+"""Answers under way at a time; beyond them the answer is 503, and the peer asks another replica. A replica is
+here for predictions first."""
 
 MOST_REQUEST_BYTES: Final = 1024**2
 """Longest request: some ten thousand tensors."""
@@ -31,18 +31,18 @@ SEND_S: Final = 10.0
 """Seconds that an answer may take: what it has mapped can't be erased meanwhile."""
 
 PIECE_BYTES: Final = 256 * 1024
-"""Sent at a time: requests that wait for the event loop meanwhile wait some 50 us; more on a disk."""
+"""Bytes sent at a time: other requests wait some 50 us for the event loop meanwhile; longer on a disk."""
 
 
 class TierServer:
-    """Sends tensors of this node's tier to who shows the pool's key. An ASGI app of one route.
+    """Sends tensors of this node's tier to peers that show the pool's key. An ASGI app of one route.
 
     Parameters
     ----------
     work
-        What is done for each tenant: an erasure waits for answers that are under way, and none begins.
+        Work under way by tenant: an erasure waits for answers under way, and no new one begins.
     key
-        Which the pool's replicas share; None while this replica does not know it.
+        The key that the pool's replicas share; None while this replica does not know it.
     """
 
     def __init__(

@@ -1,8 +1,8 @@
 """One connection of the door: uvicorn's HTTP protocol, with a shorter way for hot requests.
 
-A hot request whose caller, tenant and model are known costs no task, no ASGI cycle and one write: the headers
-tell its caller, its rows are made when the body is whole, the pass calls back. What is out of the ordinary
-takes uvicorn's usual way into the ASGI app: other routes, chunked or compressed bodies, ``Expect``, HTTP/1.0,
+A hot request whose caller, tenant and model are known costs no task, no ASGI cycle and one write: its headers
+identify the caller, its rows are made when the body is complete, the pass calls back. Everything else takes
+uvicorn's usual way into the ASGI app: other routes, chunked or compressed bodies, ``Expect``, HTTP/1.0,
 pipelined requests, callers and tenants that must be looked up. Both ways give the same answer, byte for byte
 (``tests/property/test_door_ways.py``).
 
@@ -126,7 +126,7 @@ class DoorProtocol(HttpToolsProtocol):
             exchange.too_slow = self.loop.call_later(self._body_timeout_s, self._too_slow, exchange)
 
     def connection_lost(self, exc: Exception | None) -> None:
-        """The client is gone: who still waited for its body waits no longer."""
+        """The client is gone: a request that still waited for its body no longer counts."""
         super().connection_lost(exc)
         exchange = self._exchange
         if exchange is not None and exchange.is_waiting:
@@ -189,7 +189,7 @@ class DoorProtocol(HttpToolsProtocol):
         return route
 
     def _enter(self, route: HotRoute) -> bool:
-        """Let a request in whose caller and tenant are known; whether it takes the short way."""
+        """Admit a request whose caller and tenant are known; returns whether it takes the short way."""
         # Reversed: of a header that came twice the first counts, as in Starlette.
         decoded = (
             (name.decode("latin-1"), value.decode("latin-1")) for name, value in reversed(self.headers)

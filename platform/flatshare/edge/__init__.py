@@ -1,1 +1,1 @@
-"""The edge: HAProxy in front of the replicas, configured from what Serve says is running."""
+"""The edge: HAProxy in front of the replicas' doors, which it asks them for, and of the control plane."""

@@ -4,9 +4,9 @@ What matters, and why:
 
 - A server is a place of the ring (``placement.ring``), and its id is the place's: HAProxy 2.8 puts a server on the
   ring by its id, so a replica's death moves its own models only, and its replacement gets them back.
-- A model has one home. A model that one replica can't serve has copies: the map of copies names the servers among
-  which its requests are dealt out, and ``placement.copies`` decides what stands in it. What has no row there, or
-  whose server is down, goes by the ring.
+- A model has one home. A model that one replica can't serve has copies: the map of copies names the servers
+  that share its requests, and ``placement.copies`` decides its rows. A model that has no row, or whose server
+  is down, goes by the ring.
 - A prediction is idempotent, so a replica that dies under a request costs a retry, not a failure;
   HAProxy can only send a body again that fits its buffer whole (``tune.bufsize``).
 - The first refused connection takes a server out until a check succeeds (``error-limit 1``): a
@@ -15,16 +15,16 @@ What matters, and why:
 - ``idle-close-on-response``: after a reload the old worker closes a client's connection with its
   next answer; without it, it closes idle ones at once, under clients that are just about to use them.
 - Headers that only Serve may set are removed; the request id is the caller's only if it is safe.
-- What HAProxy can't parse it answers itself, with its own fixed 400 page (2.8 has no setting for that: it takes
-  ``errorfile`` and ``http-error`` for what it has parsed); everything else is answered in our JSON, also what
-  Serve would answer in plain text, and more than ``MAX_HEADERS`` headers: so it parses more than that.
-- Who is refused by the replicas again and again (400 to 499, ``REFUSALS`` times in ten seconds) is held
-  back here, a second each time, by the key that they show, but for ``HELD_BACK_PER_S`` requests a second: a
-  replica's refusal costs a quarter of a millisecond of its core, and a flood of them would be felt by others.
-  A tenant that is over its quota (429) is not such: it gets its quota all the time, and what it sends beyond
-  three times of that is held back.
-  Limits themselves are the replicas'. The control plane has few places: an address from which key after key
-  is tried there is refused, but not who showed a key lately that it took.
+- A request that HAProxy can't parse gets HAProxy's own fixed 400 page (2.8 has no setting for that: it uses
+  ``errorfile`` and ``http-error`` for what it has parsed). Every other error is answered in our JSON: also
+  what Serve would answer in plain text, and over ``MAX_HEADERS`` headers, so HAProxy parses more than that.
+- A key that the replicas refuse again and again (400 to 499, ``REFUSALS`` times in ten seconds) is held back
+  here, for a second each time, except for ``HELD_BACK_PER_S`` requests a second. A refusal costs a replica a
+  quarter of a millisecond of its core, and others would feel a flood of refusals.
+  A tenant over its quota (429) is treated differently: it always gets its quota, and only what it sends
+  beyond three times its quota is held back.
+  The replicas enforce the limits themselves. The control plane has few places: an address that tries key
+  after key there is refused, but not a caller who lately showed a key that the control plane took.
 - The admin socket is a file that only this user can open; there is no stats port.
 """
 
@@ -55,24 +55,24 @@ REFUSALS: Final = 100
 """Refusals in ten seconds after which the edge answers most of a key's requests itself, a second late, with 429."""
 
 HELD_BACK_PER_S: Final = 20
-"""Requests a second of such a key that still pass. What is held back does not count: a flood that never pauses
-would else be held back whole."""
+"""Requests a second of such a key that still pass. Requests that are held back do not count towards it;
+otherwise a flood that never pauses would be held back entirely."""
 
 QUOTA_WINDOW_MS: Final = 200
-"""Over how long answers and 429s of a key are counted against each other. Short: while some of its requests are held
-back, the tenant's quota goes on filling, and all of that must be used within the second."""
+"""Milliseconds over which a key's answers and 429s are counted against each other. Short: while some of its
+requests are held back the tenant's quota goes on filling, and all of it must be used within the second."""
 
 OPERATOR_S: Final = 3600
-"""How long after the control plane took a key it is not kept off with the others of its address."""
+"""Seconds for which a key that the control plane took is not refused along with the rest of its address."""
 
 OPEN_PATHS: Final = ("/admin/docs", "/admin/redoc", "/admin/openapi.json", "/admin/ui")
-"""Of the control plane, answered without a key: that one was shown there says nothing of it."""
+"""Paths of the control plane that need no key: an answer there does not mean that a shown key is good."""
 
 MAX_PROXIES: Final = 3
 """Trusted proxies one behind the other: a CDN, its load balancer, ours."""
 
 FALLBACK_ID: Final = 2**31 - 1
-"""Of Serve's own proxy: the largest that HAProxy takes, which is no place's."""
+"""Server id of Serve's own proxy: the largest that HAProxy takes, and not that of any place."""
 
 ERROR_MESSAGES: Final = {
     400: ("bad_request", "this is not an HTTP request that the edge understands"),
@@ -224,9 +224,9 @@ backend control
 
 
 def _clients(options: EdgeOptions) -> str:
-    """Who a client is, counted as ``sc0``: an address; behind a trusted proxy the one that it names.
+    """Rules that count a client as ``sc0``, by its address; behind a trusted proxy, by the one that it names.
 
-    The rightmost address that is no trusted proxy's: what stands left of it is the client's own word.
+    That is the rightmost address that is not a trusted proxy's: what is left of it is the client's own claim.
     """
     bound = f"tcp-request connection reject if {{ sc0_conn_cur gt {options.max_connections_per_address} }}"
     if not options.trusted_proxies:
@@ -256,9 +256,9 @@ def _metrics(options: EdgeOptions) -> str:
 
 
 def _later(options: EdgeOptions) -> str:
-    """Prefer: respond-async makes a task of a request; where none are taken it is only a preference.
+    """Rules for ``Prefer: respond-async``, which makes a request a task; ignored where no tasks are taken.
 
-    A task that is sent again by the edge would be two.
+    The edge does not retry these requests: a task that is sent again would become two.
     """
     if not options.tasks:
         return ""

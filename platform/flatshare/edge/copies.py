@@ -1,9 +1,9 @@
 """HAProxy's map of models that have copies, or a home of their own: which server such a request goes to.
 
-Pure. A model that was moved has one row, which names its server. A model with copies has a row of its own
-name, which says that there are rows, and ``COPY_ROWS`` rows ``model/number`` that name servers in turn:
-HAProxy throws dice for the number. The map is replaced as a whole and at once (``prepare map``, ``add map
-@version``, ``commit map``; HAProxy 2.8 ``management.txt``, 9.3), so that no request meets half of it.
+Pure. A model that was moved has one row, which names its server. A model with copies has a row under its own
+name, which says that there are more, and ``COPY_ROWS`` rows ``model/number`` that name servers in turn:
+HAProxy draws the number at random. The map is replaced as a whole and at once (``prepare map``, ``add map
+@version``, ``commit map``; HAProxy 2.8 ``management.txt``, 9.3), so that no request sees half of it.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from flatshare.edge.servers import server_name
 __all__ = ["COPIES_MAP", "COPY_ROWS", "Copies", "map_text", "parse_map", "replace_map", "rows"]
 
 COPIES_MAP: Final = "copies.map"
-"""The map's file, beside the configuration, and its name: HAProxy runs in that folder, since no path with a
-comma or a bracket could stand in a converter."""
+"""The map's name, and its file beside the configuration. HAProxy runs in that folder, because a converter
+can't take a path with a comma or a bracket."""
 
 COPY_ROWS: Final = 60
-"""Rows of one model: as many for each of 1 to 6, 10, 12 or 15 copies; for others, their shares differ by
-one row.
+"""Rows of one model. With 1 to 6, 10, 12 or 15 copies each copy has the same number of rows; with any other
+number of copies their shares differ by one row.
 """
 
 LINES_A_COMMAND: Final = 100
-"""Of the map: HAProxy reads a command into one buffer."""
+"""Lines of the map in one command: HAProxy reads a command into one buffer."""
 
 Copies = Mapping[str, Sequence[int]]
 """Places by model ref, for models that the ring's home alone does not serve."""
@@ -71,7 +71,7 @@ def replace_map(version: int, wanted: Mapping[str, str]) -> list[str]:
     lines = [f"{key} {value}" for key, value in wanted.items()]
     chunks = [lines[start : start + LINES_A_COMMAND] for start in range(0, len(lines), LINES_A_COMMAND)]
     return [
-        # A payload of many rows, which an empty line ends: a command each would be a connection each.
+        # Many rows in one payload, ended by an empty line: one command a row would be one connection a row.
         *(f"add map @{version} {COPIES_MAP} <<\n" + "\n".join(chunk) + "\n" for chunk in chunks),
         f"commit map @{version} {COPIES_MAP}",
     ]

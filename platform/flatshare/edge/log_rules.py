@@ -9,16 +9,16 @@ from flatshare.edge.options import EdgeOptions, quoted
 __all__ = ["LOG_BYTES", "LOG_CHARS", "log_rules", "sampling_rules"]
 
 LOG_BYTES: Final = 16 * 1024
-"""Longest line of the access log: what others wrote in it is cut before, so that none is cut in its JSON."""
+"""Longest line of the access log. Text from outside is cut first, so that no line is cut within its JSON."""
 
 LOG_CHARS: Final = 1024
-"""Of a path in the access log, in bytes; JSON may make six of one."""
+"""Most bytes of a path in the access log; in JSON one byte may become six."""
 
 
 def log_rules(options: EdgeOptions) -> str:
     """One line of JSON for each request; no body, no query, and of a key only its id.
 
-    What is not there is ``-``, as HAProxy has it. Who makes spans of them gets those of sampled requests only,
+    A missing value is ``-``, as HAProxy writes it. The maker of spans gets only lines of sampled requests,
     which are told apart by their level.
     """
     if not options.access_log and options.spans is None:
@@ -51,8 +51,8 @@ def log_rules(options: EdgeOptions) -> str:
         if name != "key":  # which is known later
             condition = f" if {only_if[name]}" if name in only_if else ""
             lines.append(f"http-request set-var(txn.log_{name}) {sample}{condition}")
-    # Rules of the answer run after all of the request's, and of those that are the edge's own, too: a refused
-    # request has its code and its key's id from these.
+    # The rules for answers run after all rules for requests, and also for the edge's own answers: a refused
+    # request gets its code and its key's id from them.
     lines += [
         f"http-after-response set-var(txn.log_{name}) res.hdr(x-flatshare-{name}),bytes(0,128)"
         for name in replied
@@ -62,9 +62,9 @@ def log_rules(options: EdgeOptions) -> str:
 
 
 def sampling_rules(options: EdgeOptions) -> str:
-    """Which requests are traced: thrown dice say so, and no caller's flag.
+    """Rules that choose the requests to trace: at random, and not by a caller's flag.
 
-    A caller's trace is joined, so its id stays; what it says of sampling is overwritten.
+    A caller's trace is joined, so its id stays; its sampling flag is overwritten.
     """
     if options.spans is None:
         return ""

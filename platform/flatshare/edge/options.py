@@ -30,27 +30,27 @@ class EdgeOptions:
     max_connections_per_address
         Connections of one client at a time; more are closed at once.
     access_log
-        Where a line for each request goes: ``stdout``, or ``host:port`` of who takes them by UDP. Empty:
+        Where a line for each request goes: ``stdout``, or the ``host:port`` of a UDP receiver. Empty:
         nowhere.
     spans
-        Socket of who takes a line for each sampled request; None: no request is sampled.
+        Socket that receives a line for each sampled request; None: no request is sampled.
     trace_ratio
-        Part of the requests that are.
+        Share of the requests that are sampled.
     metrics_port
         Where HAProxy's own counters can be read, on loopback; 0: nowhere.
     trusted_proxies
-        Networks of load balancers before this edge: what they say in ``x-forwarded-for`` is where a request
-        is from.
+        Networks of load balancers in front of this edge: their ``x-forwarded-for`` says where a request
+        comes from.
     hard_stop_after_s
-        How long a worker goes on after a reload with what it had: streams last as long as their clients like.
+        Seconds for which an old worker goes on after a reload: a stream lasts as long as its client likes.
     max_old_workers
-        After so many reloads it ends although it has streams: each takes memory of its own.
+        Reloads after which an old worker ends even if it has streams: each worker takes memory of its own.
     tasks
         Whether the pool takes tasks: then ``Prefer: respond-async`` makes one.
     max_task_bytes
         As ``max_body_bytes``, of a task's input.
     threads
-        HAProxy's own. One does 8,000 requests/s of ours; two on two cores, which the replicas want for
+        HAProxy's own. One does 8,000 of our requests/s. Two, on two cores that the replicas need for
         themselves, cost 5 % of the throughput in wake-ups (four alternating turns: 1,427 and 1,516
         requests/s).
     """

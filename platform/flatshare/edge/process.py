@@ -59,7 +59,7 @@ class HaproxyProcess:
     folder
         Private: made with mode 0700; holds the configuration and the two sockets.
     access_log
-        A file to which what it says of requests is added, for a configuration that has it say so on stdout.
+        File to which its lines about requests are appended, for a configuration that logs them to stdout.
     """
 
     def __init__(self, folder: Path, binary: str | None = None, access_log: Path | None = None) -> None:
@@ -135,7 +135,7 @@ class HaproxyProcess:
         return os.fdopen(handle, "ab", 0)
 
     def write(self, configuration: str, copies: Mapping[str, str] | None = None) -> None:
-        """Put the files in place with which it starts the next time; nothing changes in what runs.
+        """Put the files for its next start in place; what runs does not change.
 
         Raises
         ------

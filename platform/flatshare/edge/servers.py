@@ -1,8 +1,8 @@
 """HAProxy's servers at run time: what it has, what it should have, and the commands between the two.
 
-Pure: text and values in, commands out. Commands are worked out from what HAProxy says that it has, never
-from what it was told before, so that a command that was lost, or an HAProxy that died between two, is mended
-by the next look.
+Pure: text and values in, commands out. Commands are derived from what HAProxy says that it has, never from
+what it was told before. So the next look repairs what a lost command, or an HAProxy that died between two
+commands, left undone.
 
 A server is a place of the ring (``placement.ring``), not a replica: a replacement changes the server's
 address, and no model moves. The admin socket's commands are those of HAProxy 2.8 (``management.txt``, 9.3),
@@ -101,8 +101,8 @@ def commands(
 ) -> list[str]:
     """What to tell HAProxy so that a backend has these servers.
 
-    A server that is wanted no more rests first, so that what is under way ends, and is deleted when nothing
-    is connected to it: HAProxy refuses before, and the next look asks again.
+    A server that is no longer wanted is first put into maintenance, so that its requests end. It is deleted
+    when nothing is connected to it: until then HAProxy refuses, and the next look asks again.
     """
     by_place = {one.server.place: one for one in running}
     told: list[str] = []
@@ -132,7 +132,7 @@ def commands(
 
 
 def same(running: Iterable[RunningServer], wanted: Iterable[Server]) -> bool:
-    """Whether a backend serves exactly what it should; what only rests does not count."""
+    """Whether a backend serves exactly what it should; a server in maintenance does not count."""
     return {one.server for one in running if not one.resting} == set(wanted)
 
 

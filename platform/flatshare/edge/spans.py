@@ -56,7 +56,7 @@ class EdgeSpans:
 
 
 def span_of(line: dict[str, Any]) -> EndedSpan:
-    """The span of a request, by HAProxy's line of it; raises ``KeyError`` or ``ValueError`` if it is none."""
+    """The span of a request, from HAProxy's line; raises ``KeyError`` or ``ValueError`` for another line."""
     began_us = int(line["began"])
     # Its own timer knows milliseconds; the head of the answer has a time of its own.
     answered_us = int(line["ended"]) if line["ended"] not in ("", "-") else began_us

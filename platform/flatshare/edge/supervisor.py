@@ -29,11 +29,11 @@ LOOK_EVERY_S: Final = 0.5
 that came, and about copies."""
 
 EMPTY_LOOK_EVERY_S: Final = 0.1
-"""The same while the pool has no replica, and a request may be waiting for one; and how often HAProxy is
-seen to live."""
+"""The same while the pool has no replica and a request may be waiting for one; also how often HAProxy is
+checked to be alive."""
 
 PATIENCE: Final = 5
-"""Looks in a row after which HAProxy does not have what it was told: then it is reloaded."""
+"""Looks in a row that find HAProxy without what it was told; beyond that it is reloaded."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,19 +70,19 @@ class EdgeProcess(Protocol):
         ...
 
     def servers(self, backend: str) -> list[RunningServer]:
-        """What it has."""
+        """The servers that a backend has now."""
         ...
 
     def copies(self) -> dict[str, str]:
-        """What it has."""
+        """The map of copies that it has now."""
         ...
 
     def replace_copies(self, wanted: Mapping[str, str]) -> None:
-        """Change what it has."""
+        """Replace its map of copies."""
         ...
 
     def command(self, text: str) -> str:
-        """Change what it has."""
+        """Send it one command; returns its answer."""
         ...
 
     def waiting(self) -> int:
@@ -150,7 +150,7 @@ class EdgeSupervisor:
     def look(self) -> bool:
         """One look: tell HAProxy what changed, restart it if it died; whether anything was done."""
         if self._process.pid is None and self._restarted():
-            return True  # first of all: whom the fleet asks may take seconds to answer
+            return True  # first of all: the question to the fleet may take seconds
         try:
             self._current = self._read_targets()
         except Unavailable as error:

@@ -1,4 +1,4 @@
 """From a lease to logits: quotas, admission, fair queueing, shared passes.
 
-Others ask it for the logits of rows under a lease. It never knows refs or HTTP.
+Other packages call it for the logits of rows under a lease. It knows nothing of refs or HTTP.
 """

@@ -1,11 +1,11 @@
-"""Who runs next: deficit round robin between tenants, counted in rows.
+"""Which tenant runs next: deficit round robin between tenants, counted in rows.
 
-Shreedhar and Varghese, "Efficient fair queueing using deficit round robin" (SIGCOMM 1995): tenants
-that wait stand in a ring; each turn adds a quantum to a tenant's account, and it runs what it can
-pay for. A tenant that floods waits behind its own requests, not others behind it. Rows that ride
-along in another tenant's pass are paid for too: the account goes below zero and is made up later, but never
-further below than one full pass and a turn: these rows filled room that nobody else wanted, and a tenant that
-did so for a minute must not wait as long afterwards.
+Shreedhar and Varghese, "Efficient fair queueing using deficit round robin" (SIGCOMM 1995): waiting tenants
+form a ring. Each turn adds a quantum to a tenant's account, and the tenant runs what it can pay for. A tenant
+that floods waits behind its own requests; others do not wait behind it. Rows that ride along in another
+tenant's pass are paid for too: the account goes below zero and is made up later. It never falls further below
+than one full pass and a turn: these rows filled room that nobody else wanted, and a tenant that did so for a
+minute must not wait as long afterwards.
 """
 
 from __future__ import annotations
@@ -17,13 +17,13 @@ from typing import Final, Generic, Protocol, TypeVar
 __all__ = ["QUANTUM_ROWS", "FairQueue", "PriorityQueue", "Queued"]
 
 QUANTUM_ROWS: Final = 16
-"""Rows that a tenant runs in one turn while others wait: what the next tenant waits for, at most, for
-each tenant before it. On one core 16 rows of ``mnist-cnn`` take 4 ms."""
+"""Rows that a tenant runs in one turn while others wait. A tenant waits for at most this many rows of each
+tenant before it. On one core 16 rows of ``mnist-cnn`` take 4 ms."""
 
 
 PASSES_BEFORE_BACKGROUND: Final = 7
-"""Passes of what somebody waits for between two of tasks: these go on under any load, and cost others an
-eighth of it at most."""
+"""Passes for waiting callers between two passes for tasks. So tasks make progress under any load, and cost
+others an eighth of it at most."""
 
 
 class Queued(Protocol):
@@ -46,12 +46,12 @@ class Queued(Protocol):
 
     @property
     def same(self) -> Hashable:
-        """Jobs that are the same in this run on the same model: they go first into a pass."""
+        """Jobs with the same value run on the same model: they go into a pass first."""
         ...
 
     @property
     def background(self) -> bool:
-        """Nobody waits for it at this moment: it is a task's."""
+        """Whether it belongs to a task, so that nobody waits for it at this moment."""
         ...
 
 
@@ -89,7 +89,7 @@ class FairQueue(Generic[J]):
         self._size += 1
 
     def remove(self, job: J) -> bool:
-        """Take a job that has not been taken yet out; whether it was there."""
+        """Remove a job that no pass has taken yet; returns whether it was there."""
         jobs = self._waiting.get(job.tenant)
         if jobs is None or job not in jobs:
             return False
@@ -109,8 +109,8 @@ class FairQueue(Generic[J]):
         batch = [first]
         self._pay(first)
         size = first.size
-        # First the tenant's own, as far as its account goes: of the same model, then of those that share
-        # layers with it. Then others' that share layers, in the ring's order: they fill the pass.
+        # First the tenant's own jobs, as far as its account goes: those of the same model, then those that
+        # share layers with it. Then other tenants' jobs that share layers fill the pass, in ring order.
         own = [job for job in self._waiting.get(tenant, ()) if job.kind == first.kind]
         own.sort(key=lambda job: job.same != first.same)
         others = [
@@ -160,7 +160,7 @@ class FairQueue(Generic[J]):
 
 
 class PriorityQueue(Generic[J]):
-    """Two fair queues: jobs that somebody waits for go before those of tasks, which have one pass in some.
+    """Two fair queues: jobs that somebody waits for go before those of tasks, which get one pass in several.
 
     Not safe for several threads without a lock.
 
@@ -192,7 +192,7 @@ class PriorityQueue(Generic[J]):
         (self._background if job.background else self._now).put(job)
 
     def remove(self, job: J) -> bool:
-        """Take a job that has not been taken yet out; whether it was there."""
+        """Remove a job that no pass has taken yet; returns whether it was there."""
         return (self._background if job.background else self._now).remove(job)
 
     def take(self) -> list[J]:

@@ -2,8 +2,8 @@
 
 No timer: a lone request runs at once, and those that arrive while a pass runs form the next ones. The
 thread takes its next pass from the queue itself, so it is never idle while somebody waits, and the
-event loop goes on accepting. Who runs next is ``fair_queue.py``, what shares a pass ``passes.py``. Where the
-device computes beside the thread, the next pass is launched before the answers of the last are waited for.
+event loop goes on accepting. ``fair_queue.py`` decides who runs next, ``passes.py`` what shares a pass. If
+the device computes beside the thread, the next pass is launched before the last answers are waited for.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ __all__ = ["MAX_BATCH_ROWS", "Inference"]
 
 logger = logging.getLogger("flatshare.engine")
 
-# Rows may look into a request's own bytes, which are read-only; a forward pass writes to none of them.
+# Rows may be views of a request's own bytes, which are read-only; a forward pass writes to none of them.
 warnings.filterwarnings("ignore", message="The given NumPy array is not writable", category=UserWarning)
 
 PASS_LIMIT_S: Final = 60.0
@@ -69,8 +69,8 @@ class Inference:
         Rows of one pass; ``max_rows`` afterwards.
     stacks
         Where models of one architecture that share no layer run together; they fill each other's passes then.
-        None: they run apart. (On CPU to meet gives nothing: 20 models by Zipf, 16 rows in flight, 1,434
-        rows/s, and 1,464 apart; medians of 7.)
+        None: they run apart. On CPU to meet gives nothing: 20 models by Zipf, 16 rows in flight, 1,434
+        rows/s, and 1,464 apart; medians of 7.
     pass_limit_s
         Seconds after which a pass counts as one that never ends.
     """
@@ -163,8 +163,8 @@ class Inference:
     ) -> NDArray[np.float32]:
         """Logits of some rows.
 
-        More than a pass takes go in several, of which two wait at a time: others have their turns between
-        them, those of the same tenant too.
+        More rows than a pass takes go in several passes, of which two wait at a time. Other requests, also of
+        the same tenant, get their turns in between.
 
         Parameters
         ----------
@@ -173,7 +173,7 @@ class Inference:
         rows
             ``(N, *input.shape)``, C-contiguous; not changed.
         background
-            Nobody waits for it at this moment: others go first.
+            Whether nobody waits for the answer at this moment: then others go first.
 
         Returns
         -------
@@ -185,13 +185,13 @@ class Inference:
         IsolationBroken
             The slot held something else before or after the pass.
         ModelFailed
-            The pass raised, and this request's rows alone do too.
+            The pass raised an error, and a pass of this request's rows alone did too.
         NoRoom
             The device has no memory for the pass now.
         DeviceBroken
             The device is lost to this process.
         Wedged
-            A pass never ends. The lease must stay, and what it holds: the thread still uses it.
+            A pass never ends. The lease, and what it holds, must be kept: the thread still uses it.
         """
         most = self.max_rows
         if len(rows) <= most:
@@ -203,7 +203,7 @@ class Inference:
                 return await self._run_one(lease, rows[start : start + most], background)
 
         parts = [part(start) for start in range(0, len(rows), most)]
-        # Not the first failure at once: the lease must live until the last pass has ended.
+        # Do not raise the first failure at once: the lease must live until the last pass has ended.
         answers = await asyncio.gather(*parts, return_exceptions=True)
         for answer in answers:
             if isinstance(answer, BaseException):
@@ -257,7 +257,7 @@ class Inference:
         return job
 
     def withdraw(self, job: Job) -> bool:
-        """Take a job out that no pass has taken; whether it was: ``done`` is not called then."""
+        """Remove a job that no pass has taken. True if it was removed: then ``done`` is not called."""
         with self._lock:
             return self._queue.remove(job)
 
@@ -281,8 +281,8 @@ class Inference:
             current_trace().passed(job)
             return answer
         except asyncio.CancelledError:
-            # A caller that goes away must not let go of the lease while its pass runs: a job that nobody
-            # took is taken out, one whose pass runs is waited for, however often we are cancelled.
+            # A caller that goes away must not release the lease while its pass runs. A job that no pass took
+            # is removed; for one whose pass runs we wait, however often we are cancelled.
             if not self.withdraw(job) and not job.ended:
                 job.over = loop.create_future()
                 while not job.over.done():
@@ -292,9 +292,9 @@ class Inference:
             raise
 
     def close(self) -> None:
-        """End the thread after the pass that runs now; who still waits is refused. Blocks until then.
+        """End the thread after the pass that runs now; jobs that still wait are refused. Blocks until then.
 
-        A pass that never ends is not waited for longer than any may take.
+        It waits for a pass that never ends no longer than any pass may take.
         """
         with self._lock:
             self._closing = True
@@ -353,7 +353,7 @@ class Inference:
             del begun
 
     def _refuse_all(self) -> None:
-        """Tell all that wait: nobody takes them any more."""
+        """Refuse all waiting jobs: no pass takes them any more."""
         while True:
             with self._lock:
                 batch, loop = self._queue.take(), self._loop

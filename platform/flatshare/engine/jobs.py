@@ -47,7 +47,7 @@ class Job:
     over
         What a caller that was cancelled waits for: the end of its pass.
     background
-        It is a task's.
+        It belongs to a task.
     ended
         Its pass has ended, and the event loop knows.
     began
@@ -95,8 +95,7 @@ def probe_answered(block: Sequence[Job]) -> None:
 
 @dataclass(frozen=True, slots=True)
 class Caught:
-    """What a pass raised, without the frames that it was raised in: these hold the pass's tensors, and
-    models.
+    """The error of a pass, without its stack frames, which would keep the pass's tensors and models alive.
 
     Attributes
     ----------
@@ -124,7 +123,7 @@ def caught(error: Exception, device: Device) -> Caught:
 
 
 def failure_of(job: Job, found: Caught) -> Exception:
-    """What a job is told of an error in its pass; the log is told all of it."""
+    """The error that a job gets for an error in its pass; the log gets all of it."""
     error, name = found.error, job.lease.record.name
     if isinstance(error, ServeError):
         return copy_of(error)

@@ -36,11 +36,11 @@ def forward(
     models, rows
         As long as each other; rows ``(N_i, *input.shape)`` on the models' device.
     padded
-        How many rows so many are computed as: zeros are added, and what becomes of them is left out again.
+        From a number of rows to the number that is computed: zeros are added, and their results are dropped.
 
     stacks
-        Where models of one architecture run together from the stage on at which they share nothing more; None
-        to run each apart.
+        Runs models of one architecture together from the first stage on that they do not share; None to run
+        each apart.
 
     Returns
     -------
@@ -56,12 +56,12 @@ def forward(
     order = sorted(range(len(models)), key=lambda index: tuple(map(id, models[index].stages)))
     todo: list[tuple[list[int], torch.Tensor, int]] = []
     for _, group in groupby(order, key=lambda index: id(models[index].stages[0])):
-        indices = list(group)  # who shares nothing with others has nothing to put together, and to part
+        indices = list(group)  # a model that shares nothing with others has nothing to join, or to split
         parts = [rows[index] for index in indices]
         todo.append((indices, parts[0] if len(parts) == 1 else torch.cat(parts), 0))
     alone: dict[tuple[str, int], list[tuple[int, torch.Tensor]]] = {}
-    # A loop, not a nested function that calls itself: that would be a cycle, and keep every model that
-    # ever ran alive until the cycle collector comes by.
+    # A loop, not a nested function that calls itself: that would be a reference cycle, and would keep every
+    # model that ever ran alive until the garbage collector runs.
     while todo:
         indices, inputs, depth = todo.pop()
         if stacks is not None and len(indices) == 1 and stacks.takes(models[indices[0]].architecture):
@@ -97,7 +97,7 @@ def forward(
 
 
 def _onward(model: Model, inputs: torch.Tensor, depth: int, padded: Callable[[int], int]) -> torch.Tensor:
-    """What a model makes of what its stage ``depth`` takes."""
+    """The output of a model from its stage ``depth`` on, for that stage's inputs."""
     count = len(inputs)
     found = _filled(inputs, padded(count))
     for stage in model.stages[depth:]:
@@ -108,8 +108,8 @@ def _onward(model: Model, inputs: torch.Tensor, depth: int, padded: Callable[[in
 def _ordered(rows: torch.Tensor, model: Model) -> torch.Tensor:
     """Rows in the memory order in which a model computes.
 
-    Not ``contiguous``: rows of one channel are in both orders by its count, keep the strides of the other,
-    and then take convolutions that are an eighth slower (16 rows of ``mnist-cnn``, oneDNN).
+    Not ``contiguous``: it takes rows of one channel to be in both orders, so they keep the other's strides,
+    and their convolutions are then an eighth slower (16 rows of ``mnist-cnn``, oneDNN).
     """
     if model.channels_last and rows.dim() == 4:
         return rows.to(rows.device, memory_format=torch.channels_last)
@@ -117,7 +117,7 @@ def _ordered(rows: torch.Tensor, model: Model) -> torch.Tensor:
 
 
 def _filled(rows: torch.Tensor, count: int) -> torch.Tensor:
-    """Rows, and as many zeros as are missing; nothing of anybody's."""
+    """Rows, filled up with zeros to ``count``; the padding holds nobody's data."""
     missing = count - len(rows)
     if missing <= 0:
         return rows
@@ -128,7 +128,7 @@ def _filled(rows: torch.Tensor, count: int) -> torch.Tensor:
 
 
 def _cut(found: torch.Tensor, count: int, computed: int) -> torch.Tensor:
-    """What became of the rows, without what became of the zeros."""
+    """The results of the rows, without those of the added zeros."""
     if computed == count:
         return found
     if len(found) != computed:

@@ -37,7 +37,7 @@ NEVER_READ: Final = -1
 """Revision of an account whose limits must be worked out anew."""
 
 FREE_BYTES: Final = 64 * 1024
-"""Bytes of a request that are not counted: all places of a replica full of such requests hold little."""
+"""Bytes of a request that are not counted: even a replica that is full of such requests holds little."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +55,14 @@ class BytesLimit:
 
 
 def effective_quotas(head: TenantHead, plans: Mapping[str, Quotas], default: Quotas | None = None) -> Quotas:
-    """What holds for a tenant: its own limits over its plan's, over the default.
+    """The limits that apply to a tenant: its own, then its plan's, then the default.
 
     Parameters
     ----------
     plans
         Limits by the name of the plan; a name that is not there is the default plan.
     default
-        For tenants about whom neither their own limits nor their plan say anything.
+        Applies where neither the tenant's own limits nor its plan say anything.
     """
     plan = plans.get(head.plan) or plans.get(DEFAULT_PLAN) or Quotas()
     return head.quotas.over(plan.over(default or Quotas()))
@@ -119,7 +119,7 @@ class QuotaKeeper:
     clock
         Monotonic seconds.
     concurrent_requests
-        Of a tenant for whom neither its own limits nor its plan say how many.
+        Most for a tenant if neither its own limits nor its plan say how many.
     bytes_limit
         What bodies may take.
 
@@ -195,7 +195,7 @@ class QuotaKeeper:
         return UnderWay(self, account, counted)
 
     def place(self, head: TenantHead) -> UnderWay | None:
-        """One more place of the tenant's, for another line of a stream; None when it has all that it may."""
+        """One more of the tenant's places, for another line of a stream; None when it is at its limit."""
         account = self._account(head)
         most = account.limits.concurrent_requests
         if most is not None and account.under_way >= most:
@@ -240,7 +240,7 @@ class UnderWay:
     Attributes
     ----------
     body_bytes
-        Of its body, as far as it was said.
+        Bytes of its body, as far as they were reported.
     """
 
     __slots__ = ("_account", "_counted", "_held", "_keeper", "_size", "body_bytes")
@@ -254,18 +254,18 @@ class UnderWay:
         self.body_bytes = 0
 
     def hold_more(self, size: int) -> None:
-        """As :meth:`hold_bytes`, of so many bytes beside those that count already."""
+        """As :meth:`hold_bytes`, for this many bytes in addition to those that count already."""
         body_bytes = self.body_bytes
         self.hold_bytes(self._size + size)
         self.body_bytes = body_bytes
 
     def hold_bytes(self, size: int) -> None:
-        """Say how many bytes this request holds now, or will in a moment; more than that or less than before.
+        """Report how many bytes this request holds now, or will in a moment; more or fewer than before.
 
         Raises
         ------
         TooManyBytesAtOnce, Overloaded
-            All requests of the tenant together hold too many, or all of the replica.
+            All requests of the tenant, or of the replica, together hold too many.
         """
         self.body_bytes = size
         counted = max(size - FREE_BYTES, 0)

@@ -1,6 +1,6 @@
-"""Passes of jobs on a device: launched, waited for, tried again in smaller ones where they fail.
+"""Runs passes of jobs on a device: launches them, waits for them, and retries failed ones in smaller passes.
 
-Used by the thread of ``inference.py`` alone. What shares a pass's computation is ``passes.py``.
+Only the thread of ``inference.py`` uses it. ``passes.py`` decides what shares a pass's computation.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ __all__ = ["PASSES_BEFORE_MORE", "Pass", "PassRunner"]
 logger = logging.getLogger("flatshare.engine")
 
 PASSES_BEFORE_MORE: Final = 256
-"""Passes after which one that found no memory is tried at twice the rows again."""
+"""Passes to run, after one found no memory, before twice as many rows are tried again."""
 
 
 class Pass:
@@ -82,7 +82,7 @@ class PassRunner:
     rows_now
         Rows at which a pass is full now: fewer for a while after the device had no memory for one.
     memory_failures
-        How often that was.
+        How often the device had no memory for a pass.
     """
 
     def __init__(self, device: Device, torch_threads: int, max_rows: int, stacks: Stacks | None) -> None:
@@ -96,7 +96,7 @@ class PassRunner:
         self._stacks = stacks
 
     def begin(self, batch: Sequence[Job]) -> Pass:
-        """Launch a pass of jobs; one that fails at once is a pass all the same."""
+        """Launch a pass of jobs; also returns a pass if the launch fails at once."""
         self.passes += 1
         if self._raise_at is not None and self.passes >= self._raise_at:
             self._raise_again()
@@ -109,7 +109,7 @@ class PassRunner:
             return Pass(batch, [], [], None, caught(error, self.device))
 
     def answers(self, one: Pass) -> list[Answer]:
-        """One answer a job: all of one pass, and if that fails of smaller ones, so that a bad job fails
+        """One answer for each job: from one pass, or if that fails from smaller ones, so that a bad job fails
         alone.
         """
         found = self._logits_of(one)
@@ -132,13 +132,13 @@ class PassRunner:
                 *self.answers(self._begin(batch[:half])), *self.answers(self._begin(batch[half:]))
             ]  # fmt: skip
         logger.info("a pass of %d jobs failed; each runs alone: %s", len(batch), found.error)
-        # Where a stack may be what is wrong each model is asked for its probe, whether it owes one or not.
+        # If a stack may be what is wrong, each model must answer its probe, whether it owes one or not.
         stacked = self._stacks is not None and len({job.same for job in batch}) > 1
         answers = [
             answer for job in batch for answer in self.answers(self._begin([job], ask=stacked))
         ]  # fmt: skip
         if stacked and self._stacks is not None and not any(isinstance(one, Exception) for one in answers):
-            # Each is right alone: they were not together.
+            # Each is right alone, so together they were wrong.
             self._stacks.disable(batch[0].lease.record.architecture)
         return answers
 
@@ -163,7 +163,7 @@ class PassRunner:
         return np.concatenate(answers)
 
     def _lower(self, rows: int) -> None:
-        """A pass of so many rows found no memory: the next are half as large, and try again after a while."""
+        """A pass of this many rows found no memory: halve the next ones, and try more rows after a while."""
         self.memory_failures += 1
         self.rows_now = max(min(self.rows_now, rows // 2), 1)
         self._raise_at = self.passes + PASSES_BEFORE_MORE
@@ -175,8 +175,8 @@ class PassRunner:
     def _failure(self, job: Job, found: Caught) -> Exception:
         """Why a job that ran alone has no logits.
 
-        A model that owes its probe, and can't answer that alone either, does not run on this device: that
-        is told as a failed probe, so that the model goes. A bad row takes nobody's model away.
+        A model that owes its probe and can't answer that alone either does not run on this device. This is
+        reported as a failed probe, so that the model is removed. A bad row removes no model.
         """
         own = found.fault == "other" and not isinstance(found.error, ServeError)
         probe = probe_due([job]) if own else None

@@ -5,9 +5,9 @@ five. Here a layer of K models runs once, over rows ``(K, N, …)`` and weights 
 linear layer becomes one batched product, a convolution one with groups). What it costs is a copy of the
 weights into the stack, at memory bandwidth, and rows that are padded to the longest.
 
-Off by default (``stack_models``): whether it wins is for a GPU to say. Each stacked pass asks one of its
-models for its stored probe; where that is wrong, or the pass raises, and each model is right alone, its
-architecture is not stacked again (``runner.py``).
+Off by default (``stack_models``): on a GPU it is faster where many models meet, and slower where few do.
+Each stacked pass checks the stored probe of one of its models. If that answer is wrong or the pass raises, and each model is right alone,
+its architecture is not stacked again (``runner.py``).
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Stacks:
     networks
         Architecture by name; raises for one that is not installed.
     padded
-        How many rows so many are computed as.
+        From a number of rows to the number that is computed.
     """
 
     def __init__(

@@ -1,6 +1,6 @@
-"""What ``up`` looks at before it starts anything: ports, the certificate, open files, the host tier.
+"""What ``up`` checks before it starts anything: ports, the certificate, open files, the host tier.
 
-Each is something that would else show after Ray's start, in the words of another program. Imports no ray.
+Otherwise each problem would show only after Ray's start, in the words of another program. Imports no ray.
 """
 
 from __future__ import annotations
@@ -91,7 +91,7 @@ def check_port(name: str, host: str, port: int) -> None:
     LocalError
         It is taken, or this user may not listen there.
     SettingsError
-        The host is none.
+        The host is not an address or a known name.
     """
     try:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE)
@@ -171,7 +171,7 @@ def check_socket_folder(folder: Path) -> None:
 
 
 def affordable_connections(replicas: int) -> int:
-    """Connections that the edge takes at a time: each needs two files, of which a process has so many.
+    """Connections that the edge takes at a time: each needs two files, and a process may open only so many.
 
     Raises
     ------
@@ -201,7 +201,7 @@ def check_host_tier(settings: Settings, warn: Warn) -> None:
     Raises
     ------
     SettingsError
-        It was named and can't be.
+        It was named, and can't be used.
     """
     try:
         demand_host_tier(settings.host_dir, settings.host_bytes)

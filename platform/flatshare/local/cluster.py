@@ -1,4 +1,4 @@
-"""The Ray cluster under a platform: one that runs already, after a look whether it lets us in, or our own.
+"""The Ray cluster under a platform: a running one, after a check that it lets us in, or one of our own.
 
 Imports ray, so it must be imported only after ``pool.environment.prepare``.
 """
@@ -41,7 +41,7 @@ QUIET: Final[dict[str, Any]] = {"log_to_driver": False, "logging_level": logging
 
 @contextlib.contextmanager
 def ray_cluster(wanted: str, environment: dict[str, str]) -> Iterator[tuple[str, bool]]:
-    """Connected to the cluster of an address, or to one of our own; its address, and whether it is ours.
+    """Connect to the cluster at an address, or to one of our own; yields its address, and whether it is ours.
 
     Parameters
     ----------
@@ -70,7 +70,7 @@ def ray_cluster(wanted: str, environment: dict[str, str]) -> Iterator[tuple[str,
 
 @contextlib.contextmanager
 def joined_cluster(wanted: str) -> Iterator[str]:
-    """Connected to a cluster that runs already; its address.
+    """Connect to a cluster that runs already; yields its address.
 
     Raises
     ------
@@ -115,10 +115,10 @@ def own_cluster() -> Iterator[str]:
 def _ray_folder() -> Path:
     """Where Ray keeps sockets, logs and code of a cluster of ours.
 
-    Ray's own choice, ``/tmp/ray``, and all that Ray makes in it can be written by everybody: another user of
-    the machine could put a socket of their own where the next worker looks for its raylet. Ray opens the
-    folder that it is given, so that one lies in another which it leaves alone. The path is short: a socket's
-    name has 107 characters.
+    Everybody can write to Ray's own choice, ``/tmp/ray``, and to all that Ray makes in it: another user of
+    the machine could put a socket where the next worker looks for its raylet. Ray opens up the folder that it
+    is given, so that folder lies inside another, which Ray leaves alone. The path is short: a socket's name
+    has 107 characters.
 
     Raises
     ------
@@ -179,7 +179,7 @@ def _join(address: str, **options: Any) -> None:
 
 @contextlib.contextmanager
 def _signals_kept() -> Iterator[None]:
-    """``ray.init`` puts a handler of its own in place, which ends the process where it stands."""
+    """Keep our signal handlers: ``ray.init`` installs its own, which ends the process where it stands."""
     numbers = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
     before = {number: signal.getsignal(number) for number in numbers}
     try:

@@ -40,14 +40,14 @@ def asks_for_token(gcs_address: str) -> bool:
 
 
 def check_cluster(gcs_address: str, settings: Settings) -> None:
-    """Say so when a cluster lets everybody in who reaches it, and refuse to open it further.
+    """Warn if a cluster lets in everybody who reaches it, and refuse to open such a cluster further.
 
     Whoever reaches one of its ports can run code as the platform, whatever key a request needs.
 
     Raises
     ------
     LocalError
-        We are to listen beyond loopback, and nobody said that the network is trusted.
+        The platform is to listen beyond loopback, and no setting says that the network is trusted.
     """
     if asks_for_token(gcs_address):
         return

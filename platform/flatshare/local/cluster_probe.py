@@ -1,7 +1,7 @@
 """Run as a program: whether there is a Ray cluster, and whether it lets this process in.
 
-Ray asks a cluster that does not answer for minutes, in C++ that takes no signal. A process of its own can
-be ended at any time, by an alarm too, which needs nobody's help.
+If a cluster does not answer, Ray keeps asking for minutes, in C++ code that handles no signal. A separate
+process can be ended at any time, also by an alarm of its own, which needs no help from others.
 
     python -m flatshare.local.cluster_probe ADDRESS SECONDS
 

@@ -1,7 +1,7 @@
-"""What is wrong with this machine for a platform, each with what to do: ``flatshare doctor``.
+"""Finds what makes this machine unfit for a platform, and says what to do about it: ``flatshare doctor``.
 
-It makes what ``up`` would make when it looks, as the folders of a host tier, and writes some small objects
-to the store, which it removes again. What ``up`` would refuse is looked at with ``up``'s own eyes
+While it checks, it makes what ``up`` would make, such as the folders of a host tier. It writes some small
+objects to the store, and removes them again. For what ``up`` would refuse it uses the checks of ``up``
 (``checks.py``). Imports neither ray nor torch: one of them may be what is broken.
 """
 
@@ -45,7 +45,7 @@ PACKAGES: Final = ("ray", "torch", "torchvision", "safetensors", "fastapi", "bot
 """Those whose version decides whether a platform works here."""
 
 RACES, RACERS = 5, 10
-"""Rounds of a race to create one object, and who takes part: exactly one of them may win each."""
+"""Rounds of a race to create one object, and racers in each round: exactly one of them may win it."""
 
 CLOCK_S: Final = 5.0
 """Seconds by which this machine's clock may differ from the store's: keys' ends, tasks and the change feed
@@ -65,7 +65,7 @@ FIXES: Final = {
     "port": "choose another with --port, or another address with --host",
     "serve_port": "choose another with --serve-port",
 }
-"""Where the message of what was found does not say it."""
+"""What to do, by check, where the message about a finding does not say it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,7 +91,9 @@ def examine(environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:
     try:
         settings = load_settings()
     except ServeError as error:
-        fix = "correct what it names (README.md lists them); what goes by settings was not looked at"
+        fix = (
+            "correct what it names (platform/SETTINGS.md lists them); what goes by settings was not looked at"
+        )
         yield Finding("settings", "wrong", error.message, fix)
         yield from _looked(_keys)
         return
@@ -103,7 +105,7 @@ def examine(environment: Mapping[str, str] = os.environ) -> Iterator[Finding]:
 
 
 def _looked(look: Callable[[], Iterator[Finding]]) -> Iterator[Finding]:
-    """What one look finds; that it could not be made is a finding, too."""
+    """What one check finds; if the check itself fails, that is a finding, too."""
     try:
         yield from look()
     except (ServeError, RegistryError, OSError) as error:
@@ -146,7 +148,7 @@ def _packages() -> Iterator[Finding]:
 def _variables(environment: Iterable[str]) -> Iterator[Finding]:
     unknown = unknown_variables(environment)
     for name, meant in unknown.items():
-        fix = f"did you mean {meant}?" if meant else "remove it; README.md lists all settings"
+        fix = f"did you mean {meant}?" if meant else "remove it; platform/SETTINGS.md lists all settings"
         yield Finding("variables", "warning", f"{name} is no setting, and has no effect", fix)
     if not unknown:
         yield Finding("variables", "ok", "every FLATSHARE_ variable is a setting")
@@ -174,7 +176,7 @@ def _haproxy(settings: Settings) -> Iterator[Finding]:
 
 
 def _machine(settings: Settings) -> Iterator[Finding]:
-    """What ``up`` refuses, but for ports that our own platform has."""
+    """Check what ``up`` would refuse, except for ports that our own platform uses."""
     ours = {port for state in known_states() if state.process() for port in (state.port, settings.serve_port)}
     asked: list[tuple[str, Callable[[], object]]] = []
     ports = {"port": settings.port}
@@ -193,7 +195,7 @@ def _machine(settings: Settings) -> Iterator[Finding]:
         try:
             found = look()
         except ServeError as error:
-            # A port's message says what to do; of the others it says more of what is wrong.
+            # After the semicolon a port's message says what to do; other messages say more of what is wrong.
             what, _, fix = error.message.partition("; ") if "port" in name else (error.message, "", "")
             yield Finding(name, "wrong", what, fix or FIXES[name])
             continue

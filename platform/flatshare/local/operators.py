@@ -1,4 +1,4 @@
-"""Operators of a platform that starts here: their keys, from settings or files, and what of them goes on."""
+"""Operators of a platform that starts here: their keys, from settings or files, and what is passed on."""
 
 from __future__ import annotations
 

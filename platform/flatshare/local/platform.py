@@ -73,7 +73,7 @@ def running_platform(
     state
         What was written down when it was about to start; written again as more is known.
     operators
-        Who may do everything; None when authentication is off.
+        Digests of admins' and viewers' keys; None when authentication is off.
     environment
         What ``pool.environment.prepare`` returned.
     ray_address
@@ -135,7 +135,7 @@ def running_edge(settings: Settings, ray_address: str) -> Iterator[EdgeSuperviso
 def _applications(
     settings: Settings, operators: OperatorKeys | None, environment: dict[str, str], *, keep_cluster: bool
 ) -> Iterator[None]:
-    """Both Serve applications, running."""
+    """The Serve applications, running: pool, control plane, and where there are some, steps and consumer."""
     try:
         details = read_details()
     except Unavailable:
@@ -151,7 +151,7 @@ def _applications(
             "port": settings.port if settings.edge == "serve" else settings.serve_port,
         },
     )
-    # The pool's classes, and torch with them: only who deploys them needs these, not an edge of its own.
+    # The pool's classes, and torch with them: a deployment needs them, an edge by itself does not.
     from flatshare.pipelines.deployment import step_application
     from flatshare.pool.consumer import consumer_application
     from flatshare.pool.deployment import pool_application
@@ -236,7 +236,7 @@ def demand_keys(found: EdgeTargets) -> None:
 
 
 CORES_PER_EDGE_THREAD: Final = 8
-"""Cores whose replicas one thread of HAProxy serves: each core's do up to 1,000 requests/s."""
+"""Cores whose replicas one HAProxy thread serves: the replicas of one core do up to 1,000 requests/s."""
 
 
 def edge_options(settings: Settings, admin_socket: Path, spans: Path | None = None) -> EdgeOptions:
@@ -245,7 +245,7 @@ def edge_options(settings: Settings, admin_socket: Path, spans: Path | None = No
     Parameters
     ----------
     spans
-        Socket of who takes lines of sampled requests; None where nothing is traced.
+        Socket that receives lines of sampled requests; None where nothing is traced.
     """
     return EdgeOptions(
         host=settings.host,
@@ -287,7 +287,7 @@ def edge_targets(doors: Doors, routes: Routes | None = None) -> EdgeTargets:
 
 
 class Decided:
-    """What the control plane decides, for an edge: asked at each look, believed while nobody answers."""
+    """The control plane's decisions, for an edge: read at each look, and kept while nobody answers."""
 
     def __init__(self) -> None:
         self._routes = Routes({})

@@ -36,9 +36,9 @@ def same_process(pid: int, started_at: float) -> psutil.Process | None:
 
 
 def wait_until_ended(processes: Sequence[psutil.Process], timeout_s: float) -> list[psutil.Process]:
-    """Those that have not ended by then.
+    """Wait for processes to end; returns those that have not ended in time.
 
-    One that has ended counts also while nobody collects it: the first process of a container may never.
+    A zombie counts as ended: the first process of a container may never collect it.
     """
     poll = select.poll()
     waited: dict[int, psutil.Process] = {}

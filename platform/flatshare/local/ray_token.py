@@ -1,4 +1,4 @@
-"""The token of the Ray cluster: who shows none gets no answer from Ray's and Serve's own ports.
+"""The token of the Ray cluster: a caller that shows none gets no answer from Ray's and Serve's own ports.
 
 Ray's daemons, its workers and each replica listen for gRPC calls on all interfaces, on ports of their own
 choice, and take pickled data from them. In token mode (``RAY_AUTH_MODE=token``) every call must show the
@@ -24,7 +24,7 @@ DEFAULT_TOKEN: Final = Path(".ray") / "auth_token"
 
 
 def joins_a_cluster(ray_address: str) -> bool:
-    """Whether a cluster of this address would be somebody's who started it before.
+    """Whether this address means a cluster that somebody has started already.
 
     Parameters
     ----------
@@ -42,8 +42,8 @@ def joins_a_cluster(ray_address: str) -> bool:
 def cluster_token_file(ray_address: str) -> Path:
     """The file of the token to show to a cluster, or to start one with.
 
-    The one beside the operator's key, which is made when it is missing; for a cluster that was not started by
-    ``up``, Ray's own where there is one.
+    It is the file beside the operator's key, which is made when it is missing. For a cluster that ``up`` did
+    not start it is Ray's own file, if there is one.
 
     Raises
     ------

@@ -54,7 +54,7 @@ def roll_out(ray_address: str, changes: Mapping[str, object], *, surge: bool, re
     LocalError
         There is no pool, or new replicas do not start: the old ones go on.
     SettingsError
-        A change is none that replicas alone can take, or it contradicts others.
+        A setting is read by more than the replicas, or its new value contradicts others.
     """
     with joined_cluster(ray_address):
         deployed = recall_deployed()

@@ -94,7 +94,7 @@ class PlatformState:
         return state_folder() / f"platform-{port}.json"
 
     def claim(self) -> None:
-        """Write it where none is: of several that start at a time one has the port; a dead one's is ended.
+        """Write it where there is none: of several starters one gets the port. Ends what a dead one left.
 
         Raises
         ------

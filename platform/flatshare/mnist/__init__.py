@@ -1,5 +1,5 @@
 """The plug-in that ships: both architectures, digits, training, handwritings.
 
-Nobody imports it but the demo, the command line's ``train`` and ``bench``, and the tests: the platform finds
-its architectures by entry point. It never knows the platform's insides.
+Only the demo, the command line's ``train`` and ``bench``, and the tests import it: the platform finds its
+architectures by entry point. It knows nothing of the platform's internals.
 """

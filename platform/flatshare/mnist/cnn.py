@@ -58,7 +58,7 @@ ARCHITECTURE = Architecture(
     },
     build=build,
     preprocess=preprocess,
-    # One core, torch 2.15: 1 row 0.53 ms against 0.70, 16 rows 3.7 against 7.9, 64 rows 12.7
+    # One core, torch 2.14: 1 row 0.53 ms against 0.70, 16 rows 3.7 against 7.9, 64 rows 12.7
     # against 32.7. What it costs is a copy of 74 kB of 4.8 MB; the dense layers stay views.
     channels_last=True,
 )

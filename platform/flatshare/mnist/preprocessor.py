@@ -49,7 +49,7 @@ class Preprocessor:
 def _pixels(value: Any) -> NDArray[np.uint8]:
     """Pixels ``(N, 28, 28)`` of nested lists, or of an array.
 
-    Leaves are looked at before an array is made of them: of texts numpy would make one as wide as the
+    Leaves are checked before an array is made of them: numpy would make texts into an array as wide as the
     longest, and a small body could ask for gigabytes.
     """
     wrong = BadInput(f'"image" must be raw pixels: whole numbers of 0 to 255 of shape (N, {SIDE}, {SIDE})')

@@ -62,7 +62,7 @@ ARCHITECTURE = Architecture(
     tensors=_tensors(),
     build=build,
     preprocess=preprocess,
-    # One core, torch 2.15: channels-last is faster for one row (3.4 ms against 4.1) and slower for many
+    # One core, torch 2.14: channels-last is faster for one row (3.4 ms against 4.1) and slower for many
     # (64 rows: 41.4 ms against 38.7), and would give each replica a copy of all 45 MB of its own.
     channels_last=False,
 )

@@ -1,4 +1,4 @@
 """What a network is: architecture, stages, probe, conversion; found by name, through entry points.
 
-Others ask it for an architecture. It never knows any one network, HTTP or Ray.
+Other packages call it for an architecture. It knows no particular network, and nothing of HTTP or Ray.
 """

@@ -16,13 +16,13 @@ __all__ = ["find_state", "in_dtypes_of", "without_wrappers"]
 Note = Callable[[str], None]
 
 _KEYS: Final = ("state_dict", "model_state_dict", "model", "module")
-"""Under what trainers keep the weights: Lightning, the tutorials, timm, DeepSpeed."""
+"""Keys under which trainers keep the weights: Lightning, the tutorials, timm, DeepSpeed."""
 
 _PREFIXES: Final = ("module.", "_orig_mod.", "model.")
 """What wrappers put in front of every name: DataParallel, torch.compile, Lightning."""
 
 _SEGMENTS: Final = ("_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module")
-"""The same where a part of a network was wrapped; nobody names a part of a network so."""
+"""The same for a wrapped part of a network; nobody gives such a name to a part of a network."""
 
 _NAMES: Final = {dtype: name for name, dtype in DTYPES.items()}
 
@@ -58,9 +58,9 @@ def find_state(loaded: object, what: str) -> dict[str, torch.Tensor]:
 def without_wrappers(
     state: dict[str, torch.Tensor], wanted: Collection[str], note: Note
 ) -> dict[str, torch.Tensor]:
-    """Tensors by the names that are wanted, if only wrappers' names are in the way.
+    """Tensors by the wanted names, if only wrappers' names are in the way.
 
-    Where they are not, those of the steps that has most of the wanted names comes back: to be shown.
+    Otherwise returns those of the unwrapping step that has most of the wanted names, to be shown.
     """
     wanted = set(wanted)
     best, best_taken, now, taken = state, "", state, ""
@@ -91,7 +91,7 @@ def _peeled(state: dict[str, torch.Tensor]) -> tuple[dict[str, torch.Tensor], st
 
 
 def _is_good(state: Collection[str], names: Mapping[str, str]) -> bool:
-    """Whether it changes something, and no two come to have one name."""
+    """Whether the new names change something, and no two names become the same."""
     return any(names[name] != name for name in state) and len(set(names.values())) == len(state)
 
 
@@ -126,7 +126,7 @@ def in_dtypes_of(
 def _cast(name: str, tensor: torch.Tensor, dtype: str) -> torch.Tensor:
     cast = tensor.to(DTYPES[dtype])
     if tensor.is_floating_point() and cast.is_floating_point():
-        # Infinities of its own are not our doing. In double: not every type can be asked.
+        # The tensor's own infinities are allowed. As doubles, since not every type can be checked.
         fits = bool((cast.double().isfinite() | ~tensor.double().isfinite()).all())
     else:
         fits = torch.equal(cast.to(tensor.dtype), tensor)

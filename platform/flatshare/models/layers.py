@@ -1,7 +1,7 @@
 """torch's layers as plain functions over rows and tensors: no module is built for a model, and none called.
 
-What a module costs beside its computation is the same for each layer: a lookup of hooks and attributes
-at each call, and a copy of it at each load. Measured for one row of ``mnist-cnn`` on one core: 492
+Beside its computation, every module costs the same: a lookup of hooks and attributes at each call, and
+a copy of it at each load. Measured for one row of ``mnist-cnn`` on one core: 492
 microseconds as functions, 551 as modules; on 20 models in turn 621 and 681. TorchScript is no faster
 (498 and 633) and deprecated; oneDNN's fused convolution and ReLU, with weights that are not packed, is
 slower (572 and 700; 64 rows 25.1 ms against 22.1).
@@ -62,8 +62,8 @@ def function_of(layer: nn.Module, *, may_overwrite: bool) -> LayerFunction | Non
     Parameters
     ----------
     may_overwrite
-        Whether its rows are the network's own by now. A network that begins with an in-place ReLU would else
-        write into a request, or into the probe that all models share.
+        Whether its input rows are the network's own by now. Otherwise a network that begins with an in-place
+        ReLU would write into a request, or into the probe that all models share.
     """
     make = _MAKERS.get(type(layer))
     if make is None or layer._forward_hooks or layer._forward_pre_hooks or "forward" in vars(layer):
@@ -73,5 +73,5 @@ def function_of(layer: nn.Module, *, may_overwrite: bool) -> LayerFunction | Non
 
 
 def does_nothing(layer: nn.Module) -> bool:
-    """Whether a layer hands on what it gets in a model that only answers."""
+    """Whether a layer passes its input on unchanged, in a model that only answers."""
     return isinstance(layer, _DropoutNd | nn.Identity)

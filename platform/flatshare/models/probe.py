@@ -32,9 +32,9 @@ ROUNDINGS: Final = 8.0
 """How many roundings of the coarsest type a layer's result may be off by.
 
 Errors of layers add up like the steps of a random walk (Higham and Mary, "A new approach to probabilistic
-rounding error analysis", SIAM J. Sci. Comput. 2019), so it is times the root of the layers. With a noise of
-2e-6 before each rounding, another order of sums, a network of 18 layers in BF16 moved by 1.6e-2; this allows
-0.14."""
+rounding error analysis", SIAM J. Sci. Comput. 2019), so this is multiplied by the square root of the number
+of layers. With noise of 2e-6 before each rounding, as from another order of sums, a network of 18 layers in
+BF16 moved by 1.6e-2; this allows 0.14."""
 
 _UNIT: Final = {
     "F64": 2.0**-53,
@@ -82,7 +82,7 @@ def probe_rows(network: Architecture) -> NDArray[np.float32]:
 
 
 def probe_logits(network: Architecture, weights: bytes | memoryview) -> tuple[float, ...]:
-    """What a version says to the probe: stored with it when it is registered.
+    """A version's answer to the probe, which is stored with it when it is registered.
 
     Raises
     ------

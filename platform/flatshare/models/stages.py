@@ -3,8 +3,8 @@
 A stage is a run of layers that begins with one that has tensors. A model is a tuple of stages; two
 models whose tensors of a stage are equal hold the *same* stage object, so "same first layers" is a
 comparison of identities. The network is built once on the meta device (no memory, no initialisation).
-A stage is its layers' functions beside real tensors (``models/layers.py``); a layer that is no function
-comes as a copy of its module with the tensors put in.
+A stage holds its layers' functions with real tensors (``models/layers.py``); a layer without a function is
+held as a copy of its module with the tensors put in.
 """
 
 from __future__ import annotations
@@ -52,7 +52,7 @@ class Stage:
     steps: tuple[tuple[LayerFunction, tuple[torch.Tensor, ...]], ...]
 
     def __call__(self, rows: torch.Tensor) -> torch.Tensor:
-        """What the layers make of rows; these are not changed."""
+        """The layers' output for rows; the rows are not changed."""
         for run, tensors in self.steps:
             rows = run(rows, *tensors)
         return rows
@@ -65,11 +65,11 @@ class Model:
     Attributes
     ----------
     stages
-        Each a :class:`Stage`, or anything else that makes rows of rows.
+        Each is a :class:`Stage`, or anything else that turns rows into rows.
     tensors
         All that the stages hold, by part: what other models with the same tensors share.
     digest
-        sha256 of the weights that it was built of: who runs it compares.
+        sha256 of the weights that it was built from, for comparison when it runs.
     architecture
         Its name: models of one have the same layers, and differ in their tensors alone.
     channels_last, threads
@@ -99,7 +99,7 @@ class Model:
 
 @dataclass(frozen=True, slots=True)
 class _Layer:
-    """One layer of a plan: its tensors' blanks by their names in the network, and what it computes."""
+    """One layer of a plan: its tensors without data, by their names in the network, and what it computes."""
 
     module: nn.Module
     blanks: Mapping[str, torch.Tensor]
@@ -121,7 +121,7 @@ class Plan:
     _stages: tuple[tuple[_Layer, ...], ...]
 
     def layers(self) -> list[list[tuple[LayerFunction | None, nn.Module]]]:
-        """Each stage's layers: as a function of rows and tensors, if it is one, and as a module without
+        """Each stage's layers: as a function of rows and tensors, if there is one, and as a module without
         memory.
         """
         return [[(one.run, one.module) for one in stage] for stage in self._stages]

@@ -30,7 +30,7 @@ logger = logging.getLogger("flatshare.pipelines")
 T = TypeVar("T")
 
 LOOK_BACK_S: Final = 2.0
-"""Seconds over which Serve takes the mean of requests under way: its default of thirty sees no step of
+"""Seconds over which Serve takes the mean of requests under way: its default of thirty misses a jump in
 load.
 """
 
@@ -59,7 +59,7 @@ class StepReplica:
         export_spans(traces, "flatshare.step", f"{name} {os.getpid()}")
         self._name = name
         self._step = step_class(name, path)()
-        # One: what a body expands to is in memory once, and more work at a time is a matter of replicas.
+        # One thread: only one expanded body is in memory; for more work at a time there are more replicas.
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="step")
         self._limit_s = limit_s
         self._began: float | None = None

@@ -25,13 +25,13 @@ class Step(Protocol):
     """
 
     def run(self, batch: dict[str, Any]) -> Mapping[str, Any] | Awaitable[Mapping[str, Any]]:
-        """Make of a request's batch what the model takes, under the name of the model's input.
+        """Turn a request's batch into what the model takes, under the name of the model's input.
 
         Raises
         ------
         BadInput
-            The caller's mistake: 400, with its words. Any other exception is the step's own: 500, and its
-            words stand in the log alone.
+            The caller's mistake: 400, with its message. Any other exception is the step's own: 500, and its
+            message is only in the log.
         """
         ...
 

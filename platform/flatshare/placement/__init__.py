@@ -1,4 +1,4 @@
 """Pure decisions for a fleet: which replicas are a model's homes.
 
-Others ask it where a model belongs. It never knows Ray, HTTP or a clock of its own.
+Other packages ask it where a model belongs. It knows nothing of Ray or HTTP, and has no clock of its own.
 """

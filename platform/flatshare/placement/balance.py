@@ -1,11 +1,11 @@
-"""Homes that chance has put together: popular models are moved until no replica has much more than its share.
+"""Moves popular models that share a home by chance, until no replica has much more than its share.
 
-A hash spreads models evenly, not their requests: with the eight most popular of 2,000 models on one of two
-replicas that one has two thirds of the requests, its slots are taken by them, and the fleet has 0.93 of the
-hits that one cache of the same slots has. A few moves mend it. They are few, they stay, and the ring is the
-home of everything else.
+A hash spreads models evenly, but not their requests. With the eight most popular of 2,000 models on one of
+two replicas, that replica has two thirds of the requests, these models take its slots, and the fleet has 0.93
+of the hits that one cache with the same slots has. A few moves fix this. They are few and they last; every
+other model has its home on the ring.
 
-Pure: rates and what was moved before come as arguments.
+Pure: rates and earlier moves come as arguments.
 """
 
 from __future__ import annotations
@@ -23,24 +23,24 @@ UNEVEN: Final = 1.15
 """A model moves when the busiest replica has more than this times the mean."""
 
 NOISE: Final = 3.0
-"""Standard deviations by which it must be busier than that, too."""
+"""Standard deviations by which its load must also exceed that."""
 
 GAIN: Final = 0.9
-"""It must be small enough that the two replicas come this much nearer, or two of them would swap it for
-ever.
+"""Share of half the gap between two replicas that a moved model may have. With more, two replicas would swap
+it for ever.
 """
 
 WORTH: Final = 0.05
-"""It must be this part of what may move, or the load that it costs is for nothing."""
+"""A model must have at least this share of what may move, or the load that a move costs is wasted."""
 
 RATE_SHARE: Final = 0.2
-"""Of a new second's rate in the mean of rates: about five seconds."""
+"""Weight of a new second's rate in the mean of rates: about five seconds."""
 
 MOVE_TICKS: Final = 3
 """Decisions between two moves, so that one is felt before the next."""
 
 LEAST_RATE: Final = 20.0
-"""Requests a second of all below which nobody is busy enough for its share to mean anything."""
+"""Total requests a second below which no replica is busy enough for its share to mean anything."""
 
 MOST_MOVED: Final = 256
 """Models that have a home other than the ring's: each is a row in every edge's map."""
@@ -83,8 +83,8 @@ def decide_moves(
     if not settled or len(places) < 2 or set(rates) != set(places) or len(kept) >= MOST_MOVED:
         return kept
     mean = sum(rates.values()) / len(rates)
-    # A mean of some seconds of requests that come at random is uneven by itself, the more the fewer come: of
-    # 20 replicas with 3 requests a second each one is always far above; moves would only cost loads.
+    # A mean over some seconds of random requests is uneven by itself, and more so the fewer requests come. Of
+    # 20 replicas with 3 requests a second each, one is always far above; moves would only cost loads.
     chance = NOISE * math.sqrt(mean * RATE_SHARE / (2 - RATE_SHARE))
     busiest = max(places, key=lambda place: (rates[place], -place))
     calmest = min(places, key=lambda place: (rates[place], place))

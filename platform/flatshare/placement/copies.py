@@ -19,8 +19,8 @@ from flatshare.placement.ring import ring_of
 __all__ = ["COOL_S", "SHRINK_AT", "Spread", "decide_copies"]
 
 SHRINK_AT: Final = 0.6
-"""A copy goes when those that stay would each have less than this share of the target: a model whose demand
-is just at a step would else come and go."""
+"""A copy goes when each of the remaining ones would have less than this share of the target. Otherwise copies
+of a model whose demand is just at a step would come and go."""
 
 COOL_S: Final = 10.0
 """Seconds that demand must have been so low."""
@@ -54,7 +54,7 @@ def decide_copies(
     Parameters
     ----------
     now
-        Seconds, of the clock that ``before`` is of.
+        Seconds, by the same clock as ``before``.
     loads
         Of all replicas that answer.
     before

@@ -14,9 +14,9 @@ __all__ = ["after_loss", "to_load"]
 
 
 def after_loss(names: Mapping[int, str], leaving: str) -> dict[int, str]:
-    """Places once a replica has gone, as Serve gives them anew: who is beyond the end takes a free number.
+    """Places after a replica has gone, as Serve reassigns them: a replica beyond the end takes a free number.
 
-    Serve 2.60 does it so (``_perform_minimal_rank_reassignment``): a replica keeps its number where it can.
+    This is how Serve 2.60 does it (``_perform_minimal_rank_reassignment``): numbers are kept where possible.
 
     Parameters
     ----------
@@ -47,20 +47,21 @@ def to_load(
     moved
         Homes other than the ring's (``placement.balance``).
     gone
-        What replicas held that are not there any more: it takes what room the others' leaves.
+        What lost replicas held: it gets only the room that the others' models leave.
 
     Returns
     -------
     dict
-        By replica: of what belongs there and fits its slots, what it does not hold yet.
+        By replica: the models that belong there and fit its slots, and that it does not hold yet.
     """
     ring = ring_of(names)
     has = {one.replica: set(one.models) for one in held}
     slots = {one.replica: one.slots for one in (*held, *gone)}
     default = max(slots.values(), default=0)
-    # What it holds already and is home to counts: a hand-over must not drive out what is asked for more.
+    # Models that it is home to and holds already count too: a hand-over must not drive out more popular ones.
     belongs: dict[str, list[str]] = {name: [] for name in names.values()}
-    # Everybody's most recent before anybody's second: a list each is by recency, their ages are not compared.
+    # Every replica's most recent model before any replica's second: each list is ordered by recency, but ages
+    # are not compared between lists.
     for some in (held, gone):
         for model_ref in _in_turns(some):
             places = homes_of(ring, moved or {}, model_ref, 1)

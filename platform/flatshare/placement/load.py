@@ -25,9 +25,9 @@ class ReplicaLoad:
     idle_s
         Seconds since the last request came; since the start when none did.
     models
-        By model ref, the mean number of ``ongoing`` that were its; only of models that had some.
+        By model ref, its mean number of ``ongoing`` requests; only models that had some.
     popular
-        Requests a second of the models that had most since they were loaded; a few.
+        The few models with the most requests a second since they were loaded, with these rates.
     also
         Of these models, by ref: the other refs that mean the same version now.
     """

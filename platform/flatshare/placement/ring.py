@@ -37,7 +37,7 @@ MAX_PLACES: Final = 2**32 // _ID_STEP - 1
 
 
 def server_id(place: int) -> int:
-    """The id that HAProxy knows a place by: 0 is none there."""
+    """The id by which HAProxy knows a place: in HAProxy, 0 means none."""
     return place + 1
 
 

@@ -93,9 +93,9 @@ def decide_replicas(
 ) -> tuple[int, tuple[Wish, ...]]:
     """The number of replicas to have, and the wishes to remember.
 
-    More, when all of the last ``upscale_delay_s`` wanted more: then as many as the least of them. Fewer, when
-    all of the last ``downscale_delay_s`` wanted fewer: then as many as the most of them. From zero to one at
-    once, since a caller waits. To zero without another delay, since ``idle_s`` was one.
+    Scales up if every wish of the last ``upscale_delay_s`` is higher: to the lowest of them. Scales down if
+    every wish of the last ``downscale_delay_s`` is lower: to the highest of them. Goes from zero to one at
+    once, since a caller waits, and to zero without another delay, since ``idle_s`` was one.
 
     Parameters
     ----------

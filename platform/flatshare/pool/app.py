@@ -2,8 +2,8 @@
 
 ``flatshare config`` prints such a file.
 """
-# No postponed annotations here: Serve looks whether a builder's annotation is a class, and hands a string's
-# builder a plain dictionary without a word (ray/serve/_private/api.py, 2.60).
+# No postponed annotations here: Serve checks whether a builder's annotation is a class. If it is a string,
+# Serve silently passes the builder a plain dictionary (ray/serve/_private/api.py, 2.60).
 
 from ray import serve
 
@@ -15,7 +15,7 @@ __all__ = ["build"]
 
 
 def build(args: AppArguments) -> serve.Application:
-    """The pool. What the file says is from now on what ``rollout`` and ``settings set`` begin with."""
+    """The pool. From now on ``rollout`` and ``settings set`` begin with what the file says."""
     found = built(args)
     forget()
     remember_deployed(Deployed(found.settings, found.operators, found.environment))

@@ -89,7 +89,7 @@ def built(args: AppArguments) -> Built:
 
 
 def _settings(values: dict[str, Any]) -> Settings:
-    """Of these values alone, with their defaults, whatever this process's environment says."""
+    """Settings of these values and the defaults alone, whatever this process's environment says."""
     names = [f"FLATSHARE_{name.upper()}" for name in Settings.model_fields]
     hidden = {name: os.environ.pop(name) for name in names if name in os.environ}
     try:

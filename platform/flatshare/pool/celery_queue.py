@@ -38,18 +38,18 @@ BROKER_S: Final = 3.0
 STORE_DOWN_S: Final = 2.0
 
 COUNT_S: Final = 5.0
-"""Seconds for which it is believed how many tasks are open."""
+"""Seconds for which a count of open tasks is used again."""
 
 
 def queue_config(
     adapter: type[CeleryTasks], url: str, password_file: str, run_s: float
 ) -> TaskProcessorConfig:
-    """Ray Serve's configuration of a queue. It names no password: Serve keeps it, and shows it.
+    """Ray Serve's configuration of a queue. It holds no password, because Serve keeps and shows it.
 
     Parameters
     ----------
     run_s
-        Seconds that a run may take: what is in hand must not be given out anew sooner.
+        Seconds that a run may take: a task in hand must not be delivered again sooner.
     """
     return TaskProcessorConfig(
         queue_name=QUEUE,
@@ -82,10 +82,10 @@ def full_url(url: str, password_file: str) -> str:
 
 
 class CeleryQueue(ABC):
-    """A queue by Celery, as who takes tasks and who tends them see it. Methods block, and raise
+    """A Celery queue, as the code that takes and tends tasks sees it. Methods block, and raise
     ``Unavailable``.
 
-    How many of a tenant's tasks wait is asked of the store, where each open one has a note: brokers do not
+    The store says how many of a tenant's tasks wait, because each open task has a note there: brokers do not
     count by tenant, and may forget.
 
     Parameters
@@ -135,11 +135,11 @@ class CeleryQueue(ABC):
             raise Overloaded(f"{waiting} tasks wait, the limit")
 
     def missing_of(self, tasks: int) -> int:
-        """How many of so many open tasks do not wait: a worker has them in hand, or they are lost."""
+        """How many of ``tasks`` open tasks do not wait: a worker has them in hand, or they are lost."""
         return max(tasks - self.waiting(), 0)
 
     def open_tasks(self) -> int:
-        """Tasks of all that have not ended, as it was some seconds ago at most."""
+        """How many tasks of all tenants have not ended; the count is at most some seconds old."""
         if time.monotonic() - self._counted_at > COUNT_S:
             self._open, self._counted_at = self._open_of(None), time.monotonic()
         return self._open

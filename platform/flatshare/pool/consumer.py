@@ -33,7 +33,7 @@ logger = logging.getLogger("flatshare.tasks")
 
 
 DRAIN_S: Final = 10.0
-"""Seconds that a consumer which goes has for what it has in hand; what takes longer is run again."""
+"""Seconds that a stopping consumer has for the tasks in hand; a task that takes longer is run again."""
 
 
 class Adapter(Protocol):
@@ -93,7 +93,7 @@ class TaskConsumer:
         export_spans(settings.traces, "flatshare.consumer", str(os.getpid()))
         store = settings.open_store()
         tasks = TaskStore(store, settings.tasks_keep_s)
-        # The embedded queue's leases say that a run has died; where there are none, its time does.
+        # The embedded queue's leases show that a run has died; without leases its time limit does.
         self._run_s = run_s(settings)
         alone_s = 0.0 if settings.tasks == "embedded" else self._run_s
         callbacks = CallbackSender(CallbackRules.parse(settings.tasks_callback_hosts))
@@ -121,7 +121,7 @@ class TaskConsumer:
                 reply: Reply = await handle.answer.remote(asked)
                 return reply
         except TimeoutError:
-            # A pool without a replica is woken by who sees requests wait, and sees none of these.
+            # An edge wakes a pool without a replica when it sees requests wait, but it does not see these.
             if self._wakes:
                 await control_handle().wake.remote(1)
             raise
@@ -135,7 +135,7 @@ def consumer_application(settings: Settings, environment: dict[str, str]) -> ser
         """Ends when it has ended what it has in hand."""
 
         async def __del__(self) -> None:
-            """Called, and awaited, by Serve: its own waits on the event loop, where tasks run."""
+            """Called, and awaited, by Serve. Serve's own method waits on the event loop, where tasks run."""
             await self._adapter.drain(DRAIN_S)
 
     # serve.deployment is typed for use as a decorator only.
@@ -147,7 +147,7 @@ def consumer_application(settings: Settings, environment: dict[str, str]) -> ser
             "num_cpus": 0,
             "runtime_env": {"env_vars": {**environment, "CUDA_VISIBLE_DEVICES": ""}},
         },
-        # As many tasks at a time: fewer than a replica's places, so that requests of the moment find room.
+        # Tasks at a time: fewer than a replica's places, so that requests of the moment find room.
         max_ongoing_requests=settings.tasks_at_a_time,
         logging_config={"enable_access_log": False, "log_level": "WARNING"},
         health_check_period_s=2,

@@ -128,7 +128,7 @@ class ClassifierPool:
         logger.info("replica %s on %s with %d slots", self._replica.name, device, settings.slots)
 
     def _tier_server(self) -> TierServer | None:
-        """What other nodes' replicas may ask; nothing where there are none, or no tier."""
+        """What serves other nodes' replicas; None where there are no other nodes, or no tier."""
         tier = self._replica.host_tier
         if self._peers is None or tier is None:
             return None
@@ -158,7 +158,7 @@ class ClassifierPool:
         The first call waits for :meth:`_warm_up`: Serve sends a replica no request before it has succeeded.
         """
         await asyncio.shield(self._warm)
-        self._settings.follow()  # who was not reached by a change, or started meanwhile, sees it here
+        self._settings.follow()  # a replica that missed a change, or started meanwhile, sees it here
         self._replica.check_health()
 
     async def __del__(self) -> None:
@@ -223,7 +223,7 @@ class ClassifierPool:
                 model_ref.tenant, size, lambda: decode_array(values, network.input, max_rows, ready=ready)
             )
 
-        # Who has a handle is inside the cluster, which is one trust domain: the operator's.
+        # A caller with a handle is inside the cluster, which is one trust domain: the operator's.
         with await service.enter(LOCAL_OPERATOR, model_ref) as ticket:
             prediction = await service.predict(ticket, decode)
         return {**batch, "predicted_label": prediction.labels}
@@ -256,12 +256,12 @@ class ClassifierPool:
         return self._replica.holdings.held(_place())
 
     async def warm(self, wanted: dict[str, list[str]], within_s: float) -> tuple[str, list[str]]:
-        """Load what is asked of this replica by name; its name, and those that are here now."""
+        """Load the models listed under this replica's name; returns its name, and those it holds now."""
         refs = wanted.get(self._replica.name, [])
         return self._replica.name, await self._replica.holdings.warm(refs, within_s)
 
     async def _warm_up(self) -> None:
-        """Take over changed settings; load what this replica is going to be home to, of what the others hold.
+        """Take over changed settings; load models of other replicas that this one is going to be home to.
 
         Raises nothing.
         """
@@ -351,7 +351,7 @@ def pool_application(
     replicas
         How many to begin with; None for the settings'.
     surge
-        Where one is replaced: start the new one first, one at a time. Needs room for one more.
+        When replicas are replaced, start each new one first, one at a time. Needs room for one more.
     """
     count = settings.replicas if replicas is None else replicas
     variables = dict(environment)
@@ -365,7 +365,7 @@ def pool_application(
         serve.ingress()(ClassifierPool),
         name=POOL_DEPLOYMENT,
         num_replicas=count,
-        # Serve rounds up what may be beside, and down what may be missing: one each.
+        # Serve rounds the number of extra replicas up, and that of missing ones down: one each.
         max_surge_percent=max(100 // count, 1) if surge else 0,
         rolling_update_percentage=1 / count,
         ray_actor_options={
@@ -383,7 +383,7 @@ def pool_application(
         # Below WARNING Serve makes the line's record, and only then finds that nobody wants it.
         logging_config={"enable_access_log": False, "log_level": "WARNING"},
         health_check_period_s=2,
-        # Three in a row replace it: a replica that was stopped is gone in half a minute.
+        # Three failures in a row replace a replica: one that was stopped is gone in half a minute.
         health_check_timeout_s=5,
         graceful_shutdown_wait_loop_s=0.5,
         graceful_shutdown_timeout_s=20,

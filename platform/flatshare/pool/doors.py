@@ -1,5 +1,5 @@
-"""Which replica listens where, and at which place of the ring: asked of the replicas by who sends them
-requests.
+"""Which replica listens where, and at which place of the ring: the senders of requests ask the replicas
+for it.
 """
 
 from __future__ import annotations
@@ -46,8 +46,8 @@ class Doors:
     def of(self, states: Sequence[ReplicaState], draining: Collection[str] = ()) -> tuple[DoorAddress, ...]:
         """The doors of replicas that take requests, by place.
 
-        One whose door is not known is left out, and one that is being drained. No place is named twice: while
-        two replicas claim one, the one that was known there first keeps it.
+        A replica whose door is not known, or which is being drained, is left out. No place is named twice:
+        while two replicas claim a place, the one that was known there first keeps it.
         """
         living = {one.replica for one in states if one.state in TAKES_REQUESTS}
         self._known = {name: door for name, door in self._known.items() if name in living}

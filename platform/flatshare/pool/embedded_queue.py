@@ -68,7 +68,7 @@ class EmbeddedQueue:
             raise Overloaded(f"{length.tasks} tasks wait, the limit; the oldest for {length.oldest_s:.0f} s")
 
     def missing_of(self, tasks: int) -> int:
-        """All of them, perhaps: each is there once, whatever is put."""
+        """Perhaps all of them: they may all be put again, because each task is in the queue only once."""
         return tasks
 
     def backlog(self) -> Backlog:

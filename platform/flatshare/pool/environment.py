@@ -24,17 +24,17 @@ runtime environment can be read by everybody on the cluster; nodes have roles or
 
 
 TOKENS: Final = ("RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH")
-"""Where an operator names a cluster's token: then token mode is meant, too."""
+"""Variables in which an operator names a cluster's token; naming one also turns token mode on."""
 
 QUIET: Final = {
     "RAY_USAGE_STATS_ENABLED": "0",
-    # Ray's three metrics servers listen on all interfaces and ask nobody for a token; ids of models, and so
-    # names of tenants, are among their labels. A port that can't be is how two of them are switched off.
+    # Ray's three metrics servers listen on all interfaces and ask for no token; their labels include ids of
+    # models, and so names of tenants. An impossible port switches two of them off.
     "RAY_enable_metrics_collection": "0",
     "AUTOSCALER_METRIC_PORT": "-1",
     "DASHBOARD_METRIC_PORT": "-1",
 }
-"""Of a cluster that we start: what we leave out of it. An operator who wants one sets its variable."""
+"""What we switch off in a cluster that we start. An operator who wants one of these sets its variable."""
 
 LOOPBACK: Final = ("127.0.0.1", "localhost", "::1")
 
@@ -61,7 +61,7 @@ def serve_environment(edge: Literal["haproxy", "serve"]) -> dict[str, str]:
 
 
 def variables_of(edge: Literal["haproxy", "serve"], given: Mapping[str, str]) -> dict[str, str]:
-    """Variables for Serve's processes, where an environment is given; what it sets of them wins."""
+    """Variables for Serve's processes; those that the given environment sets win."""
     chosen = {name: given.get(name, value) for name, value in serve_environment(edge).items()}
     chosen |= _without_proxies(given)
     return chosen | {name: given[name] for name in PASSED_ON if name in given}
@@ -79,7 +79,7 @@ def prepare(
     Parameters
     ----------
     token_file
-        Holds the cluster's token, where the operator says nothing of Ray's authentication.
+        Holds the cluster's token; used when the operator says nothing about Ray's authentication.
     """
     given = dict(os.environ if environment is None else environment)
     chosen = variables_of(edge, given)

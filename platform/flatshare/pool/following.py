@@ -15,14 +15,14 @@ logger = logging.getLogger("flatshare.pool")
 
 
 class SettingsFollower:
-    """Looks what settings were changed to. Must be used on one event loop.
+    """Looks up changed settings. Must be used on one event loop.
 
     Parameters
     ----------
     take
-        Goes by these, of this revision.
+        Applies settings of a revision.
     recall
-        Reads what is kept; blocks.
+        Reads the settings that are kept; blocks.
     """
 
     def __init__(

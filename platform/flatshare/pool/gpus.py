@@ -1,4 +1,4 @@
-"""GPUs of a cluster, before a pool is deployed on it: Ray waits for ones that are missing, and says so late.
+"""Checks the GPUs of a cluster before a pool is deployed: Ray waits for missing ones, and says so late.
 
 A deployment that wants more than there is stays "starting" for ever; Serve has no message for 30 s
 (``RAY_SERVE_SLOW_STARTUP_WARNING_S``), and ``serve.run`` blocks.
@@ -27,12 +27,12 @@ def replicas_that_fit(gpus: Iterable[float], per_replica: float) -> int:
 
 
 def check_gpus(replicas: int, per_replica: float) -> None:
-    """Refuse a pool that the connected cluster has not enough GPUs for.
+    """Refuse a pool if the connected cluster does not have enough GPUs for it.
 
     Raises
     ------
     SettingsError
-        With what would fit.
+        It does not; says what would fit.
     """
     if not per_replica:
         return

@@ -1,4 +1,4 @@
-"""The pool and the control plane, for whoever only asks them: their names in Serve, and handles. No torch."""
+"""Names in Serve and handles of the pool and the control plane, for code that only calls them. No torch."""
 
 from __future__ import annotations
 

@@ -1,7 +1,7 @@
 """A request from within the cluster, answered by the data plane as one that came by HTTP.
 
-Tasks are asked this way: whoever sent one was let in when it was taken, and again before it is run
-(``tasks/runner.py``), so its request stands for its tenant alone. Nothing that comes by HTTP gets here.
+Tasks are run this way. The sender of a task is checked when the task is taken, and again before it is run
+(``tasks/runner.py``), so its request stands for its tenant alone. No request that comes by HTTP gets here.
 """
 
 from __future__ import annotations

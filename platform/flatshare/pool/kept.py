@@ -86,7 +86,7 @@ def recall_deployed() -> Deployed | None:
 
 
 def change_deployed(change: Callable[[Settings], Settings]) -> Deployed:
-    """Keep other settings than were deployed; what is kept now. One caller at a time.
+    """Change the settings that are kept; returns what is kept now. One caller at a time.
 
     Raises
     ------
@@ -102,7 +102,7 @@ def change_deployed(change: Callable[[Settings], Settings]) -> Deployed:
 
 
 def remember_bounds(minimum: int, maximum: int) -> None:
-    """Keep between which numbers of replicas an operator lets the pool move."""
+    """Keep the fewest and the most replicas that an operator allows."""
     _put(b"bounds", json.dumps([minimum, maximum]).encode())
 
 
@@ -139,9 +139,9 @@ def shared_peer_key(candidate: bytes) -> bytes:
 
 
 def forget() -> None:
-    """Forget all of a platform that was here before: a new one begins with its own settings.
+    """Forget everything of an earlier platform: a new one begins with its own settings.
 
-    The peers' key stays: a new one comes to this while replicas of the old one still run.
+    The peers' key stays, because a new platform gets here while replicas of the old one still run.
     """
     for key in (b"bounds", b"moved", b"deployed"):
         internal_kv._internal_kv_del(key, namespace=_NAMESPACE)

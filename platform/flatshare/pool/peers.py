@@ -1,7 +1,7 @@
-"""Which replicas of other nodes to ask for a tenant's tensors, and the key that shows them who asks.
+"""Which replicas of other nodes to ask for a tenant's tensors, and the key that identifies the asker.
 
-The ring tells: who was a model's home before places came or went is next in its order, and copies are there
-too. So the first nodes of a tenant's order are those that most likely have its weights.
+The ring says it: the replica that was a model's home before places came or went is next in its order, and
+copies are there too. So the first nodes of a tenant's order are those that most likely have its weights.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ class PeerDoors:
     ask
         Asks every replica where it listens; blocks.
     key_of
-        The pool's key, given one to take where there is none yet; blocks.
+        Returns the pool's key; proposes the given one if there is none yet. Blocks.
     """
 
     def __init__(

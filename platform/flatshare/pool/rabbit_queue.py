@@ -1,7 +1,7 @@
 """Tasks through RabbitMQ, by Celery: Ray Serve's own adapter, for a pool on several machines.
 
-What a dead worker had in hand RabbitMQ gives out again at once. It counts no messages by tenant: how many of
-a tenant's wait is seen in the store, where each open task has a note. It does not say how many are in hand.
+RabbitMQ redelivers at once what a dead worker had in hand. It does not count messages by tenant: the store,
+where each open task has a note, shows how many of a tenant's wait. It does not say how many are in hand.
 """
 
 from __future__ import annotations
@@ -62,7 +62,7 @@ class RabbitQueue(CeleryQueue):
         return count
 
     def backlog(self) -> Backlog:
-        """How many wait, and how many more have not ended, which are in hand or held back; not for how long.
+        """How many tasks wait, and how many others are in hand or held back; does not say for how long.
 
         Raises ``Unavailable``.
         """

@@ -1,6 +1,6 @@
-"""A few of a replica's counters in Ray's own metrics, for who has Ray's pipeline (agents, dashboard) already.
+"""A few of a replica's counters in Ray's own metrics, for users of Ray's pipeline (agents, dashboard).
 
-Ray is told every ten seconds what was counted since the last time. A call of ``ray.serve.metrics`` takes 3 to
+Every ten seconds Ray gets what was counted since the last time. A call of ``ray.serve.metrics`` takes 3 to
 5 us, which is too much for each request.
 """
 
@@ -21,7 +21,7 @@ __all__ = ["TOLD", "tell_ray"]
 logger = logging.getLogger("flatshare.pool")
 
 EVERY_S: Final = 10.0
-"""Seconds between two tellings: Ray's agent reads no oftener."""
+"""Seconds between two updates: Ray's agent does not read more often."""
 
 TOLD: Final = (
     "flatshare_requests",

@@ -1,8 +1,8 @@
 """Tasks through Redis, by Celery: Ray Serve's own adapter, for a pool on several machines.
 
-Celery redelivers what a dead worker had in hand only minutes later. How many wait of each tenant is counted
-in a set of ids beside Celery's list. Without persistence Redis forgets all of it when it ends; the store
-does not.
+Celery redelivers what a dead worker had in hand only minutes later. How many tasks of each tenant wait is
+counted from the notes in the store. Without persistence Redis forgets all of it when it ends; the store does
+not.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ UNACKED: Final = "unacked"
 """Kombu's hash of messages that workers have in hand, those that they hold back among them."""
 
 MOST_READ: Final = 1000
-"""Messages in workers' hands that are looked into, each second, for whether they are only held back."""
+"""Most messages in workers' hands that are read, each second, to see whether they are only held back."""
 
 VISIBILITY_S: Final = 120
 """Seconds after which Redis gives back what a dead worker had in hand; kombu looks every hundred or so."""

@@ -1,11 +1,11 @@
 """Our request router: each model has a home replica, kept unless it is overloaded or another one is warm.
 
 For callers with a ``DeploymentHandle`` and for ``--edge serve``. The ring of places (``placement.ring``)
-gives every router, and the edge, the same home without talking; a replica that comes or goes moves only its
-own share of models, and a replacement gets them back. Places are those that replicas had when they started:
-after the pool shrank Serve may have given one another number, of which only the edge hears. Bounded load
-(arxiv.org/abs/1608.01350): nobody is offered more than ``load_factor`` times the average while another is
-under it. There is always a last rank with everybody, because a router that insists blocks all tenants (Ray
+gives every router, and the edge, the same home without communication; a replica that comes or goes moves only
+its own share of models, and a replacement gets them back. A replica's place here is the one that it had when
+it started: after the pool shrank Serve may give it another number, which only the edge learns. Bounded load
+(arxiv.org/abs/1608.01350): no replica is offered more than ``load_factor`` times the average while another is
+under it. The last rank always has all replicas, because a router that insists on one blocks all tenants (Ray
 places at most ``2 * replicas`` requests at a time, and a request that waits for its replica occupies one of
 these).
 """
@@ -33,7 +33,7 @@ PLACE: Final = "place"
 """Where a replica's metadata say its place."""
 
 MAX_REMEMBERED_ORDERS: Final = 10_000
-"""Models whose order of replicas is remembered; working one out is a hash a replica."""
+"""Models whose order of replicas is remembered; computing one takes a hash for each replica."""
 
 
 class HomeReplicaRouter(FIFOMixin, MultiplexMixin, RequestRouter):
@@ -94,8 +94,8 @@ class HomeReplicaRouter(FIFOMixin, MultiplexMixin, RequestRouter):
         return order
 
     def _by_place(self, by_name: dict[str, RunningReplica]) -> dict[int, str]:
-        """Names by place, sorted. Who shares a place with another gets one beyond all, in the order of
-        names.
+        """Names by place, sorted. Replicas whose place another has get places beyond all, in the order of
+        their names.
         """
         names: dict[int, str] = {}
         left = []

@@ -1,7 +1,7 @@
-"""How a replica of the pool has a pipeline's step run: by handle, within the request's deadline.
+"""How a replica of the pool runs a pipeline's step: by handle, within the request's deadline.
 
-The pool's replica is the ingress, so that the edge's hash finds a model's home, and only who asks for a
-pipeline pays for the hop (``platform/DESIGN.md`` has its cost).
+The pool's replica is the ingress, so that the edge's hash finds a model's home, and only requests for a
+pipeline pay for the hop (``platform/DESIGN.md`` has its cost).
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ DESIGN.md).
 """
 
 TRIES: Final = 3
-"""How often a step is asked that dies under a request: it only computes, so twice does no harm."""
+"""How often a step that dies during a request is called: it only computes, so a repeat does no harm."""
 
 PAUSE_S: Final = 0.2
 """Seconds before the next try: routers have dropped a dead replica by then."""
@@ -92,7 +92,7 @@ class Steps:
             raise NoSuchPipeline(f"there is no pipeline {name[:80]!a}; there are {list(self.names)}")
 
     async def arrays(self, name: str, body: bytes, request_id: str, tenant: str) -> dict[str, NDArray[Any]]:
-        """What a pipeline's step makes of a request. A caller that is cancelled takes the call back.
+        """Run a pipeline's step on a request; its arrays. Cancelling the caller cancels the call.
 
         Raises
         ------

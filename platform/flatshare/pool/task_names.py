@@ -1,4 +1,4 @@
-"""Names of tasks' machinery: who puts a task, who runs it and who counts them agree on them."""
+"""Names shared by the code that queues tasks, runs them and counts their consumers."""
 
 from __future__ import annotations
 

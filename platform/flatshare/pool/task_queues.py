@@ -13,7 +13,7 @@ from flatshare.tasks.store import TaskStore
 __all__ = ["queue_of", "run_s"]
 
 RUN_MARGIN_S: Final = 15.0
-"""Beyond a request's time: a run that has not ended by then has died, where no lease says so."""
+"""Seconds beyond a request's time after which a run counts as dead, where no lease shows it."""
 
 
 def run_s(settings: Settings) -> float:
@@ -22,12 +22,12 @@ def run_s(settings: Settings) -> float:
 
 
 def queue_of(settings: Settings, tasks: TaskStore) -> TaskQueue:
-    """The queue of these settings, which say that there is one; it is reached at its first use.
+    """The queue that these settings name (they must name one); it is reached at its first use.
 
     Parameters
     ----------
     tasks
-        Knows how many are open, where a broker does not say it.
+        Knows how many tasks are open, where a broker does not say it.
     """
     limits = (settings.tasks_queued, settings.tasks_queued_per_tenant)
     if settings.tasks == "embedded":

@@ -1,4 +1,5 @@
-"""One replica: the story of a request, and what the control plane may ask of it.
+"""One replica: how a request is served, and what the control plane may ask of it.
 
-Others ask it to serve a request; for a snapshot, pins, receipts. It never knows Ray or FastAPI.
+Other packages call it to serve a request, and for a snapshot, pins and receipts. It knows nothing of Ray or
+FastAPI.
 """

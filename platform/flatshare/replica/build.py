@@ -1,8 +1,8 @@
-"""One replica without a serving framework: its parts, put together once, and what a shell may ask of it.
+"""One replica without a serving framework: its parts, wired once, and the calls that a shell may make on it.
 
-Ray Serve is one shell (``pool/deployment.py``), a test or a bench another. How anything is wired stands in
-:meth:`Replica.build`; the way of a request is ``request.py``. The parts and what the control plane may ask of
-them are here to be read in one place, which makes this long.
+Ray Serve is one shell (``pool/deployment.py``); a test or a benchmark is another. :meth:`Replica.build` does
+all the wiring; ``request.py`` serves requests. This module is long so that the parts, and all that the
+control plane may ask of them, can be read in one place.
 """
 
 from __future__ import annotations
@@ -96,11 +96,11 @@ class Replica:
     meter
         How busy it was lately.
     thread_work
-        What threads do with each tenant's weights: an erasure waits for it.
+        The work that threads do on each tenant's weights; an erasure waits for it to end.
     usage
         Counts requests, and writes what tenants used.
     settings_revision
-        How often the settings had been changed that it goes by.
+        Revision of the settings that it uses: how many times they had been changed by then.
     """
 
     identity: ReplicaIdentity
@@ -140,7 +140,7 @@ class Replica:
         peers: PeerTiers | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> Replica:
-        """Put one together. Nothing is read yet, and no thread runs but that of the passes.
+        """Build a replica. Nothing is read yet, and the only thread that runs is the one for passes.
 
         Parameters
         ----------
@@ -149,11 +149,11 @@ class Replica:
         store
             Where the registry is.
         device
-            Where models run; None for what the settings mean.
+            Where models run; None for the device that the settings name.
         on_change
             Called when :meth:`held_ids` may have changed; must be quick.
         keeps
-            Whether what is fetched of a version is worth the node's tier (:class:`TensorSource`).
+            Whether a version's fetched tensors are worth keeping in the node's tier (:class:`TensorSource`).
         peers
             Other nodes' tiers, asked before the store; None to do without.
         clock
@@ -279,14 +279,14 @@ class Replica:
     # -- its life
 
     def start(self) -> None:
-        """Begin what goes on beside requests: the fleet's pins are restored, the node's files are hashed.
+        """Start the background work: restore the fleet's pins, and hash the node's files.
 
-        Blocks until the device is warm: nobody is served before.
+        Blocks until the device is warm; no request is served before that.
 
         Raises
         ------
         DeviceBroken, Wedged
-            It does not run anything, or does not come back from it.
+            The device does not run anything, or does not return from what it runs.
         """
         self.inference.ready()
         loop = asyncio.get_running_loop()
@@ -322,7 +322,7 @@ class Replica:
         self.inference.check_alive()
 
     async def close(self) -> None:
-        """End it: leases get a while, passes that run end, threads go. Nothing may be asked of it then."""
+        """Stop it: give leases some time, let running passes end, end the threads. It is unusable then."""
         self.meter.close()
         if self._scrubber is not None:
             self._scrubber.close()
@@ -339,14 +339,14 @@ class Replica:
             threads.shutdown(wait=False, cancel_futures=True)
 
     def take_settings(self, latest: Settings, revision: int) -> None:
-        """Go by other plans and limits from now on; requests under way end by those that they began with.
+        """Use other plans and limits from now on; requests under way keep those that they began with.
 
         Parameters
         ----------
         latest
-            Of these only what can change in place (``live_settings``) is taken.
+            Only the settings that can change in place (``live_settings``) are taken from these.
         revision
-            How often settings were changed; what is not newer than what is known changes nothing.
+            How many times settings were changed; one that is not newer than the known one changes nothing.
         """
         if revision <= self.settings_revision:
             return
@@ -361,7 +361,7 @@ class Replica:
     # -- what it holds
 
     def distrust(self, digest: str) -> None:
-        """A tensor's file on this node was damaged: models that hold it go, and pinned ones come back."""
+        """A tensor's file on this node was damaged: drop the models that hold it, reload the pinned ones."""
         for record, pinned in self.cache.distrust(digest):
             logger.error("%s holds a tensor whose file was damaged: it is loaded anew", record.name)
             if pinned:
@@ -375,16 +375,16 @@ class Replica:
             logger.error("a pinned model was not loaded anew: %s", task.exception())
 
     def held_ids(self) -> set[str]:
-        """Every ref that can be answered from a resident: versions by number, and aliases that mean them."""
+        """Every ref that a resident model answers: versions by number, and the aliases that name them."""
         return {ref for record in self.cache.resident_records() for ref in self.resolver.refs_of(record)}
 
     @property
     def holdings(self) -> Holdings:
-        """What others ask of it to place models: its load, what it holds, and to load some in advance."""
+        """What placement needs from this replica: its load, what it holds, and loading models in advance."""
         return Holdings(self.name, self.cache, self.resolver, self.meter, self.preload)
 
     async def _device_memory(self) -> DeviceMemory:
-        """In a thread: it may wait for a lock of the driver. A broken device says nothing."""
+        """Read in a thread, since it may wait for a lock of the driver. A broken device gives zeros."""
         try:
             return await asyncio.to_thread(self.device.memory)
         except RuntimeError:
@@ -459,13 +459,13 @@ class Replica:
         for key in self.cache.loading:
             if key.tenant == parsed and (head is None or key.version not in head.versions):
                 self.cache.withdraw(key)
-        # A promotion is told as done when this replica has swapped, or can't.
+        # A promotion is reported as done once this replica has swapped, or can't.
         await self.swaps.settled(tenant, SWAP_WAIT_S)
         self._on_change()
         return self.name
 
     async def preload(self, model_ref: str, pin: bool = False) -> str:
-        """Make what a ref means resident here, and keep it if ``pin``; returns this replica's name."""
+        """Make the version that a ref names resident here, pinned if ``pin``; returns this replica's name."""
         timeout_s = self.settings.request_timeout_s
         ref = ModelRef.parse(model_ref)
         record = await self.resolver.said(ref, timeout_s)
@@ -474,20 +474,20 @@ class Replica:
         return self.name
 
     async def unpin(self, model_ref: str) -> bool:
-        """Let what a ref means here be evicted again; whether it was pinned."""
+        """Unpin what a ref names here, so that it may be evicted again; returns whether it was pinned."""
         return sum(self.cache.unpin(key) for key in await self._meant(model_ref)) > 0
 
     async def unload(self, model_ref: str) -> bool:
-        """Free what a ref means here, once its leases have ended; whether it was resident."""
+        """Free what a ref names here, once its leases have ended; returns whether it was resident."""
         return sum(self.cache.unload(key) for key in await self._meant(model_ref)) > 0
 
     def fence(self, tenant: str) -> str:
-        """Answer nothing for a tenant that is being erased, for a while; returns this replica's name."""
+        """Refuse a tenant that is being erased, for a while; returns this replica's name."""
         self.service.fence(TenantId(tenant), FENCE_S)
         return self.name
 
     async def erase(self, tenant: str) -> EraseReceipt:
-        """End, free and overwrite all of a tenant, whose tombstone stands; asked again until it is clean."""
+        """End, free and overwrite everything of a tenant whose tombstone is written; repeated until clean."""
         parsed = TenantId(tenant)
         self.service.fence(parsed, FENCE_S)
         self.heads.forget(parsed)
@@ -502,7 +502,7 @@ class Replica:
         )  # fmt: skip
 
     async def erase_host(self, digests: list[str]) -> HostReceipt:
-        """Overwrite and remove tensors of this node's files, but for what is mapped."""
+        """Overwrite and remove these tensors' files on this node, except files that are mapped."""
         found = Scrubbed()
         if self.host_tier is not None:
             found = await asyncio.to_thread(self.host_tier.scrub, digests)
@@ -517,15 +517,15 @@ class Replica:
 
 
 def bytes_limit(settings: Settings) -> BytesLimit:
-    """What bodies may take in a replica; one largest body and its rows of every tenant always may."""
+    """Memory that bodies may take in a replica. Each tenant may always hold one largest body and its rows."""
     tenant = int(settings.body_memory_bytes * settings.tenant_share)
     largest = settings.max_body_bytes if settings.tasks == "off" else settings.tasks_max_body_bytes
     return BytesLimit(settings.body_memory_bytes, max(tenant, 2 * largest))
 
 
 def cold_places(max_queued_requests: int) -> FairSemaphore:
-    """Places for requests that wait for the registry or for a load: half at once, and half in turns of
-    tenants.
+    """Places for requests that wait for the registry or for a load: half are given at once, and tenants take
+    turns for the other half.
     """
     half = max_queued_requests // 2 + 1
     return FairSemaphore(half, half)

@@ -1,4 +1,4 @@
-"""Deadlines of many requests that all have the same time: one timer for all of them, not one each."""
+"""Deadlines of many requests that all have the same time limit: one timer for all, not one for each."""
 
 from __future__ import annotations
 
@@ -13,17 +13,17 @@ T = TypeVar("T")
 
 
 class Deadlines(Generic[T]):
-    """Calls back for each thing that is not taken out within its time. Must be used on one event loop.
+    """Calls back for each item that is not removed in time. Must be used on one event loop.
 
     A timer of the event loop costs as much as the rest of a request's bookkeeping, and nearly every one would
-    be cancelled. Here things stand in the order in which they came, so the first is the first that is due.
+    be cancelled. Here items stay in the order in which they were added, so the first is always due first.
 
     Parameters
     ----------
     seconds
         From :meth:`add` to the call.
     expire
-        Called with what was not taken out; it is out then.
+        Called with an item that was not removed in time; by then it is removed.
     """
 
     def __init__(self, seconds: float, expire: Callable[[T], None]) -> None:
@@ -36,18 +36,18 @@ class Deadlines(Generic[T]):
         return len(self._due)
 
     def add(self, item: T) -> None:
-        """Begin to count."""
+        """Start an item's time."""
         loop = asyncio.get_running_loop()
         self._due[item] = loop.time() + self._seconds
         if self._timer is None:
             self._timer = loop.call_later(self._seconds, self._look)
 
     def remove(self, item: T) -> None:
-        """Stop counting; harmless when it is out already."""
+        """Stop an item's time; harmless if it was removed already."""
         self._due.pop(item, None)
 
     def close(self) -> None:
-        """Call nobody any more."""
+        """Remove all items; nothing is called any more."""
         self._due.clear()
         if self._timer is not None:
             self._timer.cancel()

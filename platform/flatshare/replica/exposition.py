@@ -1,7 +1,7 @@
-"""A replica's numbers as Prometheus reads them: at its own door, and with all others' at the control plane.
+"""A replica's numbers for Prometheus: at its own door, and with all other replicas' at the control plane.
 
-Replicas count in plain numbers; here they become samples, at each scrape. So a scrape costs a snapshot, and the
-hot path nothing.
+Replicas count in plain numbers; this module turns them into samples at each scrape. So a scrape costs one
+snapshot, and costs the hot path nothing.
 """
 
 from __future__ import annotations
@@ -35,7 +35,9 @@ LOAD_BUCKETS_S: Final = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5
 REQUEST_BUCKETS_S: Final = (
     0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.075, 0.1, 0.25, 0.5, 0.75, 1.0, 2.5, 5.0, 7.5, 10.0,
 )  # fmt: skip
-"""OpenTelemetry's of ``http.server.request.duration``, and two below them: a hot request takes a millisecond."""
+"""OpenTelemetry's buckets of ``http.server.request.duration``, and two smaller ones: a hot request takes a
+millisecond.
+"""
 
 Sample = tuple[str, tuple[object, ...], float | None]
 """A metric's name, its labels' values, and its value; None for one that is absent."""
@@ -114,9 +116,9 @@ def exposition(
     Parameters
     ----------
     samples
-        Of families that are no histogram.
+        Samples of the families that are not histograms.
     snapshots
-        Whose histograms are added.
+        Replicas whose histograms are added.
     """
     registry = CollectorRegistry()
     registry.register(_Collected(families, samples, snapshots))
@@ -174,7 +176,7 @@ class _Collected(Collector):
 
 
 def _numbers(one: ReplicaSnapshot) -> Mapping[str, float | None]:
-    """What each replica has one of."""
+    """The metrics of which each replica has one value."""
     stats, host = one.stats, one.host
     return {
         "flatshare_replica_start_time_seconds": one.started_at,

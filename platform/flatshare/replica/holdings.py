@@ -1,4 +1,4 @@
-"""What a replica tells those who place models: its load, what it holds; and loading some in advance."""
+"""What a replica offers to placement: its load, the models that it holds, and loading models in advance."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ logger = logging.getLogger("flatshare.replica")
 
 MOST_POPULAR: Final = 16
 POPULAR_AFTER_S: Final = 20.0
-"""Of how many models a replica says their rates, and the seconds over which a young one's requests are
-counted.
+"""Number of models whose rates a replica reports, and the seconds over which a newly loaded model's requests
+are counted.
 """
 
 
@@ -77,7 +77,7 @@ class Holdings:
         )
 
     def _most_asked(self) -> list[tuple[float, VersionRecord]]:
-        """Requests a second of the models that had most of them since they were loaded."""
+        """The models with the most requests a second since they were loaded, with these rates."""
         now = time.time()
         rates = [
             (hits / max(now - loaded_at, POPULAR_AFTER_S), record)
@@ -96,7 +96,7 @@ class Holdings:
         return sorted(refs, key=lambda ref: ("@" in ref, ":" in ref, ref))
 
     async def warm(self, refs: Sequence[str], within_s: float) -> list[str]:
-        """Load models before their requests come, as far as there is time and room; those that are here.
+        """Load models before their requests come, as time and room allow; returns those that are here.
 
         Parameters
         ----------

@@ -26,16 +26,16 @@ __all__ = ["KeyUse"]
 HOUR_S: Final = 3600
 MAX_KEYS: Final = 50_000
 MAX_WAITING: Final = 1_000
-"""Notes that wait to be written; beyond it they are left to the next request."""
+"""Most notes that wait to be written; beyond it a note is left to the next request."""
 
 
 class KeyUse:
-    """Writes one small object a key and hour, behind the request; a store that is down loses a note.
+    """Writes one small object per key and hour, after the request; if the store is down, a note is lost.
 
     Parameters
     ----------
     threads
-        Where the blocking writes run: none that others wait for.
+        Where the blocking writes run: threads that nothing else waits for.
     clock
         POSIX seconds.
     """
@@ -50,7 +50,7 @@ class KeyUse:
 
     def __call__(self, tenant: TenantId, key: ApiKey) -> None:
         """A key was found good."""
-        # Keys' hours begin at different times, or all would be written in the same second.
+        # Each key's hour begins at a different time; otherwise all would be written in the same second.
         now = int(self._clock())
         period = (now + zlib.crc32(key.id.encode()) % HOUR_S) // HOUR_S
         if self._noted.get(key.id) != period and self._places.acquire(blocking=False):
@@ -60,7 +60,7 @@ class KeyUse:
             writing.add_done_callback(lambda _: self._places.release())
 
     async def stop(self, tenant: TenantId, timeout_s: float) -> bool:
-        """Write nothing more of a tenant that is erased; whether what was being written has ended."""
+        """Write nothing more for an erased tenant; returns whether the writes under way have ended."""
         self._work.stop(tenant)
         return await self._work.ended(tenant, timeout_s)
 

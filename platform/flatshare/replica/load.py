@@ -1,6 +1,6 @@
-"""How busy a replica is: requests counted, and those under way looked at ten times a second.
+"""How busy a replica is: requests are counted, and those under way are sampled ten times a second.
 
-Nothing of it is on a request's way.
+None of it runs on a request's path.
 """
 
 from __future__ import annotations
@@ -23,14 +23,14 @@ WINDOW_S: Final = 2.0
 
 @dataclass(frozen=True, slots=True)
 class Reading:
-    """One look.
+    """One sample.
 
     Attributes
     ----------
     requests
         Counted since the start.
     leases
-        By resident model that has any.
+        By resident model; only models that have any.
     """
 
     ongoing: int
@@ -51,12 +51,12 @@ class Measured:
 
 
 class LoadMeter:
-    """Looks now and then, and says what it saw lately. To be used on one event loop.
+    """Takes samples at intervals, and reports the latest ones. To be used on one event loop.
 
     Parameters
     ----------
     read
-        Looks once; must be quick.
+        Takes one sample; must be quick.
     """
 
     def __init__(self, read: Callable[[], Reading], clock: Callable[[], float] = time.monotonic) -> None:
@@ -82,7 +82,7 @@ class LoadMeter:
         if self._seen and reading.requests != self._seen[-1][1].requests:
             self._last_request_at = now
         self._seen.append((now, reading))
-        # One look more than the window: what came within it is counted from there.
+        # Keep one sample from before the window: the requests within the window are counted from there.
         while len(self._seen) > 2 and self._seen[1][0] <= now - WINDOW_S:
             self._seen.popleft()
 

@@ -1,4 +1,4 @@
-"""A replica that starts pins what its fleet has pinned: pins are the registry's, not one process's."""
+"""A starting replica restores its fleet's pins: pins belong to the registry, not to one process."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ async def restore_pins(
     *,
     retry_s: float = RETRY_S,
 ) -> None:
-    """Pin all that is pinned, one after the other; tries again while the store is away. Raises nothing.
+    """Pin every pinned ref, one after the other; retries while the store does not answer. Raises nothing.
 
     Parameters
     ----------
@@ -44,7 +44,7 @@ async def restore_pins(
                 if ref not in done:
                     await _pin(ref, pin)
                     done.add(ref)
-            # Who was unpinned meanwhile was told so before we had pinned it.
+            # For refs that were unpinned meanwhile, that call came before we had pinned them.
             gone = done.difference(await read()) if done else done
             break
         except Unavailable as error:
@@ -61,6 +61,6 @@ async def _pin(ref: ModelRef, pin: Callable[[str], Awaitable[object]]) -> None:
     except Unavailable:
         raise
     except (ServeError, RegistryError) as error:
-        # It may have been deleted, or have no room beside other pins: an operator sees it in the log, and
-        # that it is not pinned in `flatshare replicas`.
+        # It may have been deleted, or other pins may leave it no room. An operator sees this in the log, and
+        # sees in `flatshare replicas` that it is not pinned.
         logger.warning("%s can't be pinned here: %s", ref, error)

@@ -1,4 +1,4 @@
-"""What a replica tells of an erasure: plain values that pickle."""
+"""What a replica reports about an erasure: plain values that pickle."""
 
 from __future__ import annotations
 
@@ -14,15 +14,15 @@ class EraseReceipt:
     Attributes
     ----------
     device
-        ``cpu`` or ``cuda``. On CUDA the memory of models that were evicted before was overwritten as they
-        went, and so were the pinned buffers that they came through.
+        ``cpu`` or ``cuda``. On CUDA, the memory of models evicted earlier was overwritten at their eviction,
+        and so were the pinned buffers that they were copied through.
     models
-        Residents that went since the erasure began here.
+        Resident models that were freed since the erasure began here.
     overwritten_bytes
-        Of the device's memory; the rest were files of the host tier, or other tenants' too.
+        Of the device's memory; the rest was in files of the host tier, or shared with other tenants.
     clean
-        Whether nothing of the tenant is left: no resident, no load under way, nothing that is yet to be, or
-        could not be, overwritten.
+        Whether nothing of the tenant is left: no resident model, no load under way, and no memory that is
+        still to be overwritten or could not be.
     at
         POSIX seconds.
     """
@@ -38,12 +38,12 @@ class EraseReceipt:
 
 @dataclass(frozen=True, slots=True)
 class HostReceipt:
-    """One node's host tier's part, as one of its replicas did it.
+    """The part of one node's host tier in an erasure, as carried out by one of the node's replicas.
 
     Attributes
     ----------
     removed, kept
-        Digests of tensors; those that are kept are mapped for another tenant that has them too.
+        Digests of tensors; the kept ones are mapped for another tenant that has them too.
     """
 
     replica: str

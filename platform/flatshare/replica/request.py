@@ -1,10 +1,10 @@
-"""The whole story of a request: allow, count, resolve, decode, lease, admit, predict, release.
+"""All the steps of a request: allow, count, resolve, decode, lease, admit, predict, release.
 
-It is told twice: :meth:`InferenceService.begin` for a request that has to wait for its pass only, with no
-task, and :meth:`InferenceService.predict` for all others. Both do the same checks in the same order.
+There are two paths. :meth:`InferenceService.begin` serves a request that only has to wait for its pass,
+without a task; :meth:`InferenceService.predict` serves all others. Both do the same checks in the same order.
 
-Knows no protocol: HTTP and handles are thin shells around :meth:`InferenceService.predict`. Long: the two
-tellings and their checks are to be read side by side.
+This module knows no protocol: HTTP and handles are thin shells around :meth:`InferenceService.predict`. It is
+long so that the two paths and their checks can be read side by side.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ __all__ = ["InferenceService"]
 logger = logging.getLogger("flatshare.replica")
 
 LEASE_SHARE: Final = 0.98
-"""Part of what is left of a request's time that it waits for a lease."""
+"""Share of a request's remaining time for which it waits for a lease."""
 
 
 class Runs(Protocol):
@@ -75,12 +75,12 @@ class Runs(Protocol):
         ...
 
     def withdraw(self, job: Job) -> bool:
-        """Take a job out that no pass has taken; whether it was."""
+        """Remove a job that no pass has taken; returns whether it was removed."""
         ...
 
 
 Done = Callable[["Prediction | Exception"], None]
-"""Gets a request's answer, on the event loop, once."""
+"""Called once, on the event loop, with a request's answer."""
 
 
 class _Begun:
@@ -133,7 +133,7 @@ class _Begun:
         done(service.answered(self._ticket, Prediction(answer, self._version, tier), self._began))
 
     def expired(self) -> None:
-        """It took too long. While its pass runs, the lease and its place stay."""
+        """The request took too long: say so. The lease and the place are kept while its pass runs."""
         done, self._done = self._done, None
         assert done is not None, "what was answered is out of the deadlines"
         assert self.job is not None
@@ -152,8 +152,8 @@ class InferenceService:
     admission
         Places for requests whose model is resident: the work of a replica.
     cold
-        Places for requests that wait for the registry or for a load. They are apart, so that a
-        store that is slow or down does not stop the models that are here (promise 11).
+        Places for requests that wait for the registry or for a load. They are separate, so that a store that
+        is slow or down does not stop requests for resident models (promise 11).
     resolver
         What answers a ref here, and what a tenant is.
     quotas
@@ -190,22 +190,22 @@ class InferenceService:
         self._timeout_s = timeout_s
 
     async def enter(self, caller: MayPredict, ref: ModelRef, *, within: Ticket | None = None) -> Ticket:
-        """Let a request in, before anything of it is read: a context that lasts as long as the request.
+        """Admit a request before any of it is read; returns a context that lasts as long as the request.
 
         Waits for nothing when the tenant is known.
 
         Parameters
         ----------
         within
-            The ticket of the stream that it is a line of: it counts for the rate, and not once more as
-            under way.
+            The ticket of the stream, if the request is a line of one: it counts towards the rate, but not
+            again as a request under way.
 
         Raises
         ------
         NotFound
-            There is no such tenant, or it is none of the caller's.
+            There is no such tenant, or it is not the caller's.
         Forbidden, Suspended
-            The caller may not, or nobody may now.
+            The caller may not do this, or nobody may now.
         OverQuota
             The tenant is over its rate, or has too many requests under way.
         Unavailable
@@ -225,7 +225,7 @@ class InferenceService:
     def enter_now(
         self, caller: MayPredict, ref: ModelRef, *, within: Ticket | None = None, trace: Trace = NO_TRACE
     ) -> Ticket | None:
-        """As :meth:`enter` for a tenant that is known; None, and nothing counted, for one that is not."""
+        """As :meth:`enter`, for a known tenant; for an unknown one, counts nothing and returns None."""
         caller.may_predict(ref)
         self.check_fence(ref)
         head = self.resolver.head_now(ref.tenant)
@@ -240,11 +240,11 @@ class InferenceService:
         return Ticket(ref, head, self.quotas.limits(head), under_way, caller.background, trace)
 
     def another_place(self, ticket: Ticket) -> UnderWay | None:
-        """A place for one more line of a stream at a time; None when its tenant has all that it may have."""
+        """A place for one more concurrent line of a stream; None when its tenant is at its limit."""
         return self.quotas.place(ticket.head)
 
     def begin(self, ticket: Ticket, decode: Callable[[Architecture], Rows], done: Done) -> bool:
-        """Answer one request that has to wait for its pass only: no task, and one call when it is answered.
+        """Answer a request that only has to wait for its pass: without a task, and with one call at the end.
 
         Parameters
         ----------
@@ -254,8 +254,8 @@ class InferenceService:
         Returns
         -------
         bool
-            False: it has to wait for something else, nothing has begun and ``done`` is not called;
-            :meth:`predict` is the way then.
+            False if it has to wait for something else: nothing has begun, ``done`` is not called, and the
+            caller uses :meth:`predict`.
 
         Raises
         ------
@@ -334,7 +334,7 @@ class InferenceService:
                         self.quotas.cold_load(ticket.head)
                     with part("wait"):
                         async with self.cold.hold(self._timeout_s, ref.tenant):
-                            # A little less than is left: then the cache says why there is no lease.
+                            # A little less than what is left, so that the cache says why there is no lease.
                             lease = await self.cache.lease(version, (deadline - loop.time()) * LEASE_SHARE)
                     ticket.trace.skip()
                 with lease:
@@ -362,7 +362,7 @@ class InferenceService:
         Parameters
         ----------
         began
-            By the clock, when the request's body was here.
+            When the request's body had arrived, by the clock.
         """
         self.usage.answered(
             prediction.version,
@@ -375,11 +375,11 @@ class InferenceService:
         return prediction
 
     def too_late(self) -> DeadlineExceeded:
-        """What a request gets that was not answered in time."""
+        """The error for a request that was not answered in time."""
         return DeadlineExceeded(f"not answered within {self._timeout_s:g} s")
 
     def take_failure(self, lease: Lease, error: Exception) -> None:
-        """Do what a failed pass asks for: its slot may not be what it was. Called before the release."""
+        """Handle a failed pass: its slot may no longer hold what it did. Called before the release."""
         if isinstance(error, ProbeFailed):
             self.cache.condemn(lease, error)
         elif isinstance(error, Wedged) and not error.before_pass:
@@ -394,7 +394,7 @@ class InferenceService:
             raise IsolationBroken(f"the slot of {version.name} holds other weights")
 
     def fence(self, tenant: TenantId, seconds: float) -> None:
-        """Answer nothing for a tenant, for so long, whatever the registry's view says: it is being erased."""
+        """Refuse a tenant that is being erased, for this many seconds, whatever the registry's view says."""
         self._fences[tenant] = self._clock() + seconds
 
     def check_fence(self, ref: ModelRef) -> None:
@@ -437,7 +437,7 @@ def _installed(version: VersionRecord) -> Architecture:
     Raises
     ------
     ModelFailed
-        It is not installed here: the operator's to mend, not the caller's.
+        It is not installed here: the operator must fix that, not the caller.
     """
     try:
         return architecture(version.architecture)

@@ -41,7 +41,7 @@ class ReplicaSnapshot:
     passes, rows
         Forward passes since the start, and the rows in them.
     settings_revision
-        How often the settings had been changed that it goes by.
+        Revision of the settings that it uses: how many times they had been changed by then.
     ongoing, queued, refused
         Requests worked on now, waiting now, and refused since the start.
     advertised

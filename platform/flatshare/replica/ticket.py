@@ -52,9 +52,9 @@ class Ticket:
     head
         The tenant, as known when the request came.
     limits
-        What holds for its size.
+        The tenant's limits, which apply to the size of this request.
     background
-        Nobody waits for it at this moment: it is a task's.
+        It belongs to a task, so nobody waits for it at this moment.
     trace
         Where its parts are recorded, if it is sampled.
     """
@@ -142,8 +142,8 @@ class Prediction:
         return labels
 
     def label_list(self) -> list[int]:
-        """The same as plain numbers; for few rows without letting the GIL go (see ``codecs/payload.py``)."""
-        if not self._label_list:  # worked out once: the answer has them, and what is counted of it
+        """The same as plain numbers; for few rows without releasing the GIL (see ``codecs/payload.py``)."""
+        if not self._label_list:  # worked out once: the answer and the usage counts both need them
             few = len(self.logits) <= FEW_ROWS
             self._label_list.extend(
                 [row.index(max(row)) for row in self.logits.tolist()] if few else self.labels.tolist()

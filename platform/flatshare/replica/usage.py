@@ -34,7 +34,7 @@ MAX_VERSIONS: Final = 20_000
 """Versions whose use in one hour is kept apart; what comes beyond them counts as ``OTHERS``."""
 
 MAX_LABELS: Final = 256
-"""Classes whose answers are counted one by one; a network with more has none counted."""
+"""Most classes of a network whose answers are counted by class; with more, none are counted."""
 
 MAX_UNWRITTEN: Final = 24
 """Hours that are kept while the store is down."""
@@ -63,10 +63,10 @@ class RequestStats:
     errors
         Of these, those that were refused or failed, by the code in their answers.
     durations
-        Of those that were answered, by the tier that they found their model in: from when the body was here
-        until the answer was made.
+        Of answered requests, by the tier in which they found their model: from the arrival of the body until
+        the answer was made.
     busiest
-        Requests a second of the tenants that had most in the last minute.
+        The tenants with the most requests in the last minute, and their requests a second.
     """
 
     statuses: dict[int, int] = field(default_factory=dict)
@@ -83,7 +83,7 @@ class UsageCounter:
     writer
         The name under which this process writes.
     threads
-        Where the blocking writes run: none that requests wait for.
+        Where the blocking writes run: threads that requests do not wait for.
     interval_s
         Seconds between writes; 0 for never.
     clock
@@ -155,7 +155,7 @@ class UsageCounter:
             counts[label] += 1
 
     def failed(self, version: VersionRecord) -> None:
-        """A request for a version that was known has no prediction, and not by its caller's fault."""
+        """A request for a known version failed, and its caller was not at fault."""
         self._of(version).failed += 1
 
     def _of(self, version: VersionRecord) -> Used:
@@ -175,7 +175,7 @@ class UsageCounter:
         self._writing = asyncio.get_running_loop().create_task(self._write_on(), name="write usage")
 
     async def close(self) -> None:
-        """End it, with a last write, which may take a moment and no longer."""
+        """Stop it with a last write, which may take a moment but no longer."""
         if self._writing is None:
             return
         self._writing.cancel()
@@ -187,7 +187,7 @@ class UsageCounter:
             logger.warning("what tenants used in the last minute was not written: the store does not answer")
 
     async def write(self) -> None:
-        """Write what was counted since the last time. A store that is down has it the next time."""
+        """Write what was counted since the last write. If the store is down, the next write includes it."""
         self.look_at_the_busiest()
         if (hour := self._now()) > self._hour:  # a clock that is set back changes nothing
             if self._used and self._interval_s:
@@ -218,7 +218,7 @@ class UsageCounter:
                 logger.exception("what tenants used was not written, and is tried again")
 
     async def _put(self, hour: datetime, used: Mapping[UsedVersion, Used], *, last: bool) -> None:
-        # A copy, made here: the thread must not see half of an addition. In slices: requests wait meanwhile.
+        # Copied here, so that the thread never sees half an addition; in slices, because requests wait.
         copy: dict[UsedVersion, Used] = {}
         for key in list(used):
             copy[key] = replace(used[key], labels=list(used[key].labels))

@@ -1,4 +1,4 @@
-"""The first passes of a replica, before a customer's: a device plans each shape once, and that is slow."""
+"""A replica's first passes, before any customer's: a device plans each shape once, and planning is slow."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ logger = logging.getLogger("flatshare.replica")
 
 
 def installed() -> list[Architecture]:
-    """All architectures that can be loaded here; one that can't is told of, and fails its own versions
-    alone.
+    """All architectures that can be loaded here. One that can't be loaded is logged, and only its own
+    versions fail.
     """
     found = []
     for name in architecture_names():

@@ -1,5 +1,5 @@
-"""Who is on the device: leases, ledger, victim selection, caps and floors of tenants, waiting for room.
+"""Which models are on the device: leases, ledger, victim selection, tenants' caps and floors, room.
 
-Others ask it for a lease; to pin, unload, erase; for a snapshot. It never knows where bytes come from, nor
-refs.
+Other packages call it for a lease, to pin, unload or erase, and for a snapshot. It knows neither where bytes
+come from nor refs.
 """

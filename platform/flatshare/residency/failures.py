@@ -1,4 +1,4 @@
-"""Failed loads: remembered for a short, stated time, so that a bad model is no load amplifier, and shown."""
+"""Failed loads: remembered for a short, stated time, so that a bad model can't amplify load, and shown."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ REMEMBER_S: Final[Mapping[type[Exception], float]] = {
 one stays so until an operator acts (``refresh`` forgets it); a store may be back in a second."""
 
 MAX_SHOWN: Final = 100
-"""Versions whose last load failed that are shown to operators: those that failed last."""
+"""Most versions with a failed last load that operators are shown: those that failed last."""
 
 MAX_REMEMBERED: Final = 10_000
 """Most failures of one kind: each is a registered version, so tenants can't grow this at will."""

@@ -1,4 +1,4 @@
-"""A semaphore that is fair between tenants: so many at a time, so many more wait, others are refused."""
+"""A semaphore that is fair between tenants: some requests go in, some more wait, all others are refused."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ __all__ = ["FairSemaphore"]
 
 LEAST_GAPS: Final = 8
 MOST_GAPS: Final = 32
-"""Times between two places that came free, from which the present rate is known."""
+"""Intervals between freed places that are needed, and kept, to know the present rate."""
 
 
 class FairSemaphore:
     """Gives ``max_ongoing`` permits; ``max_queued`` more wait for one; others are refused at once.
 
-    Fair between tenants: permits that come free go round the tenants that wait, and when all waiting
-    places are taken, one of the tenant that has most of them is given to a tenant that has fewer
-    ("longest queue drop", Suter et al., INFOCOM 1998). One that floods fills what nobody else wants.
+    Fair between tenants: permits that come free go round the waiting tenants. When all waiting places are
+    taken, the tenant that has most of them loses one to a tenant that has fewer ("longest queue drop", Suter
+    et al., INFOCOM 1998). A tenant that floods only fills places that nobody else wants.
 
-    Nobody waits in vain: while requests wait, the rate at which places come free is known, and one whose
-    turn would come after its time is refused at once, and told when to come again.
+    No request waits in vain: while requests wait, the rate at which places come free is known. One whose turn
+    would come after its time is refused at once, and told when to come again.
 
     Must be used on one event loop. :meth:`enter` then :meth:`leave`, or ``async with semaphore.hold(s)``.
 
     Parameters
     ----------
     max_queued
-        None: as many as come, for waits that are bounded by somebody else.
+        None for no limit, if something else bounds the waits.
     """
 
     def __init__(
@@ -63,7 +63,7 @@ class FairSemaphore:
         return self.ongoing < self.max_ongoing
 
     def enter_now(self) -> bool:
-        """Go in if nobody has to wait for it; whether this request is in, and must :meth:`leave`."""
+        """Enter if that needs no waiting; returns whether this request is in, and must :meth:`leave`."""
         if self.ongoing >= self.max_ongoing:
             return False
         self.ongoing += 1
@@ -150,7 +150,7 @@ class FairSemaphore:
         if self._waiting:
             self._freed_at.append(self._clock())
         else:
-            self._freed_at.clear()  # time without anybody waiting says nothing of how long one waits
+            self._freed_at.clear()  # a time when nobody waits says nothing about how long a wait is
         while self._waiting:
             tenant, waiters = next(iter(self._waiting.items()))
             self._waiting.move_to_end(tenant)

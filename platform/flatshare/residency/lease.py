@@ -23,9 +23,9 @@ class Erased:
     Attributes
     ----------
     models
-        Residents that went.
+        Resident models that were freed.
     overwritten_bytes
-        Of their memory; the rest were files of the host tier, or other tenants' too.
+        Of their memory; the rest was in files of the host tier, or shared with other tenants.
     failed
         Something could not be overwritten: only the end of the process frees it for sure.
     """

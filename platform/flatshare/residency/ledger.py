@@ -21,10 +21,10 @@ from flatshare.weights.tiers import Part
 __all__ = ["Ledger", "Reservation"]
 
 RAISING_STEPS: Final = 16
-"""Loads that are placed until the whole budget is tried again, after the device had less."""
+"""After the device had less than the budget: loads to place before the whole budget is tried again."""
 
 MAX_SPARING: Final = 32
-"""Most victims that are looked at again, to spare those that did not help: it is done on the event loop."""
+"""Most victims that are checked again, to spare those that did not help: the check runs on the event loop."""
 
 
 @dataclass(slots=True, eq=False)
@@ -48,8 +48,8 @@ class Ledger:
     Attributes
     ----------
     limit_bytes
-        The budget, or less for a while: a device has refused what the ledger had room for. Its allocator cuts
-        memory into segments, and others may have some of it.
+        The budget, or less for a while after the device refused what the ledger had room for: its allocator
+        cuts memory into segments, and other processes may have some of it.
     """
 
     def __init__(self, slots: int, budget_bytes: int | None) -> None:
@@ -66,8 +66,8 @@ class Ledger:
     # -- asking
 
     def fits(self, slots: int, new_bytes: int, *, whole: bool = False) -> bool:
-        """Whether so much is free now; with ``whole`` of the whole budget, where less is kept to for a
-        while.
+        """Whether this much is free now. With ``whole``, it is measured against the whole budget, even while
+        a lower limit applies.
         """
         return self.slots_taken + slots <= self.slots and self._bytes_fit(new_bytes, whole=whole)
 
@@ -96,7 +96,7 @@ class Ledger:
         keep: Collection[Part] = (),
         whole: bool = False,
     ) -> list[int] | None:
-        """Which candidates must go so that so much fits; nothing is changed.
+        """Which candidates must be evicted to make this much fit; nothing is changed.
 
         Parameters
         ----------
@@ -105,15 +105,15 @@ class Ledger:
         new_bytes, slots
             What is wanted.
         keep
-            Parts that stay, whoever goes: the new model needs them too.
+            Parts that stay whichever models go: the new model needs them too.
         whole
             As for :meth:`fits`.
 
         Returns
         -------
         list of int or None
-            Indices into the candidates, empty if there is room; None when all of them together would
-            not do. A candidate in front that turns out not to help is spared.
+            Indices into the candidates, empty if there is room; None if even all of them together are not
+            enough. An early candidate that turns out not to help is spared.
         """
         trial = _Trial(self, new_bytes, slots, keep, self.budget_bytes if whole else self.limit_bytes)
         chosen: list[int] = []
@@ -136,19 +136,19 @@ class Ledger:
     # -- what the device really takes
 
     def lower(self) -> None:
-        """The device had refused a load until somebody went: no more than what is there now fits, as it
-        seems.
+        """The device refused a load until a model was evicted: it seems that no more fits than what is there
+        now.
         """
         self.limit_bytes = self.held_bytes + self.reserved_bytes
         self._steps_left = RAISING_STEPS
 
     def restore(self) -> bool:
-        """All of the budget is tried again; whether that is more than it was."""
+        """Try the whole budget again; returns whether that is more than before."""
         lowered, self._steps_left, self.limit_bytes = self.limit_bytes, 0, self.budget_bytes
         return lowered != self.budget_bytes
 
     def raise_again(self) -> None:
-        """A load was placed: a step back to the budget."""
+        """A load was placed: raise the limit one step towards the budget."""
         if not self._steps_left:
             return
         self._steps_left -= 1
@@ -223,7 +223,7 @@ class Ledger:
 
 
 class _Trial:
-    """What would be free if some models went; a thought, nothing is changed."""
+    """What would be free if some models were evicted; only a trial, nothing is changed."""
 
     def __init__(
         self, ledger: Ledger, new_bytes: int, slots: int, keep: Collection[Part], limit: int | None

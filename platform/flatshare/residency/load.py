@@ -23,7 +23,7 @@ class Load:
     wants_room
         It is ready and waits for leases to end.
     until
-        When the most patient of them goes, by the cache's clock.
+        When the last of the waiters gives up, by the cache's clock.
     """
 
     task: asyncio.Task[None] | None = None
@@ -44,12 +44,12 @@ class Load:
                 waiter.set_exception(copy_of(error))
 
     def check_erased(self, record: VersionRecord) -> None:
-        """Stop a load of something that is gone meanwhile.
+        """Stop a load whose version was erased meanwhile.
 
         Raises
         ------
         NotFound
-            It is.
+            It was.
         """
         if self.erased:
             raise NotFound(f"{record.name} was erased")

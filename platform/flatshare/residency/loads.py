@@ -44,7 +44,7 @@ class Loads:
     Parameters
     ----------
     residency
-        Where what was loaded goes, and who makes room for it.
+        Takes the loaded models, and makes room for them.
     loader
         The two halves of a load.
     failures
@@ -131,7 +131,7 @@ class Loads:
                 self.withdraw(key)
 
     async def ended(self, tenant: str, deadline: float) -> bool:
-        """Wait until none of a tenant's loads is under way, until a time of the clock; whether that is so."""
+        """Wait until a tenant has no load under way, or until the deadline; returns whether it has none."""
         while loads := [load.task for key, load in self._loads.items() if key.tenant == tenant and load.task]:
             done, _ = await asyncio.wait(loads, timeout=max(deadline - self._clock(), 0))
             if not done:
@@ -252,8 +252,8 @@ class Loads:
                 return await self._loader.prepare(record, held, self._fetch_timeout_s)
         except (TimeoutError, Unavailable) as error:
             if self._clock() - began >= self._fetch_timeout_s / 2:
-                # It hangs rather than refuses: whoever waits for a place to ask it would wait as long, one
-                # after the other. They are told now; after a while somebody asks it again.
+                # It hangs rather than refuses. Loads that wait for a place to ask it would each wait as long,
+                # one after the other. They fail now; after a while the store is asked again.
                 self._store_rests_until = self._clock() + STORE_RESTS_S
             if isinstance(error, Unavailable):
                 raise
@@ -269,7 +269,7 @@ class Loads:
         places: FairSemaphore,
         prepare: Callable[[VersionRecord, Held], Awaitable[Prepared | None]],
     ) -> Resident | None:
-        """One way to load; None when it can't give the bytes.
+        """Load in one of the two ways; None if that way can't deliver the bytes.
 
         Raises
         ------
@@ -287,7 +287,7 @@ class Loads:
             # What the device has already is held from here on, so that nothing evicts it meanwhile.
             held = self._loader.hold(record)
             counted = self.ledger.hold_present(held)
-            # Only what counts: of the rest another load is the only holder, and may let it be overwritten.
+            # Keep only counted parts: the rest is held by another load alone, which may have it overwritten.
             held = {part: tensor for part, tensor in held.items() if part in counted}
             prepared: Prepared | None = None
             try:
@@ -298,7 +298,7 @@ class Loads:
                 load.check_erased(record)
                 placed = await self._place(record, prepared, claimed, held, counted)
                 if load.erased:
-                    self.ledger.drop(counted)  # else what it shares would seem to be another's, too
+                    self.ledger.drop(counted)  # else its own parts would seem to have another holder, too
                     counted = {}
                     own = self.ledger.own_parts(placed.parts)
                     self._overwrite(record, partial(self._loader.scrub, placed.model, own))
@@ -310,12 +310,12 @@ class Loads:
                 self.stats.load_times.add(self._clock() - started)
                 return self._residency.admit(record, placed, prepared.tier)
             except BaseException as error:
-                let_go(error)  # a model that this load had made is no user of what is overwritten next
+                let_go(error)  # so that a model made by this load no longer uses what is overwritten next
                 raise
             finally:
                 last = self.ledger.own_parts(counted)
                 if last and (load.erased or self._loader.overwrites_what_leaves):
-                    # Whose they were has gone meanwhile, and this load kept them from being overwritten.
+                    # Their other holder has gone meanwhile, and this load kept them from being overwritten.
                     made = prepared.model if prepared is not None else None
                     self._overwrite(record, partial(self._loader.scrub_held, held, last, made))
                 self.ledger.drop(counted)
@@ -337,7 +337,7 @@ class Loads:
         counted: Mapping[Part, int],
     ) -> Placed:
         """Make room, put the model there, and count what it really takes."""
-        # All that will be copied is set aside, also what another model has brought here meanwhile.
+        # Set aside all that will be copied, even what another model has brought here meanwhile.
         new_bytes = sum(size for part, size in claimed.items() if part not in counted)
         whole_bytes = sum(claimed.values())
         refusals = 0
@@ -347,17 +347,18 @@ class Loads:
             except NoRoomNow:
                 if not self.ledger.restore():
                     raise
-                continue  # what the device refused once is no reason to refuse anybody: it is asked again
+                continue  # an earlier refusal by the device is no reason to refuse a load: ask it again
             before = self.refusals
             try:
                 placed = await self._place_in_room(record, prepared, held, new_bytes)
             except DeviceFull:
                 if self.refusals != before:
-                    # Another was refused while this one had the memory that it now gives back.
+                    # Another load was refused while this one held the memory that it now gives back.
                     self._residency.frees += 1
                     self._residency.room.wake()
-                # The ledger has room and the device has not: its allocator has cut it, or others have it. One
-                # after the other goes until it fits, so that nobody is refused for ever who could be served.
+                # The ledger has room but the device has not: its allocator has cut it, or others have it.
+                # Evict one model after the other until it fits, so that no load that could be served is
+                # refused for ever.
                 refusals += 1
                 self.refusals += 1
                 self._residency.evict_next(record.tenant)

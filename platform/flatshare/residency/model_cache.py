@@ -1,11 +1,11 @@
 """The model cache of one replica: loads what is asked for, and lends it out by lease.
 
-What is on the device, and who goes for whom, is ``residency.py``; loads under way are ``loads.py``.
+``residency.py`` keeps what is on the device, and decides what is evicted; ``loads.py`` runs the loads.
 
 Rules, each with a test:
 
 - Fetch, verify, build and try out first; only then make room. A load that fails evicts nothing.
-  (Only a device that refuses the finished model, out of memory say, comes after.)
+  (Only one failure can come after that: the device refuses the finished model, out of memory say.)
 - Victims are chosen as a set, among residents without lease and pin, before any of them goes. If the
   set can't make room nothing is evicted, and the load waits for a lease to end.
 - One load of a version at a time; the load belongs to the cache, not to the caller who asked first.
@@ -58,7 +58,7 @@ class ModelCache:
     fetch_timeout_s
         Seconds that the store may take for one version; then it counts as unavailable.
     policy
-        Who is evicted first.
+        Which model is evicted first.
     bounds_of
         A tenant's cap and floor on the device.
     on_change
@@ -124,7 +124,7 @@ class ModelCache:
         Raises
         ------
         WouldBeLate
-            Its load's turn would come after that. Raised at once.
+            The turn of its load would come after ``timeout_s``. Raised at once.
         DeadlineExceeded
             It was not loaded within ``timeout_s`` seconds.
         NoRoom, ResidentOverQuota
@@ -274,9 +274,9 @@ class ModelCache:
         return told
 
     async def erased(self, tenant: str, timeout_s: float) -> bool:
-        """Wait until nothing of an erased tenant is left; whether that is so.
+        """Wait until nothing of an erased tenant is left; returns whether nothing is.
 
-        Loads under way count, and so do threads of loads that were given up: they go on. What could not be
+        Loads under way count, and so do the threads of abandoned loads, which go on. Memory that could not be
         overwritten counts until the process ends.
         """
         deadline = self._clock() + timeout_s
@@ -377,7 +377,7 @@ class ModelCache:
     def uses(self) -> list[tuple[VersionRecord, int, float, float]]:
         """What can be leased: its record, requests since it was loaded, when it was loaded, and last used.
 
-        For who asks every second: :meth:`snapshot` adds up every model's tensors.
+        For callers that ask every second; :meth:`snapshot` also adds up every model's tensors.
         """
         return [(one.record, one.hits, one.loaded_at, one.last_used_at) for one in self._residency.lendable()]
 

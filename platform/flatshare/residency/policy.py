@@ -1,4 +1,4 @@
-"""Eviction policies: who goes first. A policy orders keys; it knows nothing of leases, pins or bytes."""
+"""Eviction policies: which model goes first. A policy orders keys; it knows no leases, pins or bytes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is on a device, who holds it, and who goes for whom: slots and bytes, leases, pins, floors, eviction.
+"""What is on a device, what holds it, and what is evicted: slots and bytes, leases, pins, floors, eviction.
 
 Knows nothing of where models come from; ``model_cache.py`` loads them and hands them over.
 """
@@ -35,7 +35,7 @@ class NoRoomNow(NoRoom):
 
 
 class NoMemoryNow(NoRoomNow):
-    """The same, and the ledger would have had room: the device has not.
+    """The same, although the ledger has room: the device has none.
 
     Attributes
     ----------
@@ -56,7 +56,7 @@ class Residency:
     ledger
         Slots and bytes.
     policy
-        Who goes first.
+        Which model is evicted first.
     bounds_of
         A tenant's cap and floor on the device.
     stats
@@ -94,7 +94,7 @@ class Residency:
         self.policy = policy
         self.stats = stats
         self._residents: dict[ModelKey, Resident] = {}  # what can be leased
-        self._leaving: dict[int, Resident] = {}  # what can't any more and still takes its slot
+        self._leaving: dict[int, Resident] = {}  # what can no longer be leased and still takes its slot
         self.room = RoomQueue()
         self._share_of = bounds_of
         self._scrub = scrub
@@ -148,7 +148,7 @@ class Residency:
     def admit(self, record: VersionRecord, placed: Placed, tier: Tier) -> Resident:
         """A placed model, whose reservation is settled, becomes resident.
 
-        From here to the leases of those who wait for it nothing may await: the slot goes from reserved to
+        Nothing may await between here and the leases of the waiting requests: the slot goes from reserved to
         resident to leased in one step.
         """
         self._generation += 1
@@ -179,7 +179,7 @@ class Residency:
                 del self._protected[key]
 
     def retire(self, resident: Resident, *, evicted: bool) -> None:
-        """No new leases; freed now, or when the last one ends. Counts until it is freed."""
+        """Grant no new leases; free it now, or when the last lease ends. It counts until it is freed."""
         key = ModelKey.of(resident.record)
         del self._residents[key]
         self.policy.removed(key, evicted=evicted)
@@ -194,7 +194,7 @@ class Residency:
         resident.state = State.QUARANTINED
 
     def leave(self, resident: Resident) -> None:
-        """Have a model go, whatever it is held for: freed now, or when its last lease ends."""
+        """Remove a model, whatever it is held for: free it now, or when its last lease ends."""
         if resident.state is State.RESIDENT:
             self.retire(resident, evicted=False)
         elif resident.state is State.QUARANTINED:
@@ -211,7 +211,7 @@ class Residency:
                 size = self._scrub(resident.model, self.ledger.own_parts(resident.parts))
                 if erased is not None:
                     erased.overwritten_bytes += size
-            except Exception:  # a device that fails: slot and bytes are free all the same, and it is told
+            except Exception:  # the device failed: free slot and bytes all the same, and report it
                 logger.exception("%s could not be overwritten", resident.record.name)
                 if erased is not None:
                     erased.failed = True
@@ -226,17 +226,17 @@ class Residency:
     # -- making room
 
     def make_room(self, tenant: str, new_bytes: int, *, slots: int, whole_bytes: int) -> None:
-        """Evict what must go so that so much fits, or nothing.
+        """Evict what must go to make this much fit, or nothing.
 
         Parameters
         ----------
         whole_bytes
-            What counts for the tenant's cap.
+            Bytes that count towards the tenant's cap.
 
         Raises
         ------
         NoRoomNow
-            What may be evicted would not do.
+            Evicting all that may go would not be enough.
         ResidentOverQuota
             The model is more than the tenant's whole cap.
         """
@@ -258,7 +258,7 @@ class Residency:
         self._on_change()
 
     def evict_next(self, tenant: str) -> None:
-        """Evict the one whose turn it is, since the device has no memory for a model of a tenant.
+        """Evict the next victim, since the device has no memory for a model of a tenant.
 
         Raises
         ------
@@ -288,13 +288,13 @@ class Residency:
         return own_victims(tenant, size_bytes, cap, keys, self._residents, self._leaving.values())
 
     def could_fit(self, tenant: str, claimed: Mapping[Part, int], *, refused_at: int | None = None) -> bool:
-        """Whether a new try of a load that waits for room would find it.
+        """Whether a load that waits for room would find it if it tried again.
 
         Parameters
         ----------
         refused_at
-            The device had no memory for it (:attr:`NoMemoryNow.frees`): something must have come free since
-            then, or somebody must be there to go, whatever the ledger says.
+            The device had no memory for it (:attr:`NoMemoryNow.frees`): memory must have come free since
+            then, or there must be a model to evict, whatever the ledger says.
         """
         if refused_at == self.frees and not self.candidates(tenant):
             return False
@@ -307,7 +307,7 @@ class Residency:
         return self.ledger.choose_victims(parts, new_bytes, slots=1, keep=claimed, whole=True) is not None
 
     def candidates(self, tenant: str) -> list[ModelKey]:
-        """Who may go for a model of this tenant, in order; versions whose successor is on the way last."""
+        """Models that may go for a model of this tenant, in order; those with a successor on the way last."""
         keys = [key for key in self.policy.victims() if self._evictable(key)]
         keys.sort(key=lambda key: key in self._protected)
         return spare_floors(
@@ -315,7 +315,7 @@ class Residency:
         )
 
     def no_room(self, record: VersionRecord, claimed: Mapping[Part, int]) -> Exception:
-        """What to tell those who wait for a version, when all that could make room for it is in use."""
+        """The error for those who wait for a version, if all that could make room for it is in use."""
         tenant = record.tenant
         if self.own_victims(tenant, sum(claimed.values()), self.candidates(tenant)) is None:
             return ResidentOverQuota(

@@ -1,4 +1,4 @@
-"""Loads that wait for room, in order of their coming."""
+"""Loads that wait for room, in order of arrival."""
 
 from __future__ import annotations
 
@@ -9,12 +9,12 @@ __all__ = ["RoomQueue"]
 
 
 class RoomQueue:
-    """Waiters, each with the question whether there is room for it; must be used on one event loop.
+    """Waiters, each with a function that tells whether there is room for it; must be used on one event loop.
 
-    Whenever something comes free, :meth:`wake` asks them in order and lets the first go for whom there
-    is room. That one's end is another :meth:`wake`, so nobody sleeps beside room that would do: one that
-    can't use it is passed over, and keeps its place. A question that raises is that waiter's own failure:
-    who wakes is another request, of another tenant.
+    Whenever something comes free, :meth:`wake` asks them in order and releases the first that has room. When
+    that one ends it calls :meth:`wake` again, so no waiter sleeps while there is room for it. A waiter that
+    can't use the room is passed over and keeps its place. If a function raises, that waiter alone fails: the
+    caller of :meth:`wake` is another request, of another tenant.
     """
 
     def __init__(self) -> None:
@@ -60,5 +60,5 @@ class RoomQueue:
         finally:
             self._waiters.remove(place)
             if waiter.done() and not waiter.cancelled() and waiter.exception() is None and not used:
-                self.wake()  # cancelled just as it was let go: the room is the next one's
+                self.wake()  # cancelled just as it was released: the next waiter gets the room
         return True

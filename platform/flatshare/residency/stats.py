@@ -40,7 +40,7 @@ class Durations:
         self.seconds += seconds
 
     def within(self, seconds: float) -> int:
-        """How many took at most so many seconds, to the width of a bucket."""
+        """How many took at most this many seconds, accurate to the width of a bucket."""
         return sum(self.counts[: bisect.bisect_right(_MIDDLES_S, seconds)])
 
     def quantile_s(self, share: float) -> float | None:

@@ -36,12 +36,12 @@ BoundsOf = Callable[[str], TenantBounds]
 
 
 FLOOR_SLOTS_SHARE: Final = 4
-"""A floor keeps at most one in so many of the slots: bytes are promised, and many small models of one tenant
-would else take all of them."""
+"""A floor protects at most one in this many slots: it promises bytes, and many small models of one tenant
+would otherwise take all slots."""
 
 
 OTHERS_SHARE: Final = 8
-"""Part of a device that no floors keep."""
+"""One in this many of a device's slots, and of its bytes, is protected by no floor."""
 
 
 def spare_floors(
@@ -52,10 +52,10 @@ def spare_floors(
     slots: int,
     budget_bytes: int | None = None,
 ) -> list[ModelKey]:
-    """Those of these that may go, together, for a model of ``tenant``: no other falls below its floor.
+    """The keys that may all be evicted for a model of ``tenant``: no other tenant falls below its floor.
 
-    All floors together leave one slot in ``OTHERS_SHARE``, and as much of the bytes, to everybody else: where
-    more was promised than there is, some promises are not kept, rather than nobody new ever loaded.
+    All floors together leave one slot in ``OTHERS_SHARE``, and as large a part of the bytes, to everybody
+    else. If more was promised than there is, some promises are not kept, so that new models can be loaded.
     """
     most = max(slots // FLOOR_SLOTS_SHARE, 1)
     slots_left = slots - max(slots // OTHERS_SHARE, 1) if slots > 1 else 1
@@ -105,7 +105,7 @@ def own_victims(
     Raises
     ------
     ResidentOverQuota
-        One model is more than all that it may hold.
+        The model alone is larger than all that the tenant may hold.
     """
     if cap_bytes is None:
         return []

@@ -1,7 +1,7 @@
-"""What the registry's change feed has told one replica: which heads are as they were, and which to read.
+"""What the registry's change feed has told one replica: which heads are unchanged, and which to read.
 
-Nothing runs while nobody asks. Who finds a head too old begins a look at the feed, one for all tenants; a
-head that was not announced to change is current as of the beginning of that look.
+Nothing runs while there are no requests. A request that finds a head too old starts a look at the feed, one
+for all tenants. A head whose change was not announced is current as of the start of that look.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ __all__ = ["Changes"]
 logger = logging.getLogger("flatshare.resolution")
 
 GAP_S: Final = 60.0
-"""Seconds between two looks beyond which the feed says nothing about older heads: these are read."""
+"""If two looks are more seconds apart than this, the feed says nothing about older heads: these are read."""
 
 FAILED_S: Final = 1.0
 """Seconds after a look that failed until the next one."""
 
 MAX_ANNOUNCED: Final = 100_000
-"""Most tenants that are announced and not seen changed; beyond it all heads are read."""
+"""Most tenants whose announced change was not seen yet; beyond it all heads are read."""
 
 
 class Changes:
@@ -45,7 +45,7 @@ class Changes:
     ttl_s
         Seconds that a look is believed.
     on_announced
-        Called with each tenant that is about to change, or has, and the revision that it gets.
+        Called with each tenant whose head is about to change or has changed, and with its new revision.
     clock
         Seconds that only rise.
     wall
@@ -78,7 +78,7 @@ class Changes:
 
     @property
     def is_followed(self) -> bool:
-        """Whether the last look succeeded, and not long ago: what it did not name needs no read."""
+        """Whether the last look succeeded, and recently: heads that it did not name need no read."""
         return self._failed_at < self._looked_at and self._clock() - self._looked_at <= 2 * self._ttl_s
 
     def follows(self, confirmed_at: float) -> bool:
@@ -86,7 +86,7 @@ class Changes:
         return self.is_followed and self._since is not None and confirmed_at >= self._since
 
     def is_due(self, tenant: TenantId, revision: int) -> bool:
-        """Whether a later revision than this one was announced: who has it reads the head."""
+        """Whether a later revision than this one was announced, so that the head must be read."""
         return self._announced.get(tenant, 0) > revision
 
     def current_at(self, tenant: TenantId, revision: int, confirmed_at: float) -> float:
@@ -104,10 +104,10 @@ class Changes:
         return max(confirmed_at, self._looked_at)
 
     def look(self) -> None:
-        """Begin a look at what is new, unless one is under way, or a moment ago one succeeded or failed."""
+        """Start a look at the feed, unless one is under way, or one succeeded or failed a moment ago."""
         now = self._clock()
         if now - self._looked_at > self._ttl_s and now - self._failed_at > FAILED_S:
-            # Times of now, and not of the task's first step: a read that begins meanwhile is covered by it.
+            # Taken now, not at the task's first step, so that the look covers a read that begins meanwhile.
             wall = self._wall()
             self._looks.begin("changes", lambda: self._look_once(now, wall))
 

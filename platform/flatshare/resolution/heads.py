@@ -1,17 +1,18 @@
 """What a replica knows of the registry: heads with a short life, version records for ever.
 
-- Younger than the TTL: answered from memory, no await.
-- Older: answered from memory once more while one look at the store's change feed runs behind, for all
-  tenants (``changes.py``); it renews all heads that were not announced to change. Announced ones are read,
-  and all of them where the feed can't be: one conditional GET a tenant, behind (stale-while-revalidate),
-  unless a head is so old that waiting is the honest thing.
+- A head younger than the TTL is answered from memory, without an await.
+- An older head is answered from memory once more, while one look at the store's change feed runs in the
+  background for all tenants (``changes.py``). It renews all heads whose change was not announced. Announced
+  heads are read, and if the feed can't be read, all heads are: one conditional GET per tenant, in the
+  background (stale-while-revalidate). Only if a head is very old does the request wait for this read.
 - Whatever the feed says, a head is read again after ``REREAD_TTLS``: a writer's clock may be far behind.
-
-Long, because each of these times is stated with its reason, and what is read when must be seen in one place.
-- The store is down: the last answer stands, however old (promise 11); a tenant that was never
-  seen is ``Unavailable``.
+- If the store is down, the last answer stands, however old (promise 11); a tenant that was never seen is
+  ``Unavailable``.
 - Unknown tenants are remembered for one TTL, unknown versions and aliases for ``RECHECK_S``, so junk
   costs the store one small GET in that time.
+
+This module is long because each of these times is stated with its reason, and the rules of what is read when
+belong in one place.
 """
 
 from __future__ import annotations
@@ -59,7 +60,7 @@ promotion may be long past."""
 
 
 KEYS_AFTER_TTLS: Final = 2
-"""The same where a head says whose key is good: older than this, it is read before it is believed."""
+"""The same for the check of keys: a head older than this is read before its keys are trusted."""
 
 PATIENCE_S: Final = 1.0
 """Seconds that a request for a known tenant waits for a newer answer before it takes the old one."""
@@ -71,8 +72,8 @@ MAX_READS: Final = 1_000
 """Most reads under way or waiting for a thread; beyond it unknown tenants are unavailable."""
 
 ANNOUNCED_READS: Final = 32
-"""Reads under way up to which an announcement begins another. Beyond it whoever asks for the tenant reads it:
-a change of thousands must not take the reads from tenants that are asked for now."""
+"""An announcement starts a read only while fewer reads than this are under way. Beyond it, the tenant's next
+request reads it: a change of thousands must not take reads from tenants that are asked for now."""
 
 RecordKey = tuple[TenantId, int, str]
 
@@ -81,8 +82,8 @@ RecordKey = tuple[TenantId, int, str]
 class _Known:
     head: TenantHead
     etag: str | None
-    checked_at: float  # believed as if it had been seen to be current then
-    confirmed_at: float  # seen to be current then, by a read or by the feed
+    checked_at: float  # trusted as if it had been confirmed at this time
+    confirmed_at: float  # confirmed as current at this time, by a read or by the feed
     read_at: float
 
 
@@ -151,7 +152,10 @@ class TenantHeads:
         return self._records.get((ref.tenant, number, head.versions[number]))
 
     def head_now(self, tenant: TenantId) -> TenantHead | None:
-        """A tenant's head if its keys and state can be believed without waiting; read behind when due."""
+        """A tenant's head if its keys and state can be trusted without waiting.
+
+        A read that is due runs in the background.
+        """
         return self._now(tenant, KEYS_AFTER_TTLS)
 
     def _now(self, tenant: TenantId, oldest_ttls: int) -> TenantHead | None:
@@ -165,7 +169,7 @@ class TenantHeads:
         return known.head
 
     def _renewed_s(self, tenant: TenantId, known: _Known) -> float:
-        """Seconds since a head was last seen to be current, by the feed too; looked for behind when due."""
+        """Seconds since a head was last confirmed, also by the feed; starts a background check when due."""
         changes, now = self._changes, self._clock()
         known.confirmed_at = changes.current_at(tenant, known.head.revision, known.confirmed_at)
         known.checked_at = max(known.checked_at, known.confirmed_at)
@@ -178,7 +182,7 @@ class TenantHeads:
         return now - known.checked_at
 
     def _announced(self, tenant: TenantId, revision: int) -> None:
-        """A tenant is about to change, or has: read its head if it is one of ours, and not too many are."""
+        """A tenant changes, or has changed: read its head if we hold it, unless too many reads run."""
         self._missing.pop(tenant, None)
         known = self._heads.get(tenant)
         if known is not None and known.head.revision < revision and len(self._reads) < ANNOUNCED_READS:
@@ -254,14 +258,14 @@ class TenantHeads:
             return None
         production = head.aliases.get(str(PRODUCTION))
         if production is not None:
-            # Somebody just changed this tenant: its first request should not have to wait for the record.
-            # That is a favour: whoever needs the record is told if it can't be read.
+            # Somebody just changed this tenant, so its first request should not have to wait for the record.
+            # A failure is ignored here: a request that needs the record raises it.
             with contextlib.suppress(Unavailable, Corrupt):
                 await self._record(head, production)
         return head
 
     def forget(self, tenant: TenantId) -> None:
-        """Remember nothing of a tenant that is erased: whoever asks next is told by the store."""
+        """Forget an erased tenant: the store answers the next request for it."""
         gone = self._heads.pop(tenant, None)
         self._epochs[tenant] = self._epochs.get(tenant, 0) + 1
         self._reads.forget(tenant)
@@ -271,7 +275,7 @@ class TenantHeads:
             self._on_change(gone.head, None)
 
     def learn(self, head: TenantHead) -> None:
-        """Take a head from who has just read it from the store, unless a newer one is known here."""
+        """Take a head that somebody else has just read from the store, unless a newer one is known here."""
         tenant = TenantId(head.tenant)
         known = self._heads.get(tenant)
         if known is not None and known.head.revision >= head.revision:
@@ -287,7 +291,7 @@ class TenantHeads:
             self._on_change(known.head, None)
 
     def unconfirmed_s(self, tenant: TenantId) -> float:
-        """Seconds since the store, or who had just read it, last said that a tenant's head is current."""
+        """Seconds since the store, or somebody who had just read it, last confirmed a tenant's head."""
         known = self._heads.get(tenant)
         if known is None:
             return float("inf")
@@ -324,7 +328,7 @@ class TenantHeads:
             async with asyncio.timeout(PATIENCE_S):
                 return await self._read_shared(tenant)
         except (Unavailable, TimeoutError):
-            # Believed again for a while, so that not each request of an outage waits as long.
+            # Trusted again for a while, so that not every request during an outage waits this long.
             known.checked_at = max(known.checked_at, self._clock() - self._ttl_s * oldest_ttls / 2)
             return known.head
 

@@ -1,7 +1,7 @@
-"""From a ref to what answers it here and now: the head's word, but for the old version while a swap goes on.
+"""From a ref to the version that answers it here and now: the head's, or the old one while a swap goes on.
 
-The one place that knows both. Requests, pins, what is unpinned or unloaded by a ref, and the ids that Ray is
-told of all ask here: each looked for itself once, and two forgot the version that serves during a swap.
+Only this module knows both. Requests, pinning, unpinning and unloading by a ref, and the ids that Ray is told
+all ask here. Each once looked for itself, and two forgot the version that serves during a swap.
 """
 
 from __future__ import annotations
@@ -57,11 +57,11 @@ class Resolver:
         return self._swaps.serving(ref) or said
 
     async def said(self, ref: ModelRef, timeout_s: float) -> VersionRecord:
-        """The version that the head says, whatever still answers: what is to be loaded, and pinned."""
+        """The version that the head names, whichever still answers: this is the one to load and to pin."""
         return await self._heads.resolve(ref, timeout_s)
 
     async def meant(self, ref: ModelRef, timeout_s: float) -> list[ModelKey]:
-        """All that a ref stands for here: the version that still answers, and the one that the head says."""
+        """All that a ref stands for here: the version that still answers, and the one that the head names."""
         said = await self._heads.resolve(ref, timeout_s)
         return list(
             dict.fromkeys(ModelKey.of(one) for one in (self._swaps.serving(ref), said) if one is not None)

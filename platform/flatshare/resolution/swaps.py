@@ -165,7 +165,7 @@ class Swaps:
             await self._move_pin(swap, record)
 
     async def _move_pin(self, swap: _Swap, record: VersionRecord) -> None:
-        """Who pinned an alias's model wants the alias's model pinned."""
+        """Move the pin along: a pin set through an alias is meant for whatever the alias names."""
         old = ModelKey.of(swap.old)
         try:
             await self._cache.preload(record, self._timeout_s, pin=True)

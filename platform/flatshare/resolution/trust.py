@@ -1,4 +1,4 @@
-"""For how long keys are believed that nobody can confirm: a revoked key must not be good for ever."""
+"""How long keys are trusted that can't be confirmed: a revoked key must not be valid for ever."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ __all__ = ["TrustedHeads"]
 
 
 class TrustedHeads:
-    """Tenants' heads for checking keys: as a replica has them, while they are fresh enough.
+    """Tenants' heads for checking keys: those that a replica holds, while they are fresh enough.
 
-    Models go on being served from older heads (promise 11): to operators, to tokens of an issuer, and to keys
+    Models are still served from older heads (promise 11): to operators, to an issuer's tokens, and to keys
     until this bound.
 
     Parameters

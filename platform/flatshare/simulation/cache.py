@@ -17,7 +17,7 @@ __all__ = ["HostCache", "SlotCache"]
 
 
 class SlotCache:
-    """So many slots.
+    """A cache of ``slots`` models.
 
     Parameters
     ----------
@@ -37,7 +37,7 @@ class SlotCache:
         return len(self._held)
 
     def ask(self, model: int, now: float = 0.0) -> bool:
-        """One request; whether its model was there. It is afterwards."""
+        """Take one request; returns whether its model was there. Afterwards it is."""
         key = self._held.get(model)
         if key is not None:
             self._policy.used(key)
@@ -48,7 +48,7 @@ class SlotCache:
         return False
 
     def load(self, model: int, now: float) -> None:
-        """Have a model that is not there; one goes for it when all slots are taken."""
+        """Load a model that is not there; another one is evicted for it when all slots are taken."""
         if len(self._held) >= self.slots:
             victim = next(iter(self._policy.victims()))
             self._policy.removed(victim, evicted=True)
@@ -61,7 +61,7 @@ class SlotCache:
         self._policy.admitted(key)
 
     def popular(self, count: int, now: float) -> list[tuple[float, int]]:
-        """Requests a second since they were loaded of the models that have most, and the models."""
+        """The models with most requests a second since they were loaded, each as its rate and the model."""
         rates = [
             (hits / max(now - self._loaded_at[model], 1.0), model)
             for model, hits in self._used.items()
@@ -70,7 +70,7 @@ class SlotCache:
         return heapq.nlargest(count, rates)
 
     def preload(self, models: Iterable[int], now: float) -> int:
-        """Load what is not there while there is room for it without evicting; how many."""
+        """Load missing models while there is room without evicting; returns how many were loaded."""
         count = 0
         for model in models:
             if model not in self._held and len(self._held) < self.slots:
@@ -85,14 +85,14 @@ class SlotCache:
 
 
 class HostCache:
-    """The host tier of one node: so many models, the longest unused of them goes."""
+    """The host tier of one node: it holds ``models`` models, and evicts the least recently used."""
 
     def __init__(self, models: int) -> None:
         self._most = models
         self._held: OrderedDict[int, None] = OrderedDict()
 
     def ask(self, model: int) -> bool:
-        """One load; whether the node had its model. It has afterwards."""
+        """Take one load; returns whether the node had its model. Afterwards it has."""
         if model in self._held:
             self._held.move_to_end(model)
             return True

@@ -1,8 +1,9 @@
 """A fleet over a trace: homes, moves, copies and the number of replicas decided as the fleet's keeper does.
 
-Time goes in ticks. Within one, requests go to the homes of its beginning; at its end the functions of
-``placement/`` are asked with what the replicas would have told. Left out: queues (a request takes no time, so
-nothing spills from a busy home to the next), bytes (each model takes a slot), and the time of a load.
+Time goes in ticks. Within a tick, requests go to the homes that held at its beginning; at its end the
+functions of ``placement/`` get what the replicas would have reported. Left out: queues (a request takes
+no time, so nothing spills from a busy home to the next), bytes (each model takes a slot), and the time of a
+load.
 """
 
 from __future__ import annotations
@@ -29,7 +30,7 @@ POPULAR = 8
 """Models that a replica tells of."""
 
 FELT = 20
-"""A model of less than the target's such part is not looked at: it is far from a copy."""
+"""A model below ``1 / FELT`` of the target is ignored: it is far from needing a copy."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ class Absence:
     Attributes
     ----------
     places
-        Whose; next homes answer meanwhile.
+        Places of these replicas; the next homes answer meanwhile.
     host_lost
         Whether their nodes' host tiers are lost with them.
     """
@@ -57,9 +58,9 @@ class FleetSetup:
     Attributes
     ----------
     replicas, slots
-        At the beginning, and of each.
+        Replicas at the beginning, and slots of each.
     policy
-        Who is evicted first: ``lru`` or ``sieve``.
+        Which model is evicted first: ``lru`` or ``sieve``.
     replicas_a_node, host_models
         Replicas that share a host tier, and models that fit into it.
     service_s
@@ -67,9 +68,9 @@ class FleetSetup:
     weight
         Requests that each of the trace stands for when load is judged.
     target_ongoing_requests
-        Of one model, beyond which it gets a copy; of a replica, for their number.
+        Of one model, beyond which it gets a copy; of one replica, to decide the number of replicas.
     bounds
-        Between which numbers of replicas it may move; None: it stays.
+        Fewest and most replicas; None: the number stays.
     tick_s
         Seconds between two decisions.
     absences
@@ -103,11 +104,11 @@ class Simulated:
     store_loads
         Loads that no host tier had.
     duplicates
-        Residencies by distinct models, one number a tick.
+        Resident models over distinct models, one number a tick.
     moved
         Models that were given a home other than the ring's.
     rehomed
-        Models of the trace whose home changed, by each change of the set of replicas.
+        Share of the trace's models whose home changed, for each change of the set of replicas.
     replicas
         One number a tick.
     hit_rates
@@ -204,7 +205,7 @@ class _Fleet:
         self._decide(now + self._setup.tick_s, self._loads(models, places))
 
     def _serve(self, models: npt.NDArray[np.int64], places: npt.NDArray[np.int64]) -> int:
-        """Replicas share nothing within a tick: each takes its requests in their order."""
+        """Serve a tick's requests, replica by replica, each in their order."""
         order = np.argsort(places, kind="stable")
         bounds = np.flatnonzero(np.diff(places[order])) + 1
         hits, loads = 0, 0
@@ -321,7 +322,7 @@ class _Fleet:
         self._set_changed([one for one in held if one.place in self._caches], gone, warm=True)
 
     def _set_changed(self, held: Sequence[Held], gone: Sequence[Held], *, warm: bool) -> None:
-        """Homes are anew; those whose home has changed are loaded there, as far as there is room."""
+        """Compute homes anew; load models whose home has changed into it, as far as there is room."""
         before, self._homes = self._homes, self._homes_now()
         self.result.rehomed.append(float(np.mean(before != self._homes)))
         if not warm:

@@ -31,7 +31,7 @@ class PlanRow:
     lru, sieve
         Of a fleet of ``replicas``, with either policy.
     one_lru, belady
-        Of one cache that has all the slots: by LRU, and the most that any could have.
+        Of one cache that has all the slots: with LRU, and the most that any policy could reach.
     """
 
     replicas: int
@@ -78,8 +78,9 @@ def plan_for(
 
 
 def slots_needed(rows: Sequence[PlanRow], target: float, policy: str = "lru") -> int | None:
-    """Slots with which a fleet of this policy reaches a hit rate, between two rows by a straight line in
-    their logarithm; None: none of these sizes does.
+    """Slots with which a fleet of this policy reaches a hit rate; None: none of these sizes does.
+
+    Between two rows it interpolates along a straight line in the logarithm of slots.
     """
     before: PlanRow | None = None
     for row in rows:

@@ -30,7 +30,7 @@ def lru_hits(models: Models, slots: int) -> Hits:
 
 
 def belady_hits(models: Models, slots: int) -> Hits:
-    """The same of one that knows the future, and evicts what is used last from now on.
+    """The same for a cache that knows the future, and evicts the model whose next use is farthest.
 
     No cache of so many slots that loads what is asked for has more hits (L. A. Belady, "A study of
     replacement algorithms for a virtual-storage computer", IBM Systems Journal 5, 1966).

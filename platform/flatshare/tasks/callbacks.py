@@ -1,10 +1,11 @@
 """Callbacks: a task's end, told to an address that its sender named.
 
-The message is signed as Standard Webhooks have it (https://www.standardwebhooks.com, version 1), with the
+The message is signed as Standard Webhooks require (https://www.standardwebhooks.com, version 1), with the
 SHA-256 of the secret part of the key that sent the task: both sides have it, and the key itself is kept
-nowhere. An address is used only where the operator allows its host, by https, and only when each address
-that the name stands for is a public one; the connection goes to the address that was looked at, so that a
-name which means something else a moment later leads nowhere else. Redirects are not followed.
+nowhere. A URL is used only if it is https, the operator allows its host, and each address that the name
+resolves to is public. An origin that the operator names as such is exempt. The connection goes to the
+address that was checked: a name that resolves to something else a moment later leads nowhere else.
+Redirects are not followed.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ ANSWER_S: Final = 5.0
 """Seconds that a receiver has, connecting included."""
 
 NOT_REACHED: Final = "the callback's host could not be reached"
-"""Whatever the reason: it would say which names and doors a network has."""
+"""The same message for every reason: the reason would reveal names and open ports of a network."""
 
 OLDEST_S: Final = 300.0
 """Seconds after which :func:`verify_callback` takes a message for an old one that is sent again."""
@@ -59,7 +60,7 @@ class CallbackRefused(Exception):
 
 
 _RESOLVING: Final = ThreadPoolExecutor(4, thread_name_prefix="resolve callbacks")
-"""Of its own: a name server that is slow must not hold up the store's calls."""
+"""Threads of its own: a slow name server must not hold up calls to the store."""
 
 
 async def resolve(host: str, port: int) -> list[str]:
@@ -200,7 +201,7 @@ def verify_callback(key: str, headers: Mapping[str, str], body: bytes, now: floa
     key
         The API key that sent the task.
     headers
-        Of the message; names in lower case, or a mapping that does not care.
+        Of the message; names in lower case, or a mapping that ignores case.
     body
         Its bytes, as they came.
     now

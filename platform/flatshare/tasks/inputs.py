@@ -32,13 +32,13 @@ class TaskInputs:
         self._store = store
 
     def put(self, tenant: TenantId, name: str, data: bytes) -> str:
-        """Put one there; its key. One of that name is replaced, and tasks that were taken with it fail."""
+        """Store an input; its key. One of that name is replaced, and tasks that were taken with it fail."""
         key = _key(tenant, name)
         self._store.put(key, data, Overwrite())
         return key
 
     def find(self, tenant: TenantId, name: str, most_bytes: int) -> StoredBody:
-        """One as it is now.
+        """Find an input, as it is now.
 
         Raises
         ------

@@ -1,6 +1,6 @@
-"""Keeps tasks going: puts into the queue what it lost, removes what is old, and decides how many run them.
+"""Keeps tasks going: requeues what the queue lost, removes old tasks, and decides the number of consumers.
 
-One of it is there, in the control plane, so that it looks also while no consumer runs.
+There is one keeper, in the control plane, so that it also looks while no consumer runs.
 """
 
 from __future__ import annotations
@@ -31,14 +31,14 @@ SWEEP_S: Final = 15.0
 """Seconds between two looks for open tasks that the queue does not know."""
 
 LOST_AFTER_S: Final = 20.0
-"""Seconds after which a task that waits must be in the queue, beside those for which it is held back."""
+"""Seconds, beyond those for which it is held back, after which a waiting task must be in the queue."""
 
 REMOVE_S: Final = 600.0
 """Seconds between two looks for tasks past their time: each lists all of them."""
 
 
 NOBODY_KNOWS: Final = 1 << 30
-"""Open tasks, where none were seen at the last look: others may have come since."""
+"""Taken as the number of open tasks when the last look saw none: some may have come since."""
 
 
 class ScalesConsumers(Protocol):
@@ -49,7 +49,7 @@ class ScalesConsumers(Protocol):
         ...
 
     def scale(self, replicas: int) -> None:
-        """Have so many."""
+        """Have this many consumers."""
         ...
 
 
@@ -71,7 +71,7 @@ class Tended:
 
 
 @dataclass(slots=True, eq=False)
-class TaskKeeper:
+class TaskKeeper:  # numpydoc ignore=PR02
     """Tends one queue. Its methods must be called on one event loop.
 
     Parameters
@@ -132,7 +132,7 @@ class TaskKeeper:
         except Unavailable:
             self._tended = Tended(None, self.tended.consumers, self.bounds)
             raise
-        # A note whose task never came to be stays for minutes, and is nobody's work.
+        # A note whose task was never written stays for minutes, and is no work for anybody.
         backlog = dataclasses.replace(backlog, under_way=min(backlog.under_way, self._open))
         if not backlog.quiet:
             self._busy_at = now
@@ -141,7 +141,7 @@ class TaskKeeper:
         current = await asyncio.to_thread(self.scaler.wanted)
         self._tended = Tended(backlog, current, self.bounds)
         consumers, self._wishes = decide_replicas(now, current, self._wishes, self.bounds)
-        # One that goes would cut off what it runs; a task is short, so a moment without any comes.
+        # A consumer that stops would cut off its tasks. Tasks are short, so a moment without any will come.
         if consumers == current or (consumers < current and backlog.under_way):
             return
         logger.warning(
@@ -163,7 +163,7 @@ class TaskKeeper:
             await asyncio.to_thread(self.store.remove_expired)
 
     def sweep(self) -> None:
-        """Put open tasks into the queue that it lost. Blocks."""
+        """Put open tasks that the queue lost into it again. Blocks."""
         now = self.clock()
         self._put_at = {task: at for task, at in self._put_at.items() if now - at < self.run_s}
         tasks = list(self.store.open())

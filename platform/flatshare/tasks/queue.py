@@ -81,7 +81,7 @@ class Claim:
     Attributes
     ----------
     until
-        The end of the lease, which names it: whoever claims the task later has another one.
+        The end of the lease, which identifies the lease: a later claim of the task has another end.
     """
 
     task: TaskId
@@ -105,7 +105,7 @@ class SqliteQueue:
         self._local = threading.local()
 
     def put(self, task: TaskId, delay_s: float = 0.0) -> None:
-        """Have a task run, not before so many seconds; one that is there already waits as it did."""
+        """Have a task run, not before ``delay_s`` seconds; a task that is there already waits as it did."""
         now = self._clock()
         with self._connected() as connection:
             connection.execute(
@@ -157,7 +157,7 @@ class SqliteQueue:
 
     @contextmanager
     def _connected(self) -> Iterator[sqlite3.Connection]:
-        """One connection a thread, to the file that is there now; what happens in the block happens whole."""
+        """This thread's connection, to the file that is there now; the block is one transaction."""
         try:
             connection: sqlite3.Connection | None = getattr(self._local, "connection", None)
             if connection is None or self._local.file != self._file():
@@ -174,14 +174,14 @@ class SqliteQueue:
         self._local.file = self._file()
         connection = sqlite3.connect(self._path, timeout=BUSY_S, isolation_level="IMMEDIATE")
         connection.execute("PRAGMA journal_mode=WAL")
-        # What a power cut takes of the last commits, the store still knows.
+        # A power cut may lose the last commits; the store still knows those tasks.
         connection.execute("PRAGMA synchronous=NORMAL")
         connection.executescript(_SCHEMA)
         self._local.connection = connection
         return connection
 
     def _file(self) -> tuple[int, int] | None:
-        """Which file is there: one that was removed goes on in who has it open."""
+        """Which file is there now: a removed file lives on in processes that have it open."""
         try:
             found = self._path.stat()
         except FileNotFoundError:

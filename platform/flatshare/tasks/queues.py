@@ -12,7 +12,7 @@ __all__ = ["TaskQueue"]
 
 
 class TaskQueue(Protocol):
-    """A queue, as who takes tasks and who tends them see it. Methods block, and raise ``Unavailable``."""
+    """A queue, as the code that takes and tends tasks sees it. Methods block, and raise ``Unavailable``."""
 
     def put(self, task: TaskId) -> None:
         """Have a task run."""
@@ -23,7 +23,7 @@ class TaskQueue(Protocol):
         ...
 
     def missing_of(self, tasks: int) -> int:
-        """How many of so many open tasks it may not know of; as many may be put again."""
+        """How many of ``tasks`` open tasks it may not know; that many may be put again."""
         ...
 
     def backlog(self) -> Backlog:

@@ -40,7 +40,7 @@ class TaskId:
         Raises
         ------
         InvalidInput
-            It is none.
+            It is not a task id.
         """
         match = _ID.fullmatch(text)
         if match is None:
@@ -65,7 +65,7 @@ class TaskState(StrEnum):
 
     @property
     def ended(self) -> bool:
-        """Whether nothing becomes of it any more by itself."""
+        """Whether its state no longer changes by itself."""
         return self not in (TaskState.QUEUED, TaskState.RUNNING)
 
 
@@ -130,15 +130,15 @@ class TaskRecord(_Frozen):
     Attributes
     ----------
     owner_since
-        When the tenant was created: one that is given its id later is another one.
+        When the tenant was created: a tenant that gets the same id later is another one.
     pinned
-        The version that answers, whatever the ref means when it runs; None: that one.
+        The version that answers, whatever the ref means when it runs; None: what the ref means then.
     caller, key_id
         Who sent it; the tenant's key that must still be good when it runs, None for an operator's.
     attempts
-        Runs that were begun, those that a crash ended among them.
+        Runs that were begun, including those that a crash ended.
     failures
-        Those of them that failed, or are under way; a run that found no room is none.
+        Those of them that failed, or are under way; a run that found no room does not count.
     busy_since
         Since when its runs have found no room.
     fence
@@ -180,7 +180,7 @@ class TaskRecord(_Frozen):
 
     @property
     def owes_callback(self) -> bool:
-        """Whether its sender is to be told of its end; who cancels a task knows it."""
+        """Whether its sender must be told of its end; not if it was cancelled: whoever cancels it knows."""
         return (
             self.state.ended
             and self.state is not TaskState.CANCELLED
@@ -190,7 +190,7 @@ class TaskRecord(_Frozen):
 
     @property
     def tries(self) -> int:
-        """How often that has been tried which is to be done next."""
+        """How often the next thing to do, a run or the callback, has been tried."""
         return self.callback.attempts if self.owes_callback and self.callback else self.attempts
 
     def encode(self) -> bytes:
@@ -204,7 +204,7 @@ class TaskRecord(_Frozen):
         Raises
         ------
         Corrupt
-            They are none.
+            They are not a task's record.
         """
         try:
             return cls.model_validate_json(data)

@@ -70,7 +70,7 @@ class Reply:
 
 
 class SendsCallbacks(Protocol):
-    """Posts a message to who asked to be told."""
+    """Posts a message to the receiver that a task's sender named."""
 
     async def send(self, url: str, headers: Mapping[str, str], body: bytes) -> None:
         """Post it. Raises ``CallbackRefused``."""
@@ -87,10 +87,10 @@ class TaskRunner:
     ask
         Has the pool answer; raises whatever goes wrong on the way there.
     callbacks
-        Tells who asked to be told.
+        Sends the messages of tasks' ends.
     alone_s
-        Seconds for which a run that was begun is taken to be under way, and is left alone. 0 where the queue
-        says so with leases.
+        Seconds for which a run that was begun is assumed to be under way, and is left alone. 0 where the
+        queue's leases show it.
     """
 
     def __init__(
@@ -112,7 +112,7 @@ class TaskRunner:
         self._clock = clock
 
     async def run(self, task: TaskId) -> float | None:
-        """Run a task once; if it has ended by then, tell who is to be told.
+        """Run a task once; if it has ended by then, send its callback if one is owed.
 
         Returns
         -------
@@ -199,7 +199,7 @@ class TaskRunner:
         return _back_off(record.attempts)
 
     async def _call_back(self, task: TaskId) -> float | None:
-        """Tell who asked to be told; more than once, perhaps, if a process dies in between."""
+        """Send a task's callback; perhaps more than once, if a process dies in between."""
         try:
             record = await asyncio.to_thread(self._store.read, task)
             if not record.owes_callback or record.callback is None:
@@ -236,7 +236,7 @@ class TaskRunner:
         return None if over else _back_off(attempts + 1)
 
     def _secret(self, record: TaskRecord) -> str:
-        """The digest that signs; raises ``CallbackRefused`` where nobody may be told any more."""
+        """The digest that signs a message; raises ``CallbackRefused`` if none may be sent any more."""
         head = self._head(TenantId(record.tenant))
         refusal = self._refusal(record, head)
         if refusal is not None or record.key_id is None:
@@ -251,7 +251,7 @@ class TaskRunner:
         await asyncio.to_thread(self._store.refuse, task, fence, state, error, code)
 
     def _refusal(self, record: TaskRecord, head: TenantHead | None = None) -> str | None:
-        """Why who sent it may not have it run any more. Raises ``NotFound`` for a tenant that is gone."""
+        """Why the sender may not have it run any more. Raises ``NotFound`` for a tenant that is gone."""
         head = head if head is not None else self._head(TenantId(record.tenant))
         if record.owner_since is not None and head.created_at != record.owner_since:
             raise NotFound(f"tenant {record.tenant} is another one by now")
@@ -282,5 +282,5 @@ def longest_back_off(attempts: int) -> float:
 
 
 def _back_off(attempts: int) -> float:
-    """Twice as long each time; with dice, so that what failed together does not come back together."""
+    """Twice as long each time, with jitter: tasks that failed together do not come back together."""
     return longest_back_off(attempts) * random.uniform(0.5, 1.0)  # noqa: S311  # no secret

@@ -1,9 +1,9 @@
 """Tasks in the registry's store: record, body and answer are objects of their own.
 
-Every change of a record is a compare-and-swap, so of two runs of one task one ends it. An empty object per
-task that has not ended, under ``open-tasks/``, is written before the task is told of, and goes after it has
-ended: whatever a queue loses is found there. Long, because each change of a record is one step here: who
-checks one sees what the others may do meanwhile.
+Every change of a record is a compare-and-swap, so only one of two runs of a task ends it. Each task that has
+not ended has an empty object under ``open-tasks/``. It is written before the task is acknowledged, and goes
+after the task has ended: whatever a queue loses is found there. Long, because each change of a record is one
+step here: a reader who checks one sees what the others may do meanwhile.
 """
 
 from __future__ import annotations
@@ -33,13 +33,13 @@ from flatshare_registry.stores.base import BlobStore, Create, Overwrite, UpdateI
 __all__ = ["TaskStore"]
 
 MOST_READ: Final = 500
-"""Records that are read for one page: of a state that few have there may be fewer than asked for."""
+"""Most records that are read for one page: a page of a rare state may have fewer tasks than asked for."""
 
 NEVER_TOLD_S: Final = 600.0
 """Age of a note without a task: whoever was writing the task has ended long ago."""
 
 TRIES: Final = 20
-"""Of a compare-and-swap: a task has few who change it."""
+"""Tries of a compare-and-swap: only a few processes change one task."""
 
 
 class TaskStore:
@@ -89,14 +89,14 @@ class TaskStore:
         callback: str | None = None,
         traceparent: str | None = None,
     ) -> TaskRecord:
-        """Keep a task. Once this returns it is not lost. One that is kept by this id already stays as it is.
+        """Keep a task. Once this returns it is not lost. A task already kept under this id stays as it is.
 
         Raises
         ------
         AlreadyExists
-            It is of another request.
+            A task of this id was kept for another request.
         Unavailable
-            The store does not answer. What was written of it goes by itself, if it is not whole.
+            The store does not answer. A task that was not written completely is removed later by itself.
         """
         now = self._clock()
         record = TaskRecord(
@@ -143,7 +143,7 @@ class TaskStore:
         return True
 
     def body(self, record: TaskRecord) -> bytes:
-        """What a task is to be answered about.
+        """The body of a task's request.
 
         Raises
         ------
@@ -176,8 +176,8 @@ class TaskStore:
         Returns
         -------
         tuple
-            At most ``limit`` of them, and what the next page is before; None: there are no more. A page of a
-            state that few have may be short, or empty, and have a next one.
+            At most ``limit`` of them, and the ``before`` of the next page; None: there are no more. A page of
+            a rare state may be short, or empty, and still have a next one.
         """
         found = {
             meta.key.split("/")[2]
@@ -203,7 +203,7 @@ class TaskStore:
         fence
             Names this run. A run before it that has not ended is overtaken: its answer will be dropped.
         alone_s
-            Unless that one was begun less than so many seconds ago.
+            A run that was begun less than this many seconds ago is not overtaken.
         """
 
         def change(record: TaskRecord) -> TaskRecord | None:
@@ -343,12 +343,12 @@ class TaskStore:
         return sum(1 for _ in self._store.list(prefix))
 
     def settle(self, task: TaskId, age_s: float) -> tuple[TaskRecord, float] | None:
-        """Forget that a task is open if it has ended and who is to be told was told, or it never came to be.
+        """Forget that a task is open if it has ended and owes no callback, or was never written.
 
         Parameters
         ----------
         age_s
-            Of the note that it is open.
+            Age in seconds of the note that it is open.
 
         Returns
         -------
@@ -402,7 +402,7 @@ class TaskStore:
         return changed is not None
 
     def _ended(self, record: TaskRecord, state: TaskState, **changes: object) -> TaskRecord:
-        """In another state, and kept for so long from now on."""
+        """The record in another state, and kept for ``keep_s`` seconds from now on."""
         now = self._clock()
         if record.callback is not None and state.ended:
             changes = {**changes, "callback": record.callback.model_copy(update={"ended_at": _at(now)})}

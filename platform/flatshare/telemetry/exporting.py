@@ -26,7 +26,7 @@ logger = logging.getLogger("flatshare.telemetry")
 _ENDPOINT: Final = re.compile(r"https?://(\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]+)(:[0-9]{1,5})?(/[\w./-]*)?")
 
 EXPORT_EVERY_MS: Final = 1000
-"""Milliseconds that spans wait for others, and what a process loses that is killed."""
+"""Milliseconds that spans wait for others; a killed process loses the spans of that time."""
 
 
 def check_endpoint(endpoint: str) -> None:
@@ -37,10 +37,7 @@ def check_endpoint(endpoint: str) -> None:
     ValueError
         It is not ``http(s)://host:port``, perhaps with a path.
     """
-    if (
-        re.fullmatch(r"https?://(\[[0-9a-fA-F:]+\]|[A-Za-z0-9.-]+)(:[0-9]{1,5})?(/[\w./-]*)?", endpoint)
-        is None
-    ):
+    if _ENDPOINT.fullmatch(endpoint) is None:
         raise ValueError(f"traces: {endpoint!a} is neither off nor http://host:4318, a collector's address")
 
 
@@ -64,8 +61,8 @@ def need_sdk() -> None:
 def export_spans(endpoint: str, process: str, instance: str) -> None:
     """Export this process's spans from now on; ``off``: none are recorded.
 
-    Spans are those of requests that the edge sampled: nothing begins a trace here. Where Ray Serve traces
-    this process too, its spans and ours go both ways.
+    Only requests that the edge sampled have spans: nothing begins a trace here. Where Ray Serve traces this
+    process too, its spans and ours go to both destinations.
 
     Parameters
     ----------
@@ -114,7 +111,7 @@ class EndedSpan:
 
 
 class SpanWriter:
-    """Exports spans whose ids others have given; HAProxy's, for one."""
+    """Exports spans whose ids were given elsewhere, for example HAProxy's."""
 
     def __init__(self, endpoint: str, process: str, instance: str) -> None:
         self._processor = _processor(endpoint)

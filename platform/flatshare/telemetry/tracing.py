@@ -4,7 +4,7 @@ The ``traceparent`` header of a request (W3C Trace Context) says whether it is s
 that header. Nothing begins a trace here: a request that is not sampled costs a look at its headers, and other
 work a look at a context variable.
 
-Spans go by OpenTelemetry's API alone. Without its SDK, or without somebody who set it up
+Spans use OpenTelemetry's API alone. Unless its SDK is installed and was set up
 (``telemetry/exporting.py``), nothing is recorded.
 """
 
@@ -135,15 +135,15 @@ def request_trace(headers: Mapping[str, str], name: str, attributes: Attributes)
 
 
 def current_trace() -> Trace:
-    """Of the request that this is done for."""
+    """The trace of the request that the current work is for."""
     return _CURRENT.get()
 
 
 @contextlib.contextmanager
 def _span(name: str, attributes: Attributes | None, kind: SpanKind = SpanKind.INTERNAL) -> Iterator[Span]:
-    """A span below the current one, and the current one within.
+    """A span below the current one; inside the block it is the current one.
 
-    An error that leaves it stands in the span by its kind: its words may be of anything.
+    For an error that leaves the block the span has only its class: its message may contain anything.
     """
     with _TRACER.start_as_current_span(
         name, kind=kind, attributes=attributes, record_exception=False, set_status_on_exception=False
@@ -157,7 +157,7 @@ def _span(name: str, attributes: Attributes | None, kind: SpanKind = SpanKind.IN
 
 @contextlib.contextmanager
 def part(name: str, attributes: Attributes | None = None) -> Iterator[Span]:
-    """A part of whatever is being recorded, in this task or thread; of nothing, if nothing is."""
+    """A part of whatever is being recorded in this task or thread; if nothing is, it records nothing."""
     if not trace.get_current_span().is_recording():
         yield trace.INVALID_SPAN
         return
@@ -167,7 +167,7 @@ def part(name: str, attributes: Attributes | None = None) -> Iterator[Span]:
 
 @contextlib.contextmanager
 def line_trace(name: str, attributes: Attributes | None = None) -> Iterator[None]:
-    """A part that is a request of its own: one of several that a sampled one holds, side by side."""
+    """A part that is a request of its own: one of several, side by side, within a sampled request."""
     with part(name, attributes) as span:
         if not span.is_recording():
             yield

@@ -1,5 +1,5 @@
-"""How bytes come: host tier, fetch, hashing, proof, device, building a model; what threads do.
+"""How weights get here: host tier, fetching, hashing, proof, device, building a model; what threads do.
 
-Others ask it for a model of a version, ready to place, and to overwrite tensors. It never knows who may be
-evicted.
+Other packages call it for a model of a version, ready to place, and to overwrite tensors. It does not know
+which models may be evicted.
 """

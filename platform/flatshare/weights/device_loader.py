@@ -35,11 +35,12 @@ from flatshare_registry.records import TensorRecord, VersionRecord
 __all__ = ["DeviceLoader", "part_of"]
 
 WARM_SHARE: Final = 8
-"""A process keeps at most one part in so many of the host tier's bytes ready beyond what its models hold."""
+"""Beyond what its models hold, a process keeps at most one in this many of the host tier's bytes ready."""
 
 PROOF_S: Final = 60.0
-"""Seconds for which a version that was proven in this process is not asked again when it comes back. A probe
-is a second row in its first pass: a sixth of a replica's work, where half of the requests load."""
+"""Seconds for which a version that was proven in this process need not answer its probe when it is loaded
+again. A probe is a second row in its first pass: a sixth of a replica's work, if half of the requests
+load."""
 
 MAX_PROVEN: Final = 100_000
 """Versions that are remembered as having answered their probe in this process."""
@@ -80,12 +81,12 @@ class DeviceLoader:
         self.device = device
         self._threads = threads
         self._local_threads = local_threads
-        # Weak: what keeps a tensor or a stage is a model that has it, so the last model's end frees it.
+        # Weak: only a model keeps its tensors and stages alive, so the end of the last model frees them.
         self._tensors: WeakValueDictionary[Part, torch.Tensor] = WeakValueDictionary()
         self._stages: WeakValueDictionary[tuple[str, int, tuple[Part, ...]], Stage] = WeakValueDictionary()
-        # How many living models hold a part, placed or not: who wants to overwrite it must know them all.
+        # How many living models hold a part, placed or not: overwriting it requires to know them all.
         self._users: Counter[Part] = Counter()
-        self._sharing = threading.RLock()  # a model may end, by the collector, within it
+        self._sharing = threading.RLock()  # reentrant: the collector may end a model while it is held
         tier = source.tier
         self._warm = HostTensorCache(tier.budget_bytes // WARM_SHARE if tier is not None else 0)
         if tier is not None:
@@ -106,7 +107,7 @@ class DeviceLoader:
     def distrust(self, record: VersionRecord) -> None:
         """See :class:`Loader`."""
         self._proven.forget((record.digest, record.architecture))
-        self.let_go()  # all of it: memory that went wrong once is not asked which part of it did
+        self.let_go()  # drop all: once memory went wrong, we do not ask which part of it did
         with contextlib.suppress(RuntimeError):  # the replica is stopping: its threads take nothing more
             self.source.work.submit(self._local_threads, record.tenant, lambda: self.source.recheck(record))
 
@@ -176,15 +177,15 @@ class DeviceLoader:
             self._warm.touch(map(part_of, record.tensors))
             warm = self._warm.get(part for part in map(part_of, record.tensors) if part not in held)
             if warm is not None:
-                # Mapped since they were proven. The scrubber looks after the files; what happens to this
-                # process's own copies shows when it answers its probe again, with its first rows.
+                # Mapped since they were proven. The scrubber checks the files; damage to this process's own
+                # copies shows when the model answers its probe again, with its first rows.
                 now = self._clock()
                 is_due = now - proven_at > PROOF_S
                 if is_due:
                     self._proven.put(key, now)
                 model = self._build(record, warm, held, prove=False)
                 return Prepared(warm, Tier.HOST, model, proven=not is_due)
-        # Here and now too: a load from the store needs no thread to learn that it is one.
+        # Here and now too: no thread is needed to find out that a load must come from the store.
         if not self.source.is_local(record, {one.name for one in record.tensors if part_of(one) not in held}):
             return None
         return await self.source.work.run(
@@ -211,8 +212,8 @@ class DeviceLoader:
                 tensors = await in_thread(None, lambda: self.device.place(prepared.tensors))
             left_over = tensors
             try:
-                # Here and now: to put tensors into layers takes less than handing it to a thread, and a store
-                # that hangs has all of the other threads.
+                # Here and now: putting tensors into layers takes less time than handing it to a thread, and a
+                # store that hangs occupies all of the other threads.
                 model = self._build(record, tensors, held, prove=False)
                 used = model.tensors
                 left_over = {part: one for part, one in tensors.items() if used[part] is not one}
@@ -255,10 +256,10 @@ class DeviceLoader:
     def _try_out(
         self, network: Architecture, record: VersionRecord, tensors: Mapping[Part, torch.Tensor], held: Held
     ) -> None:
-        """Build a version in host memory and let it answer its probe, once a process.
+        """Build a version in host memory and let it answer its probe, once per process.
 
-        Of parts that the device has already, the node's files are used; where these are gone, only the device
-        can tell, with the first rows.
+        For parts that the device has already, the node's files are used. If these are gone, only the device
+        can check the version, with its first rows.
         """
         key = (record.digest, record.architecture)
         if self._proven.get(key) is not None:
@@ -291,7 +292,7 @@ class DeviceLoader:
 
     @contextlib.contextmanager
     def _judged(self, what: str) -> Iterator[None]:
-        """What the device raises, as what it says of the device; only "other" is the model's own failure."""
+        """Turn a device's error into what it says of the device; only "other" is the model's own failure."""
         try:
             yield
         except Exception as error:
@@ -342,7 +343,7 @@ class DeviceLoader:
         )
 
     def _let_go_of(self, parts: tuple[Part, ...]) -> None:
-        """A model's end; in whatever thread lets go of it last."""
+        """Called at a model's end, in the thread that released it last."""
         with self._sharing:
             for part in parts:
                 self._users[part] -= 1
@@ -356,7 +357,7 @@ class _Tensors(dict[Part, torch.Tensor]):
     Attributes
     ----------
     stages
-        By which names the loader knows the model's stages.
+        The loader's keys for the model's stages.
     """
 
     def __init__(self) -> None:

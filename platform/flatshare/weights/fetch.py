@@ -46,13 +46,13 @@ GAP_BYTES: Final = 64 * 1024
 """Missing tensors with at most this much between them share a GET: a request costs more than the gap."""
 
 LOCK_FROM_BYTES: Final = 64 * 1024
-"""Smaller tensors come along with larger ones: a lock costs as much as fetching them twice."""
+"""Smaller tensors are not locked but come along with larger ones: a lock costs as much as a second fetch."""
 
 MAX_LOCKS: Final = 64
 """Most locks that one load holds; each is an open file."""
 
 RANGE_TRIES: Final = 2
-"""GETs of a range whose answers were cut short; refused requests are tried again by boto3 itself."""
+"""Tries of a range whose answer is cut short; boto3 itself retries requests that are refused."""
 
 RETRY_S: Final = 0.2
 """Longest wait before such a try; the wait is drawn evenly from 0 to this, so that replicas spread."""
@@ -79,8 +79,8 @@ class TensorSource:
         Where ranged GETs of one load run side by side; its size bounds them over all loads. None:
         one after the other.
     keeps
-        Whether what is fetched of a version is written to the tier: not what this node uses once. What others
-        wrote is read all the same.
+        Whether a version's fetched tensors are written to the tier: not those that this node uses only once.
+        What others wrote is read in any case.
     peers
         Other nodes' tiers, asked before the store; None to do without.
 
@@ -113,7 +113,7 @@ class TensorSource:
     def is_local(self, record: VersionRecord, names: Collection[str]) -> bool:
         """Whether :meth:`read_local` is worth a thread: the host tier has the largest of these tensors.
 
-        One look at one name, cheap enough for an event loop; :meth:`read_local` says the truth.
+        It checks one name only, cheaply enough for an event loop; :meth:`read_local` gives the exact answer.
         """
         wanted = _wanted(record, names).values()
         largest = max(wanted, key=lambda one: one.size_bytes, default=None)
@@ -329,7 +329,7 @@ class TensorSource:
                 tries -= 1
                 if not tries or self._clock() >= deadline:
                     raise
-                # A store has no event to await. Apart, so that all who failed together do not come together.
+                # A store has no event to await. The wait is random: loads that failed together spread out.
                 time.sleep(random.uniform(0, RETRY_S))  # noqa: S311  # no secret
 
 
@@ -339,7 +339,7 @@ def _wanted(record: VersionRecord, names: Collection[str]) -> dict[str, TensorRe
 
 
 def _to_lock(missing: Collection[TensorRecord]) -> list[str]:
-    """Digests whose locks make a fetch ours alone: those worth it, in one order, so that no ring can wait."""
+    """Digests to lock so that nobody else fetches: those worth a lock, in one order to prevent deadlock."""
     largest = sorted(missing, key=lambda one: (-one.size_bytes, one.sha256))[:MAX_LOCKS]
     return sorted(one.sha256 for one in largest if one.size_bytes >= LOCK_FROM_BYTES or one is largest[0])
 

@@ -25,8 +25,8 @@ class Hasher:
 
     A context manager, used by one thread.
 
-    Of a load of 4.8 MB from S3 the hash takes 3 ms and the rest, on the same core, 10: beside each other they
-    take 10.5 (medians of 40, 2 vCPUs).
+    In a load of 4.8 MB from S3, the hash takes 3 ms and the rest, on the same core, 10 ms; side by side they
+    take 10.5 ms (medians of 40, 2 vCPUs).
     """
 
     def __init__(self) -> None:

@@ -38,7 +38,7 @@ class HostTensorCache:
         return found
 
     def touch(self, parts: Iterable[Part]) -> None:
-        """These are in use: they go later than others, whoever holds them."""
+        """Mark these as in use, so that they are dropped after the others, whichever model holds them."""
         with self._lock:
             for part in parts:
                 if part in self._tensors:

@@ -41,7 +41,7 @@ def open_host_tier(folder: str, budget_bytes: int) -> HostTier | None:
 
 
 def demand_host_tier(folder: str, budget_bytes: int) -> HostTier | None:
-    """The same, for who must know why there is none; None only when it is ``off``.
+    """The same, for callers that must know why there is none; None only when it is ``off``.
 
     Raises
     ------

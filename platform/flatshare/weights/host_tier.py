@@ -12,8 +12,8 @@
   opened longest ago and is not mapped anywhere: removing a mapped one would free nothing.
 - Bytes are set aside in ``usage`` before they are written, so the budget holds at every instant;
   after a crash the count is too high at worst, and the next eviction counts anew.
-- Whoever touches these files does so here: the order of lock, look and change is the whole of it, and makes
-  this long.
+- These files are used only from here, because everything depends on the order of lock, look and change. That
+  makes this module long.
 - What a machine crash may leave half-written is under another boot id and is removed, not trusted:
   that is why nothing needs an fsync.
 
@@ -58,8 +58,8 @@ MARK_S: Final = 3600.0
 """Seconds that the mark of a damaged file stays: replicas look every second."""
 
 HELD_S: Final = 1.0
-"""Seconds that a lock is waited for which others hold for milliseconds. A replica that was stopped while it
-had one would else stop every load on its node, until somebody ends it."""
+"""Seconds to wait for a lock that others hold for milliseconds. Otherwise a replica that was stopped while it
+held one would stop every load on its node, until somebody ends it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,9 +71,9 @@ class HostUsage:
     used_bytes
         Files and what is being written, in whole pages.
     bypassed
-        Tensors that this process kept in its own memory, because the tier was full or the disk was.
+        Tensors that this process kept in its own memory, because the tier or the disk was full.
     scrubbed, damaged
-        Files that this process hashed again, and those of them that were not what they had been.
+        Files that this process hashed again, and those among them that had changed.
     """
 
     folder: str
@@ -106,7 +106,7 @@ class HostTier:
     Attributes
     ----------
     on_pressure
-        Called before files are evicted: whoever keeps some mapped without need lets go of them.
+        Called before files are evicted, so that files that are mapped without need are released.
     """
 
     def __init__(self, folder: Path, budget_bytes: int) -> None:
@@ -126,7 +126,7 @@ class HostTier:
             raise PermissionError(f"{folder} must belong to this user, and nobody else may write there")
         self._make_folders()
         remove_other_boots(folder, self._root.name)
-        # Whoever does not let go of the number is no reason to do without a tier: it stays then.
+        # If somebody does not let go of the number, use the tier all the same; the number stays as it is.
         with contextlib.suppress(TimeoutError), self._usage_locked() as handle:
             write_number(handle, self._count())
 
@@ -191,8 +191,8 @@ class HostTier:
             self.note_bypass(f"is smaller than one tensor of {size_bytes} bytes")
             return None
         try:
-            # Bytes are set aside and the locked file that stands for them made in one step: whoever
-            # counts sees both or neither.
+            # Setting bytes aside, and making the locked file that stands for them, is one step: a process
+            # that counts sees both or neither.
             with self._usage_locked() as usage:
                 used = read_number(usage)
                 if used + taken > self.budget_bytes:
@@ -231,7 +231,8 @@ class HostTier:
     def scrub(self, digests: Iterable[str]) -> Scrubbed:
         """Overwrite and remove tensors that no process maps (erasure).
 
-        One that is mapped is somebody else's too, once the tenant's own leases have ended: it stays.
+        Once the tenant's own leases have ended, a tensor that is still mapped is another tenant's too: it
+        stays.
         """
         removed: list[str] = []
         kept: list[str] = []
@@ -355,7 +356,7 @@ class HostTier:
                 return None
             if is_still_named(handle, path):
                 return handle
-            os.close(handle)  # its owner removed it when it had done: that was another lock
+            os.close(handle)  # its owner removed it when it was done: we locked a file that is gone
 
     def _evict(self, taken: int) -> int:
         """Remove files that nobody maps, the longest unopened first; returns the bytes still taken."""
@@ -381,8 +382,8 @@ class HostTier:
     def _count(self) -> int:
         """Bytes of all files and of what living writers have set aside; orphans are removed."""
         used = 0
-        # What is being written first: a file that is published while we count is then counted twice,
-        # the other way round it would be missed.
+        # Count what is being written first: a file that is published meanwhile is then counted twice. The
+        # other way round, it would be missed.
         for entry in os.scandir(self._tmp):
             if is_locked(entry.path):
                 used += int(entry.name.partition("-")[0])

@@ -1,4 +1,4 @@
-"""What a process knows of versions by their digests: it neither changes nor has to be found out again."""
+"""What a process knows about versions by digest: it never changes, so it need not be found out again."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def architecture_of(record: VersionRecord) -> Architecture:
     Raises
     ------
     ModelFailed
-        It is not installed here, or has other tensors: the operator's to mend, not the caller's.
+        It is not installed here, or has other tensors: the operator must fix that, not the caller.
     """
     known = _checked.get((record.digest, record.architecture))
     if known is not None and len(record.tensors) == len(known.tensors):

@@ -68,20 +68,20 @@ class Loader(Protocol):
         ...
 
     def distrust(self, record: VersionRecord) -> None:
-        """Whatever this process kept of a version is not to be used again: it is wrong, or erased."""
+        """Do not use again whatever this process kept of a version: it is wrong, or erased."""
         ...
 
     def let_go(self) -> None:
-        """Keep nothing ready that no model holds: something of it is being erased."""
+        """Drop all tensors kept ready that no model holds: some of them are being erased."""
         ...
 
     def stop(self, tenant: str) -> None:
-        """Publish nothing more of a tenant, whatever a thread still has of it: it is erased."""
+        """Publish nothing more of an erased tenant, whatever a thread still has of it."""
         ...
 
     async def ended(self, tenant: str, timeout_s: float) -> bool:
-        """Wait until no thread works on a tenant's weights, also for loads that were given up; whether that
-        is so.
+        """Wait until no thread works on a tenant's weights, abandoned loads included; returns whether none
+        does.
         """
         ...
 
@@ -96,8 +96,8 @@ class Loader(Protocol):
         Returns
         -------
         int
-            Bytes overwritten, or that will be (:meth:`settle`); what is a mapped file is not (the host tier
-            sees to these).
+            Bytes that are overwritten, or will be (:meth:`settle`). Mapped files are not overwritten: the
+            host tier does that.
 
         Raises
         ------
@@ -107,12 +107,12 @@ class Loader(Protocol):
         ...
 
     def scrub_held(self, held: Held, parts: Collection[Part], model: Model | None) -> int:
-        """As :meth:`scrub`, of parts that only a load that ends without a resident still has.
+        """As :meth:`scrub`, for parts that only one load still has, which ends without a resident model.
 
         Parameters
         ----------
         model
-            What that load had made of them, if it came so far.
+            The model that the load had built from them, if it got that far.
 
         Raises
         ------
@@ -122,7 +122,7 @@ class Loader(Protocol):
         ...
 
     async def settle(self) -> None:
-        """Wait until all that was to be overwritten so far is.
+        """Wait until everything that was to be overwritten so far has been overwritten.
 
         Raises
         ------
@@ -138,7 +138,7 @@ class Loader(Protocol):
     async def prepare(self, record: VersionRecord, held: Held, timeout_s: float) -> Prepared:
         """Get, check and try out what is not ``held``: whatever can be wrong with a version shows here.
 
-        Where the device does not compute in host memory too: it is tried out on the CPU first.
+        This is so even if the device does not compute in host memory: the version is tried on the CPU first.
 
         Raises
         ------

@@ -1,8 +1,8 @@
 """Tensors from another node's host tier, where that is nearer than the store: what is asked, and who may ask.
 
-One POST names tensors of one version; the answer is those that the peer's tier has, one after the other, as
-they are asked for. Who asks signs the request with a key that the pool's replicas share (HMAC-SHA256, RFC
-2104), and checks every tensor's sha256 itself: a peer is trusted no more than the store is.
+One POST names tensors of one version. The answer holds those that the peer's tier has, one after the other,
+in the order of the request. The asking replica signs the request with a key that the pool's replicas share
+(HMAC-SHA256, RFC 2104), and checks every tensor's sha256 itself: a peer is trusted no more than the store is.
 
 ``scripts/bench-peers``, over loopback, hashed and written to the tier: 11.1 ms for 4.8 MB, 65 ms for 44.7 MB,
 where a store of 20 ms a GET and 100 MB/s takes 69.9 and 236 ms (medians of 15; 2 cores, Intel Xeon).
@@ -46,7 +46,7 @@ SIGNATURE_HEADER: Final = "x-flatshare-peer"
 """``<POSIX second>.<hex HMAC>`` of a request. An edge removes headers of this prefix."""
 
 HAVE_HEADER: Final = "x-flatshare-tensors"
-"""Of an answer: which of the tensors follow, a bit each, the first asked for lowest; as a hex number."""
+"""In an answer: which tensors follow, as a hex number with one bit each; the first asked is the lowest."""
 
 SIGNED_FOR_S: Final = 60.0
 """Seconds that a signature is good for, before and after its second: clocks of nodes differ."""
@@ -56,7 +56,7 @@ NOTHING: Final = (
     http.client.REQUEST_ENTITY_TOO_LARGE,
     http.client.SERVICE_UNAVAILABLE,
 )
-"""Answers of a peer that has nothing, can't be asked for so much, or is busy: the next one is asked."""
+"""Answers of a peer that has nothing, refuses so large a request, or is busy: the next peer is asked."""
 
 PEERS_ASKED: Final = 2
 """Nodes that are asked before the store is."""
@@ -107,7 +107,7 @@ def peer_request(key: bytes, asked: PeerAsked, now: float) -> tuple[bytes, str]:
 
 
 def read_peer_request(key: bytes, body: bytes, signature: str, now: float) -> PeerAsked | None:
-    """What a request asks for; None when nobody who has the key has asked it, or not now."""
+    """What a request asks for; None if it was not signed with the key, or its time is too far from now."""
     second, _, mac = signature.partition(".")
     if not (second.isascii() and second.isdigit() and len(second) < 16):
         return None
@@ -130,7 +130,7 @@ class PeerTiers:
     Parameters
     ----------
     key
-        Which the pool's replicas share; None: nobody is asked (yet).
+        Gives the key that the pool's replicas share; None: no peer is asked (yet).
     peers_of
         The doors to ask for a tenant, the likeliest first, one a node.
     clock, wall_clock

@@ -1,9 +1,9 @@
 """Hashes a node's files again, one after the other, for as long as a replica lives.
 
-A file is checked when it is published, and a model answers its probe when it is built of bytes that this
-process has mapped anew. One that comes back from tensors that are still mapped answers it once a minute at
-most: half of the requests of a Zipf mix load, and a probe is a second row in each of these passes. What may
-happen to a file's bytes meanwhile (memory that flips a bit, a disk) is found here.
+A file is checked when it is published, and a model answers its probe when it is built from newly mapped
+bytes. A model that is rebuilt from tensors that are still mapped answers it once a minute at most: in a Zipf
+mix half of the requests load, and a probe is a second row in each of these passes. Damage to a file's bytes
+meanwhile (memory that flips a bit, a disk) is found here.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ __all__ = ["HostScrubber"]
 logger = logging.getLogger("flatshare.weights")
 
 CORE_SHARE: Final = 0.02
-"""Part of a core that this may take: a round over 8 GiB is 9 s of hashing (5 ms for 4.8 MB): 8 minutes."""
+"""Share of a core that this may take. A round over 8 GiB is 9 s of hashing (5 ms for 4.8 MB): 8 minutes."""
 
 LOOK_S: Final = 1.0
 """Seconds between two looks at what other replicas of the node have found."""
@@ -31,13 +31,13 @@ ROUND_S: Final = 60.0
 
 
 class HostScrubber:
-    """One replica's part in it. One replica of a node hashes, all are told what it finds.
+    """One replica's part in scrubbing. One replica of a node hashes; all are told what it finds.
 
     Parameters
     ----------
     on_damage
         Called in this object's thread with the digest of a file whose bytes are not what they were. The file
-        is gone by then: who needs it fetches it anew. Whoever still maps it must let go of it.
+        is gone by then, and is fetched again when it is needed. Anything that still maps it must release it.
     """
 
     def __init__(

@@ -33,7 +33,7 @@ class TensorSink:
             self.writer = self.tier.writer(self.tensor.sha256, self.tensor.size_bytes)
 
     def write(self, data: memoryview, range_bytes: int) -> bool:
-        """Take the next bytes, of a range of so many; whether the tensor is complete."""
+        """Take the next bytes, from a range of ``range_bytes``; returns whether the tensor is complete."""
         self.hasher.update(data)
         whole = not self.written and len(data) == self.tensor.size_bytes
         self.written += len(data)

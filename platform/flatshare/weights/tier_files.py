@@ -42,7 +42,7 @@ LAST_RETRY_S: Final = 0.005
 
 
 def lock_within(handle: int, operation: int, within_s: float) -> None:
-    """Take an ``flock``, but do not wait for ever: who holds it may be stopped, and never let go.
+    """Take an ``flock``, but do not wait for ever: its holder may be stopped, and never release it.
 
     Raises
     ------

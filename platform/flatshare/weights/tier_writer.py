@@ -63,8 +63,9 @@ class TensorWriter:
         is already gone again, the bytes come back in this process's memory.
         """
         target = self._tier.path(self._digest)
-        # Before it has its name: to go from one lock to the other is no single step, and who took the lock
-        # between the two could evict or scrub what we are about to map. An orphan's fate is the worst now.
+        # Before the file has its name: changing from one lock to the other is not one step, and a process
+        # that took the lock in between could evict or scrub what we are about to map. Without a name, the
+        # worst that can happen is that it is treated as an orphan.
         fcntl.flock(self._handle, fcntl.LOCK_SH)
         try:
             target.parent.mkdir(mode=0o700, exist_ok=True)

@@ -26,8 +26,8 @@ MAX_KEY_CHARS: Final = 512
 
 
 CHUNK_BYTES: Final = 1024 * 1024
-"""Longest piece of :meth:`BlobStore.chunks`: fits a core's cache, so that who hashes a piece as it comes
-reads it from there. A replica's load of 4.8 MB was a tenth faster than with pieces of 256 KiB."""
+"""Longest piece of :meth:`BlobStore.chunks`: it fits a core's cache, so a piece that is hashed as it comes is
+read from there. A replica's load of 4.8 MB was a tenth faster than with pieces of 256 KiB."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,8 +120,8 @@ class BlobStore(Protocol):
     def chunks(self, key: str, byte_range: ByteRange | None = None) -> Iterator[bytes]:
         """Read an object, or a range of it, in pieces of at most ``CHUNK_BYTES``, each as it arrives.
 
-        Raises as :meth:`get`, before the first piece or between two: then what was given is right and what
-        is missing can be asked for as a range. Pieces that end without an error are the whole of it.
+        Raises as :meth:`get`, before the first piece or between two: then the pieces so far are right, and
+        the rest can be asked for as a range. If the pieces end without an error, they are complete.
         """
         ...
 
@@ -160,7 +160,7 @@ class BlobStore(Protocol):
     def list(self, prefix: str, *, after: str = "") -> Iterator[BlobMeta]:
         """All objects under a prefix (empty, or ending with ``/``), in any order.
 
-        Most S3 stores list in key order, but not all do (Amazon's directory buckets): who needs one sorts.
+        Most S3 stores list in key order, but not all (Amazon's directory buckets): sort if you need an order.
 
         Parameters
         ----------
@@ -193,9 +193,9 @@ class BlobStore(Protocol):
         ...
 
     def history(self, prefix: str) -> Iterator[str]:
-        """Keys under a prefix of which the store still has anything, earlier and hidden versions too.
+        """Keys under a prefix for which the store still has anything, earlier and hidden versions too.
 
-        A store that can't list versions gives what it lists: :meth:`shows_versions` tells.
+        A store that can't list versions gives what a plain listing shows: see :meth:`shows_versions`.
         """
         ...
 

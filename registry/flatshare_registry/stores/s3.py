@@ -1,9 +1,9 @@
 """A store in an S3 bucket: plain boto3 against any endpoint that honours conditional writes.
 
 Conditional puts are S3's own (``If-None-Match: *``, ``If-Match``), never check-then-set.
-Amazon S3 has them since 2024; MinIO, Ceph and moto too. What look-alikes do otherwise and can be made up for
-is made up for: whole objects in answer to a range, weak ETags, no listing of versions. All that knows S3 is
-in this file, which makes it long.
+Amazon S3 has had them since 2024; MinIO, Ceph and moto have them too. Differences of look-alikes are made up
+for where that is possible: whole objects in answer to a range, weak ETags, no listing of versions. All that
+knows S3 is in this file, which makes it long.
 """
 
 from __future__ import annotations
@@ -85,7 +85,7 @@ class S3Options:
     sse, sse_kms_key_id
         Server-side encryption for writes: ``AES256`` or ``aws:kms``, and its key.
     watch
-        Called once with the client's events (``client.meta.events``), by who wants to see its calls.
+        Called once with the client's events (``client.meta.events``), so that its calls can be observed.
     """
 
     endpoint_url: str | None = None
@@ -142,7 +142,7 @@ def make_s3_client(options: S3Options) -> S3Client:
 
 
 def _bad_endpoint(options: S3Options, text: str) -> InvalidInput:
-    """The error for an S3 endpoint that is no URL: who says so, and what without a password."""
+    """The error for an S3 endpoint that is no URL: where it was set, and its value without a password."""
     if options.endpoint_url:
         name = "FLATSHARE_S3_ENDPOINT_URL"
     else:
@@ -324,13 +324,14 @@ class S3Store:
             return found is not None and any(one["Key"] == name for one in found)
 
     def _versions(self, start: str, is_any: Callable[[], bool]) -> _Versions | None:
-        """Versions and marks of deletion of objects whose names start so; None: the store can't list them.
+        """Versions and delete markers of objects whose names begin with ``start``; None if the store can't
+        list them.
 
         Parameters
         ----------
         is_any
-            Whether there is an object whose name starts so: some stores take the question for another one,
-            and answer it with no version of anything.
+            Whether there is an object whose name begins so: some stores mistake the request for another one,
+            and answer it without any version.
         """
         found = self._ask_for_versions(start)
         if found != [] or not is_any():
@@ -352,7 +353,7 @@ class S3Store:
             raise
 
     def _remove(self, versions: Iterable[Mapping[str, Any]]) -> int:
-        """Remove versions; how many, but for marks of deletion."""
+        """Remove versions; returns how many, not counting delete markers."""
         removed = 0
         for one in versions:
             self._client.delete_object(Bucket=self._bucket, Key=one["Key"], VersionId=one["VersionId"])
@@ -360,7 +361,7 @@ class S3Store:
         return removed
 
     def _objects(self, start: str, after: str = "") -> Iterator[Mapping[str, Any]]:
-        """What a plain listing has of objects whose names start so, and whose keys sort after a text."""
+        """A plain listing of objects whose names begin with ``start`` and whose keys sort after ``after``."""
         extra = {"StartAfter": self._prefix + after} if after else {}
         pages = self._client.get_paginator("list_objects_v2").paginate(
             Bucket=self._bucket, Prefix=start, **cast("Any", extra)

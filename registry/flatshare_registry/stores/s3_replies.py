@@ -1,4 +1,4 @@
-"""What S3's answers say, also those of look-alikes and of proxies in between, which say it otherwise."""
+"""What answers of S3 say, and those of look-alikes and of proxies in between, which say it differently."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def listed_meta(item: Mapping[str, Any], prefix: str) -> BlobMeta:
 
 
 def whole_size(reply: Mapping[str, Any]) -> int | None:
-    """Length of the object of which a reply holds all or a range; None when the reply does not say."""
+    """Length of the whole object, from a reply that holds all or a range of it; None if it does not say."""
     whole = str(reply.get("ContentRange", "")).rpartition("/")[2]
     if whole.isascii() and whole.isdigit() and len(whole) < 20:  # int() fails on thousands of digits
         return int(whole)

@@ -14,14 +14,14 @@ workers' from 10002, its replicas' from 30000)."""
 def free_ports(count: int) -> list[int]:
     """Ports on loopback, all different, on which nobody listens now.
 
-    Port 0 would be the kernel's choice, which it soon gives to another connection or listener too: a server
-    that binds it seconds later, when Ray has started, may find it taken. These it gives to nobody who doesn't
-    name them.
+    For port 0 the kernel would choose a port, and soon give it to another connection or listener too: a
+    server that binds it seconds later, when Ray has started, may find it taken. The kernel gives the ports
+    chosen here only to those who name them.
 
     Raises
     ------
     OSError
-        So many are not free.
+        There are not that many free ports.
     """
     found: list[int] = []
     for port in random.sample(_CANDIDATES, len(_CANDIDATES)):

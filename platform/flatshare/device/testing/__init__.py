@@ -1,3 +1,3 @@
-"""For tests, ours and those of whoever writes another device: a simulated CUDA, and what every device
+"""For our tests, and for those of an author of another device: a simulated CUDA, and what every device
 promises.
 """

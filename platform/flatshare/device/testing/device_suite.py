@@ -49,7 +49,7 @@ def _wanted(rows: NDArray[np.float32], model: dict[str, torch.Tensor]) -> NDArra
 
 
 class DeviceSuite:
-    """A device passes all of it."""
+    """A device must pass all of these tests."""
 
     @pytest.fixture
     def device(self) -> Device:

@@ -2,15 +2,15 @@
 
 Everything that is computed within :meth:`SimulatedCuda.on` is seen (``TorchDispatchMode``): what it reads and
 writes, and on which stream. A stream knows by vector clock (Fidge 1988, Mattern 1989) what comes before its
-next operation: its own earlier ones, what it was told to wait for, and what the host had waited for. An
-operation on memory whose last writer does not come before it, or a write to memory, or to a pinned buffer,
-that an operation may still use, is a violation whatever the schedule would have been: it raises, and is
-kept.
+next operation: its own earlier ones, what it was told to wait for, and what the host had waited for. There
+are two violations, whatever the schedule would have been: an operation on memory whose last writer does not
+come before it, and a write to memory, or to a pinned buffer, that an operation may still use. A violation
+raises, and is kept.
 
 Copies from and to host memory are done as late as the order allows. Until then a buffer on the host holds
-what no number is, so that whoever reads it early has wrong answers too. Tensors on the device lie in
-segments as torch's allocator lays them, so that memory which was let go of still holds what it held. Long,
-because what an operation may do depends on streams, memory and pinned buffers together.
+NaNs, so that an early reader gets wrong answers too. Tensors on the device lie in segments as torch's
+allocator lays them, so that released memory still holds what it held. This module is long because what an
+operation may do depends on streams, memory and pinned buffers together.
 """
 
 from __future__ import annotations
@@ -117,7 +117,7 @@ class SimulatedCuda:
     Attributes
     ----------
     violations
-        All that were found; whoever called may have made another error of what was raised.
+        All that were found, since the caller may have turned the raised error into another one.
     operations, copies
         How many were launched, and how many of them were copies from or to the host.
     pinned_bytes
@@ -153,7 +153,7 @@ class SimulatedCuda:
     # -- what tests do to it
 
     def break_down(self, after: int = 0) -> None:
-        """Have an operation fail as they do: told at the next call, and at each one after it."""
+        """Make an operation fail as on CUDA: the error comes at the next call, and at each one after it."""
         self._breaks_at = self.operations + after + 1
 
     def hang(self) -> None:
