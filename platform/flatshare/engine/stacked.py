@@ -6,8 +6,8 @@ linear layer becomes one batched product, a convolution one with groups). What i
 weights into the stack, at memory bandwidth, and rows that are padded to the longest.
 
 Off by default (``stack_models``): on a GPU it is faster where many models meet, and slower where few do.
-Each stacked pass checks the stored probe of one of its models. If that answer is wrong or the pass raises, and each model is right alone,
-its architecture is not stacked again (``runner.py``).
+Each stacked pass checks the stored probe of one of its models. If that answer is wrong or the pass raises,
+and each model is right alone, its architecture is not stacked again (``runner.py``).
 """
 
 from __future__ import annotations

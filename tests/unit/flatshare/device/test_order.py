@@ -28,7 +28,8 @@ PATCHES = {
     ),
     "a load waits for passes before it has its memory: who frees some in between is free too early": (
         """            placed = {key: self.runtime.empty_like(tensor) for key, tensor in tensors.items()}
-            # Whoever had this memory let go of it before now: what still used it was launched before now.
+            # The last owner of this memory let go of it before now, so all that still uses it was launched
+            # before now.
             self.runtime.wait(self._copies, self.runtime.main)
 """,
         """            self.runtime.wait(self._copies, self.runtime.main)
