@@ -21,16 +21,11 @@ from pathlib import Path
 
 import httpx
 import numpy as np
-import torch
 from contenders import CONTENDERS, Capacity
-from parts import ACME, NETWORK, under_load
-from safetensors.torch import save
+from parts import one_tenant, under_load
 
 from flatshare.bench.workload import BenchRequest, encode_json
 from flatshare.cli.output import out, print_table
-from flatshare.models.probe import probe_logits
-from flatshare_registry import Registry
-from flatshare_registry.settings import RegistrySettings
 from flatshare_registry.testing.ports import free_ports
 
 KEYS = ("requests_per_s", "cpu_ms")
@@ -45,15 +40,7 @@ def main() -> int:
     parser.add_argument("--trace-ratio", default="0.01", help="part of the requests that is sampled")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder, receiver() as collector:
-        os.environ["FLATSHARE_STORE"] = f"file://{folder}/store"
-        os.environ["XDG_STATE_HOME"] = f"{folder}/state"
-        registry = Registry(RegistrySettings().open_store(), actor="bench-observed")
-        registry.create_tenant(ACME)
-        torch.manual_seed(1)
-        registry.register(
-            ACME, save(dict(NETWORK.build().state_dict())), NETWORK.name, NETWORK.tensors,
-            probe=lambda weights: probe_logits(NETWORK, weights),
-        )  # fmt: skip
+        one_tenant(folder)
         request = BenchRequest(
             "acme", encode_json(np.random.default_rng(0).random((1, 1, 28, 28), dtype=np.float32))
         )

@@ -53,15 +53,7 @@ def main() -> int:
     parser.add_argument("--concurrency", type=int, default=16)
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        os.environ["FLATSHARE_STORE"] = f"file://{folder}/store"
-        os.environ["XDG_STATE_HOME"] = f"{folder}/state"
-        registry = Registry(RegistrySettings().open_store(), actor="bench-parts")
-        registry.create_tenant(ACME)
-        torch.manual_seed(1)
-        registry.register(
-            ACME, save(dict(NETWORK.build().state_dict())), NETWORK.name, NETWORK.tensors,
-            probe=lambda weights: probe_logits(NETWORK, weights),
-        )  # fmt: skip
+        registry = one_tenant(folder)
         rows = np.random.default_rng(0).random((1, 1, 28, 28), dtype=np.float32)
         alone = asyncio.run(parts_alone(registry, rows))
         with CONTENDERS["flatshare"].start(Capacity(2, 10)) as url:
@@ -88,6 +80,20 @@ def main() -> int:
         Path(arguments.json).write_text(json.dumps(document, indent=2))
         out.print(f"written to {arguments.json}")
     return 0
+
+
+def one_tenant(folder: str) -> Registry:
+    """A registry in a folder, which is the environment's from now on, with one tenant and its model."""
+    os.environ["FLATSHARE_STORE"] = f"file://{folder}/store"
+    os.environ["XDG_STATE_HOME"] = f"{folder}/state"
+    registry = Registry(RegistrySettings().open_store(), actor="bench")
+    registry.create_tenant(ACME)
+    torch.manual_seed(1)
+    registry.register(
+        ACME, save(dict(NETWORK.build().state_dict())), NETWORK.name, NETWORK.tensors,
+        probe=lambda weights: probe_logits(NETWORK, weights),
+    )  # fmt: skip
+    return registry
 
 
 def under_load(url: str, shot: BenchRequest, arguments: argparse.Namespace) -> dict[str, float]:

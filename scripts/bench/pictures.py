@@ -29,6 +29,7 @@ from contenders import CONTENDERS, Capacity
 from safetensors.torch import save
 
 from flatshare.bench.load import Load, Outcome, run_load
+from flatshare.bench.plot import COLOURS
 from flatshare.bench.report import TIERS
 from flatshare.bench.workload import digit_shots
 from flatshare.cli.context import credentials
@@ -48,7 +49,6 @@ from matplotlib import pyplot  # after its back end is chosen
 HERE = Path(__file__).parent
 FOLDER = HERE / "pictures"
 NETWORK = architecture("mnist-cnn")
-COLOURS = {"device": "#2b7a4b", "host": "#c9a227", "peer": "#d9772b", "store": "#b5442e"}
 TENANTS, SECONDS, PROMOTED_AT_S, KILLED_AT_S = 60, 90.0, 30.0, 55.0
 DEPLOYMENTS = (1, 2, 4, 8)
 SHARING = (1, 10, 100, 300, 1000)

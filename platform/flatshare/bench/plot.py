@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 
 from flatshare.bench.load import Outcome
 from flatshare.bench.report import TIERS
 
-__all__ = ["plot_run"]
+__all__ = ["COLOURS", "plot_run"]
 
-_COLOURS = {"device": "#2b7a4b", "host": "#c9a227", "peer": "#d9772b", "store": "#b5442e"}
+COLOURS: Final = {"device": "#2b7a4b", "host": "#c9a227", "peer": "#d9772b", "store": "#b5442e"}
+"""By tier, in every picture."""
 
 
 def plot_run(outcomes: Sequence[Outcome], path: Path, title: str) -> None:
@@ -29,10 +31,10 @@ def plot_run(outcomes: Sequence[Outcome], path: Path, title: str) -> None:
             continue
         latency = np.array([one.latency_s * 1000 for one in chosen])
         left.scatter(
-            [one.at_s for one in chosen], latency, s=3, color=_COLOURS[tier], label=f"{tier} ({len(chosen)})"
+            [one.at_s for one in chosen], latency, s=3, color=COLOURS[tier], label=f"{tier} ({len(chosen)})"
         )
         ordered = np.sort(latency)
-        right.plot(ordered, np.arange(1, len(ordered) + 1) / len(ordered), color=_COLOURS[tier], label=tier)
+        right.plot(ordered, np.arange(1, len(ordered) + 1) / len(ordered), color=COLOURS[tier], label=tier)
     failed = [one for one in outcomes if one.status != 200]
     if failed:
         left.scatter(
