@@ -56,6 +56,11 @@ ROWS: tuple[tuple[str, tuple[Panel, ...]], ...] = (
     ("Models", (
         Panel("Loads by result", "ops", ((rate("flatshare_loads_total", "result"), "{{result}}"),)),
         Panel("Seconds of a load", "s", quantiles("flatshare_load_seconds")),
+        Panel("Store: calls and errors", "ops", (
+            (rate("flatshare_store_requests_total"), "calls"), (rate("flatshare_store_errors_total"), "errors"),
+        )),
+        Panel("Device busy with passes", "percentunit", ((rate("flatshare_pass_seconds_total", "replica"), "{{replica}}"),)),
+        Panel("Lag of the event loop", "s", (("flatshare_event_loop_lag_seconds", "{{replica}}"),)),
         Panel("Evictions", "ops", ((rate("flatshare_evictions_total", "replica"), "{{replica}}"),)),
         Panel("Slots in use", "percentunit", (("flatshare_slots_used / flatshare_slots", "{{replica}}"),)),
         Panel("Bytes on devices", "bytes", (

@@ -94,6 +94,7 @@ class Inference:
         self._warm_up = warm_up
         self.device = device
         self.rows = 0
+        self.busy_s = 0.0  # written by the thread alone
         self._runner = PassRunner(device, torch_threads, max_batch_rows, stacks)
         self.max_rows = max_batch_rows
         self._queue: PriorityQueue[Job] = PriorityQueue(max_batch_rows)
@@ -370,7 +371,10 @@ class Inference:
             Another one was launched meanwhile.
         """
         answers = self._runner.answers(one)
-        self._pass_began = self._clock() if more else None  # before anybody hears of its end
+        now = self._clock()
+        if self._pass_began is not None:
+            self.busy_s += now - self._pass_began
+        self._pass_began = now if more else None  # before anybody hears of its end
         self._deliver_soon(self._loop, one.batch, answers)
 
     def _deliver_soon(

@@ -62,6 +62,7 @@ from flatshare_registry.heads import decode_head
 from flatshare_registry.ids import ModelRef, TenantId
 from flatshare_registry.records import TenantHead, VersionRecord, new_ulid
 from flatshare_registry.stores.base import BlobStore
+from flatshare_registry.stores.wrapped import CountedStore
 
 __all__ = ["Replica"]
 
@@ -118,6 +119,7 @@ class Replica:
     meter: LoadMeter
     thread_work: ThreadWork
     usage: UsageCounter
+    _store: CountedStore
     _on_change: Callable[[], None]
     _threads: list[ThreadPoolExecutor]
     _view_threads: ThreadPoolExecutor
@@ -164,6 +166,7 @@ class Replica:
         SettingsError
             The device that the settings name is not there.
         """
+        store = CountedStore(store)
         device = device or open_device(settings.device, settings.gpus_per_replica)
         set_threads = functools.partial(torch.set_num_threads, settings.torch_threads or 1)
         threads = [
@@ -265,6 +268,7 @@ class Replica:
             meter=LoadMeter(reading, clock),
             thread_work=source.work,
             usage=usage,
+            _store=store,
             _on_change=on_change,
             _threads=threads,
             _view_threads=view_threads,
@@ -420,6 +424,10 @@ class Replica:
             swaps=self.swaps.snapshot(),
             passes=self.inference.passes,
             rows=self.inference.rows,
+            pass_s=self.inference.busy_s,
+            lag_s=self.meter.lag_s,
+            feed_age_s=self.heads.feed_age_s,
+            store=self._store.counts,
             started_at=self._started_at,
             settings_revision=self.settings_revision,
             ongoing=self.service.admission.ongoing,

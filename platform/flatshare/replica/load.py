@@ -17,6 +17,9 @@ from flatshare.weights.tiers import ModelKey
 __all__ = ["LoadMeter", "Measured", "Reading"]
 
 SAMPLE_S: Final = 0.1
+LAG_SAMPLES: Final = 300
+"""For how many samples a late one is told: half a minute, so that a scrape sees what was between two."""
+
 WINDOW_S: Final = 2.0
 """Over how long means are taken: short, so that a hot model is seen within seconds."""
 
@@ -64,6 +67,7 @@ class LoadMeter:
         self._clock = clock
         self._seen: deque[tuple[float, Reading]] = deque()
         self._last_request_at = clock()
+        self._lags: deque[float] = deque([0.0], maxlen=LAG_SAMPLES)
         self._task: asyncio.Task[None] | None = None
 
     def start(self) -> None:
@@ -104,7 +108,14 @@ class LoadMeter:
             models=leases,
         )
 
+    @property
+    def lag_s(self) -> float:
+        """The latest that the event loop came to a sample, of the last half minute's, in seconds."""
+        return max(self._lags)
+
     async def _watch(self) -> None:
         while True:
             self.look()
+            due = self._clock() + SAMPLE_S
             await asyncio.sleep(SAMPLE_S)
+            self._lags.append(max(self._clock() - due, 0.0))

@@ -9,6 +9,7 @@ from flatshare.replica.usage import RequestStats
 from flatshare.residency.stats import CacheStats
 from flatshare.weights.host_tier import HostUsage
 from flatshare.weights.tiers import FailedLoad, ResidentInfo, SwapInfo
+from flatshare_registry.stores.wrapped import StoreCounts
 
 __all__ = ["ReplicaSnapshot"]
 
@@ -42,6 +43,14 @@ class ReplicaSnapshot:
         Forward passes since the start, and the rows in them.
     settings_revision
         Revision of the settings that it uses: how many times they had been changed by then.
+    pass_s
+        Seconds that the device was busy with passes.
+    lag_s
+        The latest that the event loop came to what was due, of the last half minute.
+    feed_age_s
+        Seconds since the registry's change feed was read; None if it was not yet. It is read for requests.
+    store
+        Calls of the store.
     ongoing, queued, refused
         Requests worked on now, waiting now, and refused since the start.
     advertised
@@ -71,6 +80,10 @@ class ReplicaSnapshot:
     swaps: list[SwapInfo]
     passes: int
     rows: int
+    pass_s: float
+    lag_s: float
+    feed_age_s: float | None
+    store: StoreCounts
     started_at: float
     settings_revision: int
     ongoing: int

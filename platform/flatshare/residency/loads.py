@@ -14,7 +14,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from functools import partial
 from typing import Final
 
-from flatshare.errors import DeviceFull, IsolationBroken, NoRoom, WouldBeLate
+from flatshare.errors import DeviceFull, IsolationBroken, NoRoom, ProbeFailed, WouldBeLate
 from flatshare.residency.failures import FailureMemory
 from flatshare.residency.fair_semaphore import FairSemaphore
 from flatshare.residency.lease import Lease, Resident
@@ -188,6 +188,7 @@ class Loads:
         except BaseException as error:
             if not isinstance(error, WouldBeLate):  # it has not begun
                 self.stats.load_failures += 1
+                self.stats.probes_failed += isinstance(error, ProbeFailed)
                 self._failures.show(key, error)
             let_go(error)
             failure = error if isinstance(error, Exception) else NoRoom(f"{key}: the replica is stopping")

@@ -230,6 +230,7 @@ class ModelCache:
         if lease.resident is not None and self._residency.find(key) is lease.resident:
             self._residency.leave(lease.resident)
             self._on_change()
+        self.stats.probes_failed += 1
         self._loader.distrust(lease.record)
         self._failures.remember(key, error)
         self._failures.show(key, error)

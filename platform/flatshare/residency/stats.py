@@ -66,6 +66,8 @@ class CacheStats:
         Leases granted, by the tier that the model came from.
     loads, load_failures
         Loads begun that ended well, or not.
+    probes_failed
+        Of these loads, and of first requests after them, those in which a model did not answer its probe.
     evictions
         Residents removed to make room.
     quarantined
@@ -77,6 +79,7 @@ class CacheStats:
     hits: dict[Tier, int] = field(default_factory=lambda: dict.fromkeys(Tier, 0))
     loads: int = 0
     load_failures: int = 0
+    probes_failed: int = 0
     evictions: int = 0
     quarantined: int = 0
     swaps: int = 0
@@ -96,6 +99,7 @@ class CacheStats:
                 total.hits[tier] += part.hits[tier]
             total.loads += part.loads
             total.load_failures += part.load_failures
+            total.probes_failed += part.probes_failed
             total.evictions += part.evictions
             total.quarantined += part.quarantined
             total.swaps += part.swaps

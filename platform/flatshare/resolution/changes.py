@@ -81,6 +81,11 @@ class Changes:
         """Whether the last look succeeded, and recently: heads that it did not name need no read."""
         return self._failed_at < self._looked_at and self._clock() - self._looked_at <= 2 * self._ttl_s
 
+    @property
+    def age_s(self) -> float | None:
+        """Seconds since the feed was last read; None if it was not yet."""
+        return self._clock() - self._looked_at if self._since is not None else None
+
     def follows(self, confirmed_at: float) -> bool:
         """Whether a head that was current then needs no read until a change of it is announced."""
         return self.is_followed and self._since is not None and confirmed_at >= self._since

@@ -151,6 +151,11 @@ class TenantHeads:
             raise
         return self._records.get((ref.tenant, number, head.versions[number]))
 
+    @property
+    def feed_age_s(self) -> float | None:
+        """Seconds since the change feed was last read; None if it was not yet."""
+        return self._changes.age_s
+
     def head_now(self, tenant: TenantId) -> TenantHead | None:
         """A tenant's head if its keys and state can be trusted without waiting.
 

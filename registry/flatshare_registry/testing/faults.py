@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 from flatshare_registry.errors import Unavailable
-from flatshare_registry.stores.base import BlobMeta, BlobStore, ByteRange, PutMode, StoredBlob
+from flatshare_registry.stores.base import BlobMeta, BlobStore
+from flatshare_registry.stores.wrapped import WrappedStore
 
 __all__ = ["CrashAtStep", "DisorderedStore", "FaultyStore", "ManualClock"]
 
@@ -24,7 +26,7 @@ class ManualClock:
         self.now_s += seconds
 
 
-class FaultyStore:
+class FaultyStore(WrappedStore):
     """Passes calls on to another store; a hook sees each first and may raise, wait or count.
 
     Parameters
@@ -43,69 +45,17 @@ class FaultyStore:
         before: Callable[[str, str], None] = lambda operation, key: None,
         after: Callable[[str, str], None] = lambda operation, key: None,
     ) -> None:
-        self.inner = inner
+        super().__init__(inner)
         self.before = before
         self.after = after
 
-    @property
-    def url(self) -> str:
-        return self.inner.url
-
-    def get(self, key: str, byte_range: ByteRange | None = None) -> StoredBlob:
-        self.before("get", key)
-        blob = self.inner.get(key, byte_range)
-        self.after("get", key)
-        return blob
-
-    def chunks(self, key: str, byte_range: ByteRange | None = None) -> Iterator[bytes]:
-        self.before("get", key)
-        yield from self.inner.chunks(key, byte_range)
-        self.after("get", key)
-
-    def get_unless(self, key: str, etag: str) -> StoredBlob | None:
-        self.before("get", key)
-        blob = self.inner.get_unless(key, etag)
-        self.after("get", key)
-        return blob
-
-    def head(self, key: str) -> BlobMeta:
-        self.before("head", key)
-        return self.inner.head(key)
-
-    def put(self, key: str, data: bytes | memoryview, mode: PutMode) -> BlobMeta:
-        self.before("put", key)
-        meta = self.inner.put(key, data, mode)
-        self.after("put", key)
-        return meta
-
-    def list(self, prefix: str, *, after: str = "") -> Iterator[BlobMeta]:
-        self.before("list", prefix)
-        return self.inner.list(prefix, after=after)
-
-    def delete(self, key: str) -> None:
-        self.before("delete", key)
-        self.inner.delete(key)
-        self.after("delete", key)
-
-    def purge_all(self, prefix: str) -> int:
-        self.before("delete", prefix)
-        removed = self.inner.purge_all(prefix)
-        self.after("delete", prefix)
-        return removed
-
-    def history(self, prefix: str) -> Iterator[str]:
-        self.before("list", prefix)
-        return self.inner.history(prefix)
-
-    def shows_versions(self, key: str) -> bool:
-        self.before("list", key)
-        return self.inner.shows_versions(key)
-
-    def purge(self, key: str, *, keep_latest: bool = False) -> int:
-        self.before("delete", key)
-        removed = self.inner.purge(key, keep_latest=keep_latest)
-        self.after("delete", key)
-        return removed
+    @contextmanager
+    def around(self, operation: str, key: str) -> Iterator[None]:
+        """See :class:`WrappedStore`."""
+        self.before(operation, key)
+        yield
+        if operation in ("get", "put", "delete"):
+            self.after(operation, key)
 
 
 class DisorderedStore(FaultyStore):

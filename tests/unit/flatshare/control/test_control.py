@@ -34,6 +34,7 @@ from flatshare_registry.errors import Unavailable
 from flatshare_registry.ids import TenantId
 from flatshare_registry.records import Action, Quotas
 from flatshare_registry.stores.memory import MemoryStore
+from flatshare_registry.stores.wrapped import StoreCounts
 from flatshare_registry.testing.files import TINY_SPECS, tiny_weights
 
 
@@ -64,7 +65,7 @@ class Replicas:
         self.snapshot = ReplicaSnapshot(
             replica="r1", place=0, node="n", node_id="id", pid=1, device="cpu", slots=3, slots_used=1, started_at=0.0, settings_revision=0,
             budget_bytes=None, held_bytes=16, reserved_bytes=0, device_memory=DeviceMemory(),
-            host=HostUsage("/dev/shm/x", 100, 16, 0), loading=[], load_wait_s=0.0, failed=[FailedLoad("acme", 2, "Corrupt", "gone", 9.0)], passes=5, rows=8,
+            host=HostUsage("/dev/shm/x", 100, 16, 0), loading=[], load_wait_s=0.0, failed=[FailedLoad("acme", 2, "Corrupt", "gone", 9.0)], passes=5, rows=8, pass_s=0.0, lag_s=0.0, feed_age_s=None, store=StoreCounts(),
             swaps=[SwapInfo("acme", "canary", 1, 2, "")],
             ongoing=0, queued=0, refused=0, advertised=["acme"], models=[model], requests=RequestStats(), stats=stats,
         )  # fmt: skip

@@ -112,8 +112,10 @@ async def test_the_event_loop_goes_on_while_a_pass_runs(inference: Inference) ->
         running = asyncio.create_task(inference.run(lease, ROWS))
         await asyncio.to_thread(module.entered.wait, 5)
         assert not running.done()
+        await asyncio.sleep(0.05)  # the pass takes this long at least
         module.go.set()
         await running
+    assert 0.05 <= inference.busy_s < 5
 
 
 class Counting(nn.Module):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 
 import pytest
 
@@ -75,3 +76,21 @@ async def test_it_looks_by_itself_until_it_is_closed() -> None:
     looked.clear()
     await asyncio.sleep(2 * SAMPLE_S)  # nothing is to happen: only time shows it
     assert not looked.is_set()
+
+
+async def test_an_event_loop_that_comes_late_is_seen() -> None:
+    looks = asyncio.Semaphore(0)
+
+    def read() -> Reading:
+        looks.release()
+        return Reading(0, 0, 0)
+
+    meter = LoadMeter(read)
+    meter.start()
+    async with asyncio.timeout(5):
+        await looks.acquire()
+        assert meter.lag_s == 0
+        time.sleep(SAMPLE_S + 0.2)  # noqa: ASYNC251  # as a callback that computes would
+        await looks.acquire()
+    meter.close()
+    assert 0.15 < meter.lag_s < 5

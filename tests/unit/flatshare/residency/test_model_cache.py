@@ -584,6 +584,7 @@ async def test_promise_8_every_addition_and_removal_is_told(loader: FakeLoader) 
         told.clear()
         cache.condemn(lease, ModelFailed("wrong"))
         await check()
+    assert cache.stats.probes_failed == 1
     assert held(cache) == set()
 
 
