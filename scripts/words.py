@@ -1,7 +1,7 @@
 """Words that are not used here, by the table in platform/DESIGN.md: exits with 1 where one is. Run by scripts/check.
 
 Looks at pages, and at docstrings, comments and texts of the code, whatever their case. Identifiers are not looked
-at: some are other people's. A line that needs such a word says so with ``words: ok``.
+at: some are other people's. A line of code that needs such a word says so with ``words: ok``.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def texts(path: Path) -> Iterator[tuple[int, str]]:
         return
     lines = content.splitlines()
     for token in tokenize.generate_tokens(io.StringIO(content).readline):
-        if token.type in (tokenize.COMMENT, tokenize.STRING):
+        if token.type in (tokenize.COMMENT, tokenize.STRING, getattr(tokenize, "FSTRING_MIDDLE", None)):
             for number, line in enumerate(token.string.splitlines(), token.start[0]):
                 if MARK not in lines[number - 1]:
                     yield number, line

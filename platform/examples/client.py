@@ -18,8 +18,8 @@ from urllib3.util import Retry
 
 # A prediction changes nothing, so it may be sent again. ``Retry`` obeys the Retry-After of 429 and 503.
 RETRIES = Retry(
-    total=4, backoff_factor=0.2, status_forcelist=[429, 502, 503, 504], allowed_methods=["GET", "POST"],
-    raise_on_status=False,
+    total=4, read=0, backoff_factor=0.2, status_forcelist=[429, 502, 503, 504],
+    allowed_methods=["GET", "POST"], raise_on_status=False,
 )  # fmt: skip
 
 
@@ -65,14 +65,18 @@ class Client:
         self, path: str, model: str, *, headers: dict[str, str] | None = None, **body: Any
     ) -> requests.Response:
         named = {"serve_multiplexed_model_id": model, **(headers or {})}
-        reply = self._session.post(f"{self._url}{path}", headers=named, timeout=(5, 60), **body)
+        try:
+            reply = self._session.post(f"{self._url}{path}", headers=named, timeout=(5, 60), **body)
+        except requests.RequestException as failure:
+            raise PredictionFailed("no_answer", str(failure), "-") from failure
         if reply.ok:
             return reply
         try:
             error = reply.json()["error"]
-        except (ValueError, KeyError):  # a proxy on the way
-            raise PredictionFailed(f"http_{reply.status_code}", reply.reason, "-") from None
-        raise PredictionFailed(error["code"], error["message"], error["request_id"])
+            failed = PredictionFailed(error["code"], error["message"], error["request_id"])
+        except (ValueError, KeyError, TypeError):  # it came from a proxy on the way
+            failed = PredictionFailed(f"http_{reply.status_code}", reply.reason, "-")
+        raise failed
 
 
 def main() -> int:

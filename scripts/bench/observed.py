@@ -49,7 +49,12 @@ def main() -> int:
         variants = {"plain": {}, "access log": log, "traces": traces, "both": log | traces}
         found: dict[str, list[dict[str, float]]] = {name: [] for name in variants}
         for turn in range(arguments.turns):
-            for name, settings in variants.items():
+            names = list(variants)
+            for name in (
+                *names[turn % len(names) :],
+                *names[: turn % len(names)],
+            ):  # none is always the first
+                settings = variants[name]
                 os.environ.update(settings)
                 with CONTENDERS["flatshare"].start(Capacity(2, 10)) as url:
                     measured = under_load(url, request, arguments)

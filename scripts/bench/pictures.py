@@ -14,9 +14,9 @@ import os
 import subprocess
 import sys
 import tempfile
-import threading
 import time
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -93,10 +93,10 @@ def draw_run() -> None:
         shown = credentials(url)
         shots = digit_shots(tenants, rows, exponent=1.0, batch=1, seed=1)
         began = time.perf_counter()
-        acting = threading.Thread(target=act, args=(registry, tenants[0], url, shown, began, marks))
-        acting.start()
-        outcomes = run_load(url, shots, Load(duration_s=SECONDS, concurrency=4, headers=shown))
-        acting.join()
+        with ThreadPoolExecutor(1) as aside:
+            acting = aside.submit(act, registry, tenants[0], url, shown, began, marks)
+            outcomes = run_load(url, shots, Load(duration_s=SECONDS, concurrency=4, headers=shown))
+            acting.result()
     failed = sum(one.status != 200 for one in outcomes)
     out.print(f"{len(outcomes)} requests, {failed} failed; {marks}")
     (FOLDER / "run.json").write_text(
@@ -224,7 +224,7 @@ def deployments_bytes(count: int) -> int:
 
 
 async def sharing_bytes() -> dict[int, int]:
-    """Memory of one replica, the files of its host tier among it, with so many tenants resident."""
+    """Memory of one replica without Serve's actor around it, with its host tier's files, and so many tenants."""
     store = RegistrySettings().open_store()
     registry = Registry(store, actor="pictures")
     torch.manual_seed(0)

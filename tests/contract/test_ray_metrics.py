@@ -29,7 +29,9 @@ one, rounds = replica("r1"), 0
 async def snapshot():
     global rounds
     rounds += 1
-    if rounds == 2:  # it has counted more since
+    if rounds == 2:
+        raise RuntimeError("the device does not say what it has")  # this once
+    if rounds == 3:  # it has counted more since
         one.requests.statuses[200] += 10
         print("told", flush=True)
     return one

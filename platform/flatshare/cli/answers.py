@@ -162,6 +162,14 @@ class _Swap(TypedDict):
     error: str
 
 
+class _Failed(TypedDict):
+    tenant: str
+    version: int
+    kind: str
+    error: str
+    at: float
+
+
 class _Replica(TypedDict):
     replica: str
     place: int
@@ -176,6 +184,7 @@ class _Replica(TypedDict):
     held_bytes: int
     budget_bytes: int | None
     host: _Host | None
+    failed: list[_Failed]
     swaps: list[_Swap]
     models: list[_Model]
 

@@ -258,6 +258,13 @@ def print_fleet(fleet: Fleet, *, models: bool) -> None:
                 f"version {swap['to_version']} {why}",
                 soft_wrap=True,
             )
+    for one in fleet["replicas"]:
+        for load in one["failed"]:
+            out.print(
+                f"{one['replica']}: {load['tenant']}@{load['version']} could not be loaded at "
+                f"{when(load['at'])}: {load['kind']}: {load['error']}",
+                soft_wrap=True,
+            )
     for node, host in {one["node"]: one["host"] for one in fleet["replicas"] if one["host"]}.items():
         out.print(f"host tier of {node}: {size(host['used_bytes'])} of {size(host['budget_bytes'])} in files")
     for one in fleet["replicas"]:

@@ -48,7 +48,9 @@ class ScrapeTarget(BaseModel):
     """A replica's own metrics, as Prometheus' HTTP service discovery (``http_sd_configs``) wants to hear of them."""
 
     targets: list[str] = Field(description="One: `host:port` of the replica's door.")
-    labels: dict[str, str] = Field(description="The path, and which replica it is.")
+    labels: dict[str, str] = Field(
+        description="The path; which replica it is, as a meta label, since each series says it."
+    )
 
     @classmethod
     def of(cls, door: DoorAddress) -> ScrapeTarget:
@@ -56,7 +58,7 @@ class ScrapeTarget(BaseModel):
         host = f"[{door.host}]" if ":" in door.host else door.host
         return cls(
             targets=[f"{host}:{door.port}"],
-            labels={"__metrics_path__": METRICS_PATH, "place": str(door.place)},
+            labels={"__metrics_path__": METRICS_PATH, "__meta_flatshare_replica": door.replica},
         )
 
 

@@ -170,7 +170,7 @@ class _Plain:
         # A request that came through an edge names its client, and finds no such path.
         inside = self._inside.get(scope["path"])
         if inside is not None and not _came_by_an_edge(scope):
-            await inside(scope, receive, send)
+            await inside(scope, receive, with_id)
             return
         if scope["path"] == HEALTH_PATH:
             status = 200 if self._door.taking else 503

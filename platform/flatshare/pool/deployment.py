@@ -116,14 +116,14 @@ class ClassifierPool:
             self._data_plane, node if settings.nodes == "several" else LOOPBACK,
             tier=self._tier_server(), metrics=MetricsServer(identities, self.snapshot),
         )  # fmt: skip
+        self._telling: asyncio.Task[None] | None = None
         self._warm = asyncio.get_running_loop().create_task(self._warm_up(), name="warm up")
         self._door_open = asyncio.get_running_loop().create_task(self._door.start(), name="open the door")
         self._replica.start()
-        self._telling = (
-            asyncio.get_running_loop().create_task(tell_ray(self.snapshot), name="tell Ray's metrics")
-            if settings.ray_metrics
-            else None
-        )
+        if settings.ray_metrics:
+            self._telling = asyncio.get_running_loop().create_task(
+                tell_ray(self.snapshot), name="tell Ray's metrics"
+            )
         device = self._replica.device.name
         logger.info("replica %s on %s with %d slots", self._replica.name, device, settings.slots)
 

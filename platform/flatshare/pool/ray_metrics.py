@@ -41,9 +41,9 @@ async def tell_ray(snapshot: Callable[[], Awaitable[ReplicaSnapshot]], every_s: 
         for name, one in families.items()
     }
     told: dict[tuple[object, ...], float] = {}
-    while True:
-        await asyncio.sleep(every_s)
-        for name, (_, *labels), value in samples_of(await snapshot()):
+
+    def tell(one: ReplicaSnapshot) -> None:
+        for name, (_, *labels), value in samples_of(one):
             if name not in counters or value is None:
                 continue
             more = value - told.get((name, *labels), 0)
@@ -51,3 +51,10 @@ async def tell_ray(snapshot: Callable[[], Awaitable[ReplicaSnapshot]], every_s: 
                 tags = dict(zip(families[name].labels[1:], map(str, labels), strict=True))
                 counters[name].inc(more, tags)
                 told[name, *labels] = value
+
+    while True:
+        await asyncio.sleep(every_s)
+        try:
+            tell(await snapshot())
+        except Exception:
+            logger.exception("Ray's metrics were not told, and are tried again")

@@ -27,6 +27,9 @@ one stays so until an operator acts (``refresh`` forgets it); a store may be bac
 MAX_SHOWN: Final = 100
 """Most versions with a failed last load that operators are shown: those that failed last."""
 
+MAX_CHARS: Final = 500
+"""Of an error's text that is shown: a store or torch may say much."""
+
 MAX_REMEMBERED: Final = 10_000
 """Most failures of one kind: each is a registered version, so tenants can't grow this at will."""
 
@@ -50,10 +53,10 @@ class FailureMemory:
             known[key] = str(error)
 
     def show(self, key: ModelKey, error: BaseException) -> None:
-        """Keep a failure for operators to see, until the version is loaded."""
+        """Keep a failure for operators to see, until the version is loaded or gone."""
         self._last.pop(key, None)
         self._last[key] = FailedLoad(
-            key.tenant, key.version, type(error).__name__, str(error), self._wall_clock()
+            key.tenant, key.version, type(error).__name__, str(error)[:MAX_CHARS], self._wall_clock()
         )
         if len(self._last) > MAX_SHOWN:
             del self._last[next(iter(self._last))]
@@ -71,18 +74,21 @@ class FailureMemory:
             if message is not None:
                 raise kind(message)
 
-    def loaded(self, key: ModelKey) -> None:
-        """A version was loaded: what failed before is not shown any more."""
+    def hide(self, key: ModelKey) -> None:
+        """A version was loaded, or is gone: what failed before is not shown any more."""
         self._last.pop(key, None)
+
+    def hide_all(self, tenant: str) -> None:
+        """A tenant is erased: nothing of it is shown any more."""
+        for key in [key for key in self._last if key.tenant == tenant]:
+            del self._last[key]
 
     def last(self) -> list[FailedLoad]:
         """Versions whose last load failed, the latest first."""
         return list(reversed(self._last.values()))
 
     def forget(self, tenant: str) -> None:
-        """Forget a tenant's failures: somebody says that they are mended."""
-        for key in [key for key in self._last if key.tenant == tenant]:
-            del self._last[key]
+        """Try a tenant's failed versions again: somebody says that they are mended. They are still shown."""
         for known in self._kinds.values():
             for key in [key for key in known if key.tenant == tenant]:
                 known.pop(key, None)

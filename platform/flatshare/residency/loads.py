@@ -189,7 +189,8 @@ class Loads:
             if not isinstance(error, WouldBeLate):  # it has not begun
                 self.stats.load_failures += 1
                 self.stats.probes_failed += isinstance(error, ProbeFailed)
-                self._failures.show(key, error)
+                if not load.erased and not isinstance(error, NoRoom):  # which says nothing of the version
+                    self._failures.show(key, error)
             let_go(error)
             failure = error if isinstance(error, Exception) else NoRoom(f"{key}: the replica is stopping")
             self._failures.remember(key, failure)
@@ -307,7 +308,7 @@ class Loads:
                     self.ledger.free_slot()
                 load.check_erased(record)
                 self.stats.loads += 1
-                self._failures.loaded(ModelKey.of(record))
+                self._failures.hide(ModelKey.of(record))
                 self.stats.load_times.add(self._clock() - started)
                 return self._residency.admit(record, placed, prepared.tier)
             except BaseException as error:

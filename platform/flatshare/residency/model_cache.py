@@ -23,7 +23,7 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from contextlib import AbstractContextManager
 
 from flatshare.errors import DeadlineExceeded, DeviceBroken
@@ -209,6 +209,7 @@ class ModelCache:
     def withdraw(self, key: ModelKey) -> None:
         """A version was deleted: free it, and let a load of it that is under way come to nothing."""
         self._loads.withdraw(key)
+        self._failures.hide(key)
         self.unload(key)
 
     def quarantine(self, lease: Lease) -> None:
@@ -271,6 +272,7 @@ class ModelCache:
                 told.models += 1
                 self._residency.leave(resident)
         self._failures.forget(tenant)
+        self._failures.hide_all(tenant)
         self._on_change()
         return told
 
@@ -348,6 +350,12 @@ class ModelCache:
     def failed(self) -> list[FailedLoad]:
         """Versions whose last load failed, the latest first."""
         return self._failures.last()
+
+    def hide_failed(self, tenant: str, versions: Container[int]) -> None:
+        """Show failed loads of a tenant's versions no more, but for these: the others are gone."""
+        for one in self.failed:
+            if one.tenant == tenant and one.version not in versions:
+                self._failures.hide(ModelKey(one.tenant, one.version))
 
     def is_loading(self, record: VersionRecord) -> bool:
         """Whether a load of a version is under way that others can join."""

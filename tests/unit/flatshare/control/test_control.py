@@ -490,8 +490,8 @@ async def test_a_log_is_verified_once_at_a_time(
 
 async def test_service_discovery_finds_each_replicas_own_metrics(client: httpx.AsyncClient) -> None:
     found = (await client.get("/metrics/targets")).json()
-    path = {"__metrics_path__": "/-/metrics"}
+    path, name = {"__metrics_path__": "/-/metrics"}, "__meta_flatshare_replica"
     assert found == [
-        {"targets": ["10.0.0.7:80"], "labels": {**path, "place": "0"}},
-        {"targets": ["[::1]:81"], "labels": {**path, "place": "1"}},
+        {"targets": ["10.0.0.7:80"], "labels": {**path, name: "r1"}},
+        {"targets": ["[::1]:81"], "labels": {**path, name: "r2"}},
     ]

@@ -10,7 +10,7 @@ from torch import nn
 
 from flatshare.errors import DeadlineExceeded, ModelFailed, NeverFits, NoRoom, ResidentOverQuota, ServeError
 from flatshare.models.stages import Model
-from flatshare.residency.failures import MAX_SHOWN, REMEMBER_S
+from flatshare.residency.failures import MAX_CHARS, MAX_SHOWN, REMEMBER_S
 from flatshare.residency.lease import Lease
 from flatshare.residency.ledger import Ledger
 from flatshare.residency.model_cache import ModelCache
@@ -404,16 +404,50 @@ async def test_why_the_last_load_failed_is_shown_until_it_is_loaded(loader: Fake
     ]
     clock.advance(REMEMBER_S[Corrupt] + 1)
     assert len(cache.failed) == 2, "for longer than it is answered from memory"
+    cache.forget_failures("down")
+    assert len(cache.failed) == 2, "a change of the tenant mends nothing"
     del loader.errors["down"]
     await use(cache, "down")
     assert [one.tenant for one in cache.failed] == ["bad"]
-    cache.erase("bad")
-    assert cache.failed == [], "nothing of an erased tenant stays"
+    cache.hide_failed("bad", {1})
+    assert len(cache.failed) == 1
+    cache.hide_failed("bad", ())
+    assert cache.failed == [], "its version is gone"
     for number in range(MAX_SHOWN + 5):
         loader.errors[f"n{number}"] = Corrupt("x")
         with pytest.raises(Corrupt):
             await cache.lease(version(f"n{number}"), 5)
     assert len(cache.failed) == MAX_SHOWN and cache.failed[0].tenant == f"n{MAX_SHOWN + 4}"
+    loader.errors["long"] = Corrupt("x" * 10_000)
+    with pytest.raises(Corrupt):
+        await cache.lease(version("long"), 5)
+    assert len(cache.failed[0].error) == MAX_CHARS
+
+
+@pytest.mark.parametrize("gone", ["erased", "deleted"])
+async def test_nothing_of_one_that_is_gone_is_shown_though_a_load_was_under_way(
+    loader: FakeLoader, gone: str
+) -> None:
+    cache = make(loader)
+    loader.errors["gated-a"] = Corrupt("old")
+    loader.gate("gated-a").set()
+    with pytest.raises(Corrupt):
+        await cache.lease(version("gated-a"), 5)
+    cache.forget_failures("gated-a")
+    del loader.errors["gated-a"]
+    loader.gate("gated-a").clear()
+    task = asyncio.create_task(cache.lease(version("gated-a"), 5))
+    await settle()
+    assert len(cache.failed) == 1
+    if gone == "erased":
+        cache.erase("gated-a")
+    else:
+        cache.withdraw(ModelKey("gated-a", 1))
+    assert cache.failed == []
+    loader.gate("gated-a").set()
+    with pytest.raises(NotFound):
+        await task
+    assert cache.failed == []
 
 
 async def test_waiters_get_errors_of_their_own(loader: FakeLoader) -> None:
