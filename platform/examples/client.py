@@ -81,6 +81,9 @@ class Client:
 
 def main() -> int:
     """Classify the files that the command line names."""
+    if len(sys.argv) < 3 or "KEY" not in os.environ:
+        print("usage: KEY=fs_... python client.py MODEL IMAGE ...", file=sys.stderr)
+        return 2
     model, *files = sys.argv[1:]
     client = Client(os.environ.get("FLATSHARE_URL", "http://127.0.0.1:8000"), os.environ["KEY"])
     for file in files:

@@ -69,7 +69,7 @@ def test_a_training_job_can_register_and_promote(light: Light, tmp_path: Path) -
     assert light.run("flatshare", "register", "acme", str(weights(2))).returncode == 0
     promoted = light.run("flatshare", "promote", "acme@2")
     assert "acme:production is now version 2" in promoted.stdout
-    assert "within their view's TTL" in promoted.stdout
+    assert "no platform runs here to be told" in promoted.stdout
     rolled_back = light.run("flatshare", "rollback", "acme")
     assert "version 1 again" in rolled_back.stdout
     listed = json.loads(light.run("flatshare", "tenants", "list", "--json").stdout)

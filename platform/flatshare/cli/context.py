@@ -61,7 +61,7 @@ UrlOption = Annotated[
 
 DEFAULT_URL: Final = "http://127.0.0.1:8000"
 CLIENT_TIMEOUT_S: Final = 60.0
-LATER: Final = "replicas see it within their view's TTL"
+LATER: Final = "replicas see it within seconds (FLATSHARE_VIEW_TTL_S)"
 MAYBE_OURS: Final = frozenset({401, 403, 407, 429})
 """What a gateway in front of a platform may answer to whoever shows no key."""
 
@@ -156,7 +156,9 @@ def find_platform(url: str | None) -> Platform:
         raise SettingsError(f"several platforms run here ({urls}); choose one with --url")
     if states:
         return Platform(states[0].url, found=True)
-    return Platform(DEFAULT_URL, asked_for=bool(load_settings().api_key.get_secret_value()))
+    settings = load_settings()
+    address = f"http://127.0.0.1:{settings.port}" if "port" in settings.model_fields_set else DEFAULT_URL
+    return Platform(address, asked_for=bool(settings.api_key.get_secret_value()))
 
 
 def platform_url(url: str | None) -> str:
@@ -359,8 +361,11 @@ def tell_replicas(registry: Registry, tenant: str, url: str | None) -> Told:
     except (RegistryError, ServeError) as error:
         nobody = isinstance(error, NobodyListens) and not platform.found
         if nobody or not platform.asked_for:
-            why = "" if nobody else f" ({error.message})"
-            return Told(f"no running platform was told{why}; {LATER}")
+            if nobody:
+                return Told(
+                    "no platform runs here to be told; one that starts, or runs elsewhere, sees it by itself"
+                )
+            return Told(f"no running platform was told ({error.message}); {LATER}")
         return Told(
             "the platform was not told", f"the platform at {shown(base)} was not told: {error.message}"
         )

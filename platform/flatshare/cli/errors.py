@@ -47,8 +47,8 @@ EXIT_CODES: Final[Mapping[type[Exception], int]] = {
 }
 ABOUT_EXIT_CODES: Final = (
     "Exit codes: 0 done, 2 wrong use or settings, 3 not found, 4 refused by what is there or for want of a "
-    "right, 5 try again later, 6 damaged, 7 something on this machine, 8 changed in the store, but the "
-    "platform was not told, 1 else."
+    "right, 5 try again later, 6 damaged, 7 something on this machine, 8 changed in the store, but a "
+    "platform that runs was not told, 1 else."
 )
 
 

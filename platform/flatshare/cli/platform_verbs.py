@@ -269,6 +269,8 @@ def _parent() -> _Parent:
 
 def _announce(state: Any) -> None:
     """Where things are, and some commands to try."""
+    # Who named the store in the environment need not name it again.
+    store = "" if os.environ.get("FLATSHARE_STORE") == state.store else f" --store {state.store}"
     model, key = "'serve_multiplexed_model_id: acme'", '"x-api-key: $KEY"'
     out.print(
         f"""flatshare is up: {state.replicas} replicas of {state.slots} slots, store {state.store}
@@ -276,9 +278,10 @@ def _announce(state: Any) -> None:
   control plane  {state.url}/admin        docs {state.url}/admin/docs
   {"log            " + state.log if state.log else "Ctrl-C ends it"}
 Try:
-  flatshare register acme model.safetensors --create --store {state.store}
-  flatshare keys create acme --store {state.store}
-  curl -s {state.url}/classify -H {model} -H {key} -H 'content-type: image/png' --data-binary @digit.png
+  flatshare register acme model.safetensors --create{store}
+  export KEY=$(flatshare keys create acme{store})
+  flatshare train digits
+  curl -s {state.url}/classify -H {model} -H {key} -H 'content-type: image/png' --data-binary @digits/0.png
   flatshare replicas""",
         soft_wrap=True,
     )

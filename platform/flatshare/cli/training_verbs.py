@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -182,7 +183,14 @@ def train_digits(
     from flatshare.mnist.handwriting import handwriting
 
     digits = _digits(data, None)
-    images, labels = digits.test_images[:count], digits.test_labels[:count]
+    # One of each in turn: 0.png is a zero, 1.png a one, 10.png a zero again.
+    seen: Counter[int] = Counter()
+    turns: list[tuple[int, int]] = []
+    for label in digits.test_labels.tolist():
+        seen[label] += 1
+        turns.append((seen[label], label))
+    chosen = sorted(range(len(turns)), key=turns.__getitem__)[:count]
+    images, labels = digits.test_images[chosen], digits.test_labels[chosen]
     if handwriting_name:
         images, labels = handwriting(handwriting_name).apply(images, labels)
     written: dict[str, int] = {}

@@ -52,4 +52,6 @@ class MetricsServer:
         if request.method not in ("GET", "HEAD"):
             raise BadInput("metrics are read: GET")
         one = await self._snapshot()
-        return Response(exposition(REPLICA_FAMILIES, samples_of(one, with_host=False), [one]), media_type=CONTENT_TYPE)
+        return Response(
+            exposition(REPLICA_FAMILIES, samples_of(one, with_host=False), [one]), media_type=CONTENT_TYPE
+        )

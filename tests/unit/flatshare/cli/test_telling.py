@@ -14,7 +14,7 @@ import psutil
 import pytest
 from typer.testing import CliRunner, Result
 
-from flatshare.cli.context import Told, tell_replicas
+from flatshare.cli.context import Told, platform_url, tell_replicas
 from flatshare.cli.errors import EXIT_CODES, NotTold, exit_code
 from flatshare.cli.main import app
 from flatshare.errors import FleetUnavailable, OtherStore
@@ -205,7 +205,7 @@ def test_a_preload_that_nobody_took_up_is_no_success(control: Any, monkeypatch: 
 def test_without_a_platform_a_change_is_a_success() -> None:
     assert "created tenant acme" in ok("tenants", "create", "acme", "--url", NOBODY)
     text = ok("tenants", "suspend", "acme", "--url", NOBODY)
-    assert "no running platform was told; replicas see it within their view's TTL" in text
+    assert "no platform runs here to be told; one that starts" in text
 
 
 @pytest.mark.usefixtures("store")
@@ -229,6 +229,12 @@ def test_a_stranger_at_the_default_port_was_not_asked_for(
         assert "no running platform was told (who?" in told.text
         monkeypatch.setenv("FLATSHARE_API_KEY", "abcdefgh")
         assert tell_replicas(registry, "acme", None).failure is not None, "a key is for a platform"
+
+
+def test_the_port_of_the_settings_is_where_nobody_is_looked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert platform_url(None) == "http://127.0.0.1:8000"
+    monkeypatch.setenv("FLATSHARE_PORT", "18931")
+    assert platform_url(None) == "http://127.0.0.1:18931"
 
 
 # -- something else at its address
