@@ -298,6 +298,9 @@ class DeviceLoader:
         except Exception as error:
             fault = self.device.judge(error)
             if fault == "memory":
+                # From Python 3.13 on its traceback is part of a cycle, through frames that hold models: these
+                # would keep their memory when they are evicted for the next try.
+                error.__traceback__ = None
                 raise DeviceFull(f"{what}: the device has no memory now; retry") from error
             if fault == "broken":
                 raise DeviceBroken(f"{what}: the device failed; this replica is replaced, retry") from error
