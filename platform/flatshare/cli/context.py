@@ -59,7 +59,6 @@ UrlOption = Annotated[
     ),
 ]
 
-DEFAULT_URL: Final = "http://127.0.0.1:8000"
 CLIENT_TIMEOUT_S: Final = 60.0
 LATER: Final = "replicas see it within seconds (FLATSHARE_VIEW_TTL_S)"
 MAYBE_OURS: Final = frozenset({401, 403, 407, 429})
@@ -157,8 +156,7 @@ def find_platform(url: str | None) -> Platform:
     if states:
         return Platform(states[0].url, found=True)
     settings = load_settings()
-    address = f"http://127.0.0.1:{settings.port}" if "port" in settings.model_fields_set else DEFAULT_URL
-    return Platform(address, asked_for=bool(settings.api_key.get_secret_value()))
+    return Platform(f"http://127.0.0.1:{settings.port}", asked_for=bool(settings.api_key.get_secret_value()))
 
 
 def platform_url(url: str | None) -> str:

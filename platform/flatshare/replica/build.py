@@ -198,9 +198,8 @@ class Replica:
 
         def head_changed(old: TenantHead | None, new: TenantHead | None) -> None:
             swaps.moved(old, new)
-            for head in (old, new):
-                if head is not None:
-                    cache.hide_failed(head.tenant, new.versions if new is not None else ())
+            if (head := new or old) is not None:
+                cache.hide_failed(head.tenant, new.versions if new is not None else ())
             on_change()
 
         heads = TenantHeads(

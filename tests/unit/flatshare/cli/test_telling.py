@@ -218,12 +218,10 @@ def test_an_address_that_does_not_answer_in_another_way_is_not_nobody() -> None:
 def test_a_stranger_at_the_default_port_was_not_asked_for(
     serve: Serve, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from flatshare.cli import context
-
     registry = Registry(MemoryStore())
     refusal = {"error": {"code": "unauthenticated", "message": "who?", "request_id": "r"}}
     with serve(lambda method, path: (401, {}, json.dumps(refusal).encode())) as site:
-        monkeypatch.setattr(context, "DEFAULT_URL", site.url)
+        monkeypatch.setenv("FLATSHARE_PORT", site.url.rpartition(":")[2])
         told = tell_replicas(registry, "acme", None)
         assert told.failure is None
         assert "no running platform was told (who?" in told.text
